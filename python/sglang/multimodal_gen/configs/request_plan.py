@@ -1,0 +1,25 @@
+"""How a request's work is cut into units that the scheduler can order, batch, count and stop."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Lane = Literal["encode", "denoise", "decode"]
+LANES: tuple[Lane, ...] = ("encode", "denoise", "decode")
+
+
+class Phase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One stretch of a request's life in the workers, made of `units` equal units.
+
+    `lane` says which kind of work a unit is, `batch_key` which other requests' units may share a forward with it,
+    `cost` is the relative price of one unit (latent tokens), `peak_bytes` what one unit needs above the weights.
+    """
+
+    name: str
+    lane: Lane
+    units: int
+    batch_key: str
+    cost: float
+    peak_bytes: int

@@ -1,0 +1,250 @@
+"""`SamplingParams`: what a client wishes for one generation. Frozen, flat, checked; unset fields are None.
+
+Unset fields are filled from the model's defaults, then from `GENERAL_DEFAULTS` (`filled_from`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.multimodal_gen.configs.declare import LOCAL_ONLY, Surface, arg, build, parameters
+from sglang.multimodal_gen.errors import EmptyPrompt
+
+MAX_SEED = 2**63 - 1
+MAX_PROMPT_CHARACTERS = 32_000
+OUTPUT_QUALITIES = ("default", "maximum", "high", "medium", "low")
+IMAGE_FORMATS = ("png", "jpeg", "webp")
+VIDEO_FORMATS = ("mp4", "gif", "webm")
+PYTHON_ONLY: frozenset[Surface] = frozenset({"python"})
+_FROM_MODEL = "the model's own"
+
+
+def _plain_file_name(name: str) -> str | None:
+    """What would be accepted instead of `name`, or None when it is a name without a directory."""
+    if name in ("", ".", "..") or "/" in name or "\\" in name:
+        return "a file name without a directory; the directory is --output-path"
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditioningParams:
+    """What the result should show."""
+
+    prompt: str = arg("", help="What to generate.", group="prompt", max_length=MAX_PROMPT_CHARACTERS)
+    negative_prompt: str | None = arg(
+        None,
+        help="What to steer away from; used only with a guidance scale above 1.",
+        group="prompt",
+        unset=_FROM_MODEL,
+        max_length=MAX_PROMPT_CHARACTERS,
+    )
+    max_sequence_length: int | None = arg(
+        None,
+        help="Text tokens that the model sees; a longer prompt is cut and the result says so.",
+        group="prompt",
+        unset=_FROM_MODEL,
+        minimum=1,
+        maximum=4096,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeParams:
+    """How large the result is."""
+
+    width: int | None = arg(
+        None,
+        help="Width in pixels.",
+        group="size",
+        unset=_FROM_MODEL,
+        minimum=16,
+        maximum=16384,
+        code="invalid_size",
+    )
+    height: int | None = arg(
+        None,
+        help="Height in pixels.",
+        group="size",
+        unset=_FROM_MODEL,
+        minimum=16,
+        maximum=16384,
+        code="invalid_size",
+    )
+    num_frames: int | None = arg(
+        None,
+        help="Frames of the video; 1 gives an image.",
+        group="size",
+        unset=_FROM_MODEL,
+        minimum=1,
+        maximum=100_000,
+        code="invalid_num_frames",
+    )
+    fps: int | None = arg(
+        None,
+        help="Frames a second of the saved video.",
+        group="size",
+        unset=_FROM_MODEL,
+        minimum=1,
+        maximum=240,
+        code="invalid_fps",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisingParams:
+    """How the noise becomes a result."""
+
+    num_inference_steps: int | None = arg(
+        None,
+        help="Denoising steps.",
+        group="denoising",
+        unset=_FROM_MODEL,
+        minimum=1,
+        maximum=1000,
+        code="invalid_steps",
+    )
+    guidance_scale: float | None = arg(
+        None,
+        help="Classifier-free guidance; 1 or less switches it off and halves the work.",
+        group="denoising",
+        unset=_FROM_MODEL,
+        minimum=0.0,
+        maximum=1000.0,
+    )
+    guidance_rescale: float | None = arg(
+        None,
+        help="How far to pull the guided prediction's standard deviation back to the conditional one's "
+        "(arXiv:2305.08891).",
+        group="denoising",
+        unset=_FROM_MODEL,
+        minimum=0.0,
+        maximum=1.0,
+    )
+    flow_shift: float | None = arg(
+        None,
+        help="Timestep shift of the sampler; a larger one spends more steps at high noise.",
+        group="denoising",
+        unset=_FROM_MODEL,
+        minimum=0.01,
+        maximum=100.0,
+    )
+    scheduler: str | None = arg(
+        None,
+        help="Sampler.",
+        group="denoising",
+        unset="the checkpoint's own",
+        choices=("euler", "unipc", "dpmpp_2m"),
+    )
+    seed: int | tuple[int, ...] | None = arg(
+        None,
+        help="Seed of the noise. Output i of a prompt uses seed + i; a list gives one seed per output.",
+        group="denoising",
+        unset="drawn at random and reported",
+        minimum=0,
+        maximum=MAX_SEED,
+        code="invalid_seed",
+    )
+    num_outputs_per_prompt: int = arg(
+        1, help="Results per prompt.", group="denoising", minimum=1, maximum=10, code="invalid_n"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputParams:
+    """What comes back, and where it is saved."""
+
+    output_type: str = arg(
+        "pixels",
+        help="`pixels` decodes the result, `latent` stops before the VAE.",
+        group="output",
+        choices=("pixels", "latent"),
+        exposed=LOCAL_ONLY,
+    )
+    save_output: bool | None = arg(
+        None,
+        help="Write the result to a file.",
+        group="output",
+        unset="yes for `sglang generate`, else no",
+        exposed=LOCAL_ONLY,
+    )
+    return_frames: bool = arg(
+        False, help="Return the frames as a uint8 array [T, H, W, 3].", group="output", exposed=PYTHON_ONLY
+    )
+    return_latents: bool = arg(
+        False, help="Return the final latents as a float32 array [C, T, H, W].", group="output", exposed=PYTHON_ONLY
+    )
+    return_encoded: bool = arg(
+        False, help="Return the encoded file's bytes instead of writing it.", group="output", exposed=()
+    )
+    output_path: str | None = arg(
+        None,
+        help="Directory for results.",
+        group="output",
+        unset="the server's output path",
+        exposed=LOCAL_ONLY,
+        metavar="DIR",
+    )
+    output_file_name: str | None = arg(
+        None,
+        help="File name; its ending picks the format.",
+        group="output",
+        unset="made from the prompt and the seed",
+        exposed=LOCAL_ONLY,
+        max_length=150,
+        metavar="NAME",
+        check=_plain_file_name,
+    )
+    output_format: str | None = arg(
+        None,
+        help="File format.",
+        group="output",
+        unset="png for images, mp4 for videos",
+        choices=(*IMAGE_FORMATS, *VIDEO_FORMATS),
+    )
+    output_quality: str = arg("default", help="Encoding quality.", group="output", choices=OUTPUT_QUALITIES)
+    output_compression: int | None = arg(
+        None,
+        help="Encoding quality as a number, higher is better; wins over the output quality.",
+        group="output",
+        unset="as the output quality says",
+        minimum=0,
+        maximum=100,
+        code="invalid_value",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams(OutputParams, DenoisingParams, ShapeParams, ConditioningParams):
+    """Everything a client may say about one generation; see the parents for the fields.
+
+    The parents stand in reverse, since a dataclass takes the fields of its last parent first.
+    """
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any], *, what: str = "parameter") -> SamplingParams:
+        """Checked construction from plain values. Raises UnknownParameter, InvalidType, InvalidValue."""
+        return build(cls, values, what=what)
+
+    def filled_from(self, *defaults: SamplingParams) -> SamplingParams:
+        """Each unset (None) field taken from the first of `defaults` that sets it."""
+        missing = {}
+        for name in parameters(SamplingParams):
+            if getattr(self, name) is None:
+                found = next((v for d in defaults if (v := getattr(d, name)) is not None), None)
+                if found is not None:
+                    missing[name] = found
+        return dataclasses.replace(self, **missing)
+
+    def require_prompt(self) -> None:
+        """Raises EmptyPrompt when there is nothing to generate from."""
+        if not self.prompt.strip():
+            raise EmptyPrompt()
+
+
+# Last in the order of precedence: flag > env > YAML > model default > these.
+GENERAL_DEFAULTS = SamplingParams(
+    num_frames=1, fps=24, num_inference_steps=50, guidance_scale=1.0, guidance_rescale=0.0, save_output=False
+)

@@ -1,0 +1,434 @@
+"""Every error a user can meet, one class per cause.
+
+Each class has a stable `code`, the HTTP status it maps to, and a sentence that names the field, the value and what
+would be accepted. Facts are attributes, so that callers decide on them and never parse the sentence. Errors cross
+process borders as `ErrorInfo` and come back as `ServingError` with the same code, status and sentence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorInfo:
+    """What travels of an error between processes: never a traceback, never a path of this machine."""
+
+    code: str
+    message: str
+    http_status: int = 500
+    param: str | None = None
+    retryable: bool = False
+
+
+class ServingError(Exception):
+    """Base of all deliberate errors. `str(error)` is one sentence that a user may read."""
+
+    code: ClassVar[str] = "internal_error"
+    http_status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        self.message = message
+        self.param = param
+        super().__init__(message)
+
+    def info(self) -> ErrorInfo:
+        """The form that travels between processes."""
+        return ErrorInfo(
+            code=self.code,
+            message=self.message,
+            http_status=self.http_status,
+            param=self.param,
+            retryable=self.retryable,
+        )
+
+
+class RemoteError(ServingError):
+    """An error that another process raised, with that error's own code, status and sentence."""
+
+    def __init__(self, info: ErrorInfo) -> None:
+        super().__init__(info.message, param=info.param)
+        self.code = info.code  # type: ignore[misc]
+        self.http_status = info.http_status  # type: ignore[misc]
+        self.retryable = info.retryable  # type: ignore[misc]
+
+
+class InvalidRequest(ServingError):
+    """The client's input is at fault; the same request will fail again."""
+
+    code = "invalid_value"
+    http_status = 400
+
+
+_SHOWN_CHARACTERS = 80
+
+
+def shown(value: object) -> str:
+    """`value` as an error message shows it: short, and on one line."""
+    text = value if isinstance(value, str) else repr(value)
+    text = " ".join(text.split()) if text.strip() else repr(text)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
+
+
+class FieldError(InvalidRequest):
+    """A parameter's value cannot be accepted; `param`, `value` and `accepted` say which, what and what could be."""
+
+    def __init__(self, param: str, value: object, accepted: str, *, code: str | None = None) -> None:
+        self.value = value
+        self.accepted = accepted
+        if code is not None:
+            self.code = code  # type: ignore[misc]
+        super().__init__(f"{param}: got {shown(value)}, accepted is {accepted}", param=param)
+
+    def named(self, label: str) -> FieldError:
+        """The same error under the name by which the user gave the value: a flag, a variable, a line of a file."""
+        return type(self)(label, self.value, self.accepted, code=self.code)
+
+
+class InvalidValue(FieldError):
+    """The value has the right type but lies outside what is accepted."""
+
+
+class InvalidType(FieldError):
+    """The value is of the wrong type."""
+
+    code = "invalid_type"
+
+
+class UnknownParameter(InvalidRequest):
+    """A flag, key or field that does not exist."""
+
+    code = "unknown_parameter"
+
+    def __init__(self, name: str, *, what: str, hint: str = "") -> None:
+        super().__init__(f"unknown {what} {shown(name)}{hint}", param=name)
+
+
+class MissingParameter(InvalidRequest):
+    """A required parameter was not given."""
+
+    code = "missing_required_parameter"
+
+
+class EmptyPrompt(InvalidRequest):
+    """The prompt is empty or only white space."""
+
+    code = "empty_prompt"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "prompt: got an empty text, accepted is a text with at least one visible character", param="prompt"
+        )
+
+
+class SizeNotDivisible(InvalidRequest):
+    """Height or width does not fit the VAE stride times the patch size."""
+
+    code = "invalid_size"
+
+    def __init__(self, *, width: int, height: int, multiple: int) -> None:
+        self.width, self.height, self.multiple = width, height, multiple
+        nearest = "x".join(str(max(multiple, round(side / multiple) * multiple)) for side in (width, height))
+        super().__init__(
+            f"size: got {width}x{height}, accepted are multiples of {multiple} in width and height; nearest: {nearest}",
+            param="size",
+        )
+
+
+class SizeTooLarge(InvalidRequest):
+    """More pixels or frames than the model can do."""
+
+    code = "size_above_maximum"
+
+
+class FramesNotSupported(InvalidRequest):
+    """A frame count that the VAE's temporal stride cannot give."""
+
+    code = "invalid_num_frames"
+
+    def __init__(self, num_frames: int, *, stride: int, maximum: int) -> None:
+        lower = max(1, (num_frames - 1) // stride * stride + 1)
+        nearest = min((lower, lower + stride), key=lambda n: abs(n - num_frames))
+        super().__init__(
+            f"num_frames: got {num_frames}, accepted are {stride}k+1 frames up to {maximum}; nearest: {min(nearest, maximum)}",
+            param="num_frames",
+        )
+
+
+class InsufficientMemory(InvalidRequest):
+    """The request needs more memory than the machine has free."""
+
+    code = "insufficient_memory"
+
+    def __init__(self, *, needed_bytes: int, free_bytes: int, size: str) -> None:
+        self.needed_bytes, self.free_bytes = needed_bytes, free_bytes
+        super().__init__(
+            f"size: {size} needs about {needed_bytes / 2**30:.1f} GiB, but {free_bytes / 2**30:.1f} GiB are free; "
+            "use a smaller size or fewer frames",
+            param="size",
+        )
+
+
+class ModelError(ServingError):
+    """The model cannot be found or loaded."""
+
+    code = "model_not_loadable"
+    http_status = 400
+
+
+class NotAModel(ModelError):
+    """The path holds no diffusers checkpoint."""
+
+    code = "not_a_model"
+
+
+class UnsupportedModel(ModelError):
+    """The checkpoint's pipeline class has no implementation here."""
+
+    code = "unsupported_model"
+
+
+class CorruptCheckpoint(ModelError):
+    """A file of the checkpoint is missing, truncated or does not fit its config."""
+
+    code = "corrupt_checkpoint"
+
+
+class PickleRefused(ModelError):
+    """The weights are pickle files, which can run code when read."""
+
+    code = "pickle_refused"
+
+
+class ModelNotReachable(ModelError):
+    """The checkpoint must be downloaded and the hub cannot be reached."""
+
+    code = "model_not_reachable"
+    http_status = 503
+
+
+class NotReady(ServingError):
+    """The engine is starting or recovering; try again."""
+
+    code = "not_ready"
+    http_status = 503
+    retryable = True
+
+
+class WorkerLost(ServingError):
+    """The worker that ran the request died or stopped answering, more often than it is retried."""
+
+    code = "worker_lost"
+    http_status = 503
+
+
+class EngineStopped(ServingError):
+    """The engine is shutting down or gone."""
+
+    code = "engine_stopped"
+    http_status = 503
+
+
+class OutOfMemory(ServingError):
+    """The device ran out of memory while the request ran."""
+
+    code = "out_of_memory"
+
+
+class InternalError(ServingError):
+    """A bug of ours; the log has the traceback."""
+
+
+class ProtocolMismatch(ServingError):
+    """Two processes speak different versions of the protocol."""
+
+    code = "protocol_mismatch"
+
+
+class StorageError(ServingError):
+    """An output cannot be written."""
+
+    code = "storage_error"
+    http_status = 507
+
+
+class RequestCancelled(ServingError):
+    """The request was cancelled before it finished."""
+
+    code = "cancelled"
+    http_status = 499
+
+
+class PortInUse(ServingError):
+    """The HTTP port is taken."""
+
+    code = "port_in_use"
+
+
+class InvalidJson(InvalidRequest):
+    """The body is not one JSON object in UTF-8."""
+
+    code = "invalid_json"
+
+
+class InvalidMultipart(InvalidRequest):
+    """The body is not complete multipart/form-data."""
+
+    code = "invalid_multipart"
+
+
+class InvalidUnicode(InvalidRequest):
+    """A text is not valid Unicode."""
+
+    code = "invalid_unicode"
+
+
+class DuplicateParameter(InvalidRequest):
+    """A parameter was given more than once."""
+
+    code = "duplicate_parameter"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{shown(name)}: given more than once, accepted is one value", param=name)
+
+
+class UnsupportedParameter(InvalidRequest):
+    """A parameter of the OpenAI API that this server or model cannot honour; it is refused rather than ignored."""
+
+    code = "unsupported_parameter"
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: not supported here, {reason}; leave it out", param=name)
+
+
+class IncompatibleParameters(InvalidRequest):
+    """Two parameters that cannot be used together."""
+
+    code = "incompatible_parameters"
+
+
+class UnsupportedMediaType(InvalidRequest):
+    """The body's content type is not accepted."""
+
+    code = "unsupported_media_type"
+    http_status = 415
+
+
+class BodyTooLarge(InvalidRequest):
+    """The request's body has more bytes than the server reads."""
+
+    code = "body_too_large"
+    http_status = 413
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        super().__init__(f"body: larger than the {limit_bytes} bytes that are accepted")
+
+
+class BodyTimeout(InvalidRequest):
+    """The client sent its body too slowly."""
+
+    code = "request_timeout"
+    http_status = 408
+
+
+class BadHttp(InvalidRequest):
+    """The bytes are no acceptable HTTP/1.1 request."""
+
+    code = "invalid_http"
+
+
+class RouteNotFound(InvalidRequest):
+    """No such path."""
+
+    code = "not_found"
+    http_status = 404
+
+
+class MethodNotAllowed(InvalidRequest):
+    """The path exists, the method does not."""
+
+    code = "method_not_allowed"
+    http_status = 405
+
+
+class ModelNotFound(InvalidRequest):
+    """The request names a model that is not served."""
+
+    code = "model_not_found"
+    http_status = 404
+
+    def __init__(self, name: str, *, served: str) -> None:
+        super().__init__(f"model: {shown(name)} is not served, accepted is {served}", param="model")
+
+
+class ImageNotFound(InvalidRequest):
+    """No image of that id, or it has expired."""
+
+    code = "image_not_found"
+    http_status = 404
+
+    def __init__(self, image_id: str) -> None:
+        super().__init__(f"no image {shown(image_id)}: the id is unknown or has expired", param="image_id")
+
+
+class VideoNotFound(InvalidRequest):
+    """No video of that id, or it was deleted."""
+
+    code = "video_not_found"
+    http_status = 404
+
+    def __init__(self, video_id: str) -> None:
+        super().__init__(f"no video {shown(video_id)}: the id is unknown, expired or deleted", param="video_id")
+
+
+class VideoNotReady(InvalidRequest):
+    """The video's content was asked for before it was complete. 400, since clients retry 409 at once."""
+
+    code = "video_not_ready"
+
+    def __init__(self, video_id: str, *, status: str, progress: int) -> None:
+        super().__init__(
+            f"video {video_id} is {status} at {progress} %; poll it until its status is completed", param="video_id"
+        )
+
+
+class VideoFailed(InvalidRequest):
+    """The video's content was asked for, but its generation failed."""
+
+    code = "video_failed"
+    http_status = 404
+
+
+class IdempotencyMismatch(InvalidRequest):
+    """An Idempotency-Key came back with another body."""
+
+    code = "idempotency_mismatch"
+
+
+class QueueFull(ServingError):
+    """As many requests wait as the server holds."""
+
+    code = "queue_full"
+    http_status = 429
+    retryable = True
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        super().__init__(
+            f"{limit} requests are waiting already, which is all that max-queued-requests allows; try again later"
+        )
+
+
+class UsageError(InvalidRequest):
+    """A command line that cannot be read."""
+
+    code = "usage"
+
+
+class InvalidConfigFile(InvalidRequest):
+    """A file of options that cannot be read or is not a mapping of names to values."""
+
+    code = "invalid_config_file"

@@ -1,0 +1,120 @@
+"""`sglang generate`: read the options, run the engine once, show progress, say what was made and where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang.multimodal_gen import envs
+from sglang.multimodal_gen.configs.declare import Parameter, arg, parameters
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.errors import EmptyPrompt, MissingParameter, UsageError
+from sglang.multimodal_gen.runtime.entrypoints.cli.options import CommandArgs, OptionParser, read_config, warn
+from sglang.multimodal_gen.runtime.server_args import ServerArgs, resolve_server_args, server_options
+
+_NO_PROMPT = "no prompt: give --prompt TEXT, --prompt-file-path FILE, or a line `prompt: …` in the file of --config"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateCommandArgs(CommandArgs):
+    """What only `sglang generate` is told."""
+
+    prompt_file_path: str | None = arg(
+        None,
+        help="UTF-8 file with one prompt per line; blank lines are left out.",
+        group="prompt",
+        unset="no file",
+        exposed=("cli",),
+        metavar="FILE",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateJob:
+    """The engine's options and what to generate."""
+
+    args: ServerArgs
+    sampling: Mapping[str, Any]
+
+    def run(self) -> int:
+        """Generate everything; returns 1 when an output failed. Raises ServingError when the engine cannot start."""
+        # Late: the options are checked before anything heavy loads.
+        from sglang.multimodal_gen.runtime.entrypoints.cli.reporting import make_reporter
+        from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator
+
+        with DiffGenerator.from_server_args(self.args) as generator, make_reporter() as reporter:
+            generator.wait_ready(on_state=reporter.engine_state)
+            for event in generator.stream(self.sampling):
+                reporter.event(event)
+        return 1 if reporter.num_failed else 0
+
+
+def sampling_options() -> Mapping[str, Parameter]:
+    """The sampling parameters that the command line offers; an option that the server has too is the server's."""
+    offered = {
+        name: option
+        for name, option in parameters(SamplingParams).items()
+        if "cli" in option.declaration.exposed and name not in server_options()
+    }
+    return offered | {"prompt": offered["prompt"].several()}
+
+
+def parser() -> OptionParser:
+    """The options of `sglang generate`."""
+    engine = {name: option for name, option in server_options().items() if option.declaration.group != "http"}
+    options = {**sampling_options(), **parameters(GenerateCommandArgs), **engine}
+    return OptionParser("generate", "Make images or videos from prompts, then exit.", options)
+
+
+def configure(arguments: Sequence[str]) -> GenerateJob:
+    """Read the command line, the environment and the configuration file. Raises InvalidRequest."""
+    flags = parser().typed(arguments)
+    config_file = read_config(flags.pop("config", None))
+    prompt_file = flags.pop("prompt_file_path", None)
+    server_flags = {name: flags.pop(name) for name in server_options() if name in flags}
+    server_file = None
+    if config_file is not None:
+        flags = config_file.without(server_options()).read(sampling_options()) | flags
+        server_file = config_file.only(server_options())
+    resolved = resolve_server_args(server_flags, environ=envs.current(), config_file=server_file)
+    sampling = {"save_output": True} | flags | {"prompt": _prompts(flags.get("prompt"), prompt_file)}
+    warn(resolved.warnings)
+    return GenerateJob(args=resolved.args, sampling=sampling)
+
+
+def _prompts(given: str | tuple[str, ...] | None, file: str | None) -> list[str]:
+    if file is not None:
+        if given is not None:
+            raise UsageError("--prompt and --prompt-file-path: accepted is one of the two")
+        return read_prompts(file)
+    if given is None:
+        raise MissingParameter(_NO_PROMPT, param="prompt")
+    prompts = [given] if isinstance(given, str) else list(given)
+    if not all(prompt.strip() for prompt in prompts):
+        raise EmptyPrompt
+    return prompts
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a UTF-8 file that are not blank.
+
+    Raises:
+        UsageError: the file cannot be read, is not UTF-8 or holds no prompt.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"--prompt-file-path: cannot read {path}: {error.strerror}") from None
+    prompts = []
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        try:
+            prompt = line.decode("utf-8").strip()
+        except UnicodeDecodeError:
+            raise UsageError(f"--prompt-file-path: {path}, line {number}: not UTF-8 text") from None
+        if prompt:
+            prompts.append(prompt)
+    if not prompts:
+        raise UsageError(f"--prompt-file-path: {path} has no prompt; accepted is one prompt per line")
+    return prompts

@@ -1,0 +1,220 @@
+"""`EngineClient`: an entry point's view of the engine, in one asyncio loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, cast
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.errors import EngineStopped, ErrorInfo, RemoteError, RequestCancelled
+from sglang.multimodal_gen.runtime.managers.messages import (
+    PROTOCOL_VERSION,
+    TERMINAL_EVENTS,
+    Cancelled,
+    CancelRequest,
+    Codec,
+    EngineState,
+    Failed,
+    Finished,
+    GenerateRequest,
+    Hello,
+    MappedArray,
+    Message,
+    Refused,
+    RequestEvent,
+    Status,
+    StatusRequest,
+    ToClient,
+    encode,
+)
+from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class RequestHandle:
+    """The events of one request, in order; the last one is Finished, Failed or Cancelled."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self._events: asyncio.Queue[RequestEvent] = asyncio.Queue()
+
+    def put(self, event: RequestEvent) -> None:
+        """Called by the client for each event that arrives."""
+        self._events.put_nowait(event)
+
+    async def __aiter__(self) -> AsyncIterator[RequestEvent]:
+        """Until and with the terminal event."""
+        while True:
+            event = await self._events.get()
+            yield event
+            if isinstance(event, TERMINAL_EVENTS):
+                return
+
+    async def result(self) -> Finished:
+        """Wait for the end.
+
+        Raises:
+            RemoteError: the request failed; code, status and sentence are those of its error.
+            RequestCancelled: it was cancelled.
+        """
+        async for event in self:
+            if isinstance(event, Finished):
+                return event
+            raise_if_terminal(event)
+        raise AssertionError("a request ended without a terminal event")
+
+
+def raise_if_terminal(event: RequestEvent) -> None:
+    """Raise the error that a Failed or Cancelled event stands for; other events pass."""
+    if isinstance(event, Failed):
+        raise RemoteError(event.error)
+    if isinstance(event, Cancelled):
+        raise RequestCancelled(f"the request was {event.reason}" if event.reason == "cancelled" else event.reason)
+
+
+class EngineClient:
+    """Connects to the scheduler of a run directory. All methods belong to the loop that `start` ran in."""
+
+    def __init__(self, run_dir: str, *, name: str) -> None:
+        self.run_dir = RunDir.at(run_dir)
+        self.name = name
+        self.state = EngineState(state="starting")
+        self.on_state: Callable[[EngineState], None] = lambda state: None
+        self._context = zmq.asyncio.Context()
+        self._socket: zmq.asyncio.Socket | None = None
+        self._codec = Codec(ToClient)
+        self._handles: dict[str, RequestHandle] = {}
+        self._queries: dict[str, asyncio.Future[Status]] = {}
+        self._changed = asyncio.Event()
+        self._reader: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Connect and say hello; does not wait for the model."""
+        self._connect()
+        await self._send(Hello(protocol_version=PROTOCOL_VERSION, client_name=self.name))
+        self._reader = asyncio.create_task(self._read())
+
+    def _connect(self) -> None:
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set_hwm(0)
+        self._socket.linger = 0
+        self._socket.reconnect_ivl = 10
+        self._socket.connect(self.run_dir.scheduler_address)
+
+    async def close(self) -> None:
+        """Disconnect; whoever still waits gets EngineStopped."""
+        if self._reader is not None:
+            self._reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reader
+        self._fail_all(EngineStopped("the engine was closed").info())
+        self._context.destroy(linger=0)
+
+    async def wait_ready(self) -> EngineState:
+        """Until the state is `ready`.
+
+        Raises:
+            RemoteError: the model cannot be loaded, or the engine is stopping.
+        """
+        while self.state.state != "ready":
+            if self.state.error is not None and self.state.state == "failed":
+                raise RemoteError(self.state.error)
+            if self.state.state == "stopping":
+                raise EngineStopped("the engine is shutting down")
+            self._changed.clear()
+            await self._changed.wait()
+        return self.state
+
+    async def submit(self, params: SamplingParams, *, request_id: str | None = None) -> RequestHandle:
+        """Queue one complete, checked request."""
+        handle = RequestHandle(request_id or new_request_id())
+        self._handles[handle.request_id] = handle
+        await self._send(GenerateRequest(request_id=handle.request_id, params=params))
+        return handle
+
+    async def cancel(self, request_id: str) -> None:
+        """Ask for the end of a request; its handle gets the terminal event."""
+        await self._send(CancelRequest(request_id=request_id))
+
+    async def status(self) -> Status:
+        """A snapshot of the scheduler."""
+        query_id = secrets.token_hex(8)
+        self._queries[query_id] = asyncio.get_running_loop().create_future()
+        await self._send(StatusRequest(query_id=query_id))
+        return await self._queries[query_id]
+
+    def take(self, ref: MappedArray) -> np.ndarray:
+        """Map an array that an event names; possible once."""
+        return self.run_dir.take(ref)
+
+    async def scheduler_lost(self, error: ErrorInfo, *, restarting: bool) -> None:
+        """The supervisor saw the scheduler die: end what it held, and greet the next one."""
+        self._fail_all(error)
+        self._set_state(
+            EngineState(
+                state="recovering" if restarting else "failed",
+                detail=error.message,
+                error=error,
+                model=self.state.model,
+            )
+        )
+        if restarting:
+            await self._send(Hello(protocol_version=PROTOCOL_VERSION, client_name=self.name))
+
+    async def _send(self, message: Message) -> None:
+        assert self._socket is not None
+        await self._socket.send(encode(message))
+
+    async def _read(self) -> None:
+        assert self._socket is not None
+        while True:
+            payload = await self._socket.recv()
+            with contextlib.suppress(
+                msgspec.DecodeError
+            ):  # a newer scheduler's event; the handshake refused it already
+                self._on_message(cast(ToClient, self._codec.decode(payload)))
+
+    def _on_message(self, message: ToClient) -> None:
+        if isinstance(message, EngineState):
+            self._set_state(message)
+        elif isinstance(message, Status):
+            waiting = self._queries.pop(message.query_id, None)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(message)
+        elif isinstance(message, Refused):
+            if message.request_id is None:
+                self._set_state(EngineState(state="failed", error=message.error))
+        elif isinstance(message, RequestEvent):
+            handle = self._handles.get(message.request_id)
+            if isinstance(message, TERMINAL_EVENTS):
+                self._handles.pop(message.request_id, None)
+            if handle is not None:
+                handle.put(message)
+
+    def _set_state(self, state: EngineState) -> None:
+        self.state = state
+        self._changed.set()
+        self.on_state(state)
+
+    def _fail_all(self, error: ErrorInfo) -> None:
+        for request_id, handle in list(self._handles.items()):
+            handle.put(Failed(request_id=request_id, error=error))
+        self._handles.clear()
+        for waiting in self._queries.values():
+            if not waiting.done():
+                waiting.set_exception(RemoteError(error))
+        self._queries.clear()
+
+
+def new_request_id() -> str:
+    """128 random bits, so that nobody guesses another's."""
+    return f"req_{secrets.token_hex(16)}"

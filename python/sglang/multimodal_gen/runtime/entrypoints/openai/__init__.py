@@ -1,0 +1,1 @@
+"""The OpenAI-compatible routes: request bodies, replies, jobs and their content."""

@@ -1,0 +1,108 @@
+"""What the HTTP server needs of the engine and of its own settings."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from sglang.multimodal_gen.configs.model_info import ModelInfo
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.errors import (
+    EngineStopped,
+    ErrorInfo,
+    ModelNotFound,
+    NotReady,
+    RemoteError,
+)
+from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import BodyLimits
+from sglang.multimodal_gen.runtime.managers.messages import EngineState, Finished, MappedArray, RequestEvent
+from sglang.multimodal_gen.runtime.server_args import ModelArgs
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Handle(Protocol):
+    """One running request."""
+
+    request_id: str
+
+    def __aiter__(self) -> AsyncIterator[RequestEvent]:
+        """The request's events; the last one is terminal."""
+
+    async def result(self) -> Finished:
+        """The outcome. Raises ServingError when the request failed or was cancelled."""
+
+
+class Engine(Protocol):
+    """The engine as entry points see it."""
+
+    @property
+    def state(self) -> EngineState:
+        """The last state that the scheduler told."""
+
+    async def submit(self, params: SamplingParams, *, request_id: str | None = None) -> Handle:
+        """Start one output; `params` are complete."""
+
+    async def cancel(self, request_id: str) -> None:
+        """Stop a request; ids that are unknown or ended are ignored."""
+
+    def take(self, ref: MappedArray) -> np.ndarray:
+        """The array of a result; its file is unlinked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpSettings:
+    """How this server answers. `model_names`: the served name, then the others that requests may use.
+
+    `files_dir` is a private directory of this server; images and videos wait there to be fetched.
+    """
+
+    model_names: tuple[str, ...]
+    files_dir: Path
+    body: BodyLimits = field(default_factory=BodyLimits)
+    header_timeout_s: float = 10.0
+    shutdown_grace_s: float = 5.0
+    max_videos: int = 1000
+    max_images: int = 1000
+    image_lifetime_s: float = 3600.0
+    delete_timeout_s: float = 10.0
+
+
+def model_names(args: ModelArgs) -> tuple[str, ...]:
+    """The name that the server goes by, then the other accepted ones. Never a directory of this machine.
+
+    Without a served name, a hub id is its own name and a directory goes by its last part.
+    """
+    last_part = Path(args.model_path.rstrip("/")).name or "model"
+    is_hub_id = args.model_path.count("/") == 1 and args.model_path[0] not in "./~" and not Path(args.model_path).exists()
+    own_names = (args.model_path, last_part) if is_hub_id else (last_part,)
+    return tuple(dict.fromkeys(name for name in (args.served_model_name, args.model_id, *own_names) if name))
+
+
+def require_model(engine: Engine, settings: HttpSettings, name: str | None) -> ModelInfo:
+    """What the engine serves, when it can take requests and `name` (None: whatever is served) is it.
+
+    Raises:
+        ModelNotFound: another model was asked for.
+        ServingError: 503 with the reason while the engine starts, stops or has failed.
+    """
+    if name is not None and name not in settings.model_names:
+        raise ModelNotFound(name, served=settings.model_names[0])
+    state = engine.state
+    if state.state == "failed":
+        raise RemoteError(load_failure(state))
+    if state.state == "stopping":
+        raise EngineStopped("the server is shutting down")
+    # A recovering engine queues what arrives until its worker is replaced.
+    if state.model is None or state.state not in ("ready", "recovering"):
+        raise NotReady(f"the model is not ready yet (state: {state.state}); try again")
+    return state.model
+
+
+def load_failure(state: EngineState) -> ErrorInfo:
+    """What clients learn of a failed engine: the cause's code; the sentence, which may name files, is in the log."""
+    code = state.error.code if state.error is not None else EngineStopped.code
+    return ErrorInfo(code=code, message="the engine has failed; the server's log says why", http_status=503)

@@ -1,0 +1,222 @@
+"""The fields of each call: OpenAI's own, declared here, and those of SamplingParams, taken from their declarations.
+
+Nothing of OpenAI's API is ignored in silence: what cannot be honoured is either declared with the values that make no
+difference or listed as unsupported with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from sglang.multimodal_gen.configs.declare import Parameter, arg, coerce, from_text, hint, parameters
+from sglang.multimodal_gen.configs.sample.sampling_params import (
+    IMAGE_FORMATS,
+    VIDEO_FORMATS,
+    SamplingParams,
+)
+from sglang.multimodal_gen.errors import (
+    IncompatibleParameters,
+    InvalidType,
+    MissingParameter,
+    SizeTooLarge,
+    UnknownParameter,
+    UnsupportedParameter,
+)
+from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import Body
+
+_SIZE = re.compile(r"([1-9][0-9]{0,9})x([1-9][0-9]{0,9})")
+_NAME_LENGTH = 512
+
+
+def _size_problem(value: str) -> str | None:
+    return None if value == "auto" or _SIZE.fullmatch(value) else "WIDTHxHEIGHT in pixels, such as 512x512, or auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonFields:
+    """What OpenAI's image and video calls share."""
+
+    model: str | None = arg(
+        None, help="Name of the served model; unset: that model.", group="openai", max_length=_NAME_LENGTH
+    )
+    size: str | None = arg(
+        None,
+        help="WIDTHxHEIGHT in pixels; unset or `auto`: the model's default.",
+        group="openai",
+        code="invalid_size",
+        check=_size_problem,
+    )
+    user: str | None = arg(None, help="Accepted and not used.", group="openai", max_length=_NAME_LENGTH)
+    safety_identifier: str | None = arg(
+        None, help="Returned with the result and not used.", group="openai", max_length=_NAME_LENGTH
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFields(CommonFields):
+    """What only OpenAI's image call has."""
+
+    response_format: str = arg(
+        "b64_json", help="Image in the reply, or a URL to it.", group="openai", choices=("b64_json", "url")
+    )
+    background: str = arg("auto", help="Results are opaque.", group="openai", choices=("auto", "opaque"))
+    quality: str = arg(
+        "auto", help="Rendering effort is set with num_inference_steps.", group="openai", choices=("auto",)
+    )
+    moderation: str = arg("auto", help="No moderation is done.", group="openai", choices=("auto", "low"))
+    stream: bool = arg(False, help="Streaming is not offered.", group="openai")
+    partial_images: int = arg(
+        0, help="Previews in a stream.", group="openai", minimum=0, maximum=3, code="invalid_value"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoFields(CommonFields):
+    """What only OpenAI's video call has."""
+
+    seconds: str | int | float | None = arg(
+        None,
+        help="Time from the first frame to the last: num_frames = seconds x fps, rounded down to the model's temporal "
+        "stride, plus 1. The reply reports the actual time. Unset: the model's default frames.",
+        group="openai",
+        code="invalid_seconds",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallFields:
+    """Every field of one call; `unsupported` are OpenAI's fields that this server cannot honour, with the reason."""
+
+    accepted: Mapping[str, Parameter]
+    unsupported: Mapping[str, str]
+
+    def refuse(self, name: str) -> None:
+        """Raises UnsupportedParameter or UnknownParameter for a field that the call does not have."""
+        if name in self.unsupported:
+            raise UnsupportedParameter(name, self.unsupported[name])
+        raise UnknownParameter(name, what="field", hint=hint(name, self.accepted))
+
+    def refuse_file(self, name: str) -> None:
+        """Raises for an uploaded file; no field takes one."""
+        if name in self.accepted:
+            raise InvalidType(name, "a file", self.accepted[name].accepted())
+        self.refuse(name)
+
+    def checked(self, body: Body) -> dict[str, Any]:
+        """The given fields, each of its declared type and within its bounds. Null means: not given.
+
+        Raises:
+            ServingError: a field that is unknown, unsupported, of the wrong type or out of bounds; no prompt.
+        """
+        for name in body.values:
+            if name not in self.accepted and not (name in self.unsupported and body.values[name] is None):
+                self.refuse(name)
+        values = {
+            name: _checked_value(self.accepted[name], value, spelled=name in body.spelled)
+            for name, value in body.values.items()
+            if value is not None
+        }
+        if "prompt" not in values:
+            raise MissingParameter("prompt: not given, accepted is a text", param="prompt")
+        return values
+
+
+def _checked_value(parameter: Parameter, value: Any, *, spelled: bool) -> Any:
+    if spelled:
+        value = tuple(from_text(parameter, v) for v in value) if isinstance(value, list) else from_text(parameter, value)
+    if parameter.name in ("width", "height"):
+        _check_side(value, param=parameter.name)
+    return coerce(parameter, value)
+
+
+def _check_side(value: Any, *, param: str) -> None:
+    maximum = parameters(SamplingParams)["width"].declaration.maximum
+    assert maximum is not None, "the width has a declared maximum"
+    if type(value) in (int, float) and value > maximum:
+        raise SizeTooLarge(f"{param}: larger than {int(maximum)} pixels a side, which is the most accepted", param=param)
+
+
+def sides(size: str) -> tuple[int, int]:
+    """(width, height) of a checked WIDTHxHEIGHT. Raises SizeTooLarge for sides beyond any model's."""
+    match = _SIZE.fullmatch(size)
+    assert match is not None, "the declaration has checked the form"
+    width, height = int(match[1]), int(match[2])
+    for side in (width, height):
+        _check_side(side, param="size")
+    return width, height
+
+
+def _declared(own: type, *, without: Collection[str], formats: tuple[str, ...]) -> dict[str, Parameter]:
+    """OpenAI's fields and the exposed ones of SamplingParams, the file formats narrowed to what the call can give."""
+    found = dict(parameters(own))
+    for name, parameter in parameters(SamplingParams).items():
+        if "http" in parameter.declaration.exposed and name not in without:
+            found[name] = parameter
+    declaration = dataclasses.replace(found["output_format"].declaration, choices=formats)
+    found["output_format"] = dataclasses.replace(found["output_format"], declaration=declaration)
+    return found
+
+
+def _image_call() -> CallFields:
+    accepted = _declared(ImageFields, without=("num_frames", "fps"), formats=IMAGE_FORMATS)
+    accepted["n"] = dataclasses.replace(accepted["num_outputs_per_prompt"], name="n")
+    return CallFields(
+        accepted=MappingProxyType(accepted),
+        unsupported=MappingProxyType(
+            {
+                "style": "write the style into the prompt",
+                "complexity": "it concerns SVG",
+                "svg": "images are made of pixels",
+                "frame_count": "animations are made with /v1/videos",
+                "frame_duration_ms": "animations are made with /v1/videos",
+            }
+        ),
+    )
+
+
+def _video_call() -> CallFields:
+    return CallFields(
+        accepted=MappingProxyType(_declared(VideoFields, without=("num_outputs_per_prompt",), formats=VIDEO_FORMATS)),
+        unsupported=MappingProxyType(
+            {
+                "input_reference": "the served model makes videos from text alone",
+                "n": "a job makes one video",
+                "num_outputs_per_prompt": "a job makes one video",
+            }
+        ),
+    )
+
+
+IMAGE_CALL = _image_call()
+VIDEO_CALL = _video_call()
+
+
+Own = TypeVar("Own", bound=CommonFields)
+
+
+def sampling_values(values: Mapping[str, Any], own: type[Own]) -> tuple[Own, dict[str, Any]]:
+    """OpenAI's own fields as an object, and the rest as SamplingParams fields: `size` and `n` under our names.
+
+    Raises:
+        IncompatibleParameters: the same thing said twice, such as `size` and `width`.
+    """
+    wish = own(**{name: value for name, value in values.items() if name in parameters(own)})
+    sampling = {name: value for name, value in values.items() if name in parameters(SamplingParams)}
+    if wish.size is not None and wish.size != "auto":
+        _refuse_both("size", sampling, "width", "height")
+        sampling["width"], sampling["height"] = sides(wish.size)
+    if "n" in values:
+        _refuse_both("n", sampling, "num_outputs_per_prompt")
+        sampling["num_outputs_per_prompt"] = values["n"]
+    return wish, sampling
+
+
+def _refuse_both(name: str, sampling: Mapping[str, Any], *others: str) -> None:
+    for other in others:
+        if other in sampling:
+            raise IncompatibleParameters(f"{name}: says the same as {other}, accepted is one of them", param=name)

@@ -1,0 +1,86 @@
+"""Running requests that a client waits for: whoever goes away takes the work along."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.errors import InternalError, ServingError
+from sglang.multimodal_gen.runtime.entrypoints.engine_client import new_request_id
+from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine
+from sglang.multimodal_gen.runtime.managers.messages import Finished
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedResult:
+    """A finished request and the bytes of its encoded file."""
+
+    finished: Finished
+    data: bytes
+
+
+async def generate_all(engine: Engine, requests: Sequence[SamplingParams]) -> list[EncodedResult]:
+    """One result per request, in order. When one fails, or the caller is cancelled, the others are cancelled.
+
+    Raises:
+        ServingError: the first failure.
+    """
+    tasks = [asyncio.create_task(_generate(engine, params)) for params in requests]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _generate(engine: Engine, params: SamplingParams) -> EncodedResult:
+    request_id = new_request_id()
+    handle = await engine.submit(params, request_id=request_id)
+    try:
+        finished = await handle.result()
+    except asyncio.CancelledError:
+        await engine.cancel(request_id)
+        # It may have finished before the cancel arrived; then its file is ours to remove.
+        with contextlib.suppress(ServingError):
+            _take(engine, await handle.result())
+        raise
+    return EncodedResult(finished=finished, data=_take(engine, finished))
+
+
+def _take(engine: Engine, finished: Finished) -> bytes:
+    if finished.encoded is None:
+        raise InternalError("the engine finished without the encoded result")
+    return engine.take(finished.encoded).tobytes()
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away. The body must have been read.
+
+    Raises:
+        ClientDisconnect: the client went away.
+    """
+    running = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({running, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not running.done():
+            raise ClientDisconnect
+        return running.result()
+    finally:
+        running.cancel()
+        gone.cancel()
+        await asyncio.gather(running, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

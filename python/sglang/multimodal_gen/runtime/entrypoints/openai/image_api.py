@@ -1,0 +1,129 @@
+"""/v1/images: text to image, answered when the image is there."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sglang.multimodal_gen.configs.model_info import ModelInfo
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.errors import (
+    ImageNotFound,
+    IncompatibleParameters,
+    InvalidValue,
+    UnsupportedParameter,
+)
+from sglang.multimodal_gen.runtime.entrypoints.openai.content import content_response
+from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, HttpSettings, require_model
+from sglang.multimodal_gen.runtime.entrypoints.openai.fields import IMAGE_CALL, ImageFields, sampling_values
+from sglang.multimodal_gen.runtime.entrypoints.openai.generation import (
+    EncodedResult,
+    generate_all,
+    unless_disconnected,
+)
+from sglang.multimodal_gen.runtime.entrypoints.openai.image_store import ImageStore
+from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse
+from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import read_json
+from sglang.multimodal_gen.runtime.entrypoints.request_builder import expand
+
+
+class ImageApi:
+    """The image routes."""
+
+    def __init__(self, engine: Engine, settings: HttpSettings) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._store = ImageStore(
+            settings.files_dir / "images", capacity=settings.max_images, lifetime_s=settings.image_lifetime_s
+        )
+
+    async def generate(self, request: Request) -> Response:
+        """Generate images from a text."""
+        values = IMAGE_CALL.checked(await read_json(request, self._settings.body))
+        wish, sampling = sampling_values(values, ImageFields)
+        _check_combinations(wish, sampling)
+        model = require_model(self._engine, self._settings, wish.model)
+        requests = _image_requests(sampling, model)
+        results = await unless_disconnected(request, generate_all(self._engine, requests))
+        return JsonResponse(await self._images_response(request, wish, requests, results))
+
+    async def content(self, request: Request, image_id: str) -> Response:
+        """The bytes of an image that was answered with a URL."""
+        image = self._store.get(image_id)
+        try:
+            return content_response(request, image.path, file_format=image.file_format)
+        except FileNotFoundError:
+            raise ImageNotFound(image_id) from None
+
+    async def _images_response(
+        self, request: Request, wish: ImageFields, requests: list[SamplingParams], results: list[EncodedResult]
+    ) -> dict[str, Any]:
+        first = results[0].finished
+        return {
+            "created": int(time.time()),
+            "data": [
+                await self._image(request, wish, params, result)
+                for params, result in zip(requests, results, strict=True)
+            ],
+            "background": "opaque",
+            "output_format": requests[0].output_format,
+            "quality": None,
+            "size": f"{first.width}x{first.height}",
+            "safety_identifier": wish.safety_identifier,
+            "usage": None,
+        }
+
+    async def _image(
+        self, request: Request, wish: ImageFields, params: SamplingParams, result: EncodedResult
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "b64_json": None,
+            "url": None,
+            "revised_prompt": None,
+            "seed": result.finished.seed,
+            "generation_time": round(result.finished.generation_time, 3),
+            "notes": list(result.finished.notes),
+        }
+        if wish.response_format == "b64_json":
+            found["b64_json"] = (await asyncio.to_thread(base64.b64encode, result.data)).decode("ascii")
+        else:
+            assert params.output_format is not None, "set for every image request"
+            image_id = await self._store.put(result.data, file_format=params.output_format)
+            found["url"] = str(request.url_for("image_content", image_id=image_id))
+        return found
+
+
+def _check_combinations(wish: ImageFields, sampling: Mapping[str, Any]) -> None:
+    if wish.stream:
+        raise UnsupportedParameter("stream", "replies are sent whole")
+    if wish.partial_images:
+        raise UnsupportedParameter("partial_images", "replies are sent whole")
+    if sampling.get("output_compression") is not None and sampling.get("output_format", "png") == "png":
+        raise IncompatibleParameters(
+            "output_compression: PNG is lossless, accepted is output_compression with output_format jpeg or webp",
+            param="output_compression",
+        )
+    most = IMAGE_CALL.accepted["n"].declaration.maximum
+    seed = sampling.get("seed")
+    if isinstance(seed, tuple) and most is not None and len(seed) > most:
+        raise InvalidValue("seed", f"{len(seed)} seeds", f"at most {int(most)}", code="invalid_seed")
+
+
+def _image_requests(sampling: Mapping[str, Any], model: ModelInfo) -> list[SamplingParams]:
+    """One complete request per image, which comes back encoded instead of being saved."""
+    return [
+        dataclasses.replace(
+            params,
+            output_format=params.output_format if "output_format" in sampling else "png",
+            return_encoded=True,
+            save_output=False,
+        )
+        for params in expand({**sampling, "num_frames": 1}, model=model, surface="http")
+    ]

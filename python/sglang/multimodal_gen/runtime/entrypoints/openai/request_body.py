@@ -1,0 +1,241 @@
+"""Reading a request's body: JSON and multipart/form-data, capped while it arrives, nothing accepted twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import Request
+
+from sglang.multimodal_gen.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    DuplicateParameter,
+    InvalidJson,
+    InvalidMultipart,
+    InvalidRequest,
+    InvalidType,
+    InvalidUnicode,
+    UnsupportedMediaType,
+    shown,
+)
+
+_MAX_PARTS = 128
+_DRAINED_BYTES = 16 * 2**20
+_DRAIN_SECONDS = 2.0
+# Where clients of OpenAI's library put fields that it does not know, when they build the body by hand.
+_EXTRA = "extra_body"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BodyLimits:
+    """How much of a body is read, and for how long it is waited for."""
+
+    max_bytes: int = 2**20
+    timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Body:
+    """The fields of a request. Those in `spelled` came as text (multipart) and are read by their declared type."""
+
+    values: dict[str, Any]
+    spelled: frozenset[str] = frozenset()
+
+
+async def read_json(request: Request, limits: BodyLimits) -> Body:
+    """The JSON object that the request carries.
+
+    Raises:
+        ServingError: another content type, too many bytes, too slow, not one JSON object, a key given twice.
+    """
+    if _media_type(request) != "application/json":
+        raise _wrong_media_type(request, "application/json")
+    data = bytearray()
+    await _receive(request, limits, data.extend)
+    return Body(values=_with_extra(_json_object(bytes(data))))
+
+
+async def read_json_or_multipart(request: Request, limits: BodyLimits, *, refuse_file: Callable[[str], None]) -> Body:
+    """The fields of a JSON or a multipart body. `refuse_file(name)` raises when a part is a file.
+
+    Raises:
+        ServingError: as `read_json`; a part that is a file, is not UTF-8 or has no name.
+    """
+    media_type = _media_type(request)
+    if media_type == "application/json":
+        return await read_json(request, limits)
+    if media_type != "multipart/form-data":
+        raise _wrong_media_type(request, "application/json or multipart/form-data")
+    _, options = parse_options_header(request.headers["content-type"])
+    if not options.get(b"boundary"):
+        raise InvalidMultipart("body: the content type multipart/form-data has no boundary")
+    form = _Form(refuse_file)
+    try:
+        parser = MultipartParser(options[b"boundary"], form.callbacks())
+        await _receive(request, limits, parser.write)
+    except FormParserError:
+        raise InvalidMultipart("body: not valid multipart/form-data") from None
+    if not form.complete:
+        raise InvalidMultipart("body: the multipart/form-data ends before its closing boundary")
+    return form.body()
+
+
+class _Form:
+    """Collects the parts of a multipart body."""
+
+    def __init__(self, refuse_file: Callable[[str], None]) -> None:
+        self.complete = False
+        self._refuse_file = refuse_file
+        self._fields: list[tuple[str, bytes]] = []
+        self._header = bytearray()
+        self._header_value = bytearray()
+        self._disposition = b""
+        self._name = ""
+        self._data = bytearray()
+
+    def callbacks(self) -> Any:
+        """What the parser calls, part by part."""
+        return {
+            "on_part_begin": self._on_part_begin,
+            "on_header_field": lambda data, start, end: self._header.extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self._header_value.extend(data[start:end]),
+            "on_header_end": self._on_header_end,
+            "on_headers_finished": self._on_headers_finished,
+            "on_part_data": lambda data, start, end: self._data.extend(data[start:end]),
+            "on_part_end": lambda: self._fields.append((self._name, bytes(self._data))),
+            "on_end": self._on_end,
+        }
+
+    def _on_part_begin(self) -> None:
+        if len(self._fields) >= _MAX_PARTS:
+            raise InvalidMultipart(f"body: more than the {_MAX_PARTS} parts that are accepted")
+        self._disposition = b""
+        self._data.clear()
+
+    def _on_header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition = bytes(self._header_value)
+        self._header.clear()
+        self._header_value.clear()
+
+    def _on_headers_finished(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        self._name = _utf8(options.get(b"name", b""), "a part's name")
+        if not self._name:
+            raise InvalidMultipart("body: a part has no name")
+        if b"filename" in options or b"filename*" in options:
+            self._refuse_file(self._name.partition("[")[0])
+
+    def _on_end(self) -> None:
+        self.complete = True
+
+    def body(self) -> Body:
+        """The fields; `name[]` collects a list, any other name may come once."""
+        values: dict[str, Any] = {}
+        for name, data in self._fields:
+            text = _utf8(data, name)
+            if name.endswith("[]"):
+                values.setdefault(name.removesuffix("[]"), []).append(text)
+                continue
+            # `name[key]` spells an object, which no field of ours is: the base name says what is refused.
+            name = name.partition("[")[0]
+            if name in values:
+                raise DuplicateParameter(name)
+            values[name] = text
+        spelled = frozenset(values) - {_EXTRA}
+        if _EXTRA in values:
+            values[_EXTRA] = _json_object(str(values[_EXTRA]).encode())
+        return Body(values=_with_extra(values), spelled=spelled)
+
+
+def _utf8(data: bytes, what: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InvalidUnicode(f"{shown(what)}: not valid UTF-8", param=what) from None
+
+
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _wrong_media_type(request: Request, accepted: str) -> UnsupportedMediaType:
+    given = request.headers.get("content-type") or "no content type"
+    return UnsupportedMediaType(f"content-type: got {shown(given)}, accepted is {accepted}")
+
+
+async def _receive(request: Request, limits: BodyLimits, take: Callable[[bytes], object]) -> None:
+    """Hand the body's chunks to `take`. When they are refused, the rest is read and dropped for a moment, so that the
+    answer reaches a client that reads only once it has sent everything."""
+    stream = request.stream()
+    deadline = time.monotonic() + limits.timeout_s
+    num_bytes = 0
+    try:
+        while (chunk := await _next_chunk(stream, deadline)) is not None:
+            num_bytes += len(chunk)
+            if num_bytes > limits.max_bytes:
+                raise BodyTooLarge(limits.max_bytes)
+            take(chunk)
+    except (InvalidRequest, FormParserError) as error:
+        if not isinstance(error, BodyTimeout):
+            await _drain(stream)
+        raise
+
+
+async def _next_chunk(stream: AsyncIterator[bytes], deadline: float) -> bytes | None:
+    try:
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            return await anext(stream, None)
+    except TimeoutError:
+        raise BodyTimeout("body: arrived too slowly; send it without pauses") from None
+
+
+async def _drain(stream: AsyncIterator[bytes]) -> None:
+    deadline = time.monotonic() + _DRAIN_SECONDS
+    num_bytes = 0
+    try:
+        while num_bytes < _DRAINED_BYTES and (chunk := await _next_chunk(stream, deadline)) is not None:
+            num_bytes += len(chunk)
+    except BodyTimeout:
+        return
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError):  # the latter for an object nested deeper than the interpreter's stack
+        raise InvalidJson("body: not valid JSON in UTF-8") from None
+    if not isinstance(found, dict):
+        raise InvalidJson(f"body: got JSON of another kind ({type(found).__name__}), accepted is an object")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise DuplicateParameter(name)
+        found[name] = value
+    return found
+
+
+def _with_extra(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with the fields of `extra_body` beside the others."""
+    extra = values.get(_EXTRA)
+    if extra is None:
+        return {name: value for name, value in values.items() if name != _EXTRA}
+    if not isinstance(extra, dict):
+        raise InvalidType(_EXTRA, extra, "an object of further fields")
+    merged = {name: value for name, value in values.items() if name != _EXTRA}
+    for name, value in extra.items():
+        if name in merged:
+            raise DuplicateParameter(name)
+        merged[name] = value
+    return merged

@@ -1,0 +1,107 @@
+"""From what a client said to complete requests: defaults merged, seeds drawn, limits checked at the door."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sglang.multimodal_gen.configs.declare import Surface, check_names, parameters
+from sglang.multimodal_gen.configs.model_info import ModelInfo, TaskLimits
+from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, MAX_SEED, SamplingParams
+from sglang.multimodal_gen.errors import (
+    FramesNotSupported,
+    InvalidType,
+    InvalidValue,
+    MissingParameter,
+    SizeNotDivisible,
+    SizeTooLarge,
+)
+
+
+def expand(values: Mapping[str, Any], *, model: ModelInfo, surface: Surface) -> list[SamplingParams]:
+    """One complete SamplingParams per output of one or several prompts, in order; see `expand_prompts`."""
+    return [params for outputs in expand_prompts(values, model=model, surface=surface) for params in outputs]
+
+
+def expand_prompts(values: Mapping[str, Any], *, model: ModelInfo, surface: Surface) -> list[list[SamplingParams]]:
+    """For each prompt, one complete SamplingParams per output.
+
+    `values` holds SamplingParams fields; `prompt` may be one text or a list of them.
+
+    Raises:
+        InvalidRequest: any subclass that names the field, the value and what is accepted.
+    """
+    known = {name: p for name, p in parameters(SamplingParams).items() if surface in p.declaration.exposed}
+    check_names(values, known, what="parameter")
+    expanded = []
+    for prompt in _prompts(values):
+        wish = SamplingParams.from_values({**values, "prompt": prompt})
+        wish.require_prompt()
+        complete = wish.filled_from(model.defaults, GENERAL_DEFAULTS)
+        check_limits(complete, model.limits)
+        expanded.append(_outputs(complete))
+    return expanded
+
+
+def _prompts(values: Mapping[str, Any]) -> Sequence[Any]:
+    prompt = values.get("prompt")
+    if prompt is None:
+        raise MissingParameter("prompt: nothing given, accepted is a text", param="prompt")
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list | tuple) or not prompt:
+        raise InvalidType("prompt", prompt, "a text or a list of texts")
+    if len(prompt) > 1 and values.get("output_file_name") is not None:
+        raise InvalidValue(
+            "output_file_name", values["output_file_name"], "no fixed name when there are several prompts"
+        )
+    return prompt
+
+
+def _outputs(params: SamplingParams) -> list[SamplingParams]:
+    """One per output, each with a single seed of its own."""
+    count = params.num_outputs_per_prompt
+    if isinstance(params.seed, tuple):
+        if len(params.seed) != count and count != 1:
+            raise InvalidValue(
+                "seed", list(params.seed), f"one seed, or as many as outputs per prompt ({count})", code="invalid_seed"
+            )
+        seeds = list(params.seed)
+    else:
+        first = secrets.randbelow(2**32) if params.seed is None else params.seed
+        seeds = [first + index for index in range(count)]
+    if seeds[-1] > MAX_SEED:
+        raise InvalidValue("seed", seeds[0], f"at most {MAX_SEED - count + 1} for {count} outputs", code="invalid_seed")
+    return [
+        dataclasses.replace(
+            params,
+            seed=seed,
+            num_outputs_per_prompt=1,
+            output_file_name=_numbered(params.output_file_name, index, len(seeds)),
+        )
+        for index, seed in enumerate(seeds)
+    ]
+
+
+def _numbered(name: str | None, index: int, count: int) -> str | None:
+    """`clip.mp4` -> `clip_0.mp4`, `clip_1.mp4` where there are several."""
+    if name is None or count == 1:
+        return name
+    stem, dot, ending = name.rpartition(".")
+    return f"{stem}_{index}.{ending}" if dot else f"{name}_{index}"
+
+
+def check_limits(params: SamplingParams, limits: TaskLimits) -> None:
+    """Raises what is wrong with size or frame count for this model."""
+    assert params.width is not None and params.height is not None and params.num_frames is not None
+    multiple = limits.size_multiple
+    if params.width * params.height > limits.max_pixels:
+        raise SizeTooLarge(
+            f"size: got {params.width}x{params.height}, accepted are at most {limits.max_pixels} pixels", param="size"
+        )
+    if params.width % multiple or params.height % multiple:
+        raise SizeNotDivisible(width=params.width, height=params.height, multiple=multiple)
+    if params.num_frames > limits.max_frames or (params.num_frames - 1) % limits.frame_stride:
+        raise FramesNotSupported(params.num_frames, stride=limits.frame_stride, maximum=limits.max_frames)

@@ -1,0 +1,214 @@
+"""The supervisor: starts scheduler, output process and HTTP server, replaces what dies, stops them in order.
+
+`launch_server(args)` is `sglang serve`, in the calling process. For the Python API the same supervisor runs as a child
+(`python -m sglang.multimodal_gen.runtime.launch_server FD`) without HTTP; its parent's death, by whatever signal, ends
+everything. Neither imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+
+from sglang.multimodal_gen.errors import EngineStopped, PortInUse
+from sglang.multimodal_gen.registry import get_model_info
+from sglang.multimodal_gen.runtime.managers.child_process import ChildProcess, inherited_connection
+from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
+from sglang.multimodal_gen.runtime.managers.messages import (
+    ClientLost,
+    EngineStarted,
+    Message,
+    SchedulerLost,
+    encode,
+)
+from sglang.multimodal_gen.runtime.managers.run_dir import OwnedRunDir
+from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
+from sglang.multimodal_gen.runtime.server_args import HttpArgs, ServerArgs
+
+logger = logging.getLogger(__name__)
+
+HTTP_CLIENT_NAME = "http"
+_PACKAGE = "sglang.multimodal_gen.runtime"
+_MODULES = {
+    "scheduler": f"{_PACKAGE}.managers.scheduler",
+    "output": f"{_PACKAGE}.managers.output_process",
+    "http": f"{_PACKAGE}.entrypoints.http_main",
+}
+_STOP_ORDER = ("http", "scheduler", "output")
+_STOP_GRACE_S = {"http": 5.0, "scheduler": 5.0, "output": 1.0}
+_MAX_RESTARTS = 3
+_RESTART_WINDOW_S = 60.0
+
+
+@dataclass
+class Supervisor:
+    """The engine's processes. `notify` gets notes for an entry point that is our parent."""
+
+    args: ServerArgs
+    http_socket: socket.socket | None = None
+    notify: Callable[[Message], None] = lambda note: None
+    children: dict[str, ChildProcess] = field(default_factory=dict)
+    restarts: list[float] = field(default_factory=list)
+    config: EngineConfig | None = None
+
+    def run(self, run_dir: OwnedRunDir, stop: StopSignal) -> int:
+        """Until a stop signal; 0 after an orderly stop, 1 when processes kept dying."""
+        self.config = EngineConfig.of_this_process(self.args, str(run_dir.paths.base))
+        for name in ("scheduler", "output", *(("http",) if self.http_socket else ())):
+            self._start(name)
+        self.notify(EngineStarted(run_dir=self.config.run_dir))
+        healthy = True
+        try:
+            while healthy and not stop.wait(self._child_fds()):
+                healthy = all(self._replace(name) for name in _STOP_ORDER if self._is_dead(name))
+        finally:
+            self._stop_all(stop)
+        return 0 if healthy else 1
+
+    def _start(self, name: str) -> None:
+        assert self.config is not None
+        fds = (self.http_socket.fileno(),) if name == "http" and self.http_socket else ()
+        self.children[name] = ChildProcess(_MODULES[name], config=self.config.to_bytes(), pass_fds=fds, nice_name=name)
+
+    def _child_fds(self) -> list[int]:
+        return [child.connection.fileno() for child in self.children.values()]
+
+    def _is_dead(self, name: str) -> bool:
+        child = self.children.get(name)
+        return child is not None and not child.is_alive()
+
+    def _replace(self, name: str) -> bool:
+        """Start a dead process again; False when that happens too often."""
+        child = self.children.pop(name)
+        logger.error("the %s process (pid %d) %s", name, child.pid, child.describe_exit())
+        child.close(grace_s=0)
+        now = time.monotonic()
+        self.restarts = [moment for moment in self.restarts if now - moment < _RESTART_WINDOW_S] + [now]
+        restarting = len(self.restarts) <= _MAX_RESTARTS
+        if name == "scheduler":
+            self._tell_clients(
+                SchedulerLost(error=EngineStopped("the scheduler process died").info(), restarting=restarting)
+            )
+        if not restarting:
+            logger.error("processes died %d times within %.0f s; giving up", len(self.restarts), _RESTART_WINDOW_S)
+            return False
+        if name == "http" and "scheduler" in self.children:
+            self.children["scheduler"].send(encode(ClientLost(client_name=HTTP_CLIENT_NAME)))
+        self._start(name)
+        return True
+
+    def _tell_clients(self, note: Message) -> None:
+        self.notify(note)
+        if "http" in self.children:
+            self.children["http"].send(encode(note))
+
+    def _stop_all(self, stop: StopSignal) -> None:
+        for name in _STOP_ORDER:
+            child = self.children.pop(name, None)
+            if child is not None:
+                child.close(grace_s=0 if stop.urgent else _STOP_GRACE_S[name])
+
+
+class StopSignal:
+    """SIGINT, SIGTERM or the parent's end of file; a second signal makes the stop urgent."""
+
+    def __init__(self, parent: Connection | None = None) -> None:
+        self.requested = False
+        self.urgent = False
+        self._parent = parent
+        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, self._on_signal)
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if number != signal.SIGCHLD:
+            self.urgent = self.requested
+            self.requested = True
+
+    def wait(self, child_fds: list[int]) -> bool:
+        """Sleep until a signal, a child's end of file or the parent's; whether to stop."""
+        if self.requested:
+            return True
+        watched = [self._read, *child_fds, *([self._parent.fileno()] if self._parent else [])]
+        ready, _, _ = select.select(watched, [], [], 1.0)
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._read, 4096)
+        if self._parent is not None and self._parent.fileno() in ready:
+            try:
+                self._parent.recv_bytes()
+            except (EOFError, OSError):
+                self.requested = True
+        elif ready and not self.requested:
+            time.sleep(0.01)  # a child's pipe closes a moment before the child can be reaped
+        return self.requested
+
+
+def launch_server(args: ServerArgs) -> int:
+    """Serve over HTTP until a signal; the exit status.
+
+    Raises:
+        PortInUse: before anything is started.
+        ModelError: a local path holds no model that we can serve, likewise.
+    """
+    configure_logging(args.logging)
+    get_model_info(args.model.model_path, model_id=args.model.model_id)
+    stop = StopSignal()
+    with _listening_socket(args.http) as http_socket, contextlib.closing(OwnedRunDir()) as run_dir:
+        host, port = http_socket.getsockname()[:2]
+        logger.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        return Supervisor(args, http_socket=http_socket).run(run_dir, stop)
+
+
+@contextlib.contextmanager
+def _listening_socket(http: HttpArgs) -> Iterator[socket.socket]:
+    """A bound socket that survives restarts of the HTTP process."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(http.host, http.port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror:
+        raise PortInUse(f"host: got {http.host}, accepted is an address of this machine", param="host") from None
+    with socket.socket(family, kind) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            raise PortInUse(_why_not_bound(http, error), param="port") from None
+        listener.listen(2048)
+        yield listener
+
+
+def _why_not_bound(http: HttpArgs, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port: {http.port} on {http.host} is in use; choose another with --port, or 0 for any free one"
+    reason = os.strerror(error.errno or 0)
+    return f"host: cannot listen on {http.host}:{http.port} ({reason}); use an address of this machine"
+
+
+def main() -> None:
+    """The supervisor as a child of a Python program."""
+    parent = inherited_connection()
+    config = EngineConfig.from_bytes(parent.recv_bytes())
+    configure_logging(config.args.logging)
+    config.apply()
+
+    def notify(note: Message) -> None:
+        with contextlib.suppress(OSError):
+            parent.send_bytes(encode(note))
+
+    stop = StopSignal(parent)
+    with contextlib.closing(OwnedRunDir()) as run_dir:
+        sys.exit(Supervisor(config.args, notify=notify).run(run_dir, stop))
+
+
+if __name__ == "__main__":
+    main()

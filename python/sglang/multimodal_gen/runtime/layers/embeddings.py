@@ -1,0 +1,45 @@
+"""Embeddings of timesteps and text. Parameter names are those of published diffusers checkpoints."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
+
+
+def sinusoidal_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Timesteps of any shape [...] -> [..., dim], cosines before sines, in fp32."""
+    half = dim // 2
+    exponent = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps.float().unsqueeze(-1) * torch.exp(exponent)
+    return torch.cat((torch.cos(angles), torch.sin(angles)), dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers around SiLU: [..., F] -> [..., D]."""
+
+    def __init__(self, frequency_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.linear_1 = ReplicatedLinear(frequency_dim, hidden_size)
+        self.linear_2 = ReplicatedLinear(hidden_size, hidden_size)
+
+    def forward(self, frequencies: Tensor) -> Tensor:
+        """Computes in the dtype of its own weights, which loaders may keep in fp32."""
+        return self.linear_2(F.silu(self.linear_1(frequencies.to(self.linear_1.weight.dtype))))
+
+
+class TextProjection(nn.Module):
+    """Two linear layers around tanh-GELU, from the text encoder's width to the transformer's."""
+
+    def __init__(self, text_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.linear_1 = ReplicatedLinear(text_dim, hidden_size)
+        self.linear_2 = ReplicatedLinear(hidden_size, hidden_size)
+
+    def forward(self, prompt_embeds: Tensor) -> Tensor:
+        """[B, L, text_dim] -> [B, L, D]."""
+        return self.linear_2(F.gelu(self.linear_1(prompt_embeds), approximate="tanh"))

@@ -1,0 +1,46 @@
+"""The feed-forward layer of a transformer block, split by hidden feature over the tensor-parallel axis."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.runtime.distributed.parallel_state import ALONE, ProcessAxis
+from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
+
+
+class GELUProjection(nn.Module):
+    """Linear, then GELU; a module of its own because checkpoints name the weight `proj`."""
+
+    def __init__(self, in_features: int, out_features: int, approximate: str, axis: ProcessAxis) -> None:
+        super().__init__()
+        self.proj = ColumnParallelLinear(in_features, out_features, axis=axis)
+        self.approximate = approximate
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return F.gelu(self.proj(hidden_states), approximate=self.approximate)
+
+
+class FeedForward(nn.Module):
+    """[..., I] -> [..., O] through `inner_dim` GELU units. Keys: `net.0.proj`, `net.2` (1 was dropout in training)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        inner_dim: int,
+        out_features: int,
+        *,
+        approximate: Literal["tanh", "none"] = "tanh",
+        axis: ProcessAxis = ALONE,
+    ) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            GELUProjection(in_features, inner_dim, approximate, axis),
+            nn.Identity(),
+            RowParallelLinear(inner_dim, out_features, axis=axis),
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.net(hidden_states)

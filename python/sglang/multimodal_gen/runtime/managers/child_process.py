@@ -1,0 +1,101 @@
+"""Start a child as `python -m module` with one end of a pipe; end of file on that pipe means the parent is gone.
+
+No `multiprocessing` start method is involved, so a plain script, a notebook and a REPL can start an engine without a
+main guard, and nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+
+
+class ChildProcess:
+    """A running child and our end of its pipe."""
+
+    def __init__(self, module: str, *, config: bytes, pass_fds: tuple[int, ...] = (), nice_name: str = "") -> None:
+        self.connection, theirs = Pipe(duplex=True)
+        command = [sys.executable, "-P", "-m", module, str(theirs.fileno()), *map(str, pass_fds)]
+        self.name = nice_name or module.rsplit(".", 1)[-1]
+        self.process = subprocess.Popen(
+            command,
+            pass_fds=(theirs.fileno(), *pass_fds),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C reaches the entry point alone, which then stops the others in order
+        )
+        theirs.close()
+        with contextlib.suppress(OSError):  # a child that is already dead is noticed by whoever watches it
+            self.connection.send_bytes(config)
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self.process.pid
+
+    def is_alive(self) -> bool:
+        """Whether the process runs; reaps it when it does not."""
+        return self.process.poll() is None
+
+    def send(self, payload: bytes) -> bool:
+        """Send one message; False when the child is gone."""
+        try:
+            self.connection.send_bytes(payload)
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def describe_exit(self) -> str:
+        """How the process ended, in words."""
+        code = self.process.poll()
+        if code is None:
+            return "still running"
+        if code < 0:
+            return f"ended by {signal.Signals(-code).name}"
+        return f"exited with status {code}"
+
+    def close(self, *, grace_s: float) -> None:
+        """Close the pipe, wait, then SIGKILL. A stopped process (SIGSTOP) dies of SIGKILL as well."""
+        with contextlib.suppress(OSError):
+            self.connection.close()
+        try:
+            self.process.wait(timeout=grace_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def inherited_connection() -> Connection:
+    """The pipe end that `ChildProcess` handed to this process."""
+    return Connection(int(sys.argv[1]))
+
+
+def inherited_fds() -> tuple[int, ...]:
+    """Further descriptors handed down by `pass_fds`."""
+    return tuple(int(text) for text in sys.argv[2:])
+
+
+def exit_with_parent(
+    connection: Connection, on_message: Callable[[bytes], None], *, cleanup: Callable[[], None]
+) -> None:
+    """Own `connection` in a thread: messages go to `on_message`; at end of file run `cleanup` and leave at once.
+
+    `os._exit` and not an exception: the main thread may be inside a kernel or a collective that never returns.
+    """
+
+    def read() -> None:
+        while True:
+            try:
+                payload = connection.recv_bytes()
+            except (EOFError, OSError):
+                cleanup()
+                os._exit(0)
+            on_message(payload)
+
+    threading.Thread(target=read, name="parent-pipe", daemon=True).start()

@@ -1,0 +1,49 @@
+"""What every process of an engine is told when it starts: plain data, the same for all."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import msgspec
+
+from sglang.multimodal_gen import registry
+from sglang.multimodal_gen.runtime.managers.messages import PROTOCOL_VERSION
+from sglang.multimodal_gen.runtime.server_args import ServerArgs
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options, the run directory, and what `register_configs` added in the parent process.
+
+    `python_path` lets a worker import pipeline classes from where the parent could.
+    """
+
+    args: ServerArgs
+    run_dir: str
+    registrations: tuple[dict[str, Any], ...] = ()
+    python_path: tuple[str, ...] = ()
+    protocol_version: int = PROTOCOL_VERSION
+
+    @classmethod
+    def of_this_process(cls, args: ServerArgs, run_dir: str) -> EngineConfig:
+        """The configuration for children of this process."""
+        return cls(
+            args=args,
+            run_dir=run_dir,
+            registrations=tuple(registry.registrations()),
+            python_path=tuple(entry for entry in sys.path if entry),
+        )
+
+    def to_bytes(self) -> bytes:
+        """For the child's pipe."""
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def from_bytes(cls, payload: bytes) -> EngineConfig:
+        """Raises msgspec.ValidationError on anything that is not an EngineConfig."""
+        return msgspec.msgpack.decode(payload, type=cls)
+
+    def apply(self) -> None:
+        """Make this process see what the parent saw."""
+        sys.path.extend(entry for entry in self.python_path if entry not in sys.path)
+        registry.restore_registrations(list(self.registrations))

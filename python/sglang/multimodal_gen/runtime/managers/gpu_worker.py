@@ -1,0 +1,225 @@
+"""The worker process of one rank: loads the pipeline, executes ticks, decides nothing.
+
+Run as `python -m sglang.multimodal_gen.runtime.managers.gpu_worker FD` by the scheduler. A reader thread owns the
+pipe: at its end of file the process leaves at once, also out of a kernel that never returns. A second thread tells the
+scheduler every second that the process lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import resource
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, cast
+
+from sglang.multimodal_gen.runtime.managers.child_process import exit_with_parent, inherited_connection
+from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
+from sglang.multimodal_gen.runtime.managers.messages import (
+    Admit,
+    AdmitFailed,
+    Admitted,
+    Codec,
+    Heartbeat,
+    LatentsReady,
+    LoadFailed,
+    Loading,
+    Message,
+    ModelReady,
+    OutputChunk,
+    Release,
+    StopWorker,
+    Tick,
+    TickDone,
+    ToWorker,
+    Unit,
+    UnitFailure,
+    encode,
+)
+from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
+from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
+
+logger = logging.getLogger(__name__)
+
+_HEARTBEAT_S = 1.0
+
+
+class Channel:
+    """The worker's end of the pipe: messages in by a thread, messages out from any thread."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.inbox: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
+        self._codec = Codec(ToWorker)
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Begin reading and beating."""
+        exit_with_parent(self.connection, self._receive, cleanup=lambda: None)
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def send(self, message: Message) -> None:
+        """One message to the scheduler; when it is gone, the reader thread ends this process."""
+        with self._lock, contextlib.suppress(OSError):
+            self.connection.send_bytes(encode(message))
+
+    def _receive(self, payload: bytes) -> None:
+        self.inbox.put(cast(ToWorker, self._codec.decode(payload)))
+
+    def _beat(self) -> None:
+        while True:
+            self.send(Heartbeat())
+            time.sleep(_HEARTBEAT_S)
+
+
+class GPUWorker:
+    """Executes what the scheduler says, in the order of the pipe."""
+
+    def __init__(self, config: EngineConfig, channel: Channel, pipeline: Any) -> None:
+        self.config = config
+        self.channel = channel
+        self.pipeline = pipeline
+        self.run_dir = RunDir.at(config.run_dir)
+        self.requests: dict[str, Any] = {}
+        self.min_epoch = 0
+
+    def run(self) -> None:
+        """Until StopWorker."""
+        while True:
+            message = self.channel.inbox.get()
+            if isinstance(message, Tick):
+                self.channel.send(self._tick(message))
+            elif isinstance(message, Admit):
+                self.channel.send(self._admit(message))
+            elif isinstance(message, Release):
+                self._release(message.request_id)
+            elif isinstance(message, StopWorker):
+                return
+
+    def _admit(self, message: Admit) -> Message:
+        try:
+            req = self.pipeline.admit(message.request_id, message.params)
+        except Exception as error:
+            return AdmitFailed(request_id=message.request_id, error=_error_info(error))
+        self.requests[message.request_id] = req
+        return Admitted(request_id=message.request_id, phases=tuple(req.phases), notes=tuple(req.notes))
+
+    def _release(self, request_id: str) -> None:
+        req = self.requests.pop(request_id, None)
+        if req is not None:
+            self.pipeline.release(req)
+
+    def _tick(self, tick: Tick) -> TickDone:
+        failures: list[UnitFailure] = []
+        milliseconds = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
+        dropped = tick.epoch < self.min_epoch
+        if not dropped:
+            for lane, units in (("encode", tick.encode), ("denoise", tick.denoise), ("decode", tick.decode)):
+                if units:
+                    begin = time.perf_counter()
+                    failures += self._run_units(units)
+                    milliseconds[lane] = (time.perf_counter() - begin) * 1000
+        if failures:
+            self.min_epoch = tick.epoch + 1
+        return TickDone(
+            seq=tick.seq,
+            epoch=tick.epoch,
+            dropped=dropped,
+            failures=tuple(failures),
+            encode_ms=milliseconds["encode"],
+            denoise_ms=milliseconds["denoise"],
+            decode_ms=milliseconds["decode"],
+            peak_bytes=0 if dropped else peak_memory_bytes(self.pipeline),
+        )
+
+    def _run_units(self, units: tuple[Unit, ...]) -> list[UnitFailure]:
+        """One unit of each request; on any error none of them has advanced."""
+        requests = [self.requests[unit.request_id] for unit in units]
+        try:
+            for batch in self.pipeline.run_unit(units[0].phase, requests):
+                frames = self.run_dir.put(batch.frames.numpy())
+                self.channel.send(
+                    OutputChunk(
+                        request_id=batch.request_id, first_frame=batch.first_frame, last=batch.last, frames=frames
+                    )
+                )
+            for unit, req in zip(units, requests, strict=True):
+                self._send_latents(unit, req)
+        except Exception as error:
+            info = _error_info(error)
+            alone = len(units) > 1
+            return [UnitFailure(request_id=u.request_id, error=info, retry_alone=alone) for u in units]
+        return []
+
+    def _send_latents(self, unit: Unit, req: Any) -> None:
+        """After the last denoising unit, when the request wants its latents."""
+        wanted = req.params.return_latents or req.params.output_type == "latent"
+        denoising = [phase for phase in req.phases if phase.lane == "denoise"]
+        if not wanted or not denoising or req.latents is None:
+            return
+        if unit.phase == denoising[-1].name and unit.index == denoising[-1].units - 1:
+            latents = self.run_dir.put(req.latents.float().cpu().numpy())
+            self.channel.send(LatentsReady(request_id=unit.request_id, latents=latents))
+
+
+def peak_memory_bytes(pipeline: Any) -> int:
+    """Peak of the device's allocator, or of the process's resident memory on CPU."""
+    if str(pipeline.device).startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _error_info(error: Exception) -> Any:
+    from sglang.multimodal_gen.errors import InternalError, OutOfMemory, ServingError
+
+    if isinstance(error, ServingError):
+        return error.info()
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    ):
+        logger.warning("out of memory: %s", error)
+        return OutOfMemory("the device ran out of memory; use a smaller size or fewer frames").info()
+    logger.exception("a unit failed", exc_info=error)
+    return InternalError("an internal error; the server's log has the details").info()
+
+
+def _load(config: EngineConfig, report: Callable[[str], None]) -> Any:
+    """The pipeline; torch is imported here, with the scheduler told so."""
+    report("importing torch")
+    from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
+
+    report("loading the model")
+    return build_pipeline(config.args.model, config.args.execution, report=report)
+
+
+def main() -> None:
+    """Entry point of the process."""
+    connection = inherited_connection()
+    config = EngineConfig.from_bytes(connection.recv_bytes())
+    configure_logging(config.args.logging)
+    channel = Channel(connection)
+    channel.start()
+    config.apply()
+    try:
+        pipeline = _load(config, lambda detail: channel.send(Loading(detail=detail)))
+    except Exception as error:
+        channel.send(LoadFailed(error=_error_info(error)))
+        return
+    import torch
+
+    worker = GPUWorker(config, channel, pipeline)
+    channel.send(ModelReady(model=pipeline.model_info(), budget_bytes=pipeline.budget_bytes()))
+    with torch.inference_mode():
+        worker.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,411 @@
+"""Every message between processes: closed unions of frozen structs, msgpack on the wire, checked on arrival.
+
+Directions:
+    entry point <-> scheduler   ZMQ DEALER/ROUTER over ipc://   ToScheduler, ToClient
+    scheduler   <-> output      ZMQ PAIR over ipc://            ToOutput, FromOutput
+    scheduler   <-> worker      multiprocessing pipe            ToWorker, FromWorker
+    supervisor   -> child       multiprocessing pipe            SupervisorNote (and life line)
+
+Nothing here is pickled. A message that does not decode is refused alone; the channel goes on.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from sglang.multimodal_gen.configs.model_info import ModelInfo
+from sglang.multimodal_gen.configs.request_plan import Phase
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.errors import ErrorInfo
+
+PROTOCOL_VERSION = 1
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all messages."""
+
+
+class MappedArray(Message):
+    """An array in a file of the server's run directory; whoever maps it unlinks it right after.
+
+    `file` is a bare name (no directory), `dtype` a NumPy dtype string, the bytes are C-contiguous.
+    """
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+# --- entry point -> scheduler ---
+
+
+class Hello(Message, tag="hello"):
+    """First message of a client; answered by Welcome or, when versions differ, by Refused."""
+
+    protocol_version: int
+    client_name: str
+
+
+class GenerateRequest(Message, tag="generate"):
+    """One output of one prompt. `params` is complete: defaults merged in, seed drawn. Answered by events that end with
+    exactly one Finished, Failed or Cancelled."""
+
+    request_id: str
+    params: SamplingParams
+    max_attempts: int = 2
+
+
+class CancelRequest(Message, tag="cancel"):
+    """Stop a request; answered by its one terminal event. Unknown or ended ids are ignored."""
+
+    request_id: str
+
+
+class StatusRequest(Message, tag="status"):
+    """Answered at once with a Status, never behind a generation."""
+
+    query_id: str
+
+
+class ShutdownRequest(Message, tag="shutdown"):
+    """End the engine: running requests end as Cancelled, then every process exits."""
+
+
+ToScheduler = Hello | GenerateRequest | CancelRequest | StatusRequest | ShutdownRequest
+
+
+# --- scheduler -> entry point ---
+
+
+class Welcome(Message, tag="welcome"):
+    """Answer to Hello; the present state follows as an EngineState."""
+
+    protocol_version: int
+
+
+class Refused(Message, tag="refused"):
+    """The message could not be taken; `request_id` is set when it could be read."""
+
+    error: ErrorInfo
+    request_id: str | None = None
+
+
+class EngineState(Message, tag="state"):
+    """Sent on every change. `model` is set from the first `ready` on."""
+
+    state: Literal["starting", "loading", "ready", "recovering", "stopping", "failed"]
+    detail: str = ""
+    model: ModelInfo | None = None
+    error: ErrorInfo | None = None
+
+
+class Status(Message, tag="status_reply"):
+    """A snapshot of the scheduler."""
+
+    query_id: str
+    state: EngineState
+    num_queued: int
+    num_running: int
+    num_workers: int
+    worker_pids: tuple[int, ...]
+    num_worker_restarts: int
+    ledger_files: int
+    ledger_bytes: int
+    ticks: int
+    mean_batch_size: float
+
+
+class Queued(Message, tag="queued"):
+    """The request is accepted; `position` others are before it."""
+
+    request_id: str
+    position: int
+
+
+class Started(Message, tag="started"):
+    """A worker holds the request; `notes` are things the user should know, such as a truncated prompt."""
+
+    request_id: str
+    queue_seconds: float
+    phases: tuple[Phase, ...]
+    notes: tuple[str, ...] = ()
+
+
+class Progress(Message, tag="progress"):
+    """A unit is done. `step` of `total_steps` counts the denoising steps, `fraction` the whole work, 0 to 1."""
+
+    request_id: str
+    phase: str
+    step: int
+    total_steps: int
+    fraction: float
+    eta_s: float | None
+
+
+class Finished(Message, tag="finished"):
+    """Terminal: the outputs are complete. `seconds` and `step_ms` are per stage and per denoising step."""
+
+    request_id: str
+    seed: int
+    width: int
+    height: int
+    num_frames: int
+    output_file_path: str | None
+    frames: MappedArray | None
+    latents: MappedArray | None
+    encoded: MappedArray | None
+    generation_time: float
+    queue_seconds: float
+    stage_seconds: dict[str, float]
+    step_ms: tuple[float, ...]
+    peak_memory_bytes: int
+    attempts: int
+    notes: tuple[str, ...] = ()
+
+
+class Failed(Message, tag="failed"):
+    """Terminal: the request ended with an error."""
+
+    request_id: str
+    error: ErrorInfo
+
+
+class Cancelled(Message, tag="cancelled"):
+    """Terminal: the request was stopped on demand or by shutdown."""
+
+    request_id: str
+    reason: str = "cancelled"
+
+
+RequestEvent = Queued | Started | Progress | Finished | Failed | Cancelled
+ToClient = Welcome | Refused | EngineState | Status | Queued | Started | Progress | Finished | Failed | Cancelled
+TERMINAL_EVENTS = (Finished, Failed, Cancelled)
+
+
+# --- scheduler -> worker ---
+
+
+class Admit(Message, tag="admit"):
+    """Build the request's state; answered by Admitted or AdmitFailed."""
+
+    request_id: str
+    params: SamplingParams
+
+
+class Unit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Unit number `index` of one phase of one request."""
+
+    request_id: str
+    phase: str
+    index: int
+
+
+class Tick(Message, tag="tick"):
+    """Do one unit for each request of each lane; answered by exactly one TickDone."""
+
+    seq: int
+    epoch: int
+    encode: tuple[Unit, ...] = ()
+    denoise: tuple[Unit, ...] = ()
+    decode: tuple[Unit, ...] = ()
+
+
+class Release(Message, tag="release"):
+    """Forget a request and free its tensors; idempotent."""
+
+    request_id: str
+
+
+class StopWorker(Message, tag="stop"):
+    """Exit after the running tick."""
+
+
+ToWorker = Admit | Tick | Release | StopWorker
+
+
+# --- worker -> scheduler ---
+
+
+class Loading(Message, tag="loading"):
+    """What the worker is doing while it loads, for /health and the log."""
+
+    detail: str
+
+
+class ModelReady(Message, tag="model_ready"):
+    """The worker has loaded and answers ticks from now on. `budget_bytes` is free for running requests."""
+
+    model: ModelInfo
+    budget_bytes: int
+
+
+class Heartbeat(Message, tag="heartbeat"):
+    """The worker process is alive, whatever its main thread does; sent every second."""
+
+
+class LoadFailed(Message, tag="load_failed"):
+    """The model cannot be loaded; the worker exits."""
+
+    error: ErrorInfo
+
+
+class Admitted(Message, tag="admitted"):
+    """The request's phases, in order."""
+
+    request_id: str
+    phases: tuple[Phase, ...]
+    notes: tuple[str, ...] = ()
+
+
+class AdmitFailed(Message, tag="admit_failed"):
+    """The request cannot run on this model or machine; the worker holds nothing of it."""
+
+    request_id: str
+    error: ErrorInfo
+
+
+class OutputChunk(Message, tag="chunk"):
+    """Decoded frames [T, H, W, 3] uint8 from `first_frame` on; sent before the TickDone of the unit that made them."""
+
+    request_id: str
+    first_frame: int
+    last: bool
+    frames: MappedArray
+
+
+class LatentsReady(Message, tag="latents"):
+    """Final latents [C, T, H, W] float32, sent only when the request wants them."""
+
+    request_id: str
+    latents: MappedArray
+
+
+class UnitFailure(Message):
+    """One request's unit failed; the others of the tick stand."""
+
+    request_id: str
+    error: ErrorInfo
+    retry_alone: bool
+
+
+class TickDone(Message, tag="tick_done"):
+    """Outcome of one Tick. `dropped`: it was of an old epoch and nothing ran. Milliseconds per lane."""
+
+    seq: int
+    epoch: int
+    dropped: bool
+    failures: tuple[UnitFailure, ...]
+    encode_ms: float
+    denoise_ms: float
+    decode_ms: float
+    peak_bytes: int
+
+
+FromWorker = (
+    Heartbeat | Loading | ModelReady | LoadFailed | Admitted | AdmitFailed | OutputChunk | LatentsReady | TickDone
+)
+
+
+# --- scheduler -> output process ---
+
+
+class OpenOutput(Message, tag="open_output"):
+    """A request's frames will follow; `num_frames` is their total. `directory` None: nothing is saved."""
+
+    request_id: str
+    params: SamplingParams
+    num_frames: int
+    directory: str | None
+
+
+class OutputFrames(Message, tag="output_frames"):
+    """The next frames of an opened output."""
+
+    request_id: str
+    first_frame: int
+    last: bool
+    frames: MappedArray
+
+
+class DropOutput(Message, tag="drop_output"):
+    """The request was cancelled or failed: discard what there is of it."""
+
+    request_id: str
+
+
+ToOutput = OpenOutput | OutputFrames | DropOutput
+
+
+# --- output process -> scheduler ---
+
+
+class OutputHello(Message, tag="output_hello"):
+    """A fresh output process is listening; outputs that an earlier one held are lost."""
+
+    protocol_version: int
+
+
+class OutputDone(Message, tag="output_done"):
+    """An output is complete: saved under its final name, or returned, or both."""
+
+    request_id: str
+    output_file_path: str | None
+    frames: MappedArray | None
+    encoded: MappedArray | None
+    encode_seconds: float
+
+
+class OutputFailed(Message, tag="output_failed"):
+    """An output could not be encoded or saved; nothing of it is left on disk."""
+
+    request_id: str
+    error: ErrorInfo
+
+
+FromOutput = OutputHello | OutputDone | OutputFailed
+
+
+# --- supervisor -> scheduler, entry point ---
+
+
+class ClientLost(Message, tag="client_lost"):
+    """The entry point of that name is gone: cancel what it asked for."""
+
+    client_name: str
+
+
+class SchedulerLost(Message, tag="scheduler_lost"):
+    """The scheduler died; requests that it held end with this error, and a new one is started if `restarting`."""
+
+    error: ErrorInfo
+    restarting: bool
+
+
+class EngineStarted(Message, tag="engine_started"):
+    """The processes run; the scheduler listens in this run directory."""
+
+    run_dir: str
+
+
+SupervisorNote = ClientLost | SchedulerLost | EngineStarted
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """The bytes of one message."""
+    return _ENCODER.encode(message)
+
+
+class Codec:
+    """Decodes one direction's union; raises msgspec.DecodeError or ValidationError on anything else."""
+
+    def __init__(self, union: object) -> None:
+        self._decoder = msgspec.msgpack.Decoder(union)
+
+    def decode(self, payload: bytes | bytearray | memoryview) -> object:
+        """One message of the union."""
+        return self._decoder.decode(payload)

@@ -1,0 +1,72 @@
+"""The scheduler's side of the output process, and the ledger of files that are under way."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import cast
+
+import zmq
+
+from sglang.multimodal_gen.runtime.managers.messages import MappedArray, Message, ToOutput, encode
+from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
+
+
+@dataclass
+class OutputLink:
+    """Sends to the output process; holds messages back until it has said hello."""
+
+    socket: zmq.Socket[bytes]
+    connected: bool = False
+    _backlog: deque[bytes] = field(default_factory=deque)
+
+    def send(self, message: ToOutput) -> None:
+        """In order, never blocking."""
+        self._backlog.append(encode(cast(Message, message)))
+        self.flush()
+
+    def greeted(self) -> bool:
+        """An output process said hello; whether an earlier one had been there before it."""
+        again, self.connected = self.connected, True
+        if again:
+            self._backlog.clear()
+        self.flush()
+        return again
+
+    def flush(self) -> None:
+        """Send what is held back, as far as the socket takes it."""
+        while self.connected and self._backlog:
+            try:
+                self.socket.send(self._backlog[0], zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._backlog.popleft()
+
+
+@dataclass
+class Ledger:
+    """Mapped files by name, with the request they belong to, until their receiver has mapped them."""
+
+    run_dir: RunDir
+    _files: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+    def add(self, request_id: str, *arrays: MappedArray | None) -> None:
+        """Files that some process wrote for another one."""
+        for array in arrays:
+            if array is not None:
+                size = 1
+                for side in array.shape:
+                    size *= side
+                self._files[array.file] = (request_id, size)
+
+    def drop_request(self, request_id: str) -> None:
+        """Unlink whatever is left of a request that nobody waits for."""
+        for file in [name for name, (owner, _) in self._files.items() if owner == request_id]:
+            self.run_dir.discard(file)
+            del self._files[file]
+
+    def settle(self) -> tuple[int, int]:
+        """Strike out files that were mapped; how many files and elements are left."""
+        for file in [name for name in self._files if not self.run_dir.exists(name)]:
+            del self._files[file]
+        return len(self._files), sum(size for _, size in self._files.values())

@@ -1,0 +1,183 @@
+"""The output process: encodes and saves frames while later ones are still being decoded. No torch.
+
+Run as `python -m sglang.multimodal_gen.runtime.managers.output_process FD` by the supervisor. Each output has a thread
+of its own, fed in order; a worker never waits for a file.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from typing import cast
+
+import msgspec
+import numpy as np
+import zmq
+
+from sglang.multimodal_gen.errors import InternalError, ServingError
+from sglang.multimodal_gen.runtime.managers.child_process import exit_with_parent, inherited_connection
+from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
+from sglang.multimodal_gen.runtime.managers.messages import (
+    PROTOCOL_VERSION,
+    Codec,
+    DropOutput,
+    MappedArray,
+    Message,
+    OpenOutput,
+    OutputDone,
+    OutputFailed,
+    OutputFrames,
+    OutputHello,
+    ToOutput,
+    encode,
+)
+from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
+from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
+from sglang.multimodal_gen.runtime.postprocess.saving import OutputWriter
+
+logger = logging.getLogger(__name__)
+
+_WAKE = "inproc://replies"
+
+
+class OutputJob:
+    """One output on its way to a file, to the client, or both."""
+
+    def __init__(self, opened: OpenOutput, run_dir: RunDir) -> None:
+        self.opened = opened
+        self.run_dir = run_dir
+        self.seconds = 0.0
+        self.returned: MappedArray | None = None
+        self._returned_view: np.ndarray | None = None
+        params = opened.params
+        directory = opened.directory
+        if params.return_encoded:
+            directory = str(run_dir.private_state)
+        self.writer = None if directory is None else OutputWriter(params, directory, num_frames=opened.num_frames)
+
+    def add(self, message: OutputFrames) -> OutputDone | None:
+        """Take the next frames; the reply when they were the last."""
+        frames = self.run_dir.take(message.frames)
+        begin = time.perf_counter()
+        if self.writer is not None:
+            self.writer.write(frames)
+        if self.opened.params.return_frames:
+            if self._returned_view is None:
+                shape = (self.opened.num_frames, *frames.shape[1:])
+                self.returned, self._returned_view = self.run_dir.allocate(shape, "|u1")
+            self._returned_view[message.first_frame : message.first_frame + len(frames)] = frames
+        self.seconds += time.perf_counter() - begin
+        return self._finish() if message.last else None
+
+    def _finish(self) -> OutputDone:
+        begin = time.perf_counter()
+        path = None if self.writer is None else self.writer.close()
+        encoded = None
+        if path is not None and self.opened.params.return_encoded:
+            encoded = self.run_dir.put(np.frombuffer(path.read_bytes(), dtype=np.uint8))
+            path.unlink()
+            path = None
+        self._returned_view = None
+        return OutputDone(
+            request_id=self.opened.request_id,
+            output_file_path=None if path is None else str(path),
+            frames=self.returned,
+            encoded=encoded,
+            encode_seconds=self.seconds + time.perf_counter() - begin,
+        )
+
+    def abandon(self) -> None:
+        """Nothing of this output stays."""
+        if self.writer is not None:
+            self.writer.abort()
+        if self.returned is not None:
+            self.run_dir.discard(self.returned.file)
+
+
+class OutputProcess:
+    """Deals messages to one thread per output and brings their replies back."""
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self.run_dir = run_dir
+        self.context = zmq.Context()
+        self.scheduler = self.context.socket(zmq.PAIR)
+        self.scheduler.set_hwm(0)
+        self.scheduler.connect(run_dir.output_address)
+        self.replies = self.context.socket(zmq.PULL)
+        self.replies.bind(_WAKE)
+        self.inboxes: dict[str, queue.SimpleQueue[ToOutput]] = {}
+        self._codec = Codec(ToOutput)
+
+    def run(self) -> None:
+        """For ever; the parent's pipe ends the process."""
+        self.scheduler.send(encode(OutputHello(protocol_version=PROTOCOL_VERSION)))
+        poller = zmq.Poller()
+        poller.register(self.scheduler, zmq.POLLIN)
+        poller.register(self.replies, zmq.POLLIN)
+        while True:
+            ready = dict(poller.poll())
+            if self.replies in ready:
+                request_id, payload = self.replies.recv_multipart()
+                if payload:
+                    self.scheduler.send(payload)
+                self.inboxes.pop(request_id.decode(), None)
+            if self.scheduler in ready:
+                self._dispatch(self.scheduler.recv())
+
+    def _dispatch(self, payload: bytes) -> None:
+        try:
+            message = cast(ToOutput, self._codec.decode(payload))
+        except msgspec.DecodeError:
+            logger.exception("a message does not decode")
+            return
+        if isinstance(message, OpenOutput):
+            inbox: queue.SimpleQueue[ToOutput] = queue.SimpleQueue()
+            self.inboxes[message.request_id] = inbox
+            thread = threading.Thread(target=self._serve, args=(message, inbox), name="output", daemon=True)
+            thread.start()
+        elif message.request_id in self.inboxes:
+            self.inboxes[message.request_id].put(message)
+        elif isinstance(message, OutputFrames):
+            self.run_dir.discard(message.frames.file)
+
+    def _serve(self, opened: OpenOutput, inbox: queue.SimpleQueue[ToOutput]) -> None:
+        """One output, from opening to its one reply."""
+        reply: Message | None = None
+        job: OutputJob | None = None
+        try:
+            job = OutputJob(opened, self.run_dir)
+            while reply is None:
+                message = inbox.get()
+                if isinstance(message, DropOutput):
+                    break
+                reply = job.add(cast(OutputFrames, message))
+        except ServingError as error:
+            reply = OutputFailed(request_id=opened.request_id, error=error.info())
+        except Exception:
+            logger.exception("saving failed")
+            error = InternalError("the result could not be saved; the server's log has the details")
+            reply = OutputFailed(request_id=opened.request_id, error=error.info())
+        if job is not None and not isinstance(reply, OutputDone):
+            job.abandon()
+        self._reply(opened.request_id, reply)
+
+    def _reply(self, request_id: str, reply: Message | None) -> None:
+        push = self.context.socket(zmq.PUSH)
+        push.connect(_WAKE)
+        push.send_multipart([request_id.encode(), b"" if reply is None else encode(reply)])
+        push.close()
+
+
+def main() -> None:
+    """Entry point of the process."""
+    parent = inherited_connection()
+    config = EngineConfig.from_bytes(parent.recv_bytes())
+    configure_logging(config.args.logging)
+    exit_with_parent(parent, lambda _: None, cleanup=lambda: None)
+    OutputProcess(RunDir.at(config.run_dir)).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""The server's private run directory, and arrays that travel through it as mapped files.
+
+One directory under the temp directory holds sockets, the lock and private state; a twin in /dev/shm holds the arrays
+when there is room. Both are mode 0700 and go with the server; what a killed server left behind is swept by the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sglang.multimodal_gen.errors import StorageError
+from sglang.multimodal_gen.runtime.managers.messages import MappedArray
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_PREFIX = "sglang-run-"
+_SHARED_MEMORY = Path("/dev/shm")
+_YOUNG_SECONDS = 30.0  # a server may be between creating a directory and its lock file
+_LOCK_SECONDS = 2.0  # or between creating the lock file and locking it
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run. `fast` is the directory in shared memory, None where there is none."""
+
+    base: Path
+    fast: Path | None
+
+    @classmethod
+    def at(cls, base: str) -> RunDir:
+        """The run directory that another process of this server created."""
+        twin = _SHARED_MEMORY / Path(base).name
+        return cls(Path(base), twin if twin.is_dir() else None)
+
+    @property
+    def scheduler_address(self) -> str:
+        """Where entry points reach the scheduler."""
+        return f"ipc://{self.base / 'scheduler.sock'}"
+
+    @property
+    def output_address(self) -> str:
+        """Where the output process reaches the scheduler."""
+        return f"ipc://{self.base / 'output.sock'}"
+
+    @property
+    def private_state(self) -> Path:
+        """For files that live as long as the server when it has no --state-dir."""
+        path = self.base / "state"
+        path.mkdir(mode=0o700, exist_ok=True)
+        return path
+
+    def remove(self) -> None:
+        """Delete everything; whatever is already gone is fine."""
+        for path in (self.fast, self.base):
+            if path is not None:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def put(self, array: np.ndarray) -> MappedArray:
+        """`array` (any dtype, made contiguous) as a file for one receiver.
+
+        Raises:
+            StorageError: neither shared memory nor the temp directory has room.
+        """
+        file, view = self._create(array.nbytes)
+        if array.nbytes:
+            import numpy as np  # not needed by processes that only pass names on
+
+            np.frombuffer(view, dtype=array.dtype).reshape(array.shape)[...] = array
+        return MappedArray(file=file, shape=tuple(int(n) for n in array.shape), dtype=array.dtype.str)
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> tuple[MappedArray, np.ndarray]:
+        """A file to be filled in place, and the array over it."""
+        import numpy as np
+
+        kind = np.dtype(dtype)
+        file, view = self._create(int(np.prod(shape, dtype=np.int64)) * kind.itemsize)
+        return MappedArray(file=file, shape=shape, dtype=kind.str), np.frombuffer(view, dtype=kind).reshape(shape)
+
+    def take(self, ref: MappedArray) -> np.ndarray:
+        """Map the file and unlink it; the memory lives as long as the array."""
+        import numpy as np
+
+        kind = np.dtype(ref.dtype)
+        path = self._find(ref.file)
+        size = int(np.prod(ref.shape, dtype=np.int64)) * kind.itemsize
+        with path.open("r+b") as stream:
+            actual = os.fstat(stream.fileno()).st_size
+            if actual < size:
+                raise StorageError("an array between two processes was cut short")
+            view = mmap.mmap(stream.fileno(), size) if size else b""
+        path.unlink()
+        return np.frombuffer(view, dtype=kind).reshape(ref.shape)
+
+    def discard(self, file: str) -> None:
+        """Unlink a file that nobody will map; it may be gone already."""
+        for directory in (self.fast, self.base):
+            if directory is not None:
+                (directory / file).unlink(missing_ok=True)
+
+    def exists(self, file: str) -> bool:
+        """Whether nobody has mapped the file yet."""
+        return any(d is not None and (d / file).exists() for d in (self.fast, self.base))
+
+    def _find(self, file: str) -> Path:
+        if "/" in file or not file.startswith("m-"):
+            raise StorageError("a message named a file outside the run directory")
+        for directory in (self.fast, self.base):
+            if directory is not None and (directory / file).exists():
+                return directory / file
+        raise StorageError("an array between two processes is gone")
+
+    def _create(self, size: int) -> tuple[str, mmap.mmap | bytes]:
+        file = f"m-{secrets.token_hex(12)}"
+        for directory in (self.fast, self.base):
+            if directory is None:
+                continue
+            try:
+                return file, _allocate(directory / file, size)
+            except OSError as error:
+                (directory / file).unlink(missing_ok=True)
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG):
+                    raise
+        raise StorageError(f"no room for {size / 2**20:.0f} MiB in shared memory or the temp directory")
+
+
+def _allocate(path: Path, size: int) -> mmap.mmap | bytes:
+    """Create and map a file of `size` bytes whose blocks are really there, so that writing cannot hit SIGBUS."""
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    try:
+        if not size:
+            return b""
+        os.posix_fallocate(fd, 0, size)
+        return mmap.mmap(fd, size)
+    finally:
+        os.close(fd)
+
+
+class OwnedRunDir:
+    """A run directory that this process created and locks; `close` removes it."""
+
+    def __init__(self) -> None:
+        sweep()
+        base = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self._lock = _lock_file(base / "lock")
+        self.paths = RunDir(base, self._make_twin(base.name))
+
+    @staticmethod
+    def _make_twin(name: str) -> Path | None:
+        twin = _SHARED_MEMORY / name
+        try:
+            twin.mkdir(mode=0o700)
+        except OSError:
+            return None
+        return twin
+
+    def close(self) -> None:
+        """Remove the directory, then let go of the lock."""
+        self.paths.remove()
+        os.close(self._lock)
+
+
+def _lock_file(path: Path) -> int:
+    fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return fd
+
+
+def sweep() -> None:
+    """Remove run directories of this user whose server is gone."""
+    for base in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
+        with contextlib.suppress(OSError):
+            if base.stat().st_uid == os.getuid() and _is_orphan(base):
+                RunDir(base, _SHARED_MEMORY / base.name).remove()
+    if _SHARED_MEMORY.is_dir():
+        for twin in _SHARED_MEMORY.glob(_PREFIX + "*"):
+            with contextlib.suppress(OSError):
+                ours = twin.stat().st_uid == os.getuid() and time.time() - twin.stat().st_mtime > _YOUNG_SECONDS
+                if ours and not (Path(tempfile.gettempdir()) / twin.name).exists():
+                    shutil.rmtree(twin, ignore_errors=True)
+
+
+def _is_orphan(base: Path) -> bool:
+    """Whether nobody holds the lock. A directory without one may be a server that is just starting."""
+    try:
+        fd = os.open(base / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return time.time() - base.stat().st_mtime > _YOUNG_SECONDS
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return time.time() - base.stat().st_mtime > _LOCK_SECONDS

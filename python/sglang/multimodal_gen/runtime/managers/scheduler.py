@@ -1,0 +1,555 @@
+"""The scheduler process: it decides every step. No torch, no models; queue, batching, cancel, retry, progress.
+
+Run as `python -m sglang.multimodal_gen.runtime.managers.scheduler FD` by the supervisor.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any, cast
+
+import msgspec
+import zmq
+
+from sglang.multimodal_gen.configs.request_plan import LANES
+from sglang.multimodal_gen.errors import (
+    EngineStopped,
+    ErrorInfo,
+    InvalidRequest,
+    ModelError,
+    ProtocolMismatch,
+    QueueFull,
+    StorageError,
+    WorkerLost,
+)
+from sglang.multimodal_gen.runtime.managers.batching import Limits, plan
+from sglang.multimodal_gen.runtime.managers.child_process import inherited_connection
+from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
+from sglang.multimodal_gen.runtime.managers.messages import (
+    PROTOCOL_VERSION,
+    Admit,
+    AdmitFailed,
+    Admitted,
+    Cancelled,
+    CancelRequest,
+    ClientLost,
+    Codec,
+    DropOutput,
+    EngineState,
+    Failed,
+    FromOutput,
+    GenerateRequest,
+    Heartbeat,
+    Hello,
+    LatentsReady,
+    LoadFailed,
+    Loading,
+    Message,
+    ModelReady,
+    OpenOutput,
+    OutputChunk,
+    OutputDone,
+    OutputFailed,
+    OutputFrames,
+    OutputHello,
+    Queued,
+    Refused,
+    Release,
+    ShutdownRequest,
+    Started,
+    Status,
+    StatusRequest,
+    SupervisorNote,
+    Tick,
+    TickDone,
+    ToScheduler,
+    Unit,
+    Welcome,
+    encode,
+)
+from sglang.multimodal_gen.runtime.managers.output_link import Ledger, OutputLink
+from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
+from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
+from sglang.multimodal_gen.runtime.managers.timing import LearnedTimes
+from sglang.multimodal_gen.runtime.managers.worker_group import InFlight, WorkerGroup
+from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
+
+logger = logging.getLogger(__name__)
+
+_POLL_MS = 200
+_MAX_LOAD_ATTEMPTS = 3
+# Requests that hold state in the workers: enough to fill two batches, so that the next is encoded while one denoises.
+_ACTIVE_BATCHES = 2
+
+
+class Scheduler:
+    """One replica's event loop. Every public reaction is `_on_<message>`."""
+
+    def __init__(self, config: EngineConfig, parent: Any) -> None:
+        self.config = config
+        self.parent = parent
+        self.run_dir = RunDir.at(config.run_dir)
+        self.workers = WorkerGroup(config)
+        self.state = EngineState(state="starting")
+        self.clients: dict[bytes, str] = {}
+        self.requests: dict[str, RequestRecord] = {}
+        self.waiting: deque[str] = deque()
+        self.learned = LearnedTimes()
+        self.ledger = Ledger(self.run_dir)
+        self.load_attempts = 0
+        self.num_restarts = 0
+        self.num_arrived = 0
+        self.num_ticks = 0
+        self.batch_sizes: Counter[int] = Counter()
+        self.stopping = False
+        self.context = zmq.Context()
+        self.front = self._bind(zmq.ROUTER, self.run_dir.scheduler_address)
+        self.output = OutputLink(self._bind(zmq.PAIR, self.run_dir.output_address))
+        self._from_client, self._from_output = Codec(ToScheduler), Codec(FromOutput)
+        self._from_parent = Codec(SupervisorNote)
+        self._handlers = self._handler_table()
+
+    def _bind(self, kind: int, address: str) -> zmq.Socket[bytes]:
+        socket = self.context.socket(kind)
+        socket.set_hwm(0)
+        socket.linger = 500
+        socket.bind(address)
+        return socket
+
+    def _handler_table(self) -> dict[type, Callable[[Any], None]]:
+        return {
+            Heartbeat: lambda _: None,
+            Loading: lambda m: self._set_state("loading", detail=m.detail),
+            ModelReady: self._on_model_ready,
+            LoadFailed: self._on_load_failed,
+            Admitted: self._on_admitted,
+            AdmitFailed: lambda m: self._end(m.request_id, Failed(request_id=m.request_id, error=m.error)),
+            OutputChunk: self._on_chunk,
+            LatentsReady: self._on_latents,
+            TickDone: self._on_tick_done,
+            OutputHello: self._on_output_hello,
+            OutputDone: self._on_output_done,
+            OutputFailed: lambda m: self._end(m.request_id, Failed(request_id=m.request_id, error=m.error)),
+            ClientLost: self._on_client_lost,
+        }
+
+    # -- the loop --
+
+    def run(self) -> None:
+        """Until the supervisor's pipe closes or a client asks for shutdown."""
+        self.workers.start()
+        self._set_state("loading", detail="starting the worker")
+        while not self.stopping:
+            ready = self._poll()
+            self._read_parent(ready)
+            self._read_clients(ready)
+            self._read_output(ready)
+            self._read_workers(ready)
+            self._check_silence()
+            self._admit_waiting()
+            self._issue_ticks()
+        self._shut_down()
+
+    def _poll(self) -> set[Any]:
+        poller = zmq.Poller()
+        poller.register(self.front, zmq.POLLIN)
+        poller.register(self.output.socket, zmq.POLLIN)
+        poller.register(self.parent.fileno(), zmq.POLLIN)
+        for rank in self.workers.ranks:
+            poller.register(rank.connection.fileno(), zmq.POLLIN)
+        return {source for source, _ in poller.poll(_POLL_MS)}
+
+    def _read_parent(self, ready: set[Any]) -> None:
+        if self.parent.fileno() not in ready:
+            return
+        try:
+            while self.parent.poll(0):
+                note = self._from_parent.decode(self.parent.recv_bytes())
+                self._handlers[type(note)](note)
+        except (EOFError, OSError):
+            self.stopping = True
+
+    def _read_clients(self, ready: set[Any]) -> None:
+        while self.front in ready:
+            try:
+                client, payload = self.front.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            except ValueError:  # not two frames: no client of ours
+                continue
+            try:
+                message = self._from_client.decode(payload)
+            except msgspec.DecodeError as error:
+                self._send(client, Refused(error=InvalidRequest(f"the message does not decode: {error}").info()))
+                continue
+            self._on_client_message(client, cast(ToScheduler, message))
+
+    def _read_output(self, ready: set[Any]) -> None:
+        while self.output.socket in ready:
+            try:
+                message = self._from_output.decode(self.output.socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            except msgspec.DecodeError:
+                logger.exception("the output process sent a message that does not decode")
+                continue
+            self._handlers[type(message)](message)
+
+    def _read_workers(self, ready: set[Any]) -> None:
+        for index, rank in enumerate(list(self.workers.ranks)):
+            if rank.connection.fileno() not in ready:
+                continue
+            try:
+                for message in self.workers.receive(index):
+                    self._handlers[type(message)](message)
+            except EOFError:
+                self._on_workers_lost(self.workers.describe_exit())
+                return
+
+    # -- clients --
+
+    def _on_client_message(self, client: bytes, message: ToScheduler) -> None:
+        if isinstance(message, Hello):
+            self._on_hello(client, message)
+        elif isinstance(message, GenerateRequest):
+            self._on_generate(client, message)
+        elif isinstance(message, CancelRequest):
+            record = self.requests.get(message.request_id)
+            if record is not None and record.client == client:
+                self._end(message.request_id, Cancelled(request_id=message.request_id))
+        elif isinstance(message, StatusRequest):
+            self._send(client, self._status(message.query_id))
+        elif isinstance(message, ShutdownRequest):
+            self.stopping = True
+
+    def _on_hello(self, client: bytes, message: Hello) -> None:
+        if message.protocol_version != PROTOCOL_VERSION:
+            error = ProtocolMismatch(
+                f"protocol_version: got {message.protocol_version}, this scheduler speaks {PROTOCOL_VERSION}"
+            )
+            self._send(client, Refused(error=error.info()))
+            return
+        self.clients[client] = message.client_name
+        self._send(client, Welcome(protocol_version=PROTOCOL_VERSION))
+        self._send(client, self.state)
+
+    def _on_generate(self, client: bytes, message: GenerateRequest) -> None:
+        refusal = self._refusal(message)
+        if refusal is not None:
+            self._send(client, Failed(request_id=message.request_id, error=refusal))
+            return
+        self.num_arrived += 1
+        self.requests[message.request_id] = RequestRecord(
+            request_id=message.request_id,
+            client=client,
+            params=message.params,
+            order=self.num_arrived,
+            max_attempts=message.max_attempts,
+        )
+        self._send(client, Queued(request_id=message.request_id, position=len(self.waiting)))
+        self.waiting.append(message.request_id)
+
+    def _refusal(self, message: GenerateRequest) -> ErrorInfo | None:
+        limit = self.config.args.execution.max_queued_requests
+        if self.state.state == "failed":
+            return self.state.error
+        if message.request_id in self.requests:
+            return InvalidRequest(f"request_id: {message.request_id} is already running", param="request_id").info()
+        if len(self.waiting) >= limit:
+            return QueueFull(limit).info()
+        return None
+
+    def _on_client_lost(self, message: ClientLost) -> None:
+        gone = {identity for identity, name in self.clients.items() if name == message.client_name}
+        for record in [r for r in self.requests.values() if r.client in gone]:
+            self._end(record.request_id, Cancelled(request_id=record.request_id, reason="the client is gone"))
+        for identity in gone:
+            del self.clients[identity]
+
+    def _status(self, query_id: str) -> Status:
+        files, size = self.ledger.settle()
+        batches = sum(self.batch_sizes.values())
+        return Status(
+            query_id=query_id,
+            state=self.state,
+            num_queued=len(self.waiting),
+            num_running=len(self.requests) - len(self.waiting),
+            num_workers=len(self.workers.ranks),
+            worker_pids=tuple(rank.pid for rank in self.workers.ranks),
+            num_worker_restarts=self.num_restarts,
+            ledger_files=files,
+            ledger_bytes=size,
+            ticks=self.num_ticks,
+            mean_batch_size=sum(n * c for n, c in self.batch_sizes.items()) / batches if batches else 0.0,
+        )
+
+    def _send(self, client: bytes, message: Message) -> None:
+        try:
+            self.front.send_multipart([client, encode(message)], zmq.NOBLOCK)
+        except zmq.Again:
+            logger.warning("a client does not take its events; one was dropped")
+
+    def _set_state(self, state: Any, *, detail: str = "", error: ErrorInfo | None = None, model: Any = None) -> None:
+        self.state = EngineState(state=state, detail=detail, error=error, model=model or self.state.model)
+        for client in self.clients:
+            self._send(client, self.state)
+
+    # -- workers: loading, loss --
+
+    def _on_model_ready(self, message: ModelReady) -> None:
+        self.workers.ready = True
+        self.workers.budget_bytes = message.budget_bytes
+        self.load_attempts = 0
+        self._set_state("ready", model=message.model)
+
+    def _on_load_failed(self, message: LoadFailed) -> None:
+        self.workers.kill()
+        self._fail_engine(message.error)
+
+    def _fail_engine(self, error: ErrorInfo) -> None:
+        """The model cannot run at all: say so to everybody who waits, and to all who come."""
+        self._set_state("failed", error=error)
+        for request_id in list(self.requests):
+            self._end(request_id, Failed(request_id=request_id, error=error))
+
+    def _on_workers_lost(self, how: str) -> None:
+        """A failing rank is a failing replica: replace all of it and requeue what it held."""
+        logger.error("worker lost: %s", how)
+        blamed = {unit.request_id for flight in self.workers.in_flight.values() for unit in _units(flight.tick)}
+        blamed |= {r.request_id for r in self.requests.values() if r.status == "admitting"}
+        loaded = self.workers.ready
+        self.workers.kill()
+        self._requeue_running(blamed)
+        self.load_attempts += 0 if loaded else 1
+        if self.load_attempts >= _MAX_LOAD_ATTEMPTS:
+            text = f"the worker died {self.load_attempts} times while loading the model; the log says how"
+            self._fail_engine(ModelError(text).info())
+            return
+        self.num_restarts += 1
+        self.workers.epoch += 1
+        self.workers.start()
+        self._set_state("recovering", detail="a worker was lost and is being replaced")
+
+    def _requeue_running(self, blamed: set[str]) -> None:
+        running = [r for r in self.requests.values() if r.status in ("admitting", "running")]
+        for record in sorted(running, key=lambda r: r.order, reverse=True):
+            if record.request_id in blamed and record.attempts >= record.max_attempts:
+                error = WorkerLost(f"the worker was lost {record.attempts} times while it ran this request").info()
+                self._end(record.request_id, Failed(request_id=record.request_id, error=error))
+                continue
+            if record.request_id not in blamed:
+                record.attempts -= 1
+            self.output.send(DropOutput(request_id=record.request_id))
+            self.ledger.drop_request(record.request_id)
+            record.reset()
+            self.waiting.appendleft(record.request_id)
+
+    def _check_silence(self) -> None:
+        reason = self.workers.silence() if self.workers.ranks else None
+        if reason is not None:
+            self._on_workers_lost(reason)
+
+    # -- requests --
+
+    def _admit_waiting(self) -> None:
+        most = _ACTIVE_BATCHES * self.config.args.execution.max_batch_size
+        active = sum(record.status in ("admitting", "running") for record in self.requests.values())
+        while self.workers.ready and self.waiting and active < most:
+            record = self.requests[self.waiting.popleft()]
+            record.status, record.started_at = "admitting", time.monotonic()
+            record.attempts += 1
+            active += 1
+            self.workers.send(Admit(request_id=record.request_id, params=record.params))
+
+    def _on_admitted(self, message: Admitted) -> None:
+        record = self.requests.get(message.request_id)
+        if record is None:  # cancelled meanwhile; its Release follows the Admit in the pipe
+            return
+        record.begin(message.phases, message.notes)
+        if record.wants_pixels:
+            p = record.params
+            directory = p.output_path or self.config.args.storage.output_path
+            self.output.send(
+                OpenOutput(
+                    request_id=record.request_id,
+                    params=p,
+                    num_frames=p.num_frames or 1,
+                    directory=directory if p.save_output else None,
+                )
+            )
+        self._send(
+            record.client,
+            Started(
+                request_id=record.request_id,
+                queue_seconds=record.started_at - record.received_at,
+                phases=message.phases,
+                notes=message.notes,
+            ),
+        )
+
+    def _issue_ticks(self) -> None:
+        group = self.workers
+        if not group.ready or group.has_stale_ticks():
+            return
+        execution = self.config.args.execution
+        model = self.state.model
+        depth = 2 if model is not None and model.device.startswith("cuda") else 1
+        limits = Limits(
+            max_batch_size=execution.max_batch_size,
+            budget_bytes=group.budget_bytes,
+            deterministic=execution.deterministic,
+        )
+        while len(group.in_flight) < depth:
+            cursors = [r.cursor for r in self.requests.values() if r.cursor is not None and r.status == "running"]
+            lanes = plan(cursors, limits)
+            if not lanes:
+                return
+            tick = Tick(seq=group.next_seq(), epoch=group.epoch, **lanes)
+            batches: dict[str, int] = {}
+            for unit in _units(tick):
+                cursor = self._cursor(unit.request_id)
+                phase, _ = cursor.position(cursor.issued)
+                batches[phase.batch_key] = batches.get(phase.batch_key, 0) + 1
+                cursor.issued += 1
+                cursor.last_served = tick.seq
+            self.num_ticks += 1
+            self.batch_sizes[len(tick.denoise)] += bool(tick.denoise)
+            group.submit(tick, self.learned.deadline_s(batches))
+
+    def _cursor(self, request_id: str) -> Any:
+        return self.requests[request_id].cursor
+
+    def _on_tick_done(self, message: TickDone) -> None:
+        flight = self.workers.settle(message.seq)
+        if flight is None:
+            return
+        failures = {failure.request_id: failure for failure in message.failures}
+        if message.dropped or failures:
+            self._roll_back(flight, failures)
+        if not message.dropped:
+            self._credit_units(flight, message, set(failures))
+
+    def _roll_back(self, flight: InFlight, failures: dict[str, Any]) -> None:
+        for unit in _units(flight.tick):
+            record = self.requests.get(unit.request_id)
+            if record is None or record.cursor is None:
+                continue
+            failure = failures.get(unit.request_id)
+            if failure is None and failures:
+                continue  # its unit stands
+            record.cursor.rollback()
+            if failure is None:
+                continue
+            if failure.retry_alone and not record.cursor.solo:
+                record.cursor.solo = True
+            else:
+                self._end(record.request_id, Failed(request_id=record.request_id, error=failure.error))
+        if failures and flight.tick.epoch == self.workers.epoch:
+            self.workers.epoch += 1
+
+    def _credit_units(self, flight: InFlight, message: TickDone, failed: set[str]) -> None:
+        running = sum(record.status == "running" for record in self.requests.values())
+        for lane in LANES:
+            units: tuple[Unit, ...] = getattr(flight.tick, lane)
+            seconds = getattr(message, f"{lane}_ms") / 1000
+            done = [u for u in units if u.request_id not in failed and u.request_id in self.requests]
+            for unit in done:
+                record = self.requests[unit.request_id]
+                if record.cursor is None:
+                    continue
+                phase, _ = record.cursor.position(record.cursor.done)
+                if unit is done[0]:
+                    self.learned.record(phase.batch_key, seconds, len(units))
+                record.record_unit(phase, seconds, message.peak_bytes)
+                self._send(record.client, record.progress(self.learned, running))
+                self._finish_if_complete(record)
+
+    def _on_chunk(self, message: OutputChunk) -> None:
+        record = self.requests.get(message.request_id)
+        if record is None or not record.wants_pixels:
+            self.run_dir.discard(message.frames.file)
+            return
+        self.ledger.add(message.request_id, message.frames)
+        self.output.send(
+            OutputFrames(
+                request_id=message.request_id,
+                first_frame=message.first_frame,
+                last=message.last,
+                frames=message.frames,
+            )
+        )
+
+    def _on_latents(self, message: LatentsReady) -> None:
+        record = self.requests.get(message.request_id)
+        if record is None:
+            self.run_dir.discard(message.latents.file)
+            return
+        self.ledger.add(message.request_id, message.latents)
+        record.latents = message.latents
+
+    def _on_output_hello(self, message: OutputHello) -> None:
+        if self.output.greeted():
+            error = StorageError("the process that writes results was restarted while it held this one").info()
+            for record in [r for r in self.requests.values() if r.wants_pixels and r.cursor is not None]:
+                self._end(record.request_id, Failed(request_id=record.request_id, error=error))
+
+    def _on_output_done(self, message: OutputDone) -> None:
+        record = self.requests.get(message.request_id)
+        if record is None or record.cursor is None:
+            for array in (message.frames, message.encoded):
+                if array is not None:
+                    self.run_dir.discard(array.file)
+            return
+        self.ledger.add(message.request_id, message.frames, message.encoded)
+        record.output = message
+        self._finish_if_complete(record)
+
+    def _finish_if_complete(self, record: RequestRecord) -> None:
+        assert record.cursor is not None
+        if record.cursor.finished and record.status == "running":
+            record.status = "saving"
+            self.workers.send(Release(request_id=record.request_id))
+        if record.complete:
+            self._send(record.client, record.finished_event())
+            del self.requests[record.request_id]
+
+    def _end(self, request_id: str, event: Failed | Cancelled) -> None:
+        """The one place where a request ends without a result. The Release follows all its ticks in the pipe."""
+        record = self.requests.pop(request_id, None)
+        if record is None:
+            return
+        if record.status == "queued":
+            self.waiting.remove(request_id)
+        else:
+            self.workers.send(Release(request_id=request_id))
+            if record.wants_pixels:
+                self.output.send(DropOutput(request_id=request_id))
+            self.ledger.drop_request(request_id)
+        self._send(record.client, event)
+
+    def _shut_down(self) -> None:
+        self._set_state("stopping")
+        for request_id in list(self.requests):
+            self._end(request_id, Cancelled(request_id=request_id, reason=EngineStopped("the engine stopped").message))
+        self.workers.stop()
+        self.context.destroy(linger=500)
+
+
+def _units(tick: Tick) -> tuple[Unit, ...]:
+    return (*tick.encode, *tick.denoise, *tick.decode)
+
+
+def main() -> None:
+    """Entry point of the process."""
+    parent = inherited_connection()
+    config = EngineConfig.from_bytes(parent.recv_bytes())
+    configure_logging(config.args.logging)
+    scheduler = Scheduler(config, parent)
+    scheduler.run()
+
+
+if __name__ == "__main__":
+    main()
