@@ -25,7 +25,9 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        value: Any = importlib.import_module("importlib.metadata").version(_DISTRIBUTION)
+        from importlib.metadata import version  # late: costs more than the rest of this package's import
+
+        value: Any = version(_DISTRIBUTION)
     elif name in _LAZY:
         value = getattr(importlib.import_module(_LAZY[name]), name)
     else:

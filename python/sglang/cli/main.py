@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol
 
+import sglang
+
 _COMMANDS = {
     "generate": "sglang.multimodal_gen.runtime.entrypoints.cli.generate",
     "serve": "sglang.multimodal_gen.runtime.entrypoints.cli.serve",
@@ -51,26 +53,29 @@ def _without_engine(command: str) -> int:
         sys.stdout.write(_HELP)
         return 0
     if command in ("version", "--version"):
-        sys.stdout.write(f"sglang {importlib.import_module('sglang').__version__}\n")
+        sys.stdout.write(f"sglang {sglang.__version__}\n")
         return 0
     if not command:
         sys.stderr.write(_HELP)
         return 2
-    close = importlib.import_module("difflib").get_close_matches(command, [*_COMMANDS, "version"], n=1)
+    import difflib  # late, as everything that --help does not need
+
+    close = difflib.get_close_matches(command, [*_COMMANDS, "version"], n=1)
     guess = f"; did you mean {close[0]}?" if close else f"; accepted is one of {', '.join(_COMMANDS)}, version"
     return _fail(f"unknown command {command!r}{guess}", status=2)
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    errors = importlib.import_module("sglang.multimodal_gen.errors")
+    from sglang.multimodal_gen.errors import ServingError  # late, as everything that --help does not need
+
     module = importlib.import_module(_COMMANDS[command])
     try:
         job: Job = module.configure(arguments)
-    except errors.ServingError as error:
+    except ServingError as error:
         return _fail(str(error), status=2)
     try:
         return job.run()
-    except errors.ServingError as error:
+    except ServingError as error:
         return _fail(str(error), status=1)
 
 

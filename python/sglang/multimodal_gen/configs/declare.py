@@ -24,6 +24,8 @@ from sglang.multimodal_gen.errors import InvalidType, InvalidValue, UnknownParam
 Surface = Literal["cli", "python", "http", "admin"]
 EVERYWHERE: frozenset[Surface] = frozenset({"cli", "python", "http", "admin"})
 LOCAL_ONLY: frozenset[Surface] = frozenset({"cli", "python"})
+CLI_ONLY: frozenset[Surface] = frozenset({"cli"})
+PYTHON_ONLY: frozenset[Surface] = frozenset({"python"})
 _KEY = "declaration"
 
 

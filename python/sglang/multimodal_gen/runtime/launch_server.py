@@ -25,6 +25,7 @@ from sglang.multimodal_gen.registry import get_model_info
 from sglang.multimodal_gen.runtime.managers.child_process import ChildProcess, inherited_connection
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.managers.messages import (
+    HTTP_CLIENT_NAME,
     ClientLost,
     EngineStarted,
     Message,
@@ -37,7 +38,6 @@ from sglang.multimodal_gen.runtime.server_args import HttpArgs, ServerArgs
 
 logger = logging.getLogger(__name__)
 
-HTTP_CLIENT_NAME = "http"
 _PACKAGE = "sglang.multimodal_gen.runtime"
 _MODULES = {
     "scheduler": f"{_PACKAGE}.managers.scheduler",
@@ -165,8 +165,6 @@ def launch_server(args: ServerArgs) -> int:
     get_model_info(args.model.model_path, model_id=args.model.model_id)
     stop = StopSignal()
     with _listening_socket(args.http) as http_socket, contextlib.closing(OwnedRunDir()) as run_dir:
-        host, port = http_socket.getsockname()[:2]
-        logger.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
         return Supervisor(args, http_socket=http_socket).run(run_dir, stop)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,9 @@ from sglang.multimodal_gen.runtime.models.schedulers import (
 )
 
 # diffusers converts a tensor with np.array() in DPMSolverMultistepScheduler.set_timesteps.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
 
 EULER, UNIPC, DPMPP = CLASSES
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -200,13 +203,14 @@ def test_a_state_saved_midway_continues_with_equal_bits(sampler: Sampler, stop: 
     expected = run(sampler, noise(), sampler.begin(sampler.schedule(8)))
     state = sampler.begin(sampler.schedule(8))
     latents = run(sampler, noise(), state, until=stop)
-    saved = state.state_dict()
+    saved, shallow = state.state_dict(), copy.copy(state)
     for value in saved.values():
         assert isinstance(value, (Tensor, int, list))
     frozen = {name: [t.clone() for t in value] if isinstance(value, list) else value for name, value in saved.items()}
     at_stop = latents.clone()
     assert torch.equal(run(sampler, latents, state), expected)
     assert torch.equal(run(sampler, at_stop, SamplerState.from_state_dict(frozen)), expected)
+    assert torch.equal(run(sampler, at_stop, shallow), expected)
     assert torch.equal(latents, at_stop)  # a step leaves its inputs alone
     for before, after in zip(frozen["history"], saved["history"], strict=True):
         assert torch.equal(before, after)  # and the saved state too

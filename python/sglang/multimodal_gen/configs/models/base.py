@@ -67,6 +67,6 @@ def _describe(wanted: Any) -> str:
         return " or ".join(_describe(choice) for choice in get_args(wanted))
     if get_origin(wanted) is tuple:
         items = get_args(wanted)
-        many = "a list" if items[-1] is Ellipsis else f"a list of {len(items)}:"
-        return f"{many} of {_describe(items[0])}" if items[-1] is Ellipsis else f"{many} {_describe(items[0])}"
+        length = "" if items[-1] is Ellipsis else f"{len(items)} "
+        return f"a list of {length}{_describe(items[0])}"
     return "null" if wanted is NoneType else str(wanted.__name__)

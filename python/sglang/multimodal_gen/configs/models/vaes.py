@@ -44,6 +44,11 @@ class WanVAEConfig(ModelConfig):
     scale_factor_spatial: int | None = 8
 
     def __post_init__(self) -> None:
+        if self.attn_scales:
+            raise InvalidRequest(
+                f"WanVAEConfig.attn_scales is {list(self.attn_scales)}; only an empty list is supported",
+                param="attn_scales",
+            )
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:
             raise InvalidRequest(
                 f"WanVAEConfig.temperal_downsample has {len(self.temperal_downsample)} entries; "

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sglang.multimodal_gen.configs.declare import LOCAL_ONLY, Surface, arg, build, parameters
+from sglang.multimodal_gen.configs.declare import LOCAL_ONLY, PYTHON_ONLY, arg, build, parameters
 from sglang.multimodal_gen.errors import EmptyPrompt
 
 MAX_SEED = 2**63 - 1
@@ -18,7 +18,6 @@ MAX_PROMPT_CHARACTERS = 32_000
 OUTPUT_QUALITIES = ("default", "maximum", "high", "medium", "low")
 IMAGE_FORMATS = ("png", "jpeg", "webp")
 VIDEO_FORMATS = ("mp4", "gif", "webm")
-PYTHON_ONLY: frozenset[Surface] = frozenset({"python"})
 _FROM_MODEL = "the model's own"
 
 

@@ -7,7 +7,7 @@ import contextlib
 import queue
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -123,7 +123,7 @@ class DiffGenerator:
         ordered = [results[key] for key in sorted(results)]
         return ordered[0] if len(ordered) == 1 else ordered
 
-    def stream(self, sampling_params_kwargs: Mapping[str, Any]) -> Iterator[GenerationEvent]:
+    def stream(self, sampling_params_kwargs: Mapping[str, Any]) -> Generator[GenerationEvent, None, None]:
         """The events of all outputs as they come. Closing the iterator early cancels what still runs."""
         inbox: queue.SimpleQueue[GenerationEvent | BaseException | None] = queue.SimpleQueue()
 
@@ -160,7 +160,7 @@ class DiffGenerator:
         ordered = [results[key] for key in sorted(results)]
         return ordered[0] if len(ordered) == 1 else ordered
 
-    async def stream_async(self, sampling_params_kwargs: Mapping[str, Any]) -> AsyncIterator[GenerationEvent]:
+    async def stream_async(self, sampling_params_kwargs: Mapping[str, Any]) -> AsyncGenerator[GenerationEvent, None]:
         """`stream` for any asyncio loop."""
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[GenerationEvent | BaseException | None] = asyncio.Queue()
@@ -339,6 +339,7 @@ class _Engine:
             asyncio.run_coroutine_threadsafe(self.client.close(), self._loop).result(timeout=5)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=5)
+        self._loop.close()
         self._child.close(grace_s=_STOP_GRACE_S)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -62,13 +63,19 @@ class ChildProcess:
 
     def close(self, *, grace_s: float) -> None:
         """Close the pipe, wait, then SIGKILL. A stopped process (SIGSTOP) dies of SIGKILL as well."""
-        with contextlib.suppress(OSError):
-            self.connection.close()
+        self._hang_up()
         try:
             self.process.wait(timeout=grace_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+    def _hang_up(self) -> None:
+        """End of file for the child, also while another thread of ours waits in a read, which a close would not end."""
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as duplicate:
+            duplicate.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            self.connection.close()
 
 
 def inherited_connection() -> Connection:

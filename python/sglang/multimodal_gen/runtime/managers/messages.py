@@ -21,13 +21,14 @@ from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import ErrorInfo
 
 PROTOCOL_VERSION = 1
+HTTP_CLIENT_NAME = "http"
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all messages."""
 
 
-class MappedArray(Message):
+class MappedArray(Message, frozen=True, kw_only=True):
     """An array in a file of the server's run directory; whoever maps it unlinks it right after.
 
     `file` is a bare name (no directory), `dtype` a NumPy dtype string, the bytes are C-contiguous.
@@ -41,14 +42,14 @@ class MappedArray(Message):
 # --- entry point -> scheduler ---
 
 
-class Hello(Message, tag="hello"):
+class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     """First message of a client; answered by Welcome or, when versions differ, by Refused."""
 
     protocol_version: int
     client_name: str
 
 
-class GenerateRequest(Message, tag="generate"):
+class GenerateRequest(Message, frozen=True, kw_only=True, tag="generate"):
     """One output of one prompt. `params` is complete: defaults merged in, seed drawn. Answered by events that end with
     exactly one Finished, Failed or Cancelled."""
 
@@ -57,42 +58,38 @@ class GenerateRequest(Message, tag="generate"):
     max_attempts: int = 2
 
 
-class CancelRequest(Message, tag="cancel"):
+class CancelRequest(Message, frozen=True, kw_only=True, tag="cancel"):
     """Stop a request; answered by its one terminal event. Unknown or ended ids are ignored."""
 
     request_id: str
 
 
-class StatusRequest(Message, tag="status"):
+class StatusRequest(Message, frozen=True, kw_only=True, tag="status"):
     """Answered at once with a Status, never behind a generation."""
 
     query_id: str
 
 
-class ShutdownRequest(Message, tag="shutdown"):
-    """End the engine: running requests end as Cancelled, then every process exits."""
-
-
-ToScheduler = Hello | GenerateRequest | CancelRequest | StatusRequest | ShutdownRequest
+ToScheduler = Hello | GenerateRequest | CancelRequest | StatusRequest
 
 
 # --- scheduler -> entry point ---
 
 
-class Welcome(Message, tag="welcome"):
+class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     """Answer to Hello; the present state follows as an EngineState."""
 
     protocol_version: int
 
 
-class Refused(Message, tag="refused"):
+class Refused(Message, frozen=True, kw_only=True, tag="refused"):
     """The message could not be taken; `request_id` is set when it could be read."""
 
     error: ErrorInfo
     request_id: str | None = None
 
 
-class EngineState(Message, tag="state"):
+class EngineState(Message, frozen=True, kw_only=True, tag="state"):
     """Sent on every change. `model` is set from the first `ready` on."""
 
     state: Literal["starting", "loading", "ready", "recovering", "stopping", "failed"]
@@ -101,7 +98,7 @@ class EngineState(Message, tag="state"):
     error: ErrorInfo | None = None
 
 
-class Status(Message, tag="status_reply"):
+class Status(Message, frozen=True, kw_only=True, tag="status_reply"):
     """A snapshot of the scheduler."""
 
     query_id: str
@@ -117,14 +114,14 @@ class Status(Message, tag="status_reply"):
     mean_batch_size: float
 
 
-class Queued(Message, tag="queued"):
+class Queued(Message, frozen=True, kw_only=True, tag="queued"):
     """The request is accepted; `position` others are before it."""
 
     request_id: str
     position: int
 
 
-class Started(Message, tag="started"):
+class Started(Message, frozen=True, kw_only=True, tag="started"):
     """A worker holds the request; `notes` are things the user should know, such as a truncated prompt."""
 
     request_id: str
@@ -133,7 +130,7 @@ class Started(Message, tag="started"):
     notes: tuple[str, ...] = ()
 
 
-class Progress(Message, tag="progress"):
+class Progress(Message, frozen=True, kw_only=True, tag="progress"):
     """A unit is done. `step` of `total_steps` counts the denoising steps, `fraction` the whole work, 0 to 1."""
 
     request_id: str
@@ -144,7 +141,7 @@ class Progress(Message, tag="progress"):
     eta_s: float | None
 
 
-class Finished(Message, tag="finished"):
+class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     """Terminal: the outputs are complete. `seconds` and `step_ms` are per stage and per denoising step."""
 
     request_id: str
@@ -165,14 +162,14 @@ class Finished(Message, tag="finished"):
     notes: tuple[str, ...] = ()
 
 
-class Failed(Message, tag="failed"):
+class Failed(Message, frozen=True, kw_only=True, tag="failed"):
     """Terminal: the request ended with an error."""
 
     request_id: str
     error: ErrorInfo
 
 
-class Cancelled(Message, tag="cancelled"):
+class Cancelled(Message, frozen=True, kw_only=True, tag="cancelled"):
     """Terminal: the request was stopped on demand or by shutdown."""
 
     request_id: str
@@ -187,7 +184,7 @@ TERMINAL_EVENTS = (Finished, Failed, Cancelled)
 # --- scheduler -> worker ---
 
 
-class Admit(Message, tag="admit"):
+class Admit(Message, frozen=True, kw_only=True, tag="admit"):
     """Build the request's state; answered by Admitted or AdmitFailed."""
 
     request_id: str
@@ -202,7 +199,7 @@ class Unit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     index: int
 
 
-class Tick(Message, tag="tick"):
+class Tick(Message, frozen=True, kw_only=True, tag="tick"):
     """Do one unit for each request of each lane; answered by exactly one TickDone."""
 
     seq: int
@@ -212,13 +209,13 @@ class Tick(Message, tag="tick"):
     decode: tuple[Unit, ...] = ()
 
 
-class Release(Message, tag="release"):
+class Release(Message, frozen=True, kw_only=True, tag="release"):
     """Forget a request and free its tensors; idempotent."""
 
     request_id: str
 
 
-class StopWorker(Message, tag="stop"):
+class StopWorker(Message, frozen=True, kw_only=True, tag="stop"):
     """Exit after the running tick."""
 
 
@@ -228,30 +225,30 @@ ToWorker = Admit | Tick | Release | StopWorker
 # --- worker -> scheduler ---
 
 
-class Loading(Message, tag="loading"):
+class Loading(Message, frozen=True, kw_only=True, tag="loading"):
     """What the worker is doing while it loads, for /health and the log."""
 
     detail: str
 
 
-class ModelReady(Message, tag="model_ready"):
+class ModelReady(Message, frozen=True, kw_only=True, tag="model_ready"):
     """The worker has loaded and answers ticks from now on. `budget_bytes` is free for running requests."""
 
     model: ModelInfo
     budget_bytes: int
 
 
-class Heartbeat(Message, tag="heartbeat"):
+class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
     """The worker process is alive, whatever its main thread does; sent every second."""
 
 
-class LoadFailed(Message, tag="load_failed"):
+class LoadFailed(Message, frozen=True, kw_only=True, tag="load_failed"):
     """The model cannot be loaded; the worker exits."""
 
     error: ErrorInfo
 
 
-class Admitted(Message, tag="admitted"):
+class Admitted(Message, frozen=True, kw_only=True, tag="admitted"):
     """The request's phases, in order."""
 
     request_id: str
@@ -259,14 +256,14 @@ class Admitted(Message, tag="admitted"):
     notes: tuple[str, ...] = ()
 
 
-class AdmitFailed(Message, tag="admit_failed"):
+class AdmitFailed(Message, frozen=True, kw_only=True, tag="admit_failed"):
     """The request cannot run on this model or machine; the worker holds nothing of it."""
 
     request_id: str
     error: ErrorInfo
 
 
-class OutputChunk(Message, tag="chunk"):
+class OutputChunk(Message, frozen=True, kw_only=True, tag="chunk"):
     """Decoded frames [T, H, W, 3] uint8 from `first_frame` on; sent before the TickDone of the unit that made them."""
 
     request_id: str
@@ -275,14 +272,14 @@ class OutputChunk(Message, tag="chunk"):
     frames: MappedArray
 
 
-class LatentsReady(Message, tag="latents"):
+class LatentsReady(Message, frozen=True, kw_only=True, tag="latents"):
     """Final latents [C, T, H, W] float32, sent only when the request wants them."""
 
     request_id: str
     latents: MappedArray
 
 
-class UnitFailure(Message):
+class UnitFailure(Message, frozen=True, kw_only=True):
     """One request's unit failed; the others of the tick stand."""
 
     request_id: str
@@ -290,7 +287,7 @@ class UnitFailure(Message):
     retry_alone: bool
 
 
-class TickDone(Message, tag="tick_done"):
+class TickDone(Message, frozen=True, kw_only=True, tag="tick_done"):
     """Outcome of one Tick. `dropped`: it was of an old epoch and nothing ran. Milliseconds per lane."""
 
     seq: int
@@ -311,7 +308,7 @@ FromWorker = (
 # --- scheduler -> output process ---
 
 
-class OpenOutput(Message, tag="open_output"):
+class OpenOutput(Message, frozen=True, kw_only=True, tag="open_output"):
     """A request's frames will follow; `num_frames` is their total. `directory` None: nothing is saved."""
 
     request_id: str
@@ -320,7 +317,7 @@ class OpenOutput(Message, tag="open_output"):
     directory: str | None
 
 
-class OutputFrames(Message, tag="output_frames"):
+class OutputFrames(Message, frozen=True, kw_only=True, tag="output_frames"):
     """The next frames of an opened output."""
 
     request_id: str
@@ -329,7 +326,7 @@ class OutputFrames(Message, tag="output_frames"):
     frames: MappedArray
 
 
-class DropOutput(Message, tag="drop_output"):
+class DropOutput(Message, frozen=True, kw_only=True, tag="drop_output"):
     """The request was cancelled or failed: discard what there is of it."""
 
     request_id: str
@@ -341,13 +338,13 @@ ToOutput = OpenOutput | OutputFrames | DropOutput
 # --- output process -> scheduler ---
 
 
-class OutputHello(Message, tag="output_hello"):
+class OutputHello(Message, frozen=True, kw_only=True, tag="output_hello"):
     """A fresh output process is listening; outputs that an earlier one held are lost."""
 
     protocol_version: int
 
 
-class OutputDone(Message, tag="output_done"):
+class OutputDone(Message, frozen=True, kw_only=True, tag="output_done"):
     """An output is complete: saved under its final name, or returned, or both."""
 
     request_id: str
@@ -357,7 +354,7 @@ class OutputDone(Message, tag="output_done"):
     encode_seconds: float
 
 
-class OutputFailed(Message, tag="output_failed"):
+class OutputFailed(Message, frozen=True, kw_only=True, tag="output_failed"):
     """An output could not be encoded or saved; nothing of it is left on disk."""
 
     request_id: str
@@ -370,20 +367,20 @@ FromOutput = OutputHello | OutputDone | OutputFailed
 # --- supervisor -> scheduler, entry point ---
 
 
-class ClientLost(Message, tag="client_lost"):
+class ClientLost(Message, frozen=True, kw_only=True, tag="client_lost"):
     """The entry point of that name is gone: cancel what it asked for."""
 
     client_name: str
 
 
-class SchedulerLost(Message, tag="scheduler_lost"):
+class SchedulerLost(Message, frozen=True, kw_only=True, tag="scheduler_lost"):
     """The scheduler died; requests that it held end with this error, and a new one is started if `restarting`."""
 
     error: ErrorInfo
     restarting: bool
 
 
-class EngineStarted(Message, tag="engine_started"):
+class EngineStarted(Message, frozen=True, kw_only=True, tag="engine_started"):
     """The processes run; the scheduler listens in this run directory."""
 
     run_dir: str

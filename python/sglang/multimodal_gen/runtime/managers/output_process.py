@@ -157,8 +157,8 @@ class OutputProcess:
             reply = OutputFailed(request_id=opened.request_id, error=error.info())
         except Exception:
             logger.exception("saving failed")
-            error = InternalError("the result could not be saved; the server's log has the details")
-            reply = OutputFailed(request_id=opened.request_id, error=error.info())
+            failure = InternalError("the result could not be saved; the server's log has the details")
+            reply = OutputFailed(request_id=opened.request_id, error=failure.info())
         if job is not None and not isinstance(reply, OutputDone):
             job.abandon()
         self._reply(opened.request_id, reply)

@@ -58,7 +58,6 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Queued,
     Refused,
     Release,
-    ShutdownRequest,
     Started,
     Status,
     StatusRequest,
@@ -139,7 +138,7 @@ class Scheduler:
     # -- the loop --
 
     def run(self) -> None:
-        """Until the supervisor's pipe closes or a client asks for shutdown."""
+        """Until the supervisor's pipe closes: it stops the engine, or it is gone."""
         self.workers.start()
         self._set_state("loading", detail="starting the worker")
         while not self.stopping:
@@ -222,8 +221,6 @@ class Scheduler:
                 self._end(message.request_id, Cancelled(request_id=message.request_id))
         elif isinstance(message, StatusRequest):
             self._send(client, self._status(message.query_id))
-        elif isinstance(message, ShutdownRequest):
-            self.stopping = True
 
     def _on_hello(self, client: bytes, message: Hello) -> None:
         if message.protocol_version != PROTOCOL_VERSION:
@@ -536,6 +533,7 @@ class Scheduler:
             self._end(request_id, Cancelled(request_id=request_id, reason=EngineStopped("the engine stopped").message))
         self.workers.stop()
         self.context.destroy(linger=500)
+        self.run_dir.remove()  # a killed supervisor could not; one that lives does it again
 
 
 def _units(tick: Tick) -> tuple[Unit, ...]:

@@ -28,7 +28,7 @@ _WORKER_MODULE = "sglang.multimodal_gen.runtime.managers.gpu_worker"
 _CODEC = Codec(FromWorker)
 # A live process answers every second; importing torch on a cold disk can hold the interpreter lock for long.
 SILENCE_LOADING_S = 120.0
-SILENCE_READY_S = 15.0
+SILENCE_READY_S = 10.0
 _STOP_GRACE_S = 3.0
 
 

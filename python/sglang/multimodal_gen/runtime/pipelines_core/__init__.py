@@ -1,0 +1,42 @@
+"""The pipeline that a worker runs: `build_pipeline` makes it from a model path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sglang.multimodal_gen.errors import UnsupportedModel
+from sglang.multimodal_gen.registry import ResolvedModel, get_model_info, load_object, with_checkpoint
+from sglang.multimodal_gen.runtime.loader.hub import ensure_local
+from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase
+from sglang.multimodal_gen.runtime.server_args import ExecutionArgs, ModelArgs
+
+__all__ = ["ComposedPipelineBase", "build_pipeline"]
+
+
+def build_pipeline(
+    model: str | ModelArgs | ResolvedModel,
+    execution: ExecutionArgs | None = None,
+    *,
+    local_rank: int = 0,
+    report: Callable[[str], None] = lambda _: None,
+) -> ComposedPipelineBase:
+    """The loaded pipeline of a model path, downloaded first when it is a hub id.
+
+    `report` hears what is being done and each choice that was made for the user.
+
+    Raises: ModelError or InvalidRequest with one sentence on what cannot be found, read or done.
+    """
+    model_args = ModelArgs(model_path=model) if isinstance(model, str) else model
+    revision = None
+    if isinstance(model_args, ModelArgs):
+        revision = model_args.revision
+        resolved = get_model_info(model_args.model_path, model_id=model_args.model_id)
+    else:
+        resolved = model_args
+    if resolved.needs_download:
+        resolved = with_checkpoint(resolved, ensure_local(resolved, revision, report=report))
+    assert resolved.entry is not None, "a checkpoint on disk has an entry or was refused"
+    pipeline_class = load_object(resolved.entry.pipeline)
+    if not (isinstance(pipeline_class, type) and issubclass(pipeline_class, ComposedPipelineBase)):
+        raise UnsupportedModel(f"{resolved.entry.pipeline} is registered but no ComposedPipelineBase")
+    return pipeline_class.load(resolved, execution or ExecutionArgs(), local_rank=local_rank, report=report)

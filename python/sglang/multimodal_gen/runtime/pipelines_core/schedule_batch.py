@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,27 +10,63 @@ from torch import Tensor
 
 from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.runtime.loader.tokenizer import TokenizedText
+from sglang.multimodal_gen.runtime.models.schedulers import Sampler, SamplerState
 
 
 @dataclass(kw_only=True)
 class Req:
-    """One output in the making. Stages read and write the tensor fields; `conditioning` holds a family's own object.
+    """One output in the making. Stages read and write the fields; `conditioning` holds a family's own object.
 
-    latents [C, T, H, W] fp32 on the device, prompt_embeds and negative_prompt_embeds [L, D], timesteps [N] fp32.
+    `latent_shape` is (C, T, H, W); latents [C, T, H, W] fp32 and the embeddings [L, D] lie on the device.
+    `max_forward_rows` None: all guidance branches in one forward. `units_done` counts by phase.
     """
 
     request_id: str
     params: SamplingParams
     phases: tuple[Phase, ...] = ()
     notes: list[str] = field(default_factory=list)
+    units_done: dict[str, int] = field(default_factory=dict)
+    prompt_tokens: TokenizedText | None = None
+    negative_prompt_tokens: TokenizedText | None = None
     prompt_embeds: Tensor | None = None
     negative_prompt_embeds: Tensor | None = None
+    latent_shape: tuple[int, int, int, int] | None = None
     latents: Tensor | None = None
-    sampler: Any = None
-    sampler_state: Any = None
+    sampler: Sampler | None = None
+    sampler_state: SamplerState | None = None
+    max_forward_rows: int | None = None
+    decode_plan: Any = None
     decoder_state: Any = None
     conditioning: Any = None
-    units_done: dict[str, int] = field(default_factory=dict)
+
+    def done(self, phase: str) -> int:
+        """Units of a phase that are finished."""
+        return self.units_done.get(phase, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that cannot be computed again from the parameters: tensors, ints, and dicts and lists of them."""
+        return {
+            "units_done": dict(self.units_done),
+            "prompt_embeds": self.prompt_embeds,
+            "negative_prompt_embeds": self.negative_prompt_embeds,
+            "latents": self.latents,
+            "sampler_state": None if self.sampler_state is None else self.sampler_state.state_dict(),
+        }
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Go on, with equal bits, from what `state_dict` returned of a request with the same parameters."""
+        self.units_done = dict(values["units_done"])
+        self.prompt_embeds = values["prompt_embeds"]
+        self.negative_prompt_embeds = values["negative_prompt_embeds"]
+        self.latents = values["latents"]
+        state = values["sampler_state"]
+        self.sampler_state = None if state is None else SamplerState.from_state_dict(state)
+
+    def drop_tensors(self) -> None:
+        """Free what the request holds on the device."""
+        self.prompt_embeds = self.negative_prompt_embeds = self.latents = None
+        self.sampler_state = self.decoder_state = self.conditioning = None
 
 
 @dataclass(frozen=True, kw_only=True)

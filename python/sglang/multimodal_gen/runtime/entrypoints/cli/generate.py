@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang.multimodal_gen import envs
-from sglang.multimodal_gen.configs.declare import Parameter, arg, parameters
+from sglang.multimodal_gen.configs.declare import CLI_ONLY, Parameter, arg, parameters
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import EmptyPrompt, MissingParameter, UsageError
 from sglang.multimodal_gen.runtime.entrypoints.cli.options import CommandArgs, OptionParser, read_config, warn
 from sglang.multimodal_gen.runtime.server_args import ServerArgs, resolve_server_args, server_options
+
+if TYPE_CHECKING:
+    from sglang.multimodal_gen.runtime.entrypoints.cli.reporting import Display
 
 _NO_PROMPT = "no prompt: give --prompt TEXT, --prompt-file-path FILE, or a line `prompt: …` in the file of --config"
 
@@ -26,7 +30,7 @@ class GenerateCommandArgs(CommandArgs):
         help="UTF-8 file with one prompt per line; blank lines are left out.",
         group="prompt",
         unset="no file",
-        exposed=("cli",),
+        exposed=CLI_ONLY,
         metavar="FILE",
     )
 
@@ -41,14 +45,25 @@ class GenerateJob:
     def run(self) -> int:
         """Generate everything; returns 1 when an output failed. Raises ServingError when the engine cannot start."""
         # Late: the options are checked before anything heavy loads.
-        from sglang.multimodal_gen.runtime.entrypoints.cli.reporting import make_reporter
+        from sglang.multimodal_gen.runtime.entrypoints.cli.reporting import Reporter
         from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator
 
-        with DiffGenerator.from_server_args(self.args) as generator, make_reporter() as reporter:
+        with DiffGenerator.from_server_args(self.args) as generator, Reporter(_display()) as reporter:
             generator.wait_ready(on_state=reporter.engine_state)
             for event in generator.stream(self.sampling):
                 reporter.event(event)
         return 1 if reporter.num_failed else 0
+
+
+def _display() -> Display:
+    """Progress bars when somebody looks, lines otherwise. Loads while the engine starts."""
+    if sys.stderr.isatty():
+        from sglang.multimodal_gen.runtime.entrypoints.cli.progress_bars import BarDisplay
+
+        return BarDisplay()
+    from sglang.multimodal_gen.runtime.entrypoints.cli.reporting import LineDisplay
+
+    return LineDisplay()
 
 
 def sampling_options() -> Mapping[str, Parameter]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sglang.multimodal_gen.configs.declare import Parameter, arg, from_text, from_texts, hint
+from sglang.multimodal_gen.configs.declare import CLI_ONLY, Parameter, arg, from_text, from_texts, hint
 from sglang.multimodal_gen.errors import FieldError, UsageError
 
 if TYPE_CHECKING:
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _EPILOG = (
-    "A true-or-false option also has a form with --no- before its name. Every option can be a line `name: value` of the "
-    "file given with --config. Options of the engine are read from the environment as well: SGLANG_DIFFUSION_ and the "
-    "name in capitals, such as SGLANG_DIFFUSION_PRECISION. A flag wins over the environment, the environment over the "
-    "file, the file over the default."
+    "A true-or-false option also has a form with --no- before its name. Every option can be a line `name: value` of "
+    "the file given with --config. Options of the engine are read from the environment as well: SGLANG_DIFFUSION_ and "
+    "the name in capitals, such as SGLANG_DIFFUSION_PRECISION. A flag wins over the environment, the environment over "
+    "the file, the file over the default."
 )
 
 
@@ -28,7 +28,7 @@ class CommandArgs:
     """Options that every command has and that only a command line can give."""
 
     config: str | None = arg(
-        None, help="YAML file of options.", group="command", unset="no file", exposed=("cli",), metavar="FILE"
+        None, help="YAML file of options.", group="command", unset="no file", exposed=CLI_ONLY, metavar="FILE"
     )
 
 
@@ -45,7 +45,7 @@ class OptionParser(argparse.ArgumentParser):
             argument_default=argparse.SUPPRESS,
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
         )
-        self._options = options
+        self.options = options
         for name in dict.fromkeys(option.declaration.group for option in options.values()):
             group = self.add_argument_group(name)
             for option in options.values():
@@ -66,12 +66,12 @@ class OptionParser(argparse.ArgumentParser):
         namespace, rest = self.parse_known_args(arguments)
         if rest:
             self._refuse(rest)
-        return {name: _read(self._options[name], texts) for name, texts in vars(namespace).items()}
+        return {name: _read(self.options[name], texts) for name, texts in vars(namespace).items()}
 
     def _refuse(self, rest: Sequence[str]) -> NoReturn:
         unknown = next((text for text in rest if text.startswith("-")), None)
         if unknown is None:
-            raise UsageError(f"unexpected {rest[0]!r}: every value follows its flag, such as --prompt {rest[0]!r}")
+            raise UsageError(f"unexpected {rest[0]!r}: each value follows its flag; see {self.prog} --help")
         flag = unknown.split("=", 1)[0]
         flags = [spelling for action in self._actions for spelling in action.option_strings]
         raise UsageError(f"unknown flag {flag}{hint(flag, flags) or f'; see {self.prog} --help'}")

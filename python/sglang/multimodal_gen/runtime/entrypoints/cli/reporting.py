@@ -46,7 +46,7 @@ class LineDisplay:
 
     def status(self, text: str) -> None:
         """See Display."""
-        self.note(text)
+        self.note(f"engine: {text}")
 
     def started(self, label: str) -> None:
         """See Display."""
@@ -107,16 +107,6 @@ class Reporter:
         elif not isinstance(what, Queued):
             self._display.ended(label)
             _tell(what)
-
-
-def make_reporter() -> Reporter:
-    """Progress bars when somebody looks, lines otherwise."""
-    if not sys.stderr.isatty():
-        return Reporter(LineDisplay())
-    # Late: only a terminal needs it, and it loads while the engine starts.
-    from sglang.multimodal_gen.runtime.entrypoints.cli.progress_bars import BarDisplay
-
-    return Reporter(BarDisplay())
 
 
 def describe_progress(event: Progress) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang.multimodal_gen import envs
-from sglang.multimodal_gen.configs.declare import arg, parameters
+from sglang.multimodal_gen.configs.declare import CLI_ONLY, arg, parameters
 from sglang.multimodal_gen.runtime.entrypoints.cli.options import CommandArgs, OptionParser, read_config, warn
 from sglang.multimodal_gen.runtime.server_args import (
     ResolvedServerArgs,
@@ -27,7 +27,7 @@ class ServeCommandArgs(CommandArgs):
         False,
         help="Print every option with its source, in the form that --config reads, and exit.",
         group="command",
-        exposed=("cli",),
+        exposed=CLI_ONLY,
     )
 
 

@@ -53,8 +53,9 @@ def _drop_range(request: Request) -> None:
 
 def _range_not_satisfiable(size: int) -> JsonResponse:
     info = ErrorInfo(
-        code="range_not_satisfiable", message=f"range: begins after the last of {size} bytes", http_status=416, param="range"
+        code="range_not_satisfiable",
+        message=f"range: begins after the last of {size} bytes",
+        http_status=416,
+        param="range",
     )
-    return JsonResponse(
-        {"error": error_object(info)}, status_code=416, headers={"content-range": f"bytes */{size}"}
-    )
+    return JsonResponse({"error": error_object(info)}, status_code=416, headers={"content-range": f"bytes */{size}"})

@@ -68,6 +68,7 @@ class HttpSettings:
     max_videos: int = 1000
     max_images: int = 1000
     image_lifetime_s: float = 3600.0
+    idempotency_lifetime_s: float = 3600.0
     delete_timeout_s: float = 10.0
 
 
@@ -77,7 +78,9 @@ def model_names(args: ModelArgs) -> tuple[str, ...]:
     Without a served name, a hub id is its own name and a directory goes by its last part.
     """
     last_part = Path(args.model_path.rstrip("/")).name or "model"
-    is_hub_id = args.model_path.count("/") == 1 and args.model_path[0] not in "./~" and not Path(args.model_path).exists()
+    is_hub_id = (
+        args.model_path.count("/") == 1 and args.model_path[0] not in "./~" and not Path(args.model_path).exists()
+    )
     own_names = (args.model_path, last_part) if is_hub_id else (last_part,)
     return tuple(dict.fromkeys(name for name in (args.served_model_name, args.model_id, *own_names) if name))
 

@@ -128,7 +128,9 @@ class CallFields:
 
 def _checked_value(parameter: Parameter, value: Any, *, spelled: bool) -> Any:
     if spelled:
-        value = tuple(from_text(parameter, v) for v in value) if isinstance(value, list) else from_text(parameter, value)
+        value = (
+            tuple(from_text(parameter, v) for v in value) if isinstance(value, list) else from_text(parameter, value)
+        )
     if parameter.name in ("width", "height"):
         _check_side(value, param=parameter.name)
     return coerce(parameter, value)
@@ -138,7 +140,9 @@ def _check_side(value: Any, *, param: str) -> None:
     maximum = parameters(SamplingParams)["width"].declaration.maximum
     assert maximum is not None, "the width has a declared maximum"
     if type(value) in (int, float) and value > maximum:
-        raise SizeTooLarge(f"{param}: larger than {int(maximum)} pixels a side, which is the most accepted", param=param)
+        raise SizeTooLarge(
+            f"{param}: larger than {int(maximum)} pixels a side, which is the most accepted", param=param
+        )
 
 
 def sides(size: str) -> tuple[int, int]:
@@ -205,7 +209,8 @@ def sampling_values(values: Mapping[str, Any], own: type[Own]) -> tuple[Own, dic
     Raises:
         IncompatibleParameters: the same thing said twice, such as `size` and `width`.
     """
-    wish = own(**{name: value for name, value in values.items() if name in parameters(own)})
+    known: type = own
+    wish = own(**{name: value for name, value in values.items() if name in parameters(known)})
     sampling = {name: value for name, value in values.items() if name in parameters(SamplingParams)}
     if wish.size is not None and wish.size != "auto":
         _refuse_both("size", sampling, "width", "height")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.errors import InternalError, ServingError
+from sglang.multimodal_gen.errors import EngineStopped, InternalError, ServingError
 from sglang.multimodal_gen.runtime.entrypoints.engine_client import new_request_id
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine
 from sglang.multimodal_gen.runtime.managers.messages import Finished
@@ -63,22 +63,25 @@ def _take(engine: Engine, finished: Finished) -> bytes:
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away. The body must have been read.
+    """The result of `work`, which is cancelled when the client or the server goes. The body must have been read.
 
     Raises:
         ClientDisconnect: the client went away.
+        EngineStopped: the server is shutting down and the time for running requests is over.
     """
-    running = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
+    running = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(request))
+    draining = asyncio.create_task(request.app.state.draining.wait())
+    tasks = (running, gone, draining)
     try:
-        await asyncio.wait({running, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not running.done():
-            raise ClientDisconnect
-        return running.result()
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            return running.result()
+        raise ClientDisconnect if gone.done() else EngineStopped("the server is shutting down")
     finally:
-        running.cancel()
-        gone.cancel()
-        await asyncio.gather(running, gone, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:

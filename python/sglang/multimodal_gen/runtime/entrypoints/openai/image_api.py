@@ -28,8 +28,9 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.generation import (
     generate_all,
     unless_disconnected,
 )
+from sglang.multimodal_gen.runtime.entrypoints.openai.idempotency import IdempotentReplies
 from sglang.multimodal_gen.runtime.entrypoints.openai.image_store import ImageStore
-from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse
+from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse, to_json
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import read_json
 from sglang.multimodal_gen.runtime.entrypoints.request_builder import expand
 
@@ -40,19 +41,24 @@ class ImageApi:
     def __init__(self, engine: Engine, settings: HttpSettings) -> None:
         self._engine = engine
         self._settings = settings
+        self._replies = IdempotentReplies(lifetime_s=settings.idempotency_lifetime_s)
         self._store = ImageStore(
             settings.files_dir / "images", capacity=settings.max_images, lifetime_s=settings.image_lifetime_s
         )
 
     async def generate(self, request: Request) -> Response:
         """Generate images from a text."""
-        values = IMAGE_CALL.checked(await read_json(request, self._settings.body))
-        wish, sampling = sampling_values(values, ImageFields)
+        body = await read_json(request, self._settings.body)
+        wish, sampling = sampling_values(IMAGE_CALL.checked(body), ImageFields)
         _check_combinations(wish, sampling)
         model = require_model(self._engine, self._settings, wish.model)
         requests = _image_requests(sampling, model)
-        results = await unless_disconnected(request, generate_all(self._engine, requests))
-        return JsonResponse(await self._images_response(request, wish, requests, results))
+
+        async def run() -> bytes:
+            results = await generate_all(self._engine, requests)
+            return to_json(await self._images_response(request, wish, requests, results))
+
+        return JsonResponse(await unless_disconnected(request, self._replies.once(request, body, run)))
 
     async def content(self, request: Request, image_id: str) -> Response:
         """The bytes of an image that was answered with a URL."""

@@ -16,14 +16,19 @@ RETRY_AFTER_S = 2
 _PATH = re.compile(r"(?<![\w.:/])/[^\s'\",;:)]+")
 
 
-class JsonResponse(Response):
+def to_json(content: Any) -> bytes:
     """JSON in ASCII: lone surrogates in a client's text come back escaped instead of failing to encode."""
+    return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+class JsonResponse(Response):
+    """A reply in JSON; bytes are taken as JSON already."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         """The body's bytes."""
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+        return content if isinstance(content, bytes) else to_json(content)
 
 
 def without_paths(message: str) -> str:

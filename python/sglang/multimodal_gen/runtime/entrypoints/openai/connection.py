@@ -1,0 +1,81 @@
+"""HTTP/1.1 connections: what uvicorn's own lack, a deadline for the head and JSON for bytes that are no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from sglang.multimodal_gen.errors import BadHttp
+from sglang.multimodal_gen.runtime.entrypoints.openai.replies import error_response
+
+_LINGER_S = 2.0
+
+
+class Connection(H11Protocol):
+    """One client. A connection whose next request head is not complete in time is closed."""
+
+    header_timeout_s = 10.0
+
+    _deadline: asyncio.TimerHandle | None = None
+    _refused = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start waiting for the first head."""
+        super().connection_made(transport)
+        # asyncio does so only when the listening socket names its protocol; without it, a reply takes 40 ms longer,
+        # since its body waits for the acknowledgement of its head.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self._watch_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Feed the parser; after a refusal, drop what still comes."""
+        if not self._refused:
+            super().data_received(data)
+            self._watch_head()
+
+    def on_response_complete(self) -> None:
+        """Start waiting for the next head."""
+        super().on_response_complete()
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the deadline."""
+        self._stop_watching()
+        super().connection_lost(exc)
+
+    def _watch_head(self) -> None:
+        if self._refused or self.transport.is_closing():
+            return
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_watching()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(self.header_timeout_s, self.transport.close)
+
+    def _stop_watching(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are no HTTP request, or whose head is too large.
+
+        Closing with bytes unread would reset the connection and lose the answer, so the client gets a moment to go.
+        """
+        response = error_response(BadHttp("request: not a valid HTTP/1.1 request, or its head is too large"))
+        headers = [*response.raw_headers, (b"connection", b"close"), (b"x-request-id", _request_id())]
+        head, body = h11.Response(status_code=400, headers=headers), h11.Data(data=bytes(response.body))
+        for event in (head, body, h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self._refused = True
+        self._stop_watching()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._deadline = self.loop.call_later(_LINGER_S, self.transport.close)
+
+
+def _request_id() -> bytes:
+    return f"req_{secrets.token_hex(16)}".encode("ascii")

@@ -1,0 +1,105 @@
+"""Idempotency-Key: the same call sent again gets the first one's reply, and runs once."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+
+from sglang.multimodal_gen.errors import IdempotencyMismatch, InvalidRequest
+from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import Body
+
+_HEADER = "idempotency-key"
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+_MAX_ENTRIES = 1000
+_MAX_KEPT_BYTES = 64 * 2**20
+
+Work = Callable[[], Coroutine[Any, Any, bytes]]
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """One call. `num_waiting` clients want its reply; when the last of them goes, the run is cancelled."""
+
+    fingerprint: bytes
+    reply: asyncio.Task[bytes]
+    expires: float
+    num_waiting: int = 0
+
+    @property
+    def num_kept_bytes(self) -> int:
+        """Of a finished reply."""
+        return len(self.reply.result()) if self.reply.done() else 0
+
+
+class IdempotentReplies:
+    """The newest replies by key, in memory. Failures are not kept: sent again, the call runs again."""
+
+    def __init__(self, *, lifetime_s: float) -> None:
+        self._lifetime_s = lifetime_s
+        self._runs: dict[str, _Run] = {}
+
+    async def once(self, request: Request, body: Body, work: Work) -> bytes:
+        """The reply of `work`, or that of the run with the request's key; without a key `work` simply runs.
+
+        Raises:
+            IdempotencyMismatch: the key came before, with another body.
+            ServingError: what `work` raises.
+        """
+        key = request.headers.get(_HEADER)
+        if key is None:
+            return await work()
+        if _KEY.fullmatch(key) is None:
+            raise InvalidRequest(f"{_HEADER}: accepted are 1 to 255 visible ASCII characters", param=_HEADER)
+        run = self._find_or_start(key, _fingerprint(request, body), work)
+        run.num_waiting += 1
+        try:
+            return await asyncio.shield(run.reply)
+        except Exception:
+            self._forget(key, run)
+            raise
+        finally:
+            run.num_waiting -= 1
+            if run.num_waiting == 0 and not run.reply.done():
+                self._forget(key, run)
+                run.reply.cancel()
+                await asyncio.wait({run.reply})
+
+    def _find_or_start(self, key: str, fingerprint: bytes, work: Work) -> _Run:
+        self._forget_old()
+        run = self._runs.get(key)
+        if run is None:
+            expires = time.monotonic() + self._lifetime_s
+            run = _Run(fingerprint=fingerprint, reply=asyncio.create_task(work()), expires=expires)
+            self._runs[key] = run
+        elif run.fingerprint != fingerprint:
+            raise IdempotencyMismatch(
+                f"{_HEADER}: this key came before with another request; use a new key for a new request", param=_HEADER
+            )
+        return run
+
+    def _forget(self, key: str, run: _Run) -> None:
+        if self._runs.get(key) is run:
+            del self._runs[key]
+
+    def _forget_old(self) -> None:
+        kept_bytes = sum(run.num_kept_bytes for run in self._runs.values())
+        now = time.monotonic()
+        for key, run in list(self._runs.items()):  # oldest first
+            if run.expires > now and kept_bytes <= _MAX_KEPT_BYTES and len(self._runs) < _MAX_ENTRIES:
+                return
+            if run.reply.done():
+                kept_bytes -= run.num_kept_bytes
+                del self._runs[key]
+
+
+def _fingerprint(request: Request, body: Body) -> bytes:
+    text = json.dumps([request.url.path, body.values], sort_keys=True)
+    return hashlib.sha256(text.encode("ascii")).digest()

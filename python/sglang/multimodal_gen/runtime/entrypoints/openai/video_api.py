@@ -1,0 +1,204 @@
+"""/v1/videos: text to video as jobs that clients poll."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sglang.multimodal_gen.configs.declare import arg, from_text, hint, parameters
+from sglang.multimodal_gen.configs.model_info import ModelInfo
+from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, SamplingParams
+from sglang.multimodal_gen.errors import (
+    DuplicateParameter,
+    IncompatibleParameters,
+    InvalidValue,
+    UnknownParameter,
+    VideoFailed,
+    VideoNotFound,
+    VideoNotReady,
+)
+from sglang.multimodal_gen.runtime.entrypoints.openai.content import content_response
+from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, HttpSettings, require_model
+from sglang.multimodal_gen.runtime.entrypoints.openai.fields import VIDEO_CALL, VideoFields, sampling_values
+from sglang.multimodal_gen.runtime.entrypoints.openai.idempotency import IdempotentReplies
+from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse, error_object, to_json
+from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import read_json_or_multipart
+from sglang.multimodal_gen.runtime.entrypoints.openai.video_jobs import VideoJob, VideoJobs
+from sglang.multimodal_gen.runtime.entrypoints.request_builder import expand
+
+_SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
+_POLL_AFTER_MS = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListQuery:
+    """How a list of videos is paged."""
+
+    after: str | None = arg(None, help="Id of the last video of the page before.", group="paging", max_length=512)
+    limit: int = arg(20, help="Videos a page.", group="paging", minimum=0, maximum=100)
+    order: Literal["asc", "desc"] = arg("desc", help="By time of creation.", group="paging", choices=("asc", "desc"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContentQuery:
+    """Which form of a video is fetched."""
+
+    variant: str = arg("video", help="What to fetch.", group="content", choices=("video",), code="invalid_variant")
+
+
+class VideoApi:
+    """The video routes."""
+
+    def __init__(self, engine: Engine, settings: HttpSettings) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._replies = IdempotentReplies(lifetime_s=settings.idempotency_lifetime_s)
+        self.jobs = VideoJobs(
+            engine,
+            settings.files_dir / "videos",
+            capacity=settings.max_videos,
+            delete_timeout_s=settings.delete_timeout_s,
+        )
+
+    async def create(self, request: Request) -> Response:
+        """Start a video from a text; poll it until its status is `completed` or `failed`."""
+        body = await read_json_or_multipart(request, self._settings.body, refuse_file=VIDEO_CALL.refuse_file)
+        wish, sampling = sampling_values(VIDEO_CALL.checked(body), VideoFields)
+        model = require_model(self._engine, self._settings, wish.model)
+        if wish.seconds is not None:
+            sampling["num_frames"] = frames_for(wish.seconds, sampling, model)
+        params = _video_request(sampling, model)
+        name = wish.model or self._settings.model_names[0]
+
+        async def start() -> bytes:
+            job = await self.jobs.create(params, model=name, safety_identifier=wish.safety_identifier)
+            return to_json(video_object(job))
+
+        return JsonResponse(await self._replies.once(request, body, start), headers=_poll_headers(done=False))
+
+    async def retrieve(self, request: Request, video_id: str) -> Response:
+        """A video's status and progress."""
+        return _video_response(self.jobs.get(video_id))
+
+    async def list(self, request: Request) -> Response:
+        """Videos by time of creation, page by page."""
+        query = _query(request, ListQuery)
+        jobs, has_more = self.jobs.page(after=query.after, limit=query.limit, order=query.order)
+        return JsonResponse(
+            {
+                "object": "list",
+                "data": [video_object(job) for job in jobs],
+                "first_id": jobs[0].id if jobs else None,
+                "last_id": jobs[-1].id if jobs else None,
+                "has_more": has_more,
+            }
+        )
+
+    async def content(self, request: Request, video_id: str) -> Response:
+        """The bytes of a completed video."""
+        _query(request, ContentQuery)
+        job = self.jobs.get(video_id)
+        if job.status == "failed":
+            raise VideoFailed(f"video {video_id} has no content: its generation failed", param="video_id")
+        if job.status != "completed":
+            raise VideoNotReady(video_id, status=job.status, progress=job.progress)
+        try:
+            return content_response(request, job.path, file_format=str(job.params.output_format))
+        except FileNotFoundError:
+            raise VideoNotFound(video_id) from None
+
+    async def delete(self, request: Request, video_id: str) -> Response:
+        """Delete a video and its bytes; one that runs is cancelled."""
+        await self.jobs.delete(video_id)
+        return JsonResponse({"id": video_id, "object": "video.deleted", "deleted": True})
+
+
+def frames_for(seconds: str | int | float, sampling: Mapping[str, Any], model: ModelInfo) -> int:
+    """Frames of a video whose last frame shows `seconds` after its first: 5 s at 16 fps are 81 frames.
+
+    Between two counts that the model can do it is the lower one; the reply tells the actual time.
+
+    Raises:
+        IncompatibleParameters: `num_frames` is given too.
+        InvalidValue: not a positive number, or longer than the model can do.
+    """
+    if "num_frames" in sampling:
+        raise IncompatibleParameters("seconds: says the same as num_frames, accepted is one of them", param="seconds")
+    fps = sampling.get("fps") or model.defaults.fps or GENERAL_DEFAULTS.fps
+    assert fps is not None, "the general defaults have a frame rate"
+    stride, most = model.limits.frame_stride, model.limits.max_frames
+    longest = (most - 1) // stride * stride / fps
+    number = seconds if not isinstance(seconds, str) else float(seconds) if _SECONDS.fullmatch(seconds) else 0
+    if not 0 < number <= longest:
+        raise InvalidValue(
+            "seconds", seconds, f"a number above 0, up to {_plain(longest)} at {fps} fps", code="invalid_seconds"
+        )
+    return math.floor(number * fps / stride) * stride + 1
+
+
+def _video_request(sampling: Mapping[str, Any], model: ModelInfo) -> SamplingParams:
+    values = {"output_format": "mp4", **sampling}
+    requests = expand(values, model=model, surface="http")
+    if len(requests) != 1:
+        raise InvalidValue("seed", sampling.get("seed"), "one integer: a job makes one video", code="invalid_seed")
+    return requests[0]
+
+
+def _query(request: Request, owner: type) -> Any:
+    """The URL's query as an instance of `owner`. Raises for unknown, repeated and bad parameters."""
+    known = parameters(owner)
+    values: dict[str, Any] = {}
+    for name, text in request.query_params.multi_items():
+        if name not in known:
+            raise UnknownParameter(name, what="query parameter", hint=hint(name, known))
+        if name in values:
+            raise DuplicateParameter(name)
+        values[name] = from_text(known[name], text)
+    return owner(**values)
+
+
+def _video_response(job: VideoJob) -> Response:
+    return JsonResponse(video_object(job), headers=_poll_headers(done=job.is_final))
+
+
+def _poll_headers(*, done: bool) -> dict[str, str]:
+    """How soon OpenAI's client asks again."""
+    return {} if done else {"openai-poll-after-ms": str(_POLL_AFTER_MS)}
+
+
+def video_object(job: VideoJob) -> dict[str, Any]:
+    """The job in OpenAI's form, with our own facts beside: frames, fps, seed, remaining seconds, notes."""
+    params = job.params
+    assert params.num_frames is not None and params.fps is not None, "the request is complete"
+    return {
+        "id": job.id,
+        "object": "video",
+        "created_at": job.created_at,
+        "completed_at": job.completed_at,
+        "expires_at": None,
+        "model": job.model,
+        "status": job.status,
+        "progress": job.progress,
+        "seconds": _plain((params.num_frames - 1) / params.fps),
+        "size": f"{params.width}x{params.height}",
+        "prompt": params.prompt,
+        "remixed_from_video_id": None,
+        "error": None if job.error is None else error_object(job.error),
+        "num_frames": params.num_frames,
+        "fps": params.fps,
+        "seed": params.seed,
+        "eta_seconds": None if job.eta_s is None else round(job.eta_s, 1),
+        "generation_time": None if job.generation_time is None else round(job.generation_time, 3),
+        "notes": list(job.notes),
+        "safety_identifier": job.safety_identifier,
+    }
+
+
+def _plain(number: float) -> str:
+    return f"{number:.3f}".rstrip("0").rstrip(".")

@@ -1,0 +1,186 @@
+"""From a component's directory to a module that is ready to run.
+
+A module is constructed without memory, then given the checkpoint's tensors at the wanted dtype and device one by one,
+so that a model never lies in memory twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sglang.multimodal_gen.configs.models.base import ModelConfig
+from sglang.multimodal_gen.errors import CorruptCheckpoint, InvalidRequest, UnsupportedModel
+from sglang.multimodal_gen.registry import read_json_object
+from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer, load_tokenizer
+from sglang.multimodal_gen.runtime.loader.weight_utils import StoredWeights, open_weights, tensors_of
+
+_SHOWN_KEYS = 8
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadContext:
+    """Where and how components are placed."""
+
+    device: torch.device
+    dtype: torch.dtype
+    layers: LayerContext
+    fp32_components: Collection[str] = ()
+
+    def dtype_of(self, component: str) -> torch.dtype:
+        """The dtype that a component computes in."""
+        return torch.float32 if component in self.fp32_components else self.dtype
+
+
+@dataclass(frozen=True)
+class NativeModule:
+    """A component with an implementation of ours: its class and the config that the class takes."""
+
+    module_class: type[nn.Module]
+    config_class: type[ModelConfig]
+
+    def __call__(self, directory: Path, class_name: str, context: LoadContext) -> nn.Module:
+        """Raises UnsupportedModel for another class, CorruptCheckpoint when config or weights do not fit."""
+        if class_name != self.module_class.__name__:
+            raise UnsupportedModel(
+                f"the checkpoint's {directory.name} is a {class_name}; supported is {self.module_class.__name__}"
+            )
+        try:
+            config = self.config_class.from_dict(read_json_object(directory / "config.json"))
+        except InvalidRequest as error:
+            raise UnsupportedModel(f"{directory.name}/config.json: {error.message}") from error
+        return load_module(
+            self.module_class,
+            config,
+            directory,
+            dtype=context.dtype_of(directory.name),
+            device=context.device,
+            context=context.layers,
+        )
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A component that turns text into token ids; any class that saves a `tokenizer.json`."""
+
+    def __call__(self, directory: Path, class_name: str, context: LoadContext) -> PromptTokenizer:
+        return load_tokenizer(directory)
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """The content of `scheduler_config.json`; each request makes its own sampler of it."""
+
+    def __call__(self, directory: Path, class_name: str, context: LoadContext) -> dict[str, Any]:
+        return {**read_json_object(directory / "scheduler_config.json"), "_class_name": class_name}
+
+
+ComponentLoader = Callable[[Path, str, LoadContext], Any]
+"""(directory, class name of model_index.json, context) -> the component."""
+
+
+def load_module(
+    cls: type[ModuleT],
+    config: ModelConfig,
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    context: LayerContext,
+) -> ModuleT:
+    """A `cls(config, context)` with the weights of `directory`, in evaluation mode and without gradients.
+
+    The class may say `keep_in_fp32` (parts of dotted names whose parameters stay in fp32), `keep_in_fp32_with_fp16`
+    (the same for fp16 only) and `key_aliases` (a second name under which files store a shared tensor -> its own name).
+
+    Raises: CorruptCheckpoint naming all missing, unexpected and mis-shaped keys, or what is wrong with a file.
+    """
+    with torch.device("meta"), _NoInitialisation():
+        module = cls(config, context)
+    stored = open_weights(directory)
+    names = _match_keys(module, stored, aliases=getattr(cls, "key_aliases", {}))
+    kept = _kept_in_fp32(cls, dtype)
+    wanted_of_key = {key: _dtype_for(name, kept, dtype) for name, key in names.items()}
+
+    def place(key: str, tensor: Tensor) -> Tensor:
+        return tensor.to(device, wanted_of_key[key]) if tensor.is_floating_point() else tensor.to(device)
+
+    tensors = stored.load(list(names.values()), place)
+    module.load_state_dict({name: tensors[key] for name, key in names.items()}, strict=True, assign=True)
+    unset = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    assert not unset, f"{cls.__name__}: buffers that no checkpoint holds must be computed where they are used: {unset}"
+    return module.eval().requires_grad_(False)
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Leaves new parameters as they are.
+
+    The checkpoint sets them anyway, and drawing random numbers without memory makes torch import its compiler: 5 s.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        if func is torch.randn:
+            # A table that a constructor draws itself is small enough to be drawn.
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
+
+
+def _match_keys(module: nn.Module, stored: StoredWeights, *, aliases: Mapping[str, str]) -> dict[str, str]:
+    """Name in the module -> key in the file, for every name; raises CorruptCheckpoint unless all fit."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    names = {name: name for name in wanted if name in stored.tensors}
+    for alias, name in aliases.items():
+        if alias in stored.tensors and name in wanted:
+            names.setdefault(name, alias)
+    missing = [name for name in wanted if name not in names]
+    unexpected = [key for key in stored.tensors if key not in wanted and key not in aliases]
+    misshaped = [
+        f"{key} (file {_shape(stored.tensors[key].shape)}, model {_shape(wanted[name])})"
+        for name, key in names.items()
+        if stored.tensors[key].shape != wanted[name]
+    ]
+    problems = [
+        f"{len(keys)} {kind}: {', '.join(keys[:_SHOWN_KEYS])}{', …' if len(keys) > _SHOWN_KEYS else ''}"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
+        if keys
+    ]
+    if problems:
+        raise CorruptCheckpoint(
+            f"the weights in {stored.directory.name} do not fit {stored.directory.name}/config.json: "
+            + "; ".join(problems)
+        )
+    return names
+
+
+def _kept_in_fp32(cls: type[nn.Module], dtype: torch.dtype) -> frozenset[str]:
+    kept = set(getattr(cls, "keep_in_fp32", ()))
+    if dtype == torch.float16:
+        kept.update(getattr(cls, "keep_in_fp32_with_fp16", ()))
+    return frozenset(kept)
+
+
+def _dtype_for(name: str, kept: frozenset[str], dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if kept.intersection(name.split(".")) else dtype
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def weight_totals(modules: Collection[nn.Module]) -> tuple[int, int]:
+    """Number of parameters and bytes of all tensors."""
+    num_parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    return num_parameters, sum(tensor.nbytes for module in modules for tensor in tensors_of(module))

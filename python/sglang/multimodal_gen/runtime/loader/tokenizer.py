@@ -1,0 +1,71 @@
+"""Text to token ids with the checkpoint's own `tokenizer.json`.
+
+The tokenizers library alone is used where that file exists: importing transformers costs a worker's start seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+
+from sglang.multimodal_gen.errors import CorruptCheckpoint
+from sglang.multimodal_gen.registry import read_json_object
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedText:
+    """Token ids with the special tokens; `num_tokens` is how many the whole text would have."""
+
+    ids: tuple[int, ...]
+    num_tokens: int
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether the text did not fit."""
+        return len(self.ids) < self.num_tokens
+
+
+class PromptTokenizer:
+    """One checkpoint's tokenizer."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        # A file may carry the settings of its last use.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+
+    def __call__(self, text: str, *, max_length: int) -> TokenizedText:
+        """At most `max_length` ids; a longer text loses its end but keeps the special tokens around it."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        num_special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
+        num_tokens = len(encoding.ids) + num_special
+        encoding.truncate(max(0, max_length - num_special))
+        return TokenizedText(ids=tuple(self._tokenizer.post_process(encoding).ids[:max_length]), num_tokens=num_tokens)
+
+
+def load_tokenizer(directory: Path) -> PromptTokenizer:
+    """The tokenizer in a checkpoint's directory. Raises CorruptCheckpoint when there is none."""
+    path = directory / "tokenizer.json"
+    if path.is_file():
+        content = read_json_object(path)
+        if not isinstance(content.get("model"), dict):
+            raise CorruptCheckpoint(f"{directory.name}/tokenizer.json has no model; download the checkpoint again")
+        return PromptTokenizer(tokenizers.Tokenizer.from_file(str(path)))
+    if not (directory / "tokenizer_config.json").is_file():
+        raise CorruptCheckpoint(f"{directory.name} holds no tokenizer.json; download the checkpoint again")
+    return PromptTokenizer(_converted(directory))
+
+
+def _converted(directory: Path) -> tokenizers.Tokenizer:
+    """The fast form of a tokenizer that was saved in an older format, such as a SentencePiece model."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise CorruptCheckpoint(f"{directory.name} holds no tokenizer that can be read: {error}") from error
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise CorruptCheckpoint(f"{directory.name} has no fast tokenizer; save it with transformers once")
+    return tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

@@ -1,0 +1,187 @@
+"""Reading safetensors: which files hold the weights, what is in them, and the tensors themselves, mapped into memory.
+
+Every file's header is checked against its size before a single tensor is touched, because reading a mapped file past
+its end kills the process.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sglang.multimodal_gen.errors import CorruptCheckpoint, PickleRefused
+from sglang.multimodal_gen.registry import read_json_object
+
+_PREFERRED = ("diffusion_pytorch_model", "model")
+_PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
+_READABLE_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"})
+# The format's own limit for the header.
+_MAX_HEADER_BYTES = 100_000_000
+# Reading is bound by page faults and copies; more threads than this only fight for memory bandwidth.
+_MAX_THREADS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """Where a tensor lies and what its header says."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """All tensors of one component by name."""
+
+    directory: Path
+    tensors: Mapping[str, StoredTensor]
+
+    def load(self, names: Collection[str], convert: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
+        """The named tensors, each passed through `convert(name, tensor)` as soon as it is read; files in parallel.
+
+        The tensor given to `convert` is a view of the mapped file: it costs memory only where it is touched.
+
+        Raises: CorruptCheckpoint when a file cannot be read.
+        """
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+
+        def load_file(item: tuple[Path, list[str]]) -> list[tuple[str, Tensor]]:
+            path, wanted = item
+            try:
+                with safe_open(path, framework="pt", device="cpu") as file:
+                    return [(name, convert(name, file.get_tensor(name))) for name in wanted]
+            except SafetensorError as error:
+                raise CorruptCheckpoint(f"{_shown(path)} is not a valid safetensors file: {error}") from error
+
+        if len(by_file) == 1:
+            return dict(load_file(next(iter(by_file.items()))))
+        with ThreadPoolExecutor(max_workers=_MAX_THREADS, thread_name_prefix="load") as pool:
+            return {name: tensor for part in pool.map(load_file, by_file.items()) for name, tensor in part}
+
+
+def open_weights(directory: Path) -> StoredWeights:
+    """The weights in a component's directory: one safetensors file, or shards with an index.
+
+    Raises:
+        PickleRefused: there are only pickled weights.
+        CorruptCheckpoint: no weights, a missing shard, or a file that is truncated or no safetensors file.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    expected: dict[str, str] = {}
+    index = _find(directory, ".safetensors.index.json")
+    if index is None:
+        files = [_single_file(directory)]
+    else:
+        expected = _read_index(index)
+        files = [directory / name for name in sorted(set(expected.values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise CorruptCheckpoint(
+                f"{_shown(index)} lists {len(files)} files, but {', '.join(missing[:8])} "
+                f"{'is' if len(missing) == 1 else 'are'} missing; download the checkpoint again"
+            )
+    for file in files:
+        tensors.update(_read_header(file))
+    absent = [name for name, file in expected.items() if name not in tensors or tensors[name].file.name != file]
+    if absent:
+        raise CorruptCheckpoint(
+            f"{_shown(directory)}: {len(absent)} tensors are not in the file that the index names, such as {absent[0]}"
+        )
+    return StoredWeights(directory, tensors)
+
+
+def _find(directory: Path, ending: str) -> Path | None:
+    """`diffusion_pytorch_model<ending>` or `model<ending>`, else the only file that ends so."""
+    for stem in _PREFERRED:
+        if (directory / (stem + ending)).is_file():
+            return directory / (stem + ending)
+    found = sorted(directory.glob("*" + ending))
+    return found[0] if len(found) == 1 else None
+
+
+def _single_file(directory: Path) -> Path:
+    found = _find(directory, ".safetensors")
+    if found is not None:
+        return found
+    several = sorted(file.name for file in directory.glob("*.safetensors"))
+    if several:
+        raise CorruptCheckpoint(
+            f"{_shown(directory)} holds {len(several)} safetensors files ({', '.join(several[:4])}) but no index file "
+            "that says how they belong together; download the checkpoint again"
+        )
+    pickles = sorted(file.name for file in directory.glob("*") if file.suffix in _PICKLE_ENDINGS)
+    if pickles:
+        raise PickleRefused(
+            f"{_shown(directory)} holds pickled weights only ({pickles[0]}), which can run code when they are read; "
+            "where you trust them, load them once with diffusers and call save_pretrained(..., safe_serialization=True)"
+        )
+    raise CorruptCheckpoint(f"{_shown(directory)} holds no safetensors weights; download the checkpoint again")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name in the same directory."""
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptCheckpoint(f"{_shown(path)} has no weight_map; download the checkpoint again")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise CorruptCheckpoint(f"{_shown(path)} names {file!r}; accepted are safetensors files beside it")
+    return weight_map
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """What the header lists, after the file's size was found to fit it."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+            raise CorruptCheckpoint(f"{_shown(path)} is truncated or no safetensors file ({size} bytes)")
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            found = {name: _stored(path, entry) for name, entry in header.items()}
+            end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise CorruptCheckpoint(f"{_shown(path)} has a header that cannot be read: {error}") from error
+    if size != end:
+        raise CorruptCheckpoint(
+            f"{_shown(path)} has {size} bytes, but its header wants {end}; the file is "
+            f"{'truncated' if size < end else 'damaged'}, download it again"
+        )
+    unreadable = {tensor.dtype for tensor in found.values()} - _READABLE_DTYPES
+    if unreadable:
+        raise CorruptCheckpoint(
+            f"{_shown(path)} stores {', '.join(sorted(unreadable))}; quantised weights are not supported, "
+            "accepted are F32, F16 and BF16"
+        )
+    return found
+
+
+def _stored(path: Path, entry: Mapping[str, object]) -> StoredTensor:
+    shape = entry["shape"]
+    if not isinstance(shape, list):
+        raise ValueError("a shape is no list")
+    return StoredTensor(file=path, shape=tuple(shape), dtype=str(entry["dtype"]))
+
+
+def _shown(path: Path) -> str:
+    """Component and file: enough to find it, without this machine's directories."""
+    return f"{path.parent.name}/{path.name}"
+
+
+def tensors_of(module: torch.nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers."""
+    yield from module.parameters()
+    yield from module.buffers()

@@ -1,0 +1,224 @@
+"""Wan video transformer, 2.1 and 2.2: text to video, image to video, per-token timesteps.
+
+Source: arXiv:2503.20314, https://github.com/Wan-Video/Wan2.1. Parameter names are those of the published diffusers
+checkpoints.
+
+Shapes: B batch, C latent channels, T, H, W latent frames, height, width; S video tokens (one per patch), L text tokens,
+I image tokens, D hidden_size, N heads of this rank, E head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.configs.models.dits import WanTransformerConfig
+from sglang.multimodal_gen.errors import InvalidRequest
+from sglang.multimodal_gen.runtime.layers.attention.attention import Attention
+from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerContext
+from sglang.multimodal_gen.runtime.layers.embeddings import TextProjection, TimestepEmbedding, sinusoidal_embedding
+from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from sglang.multimodal_gen.runtime.layers.mlp import FeedForward
+from sglang.multimodal_gen.runtime.layers.modulation import modulate, split_modulations
+from sglang.multimodal_gen.runtime.layers.norm import FP32LayerNorm, RMSNorm
+from sglang.multimodal_gen.runtime.layers.rotary import apply_rotary_emb, rotary_table_3d
+
+
+class WanAttention(nn.Module):
+    """Projections and query/key norms that self- and cross-attention share."""
+
+    def __init__(self, config: WanTransformerConfig, context: LayerContext, plan: AttentionPlan) -> None:
+        super().__init__()
+        dim, axis = config.hidden_size, context.parallel.tp
+        self.num_heads = axis.share(config.num_attention_heads, "attention heads")
+        self.to_q = ColumnParallelLinear(dim, dim, axis=axis)
+        self.to_k = ColumnParallelLinear(dim, dim, axis=axis)
+        self.to_v = ColumnParallelLinear(dim, dim, axis=axis)
+        self.to_out = nn.ModuleList([RowParallelLinear(dim, dim, axis=axis)])
+        # The norm runs over all heads together, not over each.
+        self.norm_q = RMSNorm(dim, config.eps, axis=axis)
+        self.norm_k = RMSNorm(dim, config.eps, axis=axis)
+        self.attention: Attention = plan.build(config.attention_head_dim)
+
+    def split_heads(self, hidden_states: Tensor) -> Tensor:
+        """[B, S, N·E] -> [B, S, N, E]."""
+        return hidden_states.unflatten(-1, (self.num_heads, -1))
+
+
+class WanSelfAttention(WanAttention):
+    """Video tokens attend to each other, with rotary positions."""
+
+    def __init__(self, config: WanTransformerConfig, context: LayerContext) -> None:
+        super().__init__(config, context, context.self_attention)
+
+    def forward(self, hidden_states: Tensor, freqs_cis: Tensor) -> Tensor:
+        """[B, S, D] and the rotary table -> [B, S, D]."""
+        query = apply_rotary_emb(self.split_heads(self.norm_q(self.to_q(hidden_states))), freqs_cis)
+        key = apply_rotary_emb(self.split_heads(self.norm_k(self.to_k(hidden_states))), freqs_cis)
+        value = self.split_heads(self.to_v(hidden_states))
+        return self.to_out[0](self.attention(query, key, value).flatten(2))
+
+
+class WanCrossAttention(WanAttention):
+    """Video tokens attend to the text, and apart from it to the first frame's image tokens where the model has them."""
+
+    def __init__(self, config: WanTransformerConfig, context: LayerContext) -> None:
+        super().__init__(config, context, context.cross_attention)
+        dim, axis = config.hidden_size, context.parallel.tp
+        if config.added_kv_proj_dim is not None:
+            self.add_k_proj = ColumnParallelLinear(config.added_kv_proj_dim, dim, axis=axis)
+            self.add_v_proj = ColumnParallelLinear(config.added_kv_proj_dim, dim, axis=axis)
+            self.norm_added_k = RMSNorm(dim, config.eps, axis=axis)
+
+    def forward(self, hidden_states: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
+        """[B, S, D], [B, L, D], [B, I, D] or None -> [B, S, D]."""
+        query = self.split_heads(self.norm_q(self.to_q(hidden_states)))
+        key, value = self.norm_k(self.to_k(text)), self.to_v(text)
+        attended = self.attention(query, self.split_heads(key), self.split_heads(value))
+        if image is not None:
+            key, value = self.norm_added_k(self.add_k_proj(image)), self.add_v_proj(image)
+            attended = attended + self.attention(query, self.split_heads(key), self.split_heads(value))
+        return self.to_out[0](attended.flatten(2))
+
+
+class WanBlock(nn.Module):
+    """Self-attention, text cross-attention and MLP; the first and the last under AdaLN-zero."""
+
+    def __init__(self, config: WanTransformerConfig, context: LayerContext) -> None:
+        super().__init__()
+        dim = config.hidden_size
+        self.norm1 = FP32LayerNorm(dim, config.eps, elementwise_affine=False)
+        self.attn1 = WanSelfAttention(config, context)
+        self.norm2 = FP32LayerNorm(dim, config.eps) if config.cross_attn_norm else nn.Identity()
+        self.attn2 = WanCrossAttention(config, context)
+        self.norm3 = FP32LayerNorm(dim, config.eps, elementwise_affine=False)
+        self.ffn = FeedForward(dim, config.ffn_dim, dim, axis=context.parallel.tp)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self, hidden_states: Tensor, text: Tensor, image: Tensor | None, temb: Tensor, freqs_cis: Tensor
+    ) -> Tensor:
+        """[B, S, D], [B, L, D], [B, I, D] or None, [B, 1 or S, 6, D], the rotary table -> [B, S, D]."""
+        dtype = hidden_states.dtype
+        attn_mod, mlp_mod = split_modulations(self.scale_shift_table, temb)
+        # Norm and modulation stay in fp32 together; only their result is rounded.
+        update = self.attn1(attn_mod(self.norm1(hidden_states.float())).to(dtype), freqs_cis)
+        hidden_states = attn_mod.add_gated(hidden_states, update)
+        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), text, image)
+        update = self.ffn(mlp_mod(self.norm3(hidden_states.float())).to(dtype))
+        return mlp_mod.add_gated(hidden_states, update)
+
+
+class WanImageEmbedding(nn.Module):
+    """Projects the image encoder's tokens; with `pos_embed`, first and last frame arrive as two rows per sample."""
+
+    def __init__(self, image_dim: int, hidden_size: int, num_positions: int | None) -> None:
+        super().__init__()
+        self.norm1 = FP32LayerNorm(image_dim)
+        self.ff = FeedForward(image_dim, image_dim, hidden_size, approximate="none")
+        self.norm2 = FP32LayerNorm(hidden_size)
+        self.pos_embed = None if num_positions is None else nn.Parameter(torch.zeros(1, num_positions, image_dim))
+
+    def forward(self, image_embeds: Tensor) -> Tensor:
+        """[B, I, image_dim] (with `pos_embed`: [2·B, I/2, image_dim]) -> [B, I, D]."""
+        if self.pos_embed is not None:
+            image_embeds = image_embeds.reshape(-1, *self.pos_embed.shape[1:]) + self.pos_embed
+        return self.norm2(self.ff(self.norm1(image_embeds)))
+
+
+class WanConditionEmbedder(nn.Module):
+    """Timesteps, text and image tokens, each brought to the width of the video tokens."""
+
+    def __init__(self, config: WanTransformerConfig) -> None:
+        super().__init__()
+        dim = config.hidden_size
+        self.freq_dim = config.freq_dim
+        self.time_embedder = TimestepEmbedding(config.freq_dim, dim)
+        self.time_proj = ReplicatedLinear(dim, 6 * dim)
+        self.text_embedder = TextProjection(config.text_dim, dim)
+        self.image_embedder = (
+            None if config.image_dim is None else WanImageEmbedding(config.image_dim, dim, config.pos_embed_seq_len)
+        )
+
+    def embed_time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[B, 1 or S] -> the embedding [B, 1 or S, D] and the blocks' modulation [B, 1 or S, 6, D]."""
+        temb = self.time_embedder(sinusoidal_embedding(timestep, self.freq_dim)).to(dtype)
+        return temb, self.time_proj(nn.functional.silu(temb)).unflatten(-1, (6, -1))
+
+    def forward(
+        self, timestep: Tensor, prompt_embeds: Tensor, image_embeds: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """-> embedding and modulation as `embed_time`, text [B, L, D], image [B, I, D] or None."""
+        temb, modulation = self.embed_time(timestep, prompt_embeds.dtype)
+        image = None
+        if image_embeds is not None:
+            if self.image_embedder is None:
+                raise InvalidRequest("this Wan transformer takes no image: its config has no image_dim", param="image")
+            image = self.image_embedder(image_embeds)
+        return temb, modulation, self.text_embedder(prompt_embeds), image
+
+
+class WanTransformer3DModel(nn.Module):
+    """Predicts the flow velocity of video latents."""
+
+    keep_in_fp32: ClassVar[tuple[str, ...]] = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+    """A parameter stays in fp32 when one of these is a part of its dotted name."""
+
+    def __init__(self, config: WanTransformerConfig, context: LayerContext | None = None) -> None:
+        super().__init__()
+        context = LayerContext() if context is None else context
+        self.config = config
+        dim, patch_size = config.hidden_size, config.patch_size
+        self.patch_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.condition_embedder = WanConditionEmbedder(config)
+        self.blocks = nn.ModuleList([WanBlock(config, context) for _ in range(config.num_layers)])
+        self.norm_out = FP32LayerNorm(dim, config.eps, elementwise_affine=False)
+        self.proj_out = ReplicatedLinear(dim, config.num_output_channels * math.prod(patch_size))
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+    ) -> Tensor:
+        """Latents [B, C, T, H, W], timesteps in 0 … 1000 -> velocity [B, C_out, T, H, W].
+
+        `timestep` is [B], or [B, S] where tokens differ (Wan2.2 5B). Text [B, L, text_dim], image [B, I, image_dim].
+
+        Raises:
+            InvalidRequest: the latents do not divide into patches or exceed the rotary table.
+        """
+        grid = self.patch_grid(hidden_states)
+        freqs_cis = rotary_table_3d(grid, self.config.attention_head_dim, hidden_states.device)
+        hidden_states = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
+        temb, modulation, text, image = self.condition_embedder(
+            timestep if timestep.ndim == 2 else timestep.unsqueeze(1),
+            encoder_hidden_states,
+            encoder_hidden_states_image,
+        )
+        for block in self.blocks:
+            hidden_states = block(hidden_states, text, image, modulation, freqs_cis)
+        shift, scale = (self.scale_shift_table.float() + temb.float().unsqueeze(2)).unbind(2)
+        normed = modulate(self.norm_out(hidden_states.float()), shift, scale).to(hidden_states.dtype)
+        return self.unpatchify(self.proj_out(normed), grid)
+
+    def patch_grid(self, latents: Tensor) -> tuple[int, int, int]:
+        """Patches of [B, C, T, H, W] along time, height and width."""
+        sizes, patch, limit = tuple(latents.shape[2:]), self.config.patch_size, self.config.rope_max_seq_len
+        if any(size % side for size, side in zip(sizes, patch, strict=True)):
+            raise InvalidRequest(f"latents of {sizes} (frames, height, width) do not divide into patches of {patch}")
+        frames, height, width = (size // side for size, side in zip(sizes, patch, strict=True))
+        if max(frames, height, width) > limit:
+            raise InvalidRequest(f"{frames}x{height}x{width} patches; the model has positions for {limit} on each axis")
+        return frames, height, width
+
+    def unpatchify(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """[B, S, p_t·p_h·p_w·C] -> [B, C, T, H, W]."""
+        patches = tokens.unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid)
+        # [B, T', H', W', p_t, p_h, p_w, C]: each patch axis moves behind its grid axis
+        return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)

@@ -1,0 +1,61 @@
+"""Timestep shift: the one home of every map that moves noise levels towards 1 for large pictures.
+
+Arrays are float64 unless the caller's are not; nothing here casts, so that the results agree with diffusers to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from sglang.multimodal_gen.errors import InvalidRequest
+
+TIME_SHIFT_TYPES = ("exponential", "linear")
+
+
+def static_shift(sigmas: np.ndarray, shift: float) -> np.ndarray:
+    """shift * s / (1 + (shift - 1) * s). Source: arXiv:2403.03206, section 5.3.2."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def dynamic_shift(sigmas: np.ndarray, mu: float, kind: str) -> np.ndarray:
+    """The same map as a function of `mu`, which a pipeline derives from the number of image tokens.
+
+    Source: https://github.com/black-forest-labs/flux (exponential: shift = e^mu; linear: shift = mu).
+    """
+    strength = math.exp(mu) if kind == "exponential" else mu
+    return strength / (strength + (1 / sigmas - 1))
+
+
+def stretch_to_terminal(sigmas: np.ndarray, terminal: float) -> np.ndarray:
+    """Stretched away from 1 so that the last level is `terminal`. Source: https://github.com/Lightricks/LTX-Video"""
+    complement = 1 - sigmas
+    if complement[-1] == 0:
+        raise InvalidRequest(
+            f"num_inference_steps: {len(sigmas)} is too few for shift_terminal={terminal}, accepted is 2 or more",
+            param="num_inference_steps",
+        )
+    scale = complement[-1] / (1 - terminal)
+    return 1 - complement / scale
+
+
+def shifted(
+    sigmas: np.ndarray, *, shift: float, mu: float | None, time_shift_type: str, shift_terminal: float | None
+) -> np.ndarray:
+    """All shifts of one schedule in order; `mu` None means the static one."""
+    moved = static_shift(sigmas, shift) if mu is None else dynamic_shift(sigmas, mu, time_shift_type)
+    return stretch_to_terminal(moved, shift_terminal) if shift_terminal else moved
+
+
+def check_shift_request(*, use_dynamic_shifting: bool, shift: float | None, mu: float | None) -> None:
+    """Raises InvalidRequest unless the kind of shift asked for is the kind that the checkpoint's config uses."""
+    if use_dynamic_shifting and shift is not None:
+        raise InvalidRequest(
+            f"flow_shift: got {shift}, but this model derives its shift from the size; leave flow_shift unset",
+            param="flow_shift",
+        )
+    if use_dynamic_shifting and mu is None:
+        raise InvalidRequest("mu: missing; the scheduler config says use_dynamic_shifting", param="mu")
+    if not use_dynamic_shifting and mu is not None:
+        raise InvalidRequest(f"mu: got {mu}, but the scheduler config does not say use_dynamic_shifting", param="mu")

@@ -1,0 +1,153 @@
+"""Wan text to video. Source: arXiv:2503.20314, https://github.com/Wan-Video/Wan2.1"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from sglang.multimodal_gen.configs.model_info import TaskLimits
+from sglang.multimodal_gen.configs.models.dits import WanTransformerConfig
+from sglang.multimodal_gen.configs.models.encoders import UMT5EncoderConfig
+from sglang.multimodal_gen.configs.models.vaes import WanVAEConfig
+from sglang.multimodal_gen.errors import UnsupportedModel, shown
+from sglang.multimodal_gen.runtime.loader.component_loader import (
+    ComponentLoader,
+    NativeModule,
+    SchedulerConfig,
+    Tokenizer,
+)
+from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
+from sglang.multimodal_gen.runtime.models.dits.wan import WanTransformer3DModel
+from sglang.multimodal_gen.runtime.models.encoders.umt5 import UMT5EncoderModel
+from sglang.multimodal_gen.runtime.models.vaes.wan_vae import AutoencoderKLWan, DecoderState
+from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase
+from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
+from sglang.multimodal_gen.runtime.pipelines_core.guidance import ClassifierFreeGuidance
+from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory, TransformerMemory
+from sglang.multimodal_gen.runtime.pipelines_core.prompt_cleaning import repair_and_collapse
+from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
+from sglang.multimodal_gen.runtime.pipelines_core.stages.decoding import DecodingStage
+from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import DenoisingStage
+from sglang.multimodal_gen.runtime.pipelines_core.stages.latent_preparation import LatentPreparationStage
+from sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding import TextEncodingStage
+from sglang.multimodal_gen.runtime.pipelines_core.stages.timestep_preparation import TimestepPreparationStage
+
+# Options of Wan2.2's model_index.json and the value with which it says what Wan2.1 is.
+_ABSENT_IN_WAN21 = {"transformer_2": (None, [None, None]), "boundary_ratio": (None,), "expand_timesteps": (None, False)}
+
+
+class WanPipeline(ComposedPipelineBase):
+    """Text to video with Wan2.1; one frame gives an image."""
+
+    components: ClassVar[Mapping[str, ComponentLoader]] = {
+        "tokenizer": Tokenizer(),
+        "text_encoder": NativeModule(UMT5EncoderModel, UMT5EncoderConfig),
+        "transformer": NativeModule(WanTransformer3DModel, WanTransformerConfig),
+        "vae": NativeModule(AutoencoderKLWan, WanVAEConfig),
+        "scheduler": SchedulerConfig(),
+    }
+    tokenizer: PromptTokenizer
+    text_encoder: UMT5EncoderModel
+    transformer: WanTransformer3DModel
+    vae: AutoencoderKLWan
+    scheduler: dict[str, Any]
+
+    def create_pipeline_stages(self) -> list[Stage]:
+        guidance, geometry, length = ClassifierFreeGuidance(), self.geometry(), self.config.max_sequence_length
+        return [
+            TextEncodingStage(
+                self.tokenizer,
+                self.text_encoder,
+                clean=repair_and_collapse,
+                guidance=guidance,
+                max_sequence_length=length,
+                memory=self._text_encoder_memory(),
+                dtype=self.dtype,
+            ),
+            LatentPreparationStage(geometry, self.device),
+            TimestepPreparationStage(self.scheduler),
+            DenoisingStage(
+                self.transformer,
+                guidance=guidance,
+                geometry=geometry,
+                max_sequence_length=length,
+                memory=self._transformer_memory(),
+                free_bytes=self.free_bytes,
+                dtype=self.dtype,
+            ),
+            DecodingStage(
+                self.vae,
+                new_state=DecoderState,
+                geometry=geometry,
+                memory=self._decoder_memory(),
+                free_bytes=self.free_bytes,
+                dtype=self.vae.post_quant_conv.weight.dtype,
+            ),
+        ]
+
+    @classmethod
+    def check_model_index(cls, index: Mapping[str, Any]) -> None:
+        for field, accepted in _ABSENT_IN_WAN21.items():
+            if index.get(field) not in accepted:
+                raise UnsupportedModel(
+                    f"model_index.json says {field}: {shown(index[field])}; only Wan2.1 checkpoints, without it, are "
+                    "supported"
+                )
+
+    def check_components(self) -> None:
+        transformer, vae, text_encoder = self.transformer.config, self.vae.config, self.text_encoder.config
+        for what, got, wanted, source in (
+            ("transformer.in_channels", transformer.in_channels, vae.z_dim, "vae.z_dim"),
+            ("transformer.out_channels", transformer.num_output_channels, vae.z_dim, "vae.z_dim"),
+            ("transformer.text_dim", transformer.text_dim, text_encoder.d_model, "text_encoder.d_model"),
+            ("transformer.image_dim", transformer.image_dim, None, "text-to-video checkpoints"),
+        ):
+            if got != wanted:
+                raise UnsupportedModel(f"{what} is {got}, but {source} wants {wanted}; text to video needs them equal")
+
+    def geometry(self) -> VideoGeometry:
+        """How pixels map to latents and tokens."""
+        transformer, vae = self.transformer.config, self.vae.config
+        longest = (transformer.rope_max_seq_len * transformer.patch_size[0] - 1) * vae.temporal_ratio + 1
+        return VideoGeometry(
+            channels=vae.z_dim,
+            spatial_ratio=vae.spatial_ratio,
+            temporal_ratio=vae.temporal_ratio,
+            patch_size=transformer.patch_size,
+            max_pixels=self.config.max_pixels,
+            max_frames=min(self.config.max_frames, longest),
+        )
+
+    def limits(self) -> TaskLimits:
+        geometry = self.geometry()
+        return TaskLimits(
+            size_multiple=geometry.size_multiple,
+            max_pixels=geometry.max_pixels,
+            frame_stride=geometry.temporal_ratio,
+            max_frames=geometry.max_frames,
+            max_sequence_length=self.config.max_sequence_length,
+        )
+
+    def _text_encoder_memory(self) -> TransformerMemory:
+        config = self.text_encoder.config
+        return TransformerMemory(
+            hidden_size=config.d_model,
+            ffn_dim=config.d_ff,
+            element_size=self.dtype.itemsize,
+            score_heads=config.num_heads,
+        )
+
+    def _transformer_memory(self) -> TransformerMemory:
+        config = self.transformer.config
+        return TransformerMemory(
+            hidden_size=config.hidden_size, ffn_dim=config.ffn_dim, element_size=self.dtype.itemsize
+        )
+
+    def _decoder_memory(self) -> DecoderMemory:
+        config = self.vae.config
+        # The last stage brings `dim_mult[1]` times the base width to full size before it narrows to the base width.
+        return DecoderMemory(
+            channels=(config.decoder_base_dim or config.base_dim) * max(config.dim_mult[:2]),
+            patch_size=config.patch_size or 1,
+            element_size=self.vae.post_quant_conv.weight.element_size(),
+        )

@@ -1,0 +1,221 @@
+"""`ComposedPipelineBase`: loads a checkpoint's components, makes stages of them, and runs requests unit by unit."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from torch import nn
+
+from sglang.multimodal_gen.configs.model_info import ModelInfo, TaskLimits
+from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
+from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, MAX_SEED, SamplingParams
+from sglang.multimodal_gen.errors import CorruptCheckpoint, InsufficientMemory, UnsupportedModel, shown
+from sglang.multimodal_gen.registry import ResolvedModel, load_config, read_model_index
+from sglang.multimodal_gen.runtime.layers.attention.dispatch import select_kernel
+from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerContext
+from sglang.multimodal_gen.runtime.loader.component_loader import ComponentLoader, LoadContext, weight_totals
+from sglang.multimodal_gen.runtime.pipelines_core.memory import USABLE_SHARE, free_bytes
+from sglang.multimodal_gen.runtime.pipelines_core.placement import Placement, place
+from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
+from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
+from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
+
+Report = Callable[[str], None]
+
+
+def _ignore(_: str) -> None:
+    """Tells nobody."""
+
+
+class ComposedPipelineBase:
+    """Base of all native pipelines. A family says which components it has and which stages they make.
+
+    Components become attributes of the same name, so a family annotates them. One instance serves all requests; what
+    belongs to a request lives in its Req.
+    """
+
+    components: ClassVar[Mapping[str, ComponentLoader]] = {}
+    """Directory of the checkpoint -> what loads it; empty for a family without a checkpoint."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        config: PipelineConfig,
+        defaults: SamplingParams,
+        placement: Placement,
+        components: Mapping[str, Any],
+        load_seconds: float = 0.0,
+    ) -> None:
+        """Raises UnsupportedModel or CorruptCheckpoint when the components do not fit together."""
+        self.name = name
+        self.config = config
+        self.defaults = defaults
+        self.placement = placement
+        self.device = placement.device
+        self.dtype = placement.dtype
+        self.load_seconds = load_seconds
+        self.modules: dict[str, nn.Module] = {n: c for n, c in components.items() if isinstance(c, nn.Module)}
+        for component, value in components.items():
+            setattr(self, component, value)
+        self.check_components()
+        self.stages = self.create_pipeline_stages()
+        names = [stage.name for stage in self.stages]
+        assert len(set(names)) == len(names), f"stages of one pipeline need different names: {names}"
+        self._stage_order = {name: index for index, name in enumerate(names)}
+
+    # What a family says
+
+    @classmethod
+    def check_model_index(cls, index: Mapping[str, Any]) -> None:
+        """Refuse checkpoints whose `model_index.json` asks for what the family cannot do yet."""
+
+    def check_components(self) -> None:
+        """Refuse checkpoints whose components do not fit together."""
+
+    def create_pipeline_stages(self) -> list[Stage]:
+        """The stages in order."""
+        raise NotImplementedError
+
+    def limits(self) -> TaskLimits:
+        """The sizes that this checkpoint can do."""
+        return TaskLimits(
+            size_multiple=1,
+            max_pixels=self.config.max_pixels,
+            frame_stride=1,
+            max_frames=self.config.max_frames,
+            max_sequence_length=self.config.max_sequence_length,
+        )
+
+    # Loading
+
+    @classmethod
+    def load(
+        cls, resolved: ResolvedModel, execution: ExecutionArgs, *, local_rank: int = 0, report: Report = _ignore
+    ) -> Self:
+        """The pipeline of a resolved and downloaded model; each choice made for the user is reported.
+
+        Raises: ModelError or InvalidRequest saying what in the checkpoint or the options does not fit.
+        """
+        assert resolved.entry is not None, "resolved before loading"
+        start = time.perf_counter()
+        placement = place(execution, local_rank=local_rank)
+        attention = select_kernel(execution.attention_backend, device_type=placement.device.type)
+        for reason in (*placement.reasons, f"attention {attention.reason}"):
+            report(reason)
+        config = load_config(resolved.entry)
+        plan = AttentionPlan(kernel=attention.kernel)
+        context = LoadContext(
+            device=placement.device,
+            dtype=placement.dtype,
+            layers=LayerContext(self_attention=plan, cross_attention=plan),
+            fp32_components=config.fp32_components,
+        )
+        components = {}
+        if cls.components:
+            assert resolved.local_path is not None, "downloaded before loading"
+            components = cls._load_components(resolved.local_path, context, report)
+        return cls(
+            name=resolved.name,
+            config=config,
+            defaults=resolved.defaults,
+            placement=placement,
+            components=components,
+            load_seconds=time.perf_counter() - start,
+        )
+
+    @classmethod
+    def _load_components(cls, directory: Path, context: LoadContext, report: Report) -> dict[str, Any]:
+        index = read_model_index(directory)
+        cls.check_model_index(index)
+        components = {}
+        for name, load in cls.components.items():
+            listed = index.get(name)
+            if not isinstance(listed, list) or len(listed) != 2 or not isinstance(listed[1], str):
+                raise UnsupportedModel(
+                    f"model_index.json says {name}: {shown(listed)}; {cls.__name__} wants a [library, class] pair there"
+                )
+            if not (directory / name).is_dir():
+                raise CorruptCheckpoint(f"the checkpoint has no directory {name}; download it again")
+            report(f"loading {name}")
+            components[name] = load(directory / name, listed[1], context)
+        return components
+
+    def model_info(self) -> ModelInfo:
+        """What the other processes need to know of the loaded model."""
+        num_parameters, weight_bytes = weight_totals(list(self.modules.values()))
+        return ModelInfo(
+            name=self.name,
+            pipeline_class=type(self).__name__,
+            tasks=self.config.tasks,
+            precision=self.placement.precision,
+            device=str(self.device),
+            num_parameters=num_parameters,
+            weight_bytes=weight_bytes,
+            load_seconds=self.load_seconds,
+            limits=self.limits(),
+            defaults=self.defaults,
+        )
+
+    # Running
+
+    def free_bytes(self) -> int:
+        """Memory on the device that is free now."""
+        return free_bytes(self.device)
+
+    def budget_bytes(self) -> int:
+        """What the units that run together may take above the weights."""
+        return int(USABLE_SHARE * self.free_bytes())
+
+    def admit(self, request_id: str, params: SamplingParams) -> Req:
+        """The running state of a new request, with its phases and notes; nothing has run yet.
+
+        Raises: InvalidRequest when this checkpoint or machine cannot do it.
+        """
+        params = params.filled_from(self.defaults, GENERAL_DEFAULTS)
+        if params.seed is None:
+            params = dataclasses.replace(params, seed=secrets.randbelow(MAX_SEED + 1))
+        elif isinstance(params.seed, tuple):
+            params = dataclasses.replace(params, seed=params.seed[0])
+        req = Req(request_id=request_id, params=params)
+        for stage in self.stages:
+            stage.admit(req)
+        req.phases = tuple(phase for stage in self.stages if (phase := stage.phase(req)) is not None)
+        self._check_memory(req)
+        return req
+
+    def _check_memory(self, req: Req) -> None:
+        needed = max((phase.peak_bytes for phase in req.phases), default=0)
+        free = self.budget_bytes()
+        if needed > free:
+            size = f"{req.params.width}x{req.params.height} with {req.params.num_frames} frames"
+            raise InsufficientMemory(needed_bytes=needed, free_bytes=free, size=size)
+
+    def run_unit(self, phase_name: str, requests: Sequence[Req]) -> list[OutputBatch]:
+        """One unit of this phase for each request; the caller holds `torch.inference_mode()`.
+
+        All requests share the phase's batch key. On an exception none of them has moved on.
+        """
+        for req in requests:
+            if req.done(phase_name) == 0:
+                self._begin(phase_name, req)
+        outputs = self.stages[self._stage_order[phase_name]].step(requests) or []
+        for req in requests:
+            req.units_done[phase_name] = req.done(phase_name) + 1
+        return outputs
+
+    def _begin(self, phase_name: str, req: Req) -> None:
+        """Let the stages without a phase since the previous phase do their work, and this one prepare."""
+        here = self._stage_order[phase_name]
+        before = [order for phase in req.phases if (order := self._stage_order[phase.name]) < here]
+        for stage in self.stages[max(before, default=-1) + 1 : here + 1]:
+            stage.begin(req)
+
+    def release(self, req: Req) -> None:
+        """Free what the request holds."""
+        req.drop_tensors()

@@ -1,0 +1,61 @@
+"""How pixels and frames map to latents and tokens, and which sizes a checkpoint can do at all."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.errors import FramesNotSupported, MissingParameter, SizeNotDivisible, SizeTooLarge
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoGeometry:
+    """Strides of the autoencoder and patches of the transformer, as (frames, height, width)."""
+
+    channels: int
+    spatial_ratio: int
+    temporal_ratio: int
+    patch_size: tuple[int, int, int]
+    max_pixels: int
+    max_frames: int
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width are multiples of this."""
+        return self.spatial_ratio * math.lcm(self.patch_size[1], self.patch_size[2])
+
+    def check(self, params: SamplingParams) -> None:
+        """Raises MissingParameter, SizeNotDivisible, SizeTooLarge or FramesNotSupported."""
+        width, height, num_frames = self._size(params)
+        if width % self.size_multiple or height % self.size_multiple:
+            raise SizeNotDivisible(width=width, height=height, multiple=self.size_multiple)
+        if width * height > self.max_pixels:
+            raise SizeTooLarge(
+                f"size: {width}x{height} is {width * height} pixels, accepted are at most {self.max_pixels}",
+                param="size",
+            )
+        if num_frames > self.max_frames or (num_frames - 1) % self.temporal_ratio:
+            raise FramesNotSupported(num_frames, stride=self.temporal_ratio, maximum=self.max_frames)
+
+    def latent_shape(self, params: SamplingParams) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of the latents."""
+        width, height, num_frames = self._size(params)
+        latent_frames = (num_frames - 1) // self.temporal_ratio + 1
+        return self.channels, latent_frames, height // self.spatial_ratio, width // self.spatial_ratio
+
+    def num_tokens(self, latent_shape: tuple[int, int, int, int]) -> int:
+        """Tokens that the transformer makes of latents (C, T, H, W)."""
+        return math.prod(latent_shape[1:]) // math.prod(self.patch_size)
+
+    def first_frame(self, latent_frame: int) -> int:
+        """The first video frame of a latent frame: the first latent frame holds one, each other `temporal_ratio`."""
+        return 0 if latent_frame == 0 else 1 + (latent_frame - 1) * self.temporal_ratio
+
+    @staticmethod
+    def _size(params: SamplingParams) -> tuple[int, int, int]:
+        for name in ("width", "height", "num_frames"):
+            if getattr(params, name) is None:
+                raise MissingParameter(f"{name}: missing, and the model has no default for it", param=name)
+        assert params.width is not None and params.height is not None and params.num_frames is not None
+        return params.width, params.height, params.num_frames

@@ -1,0 +1,86 @@
+"""How much memory is free, and how much a unit of work will take: estimates from shapes, before anything runs.
+
+The factors count the tensors alive at the peak of a forward without gradients; they were compared with measured peaks
+and err on the safe side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+# Of the free memory, what one unit may plan with; the rest is for allocator waste and for other requests.
+USABLE_SHARE = 0.9
+_FP32_BYTES = 4
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on the device; on the CPU within the limits of the container."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    available = _meminfo("MemAvailable")
+    limit = _cgroup_headroom()
+    return available if limit is None else min(available, limit)
+
+
+def _meminfo(field: str) -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    raise AssertionError(f"/proc/meminfo has no {field}")
+
+
+def _cgroup_headroom() -> int | None:
+    """What a container's memory limit leaves; None without a limit. Cached file pages can be given back, so count."""
+    for root, limit_name, used_name, cache_name in (
+        (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            limit = (root / limit_name).read_text(encoding="ascii").strip()
+            used = int((root / used_name).read_text(encoding="ascii"))
+            stat = dict(line.split() for line in (root / "memory.stat").read_text(encoding="ascii").splitlines())
+        except OSError:
+            continue
+        if limit.isdigit():
+            return max(0, int(limit) - used + int(stat.get(cache_name, 0)))
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerMemory:
+    """Activations of a transformer; attention is assumed not to write its scores unless `score_heads` says so."""
+
+    hidden_size: int
+    ffn_dim: int
+    element_size: int
+    score_heads: int = 0
+
+    def row_bytes(self, num_tokens: int, num_text_tokens: int = 0) -> int:
+        """Peak of one forward of one row: residual stream, fp32 norm, query, key, value and output, MLP."""
+        residual = num_tokens * self.hidden_size * (2 * _FP32_BYTES + self.element_size)
+        attention = (5 * num_tokens + 3 * num_text_tokens) * self.hidden_size * self.element_size
+        mlp = 2 * num_tokens * self.ffn_dim * self.element_size
+        scores = 2 * self.score_heads * num_tokens**2 * _FP32_BYTES
+        return residual + max(attention + scores, mlp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderMemory:
+    """Activations of a convolutional decoder at its last and largest resolution.
+
+    `channels` are those of the widest layer there, `patch_size` pixels are one cell.
+    """
+
+    channels: int
+    patch_size: int
+    element_size: int
+
+    def chunk_bytes(self, num_frames: int, height: int, width: int) -> int:
+        """Peak for video frames of height x width pixels: four activations, and the pixels as fp32, fp32 and uint8."""
+        cells = num_frames * (height // self.patch_size) * (width // self.patch_size)
+        return 4 * cells * self.channels * self.element_size + num_frames * height * width * 3 * (2 * _FP32_BYTES + 1)

@@ -1,0 +1,40 @@
+"""What a stage is: a part of the pipeline that the scheduler can drive unit by unit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from sglang.multimodal_gen.configs.request_plan import Phase
+from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
+
+
+class Stage:
+    """One part of a pipeline. Stages hold no state of requests, so any number of requests go through at once.
+
+    A request passes `admit` of all stages in order when it arrives, then unit after unit of each phase. A stage without
+    a phase does its work in `begin`, right before the first unit of the next phase.
+    """
+
+    name: ClassVar[str]
+    """Also the name of the stage's phase."""
+    reads: ClassVar[tuple[str, ...]] = ()
+    writes: ClassVar[tuple[str, ...]] = ()
+    """Fields of Req."""
+
+    def admit(self, req: Req) -> None:
+        """Check the request's parameters and plan; cheap, and nothing on the device.
+
+        Raises: InvalidRequest for what this checkpoint or machine cannot do.
+        """
+
+    def phase(self, req: Req) -> Phase | None:
+        """The units of work this stage has for the request, planned in `admit`; None for none."""
+        return None
+
+    def begin(self, req: Req) -> None:
+        """Prepare the request's first unit. May run again when that unit fails, with the same result."""
+
+    def step(self, requests: Sequence[Req]) -> list[OutputBatch]:
+        """One unit for each request; all share a batch key. Either all requests move on or, on an exception, none."""
+        raise NotImplementedError(f"{type(self).__name__} has a phase but no step")

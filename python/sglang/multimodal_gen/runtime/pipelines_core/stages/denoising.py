@@ -1,0 +1,110 @@
+"""From noise to latents, one step of each request at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.configs.request_plan import Phase
+from sglang.multimodal_gen.runtime.models.schedulers import SamplerState
+from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
+from sglang.multimodal_gen.runtime.pipelines_core.guidance import Guidance
+from sglang.multimodal_gen.runtime.pipelines_core.memory import USABLE_SHARE, TransformerMemory
+from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
+from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
+
+
+class DenoisingStage(Stage):
+    """Integrates the flow from noise to latents.
+
+    Requests of one call may be at different steps and have different samplers, step counts, shifts, guidance scales,
+    and one or two guidance branches: each branch of each request is a row of the transformer's batch.
+    """
+
+    name: ClassVar[str] = "denoise"
+    reads: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "negative_prompt_embeds", "sampler_state")
+    writes: ClassVar[tuple[str, ...]] = ("latents", "sampler_state")
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        *,
+        guidance: Guidance,
+        geometry: VideoGeometry,
+        max_sequence_length: int,
+        memory: TransformerMemory,
+        free_bytes: Callable[[], int],
+        dtype: torch.dtype,
+    ) -> None:
+        self.transformer = transformer
+        self.guidance = guidance
+        self.geometry = geometry
+        self.max_sequence_length = max_sequence_length
+        self.memory = memory
+        self.free_bytes = free_bytes
+        self.dtype = dtype
+
+    def admit(self, req: Req) -> None:
+        rows = self._num_rows(req)
+        if rows > 1 and rows * self._row_bytes(req) > USABLE_SHARE * self.free_bytes():
+            req.max_forward_rows = 1
+            req.notes.append("guidance branches run one after the other to save memory")
+
+    def phase(self, req: Req) -> Phase:
+        assert req.latent_shape is not None and req.sampler_state is not None, "planned by the stages before"
+        rows = self._num_rows(req)
+        num_text_tokens = req.params.max_sequence_length or self.max_sequence_length
+        return Phase(
+            name=self.name,
+            lane="denoise",
+            units=req.sampler_state.schedule.num_inference_steps,
+            batch_key=f"{self.name}:{'x'.join(map(str, req.latent_shape))}:text{num_text_tokens}:{self.dtype}",
+            cost=float(rows * self.geometry.num_tokens(req.latent_shape)),
+            peak_bytes=(req.max_forward_rows or rows) * self._row_bytes(req),
+        )
+
+    def _num_rows(self, req: Req) -> int:
+        return 2 if self.guidance.wants_negative(req.params) else 1
+
+    def _row_bytes(self, req: Req) -> int:
+        assert req.latent_shape is not None, "planned by the stage before"
+        num_text_tokens = req.params.max_sequence_length or self.max_sequence_length
+        return self.memory.row_bytes(self.geometry.num_tokens(req.latent_shape), num_text_tokens)
+
+    def step(self, requests: Sequence[Req]) -> list[OutputBatch]:
+        branches = [self.guidance.branches(req) for req in requests]
+        predictions = iter(self._predict(requests, branches))
+        advanced: list[tuple[Tensor, SamplerState]] = []
+        for req, embeds in zip(requests, branches, strict=True):
+            noise_pred = self.guidance.combine([next(predictions) for _ in embeds], req.params)
+            assert req.sampler is not None and req.latents is not None, "prepared before the first step"
+            # Samplers replace tensors and never write into them, so a shallow copy leaves the request as it is.
+            state = copy.copy(req.sampler_state)
+            assert state is not None, "prepared at admission"
+            advanced.append((req.sampler.step(noise_pred, req.latents, state), state))
+        for req, (latents, state) in zip(requests, advanced, strict=True):
+            req.latents, req.sampler_state = latents, state
+        return []
+
+    def _predict(self, requests: Sequence[Req], branches: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+        """The velocity [C, T, H, W] of each branch of each request, in order."""
+        latents: list[Tensor] = []
+        timesteps: list[float] = []
+        for req, embeds in zip(requests, branches, strict=True):
+            assert req.latents is not None and req.sampler_state is not None, "prepared before the first step"
+            latents.extend([req.latents.to(self.dtype)] * len(embeds))
+            timesteps.extend([req.sampler_state.timestep] * len(embeds))
+        prompt_embeds = [embeds for group in branches for embeds in group]
+        limits = [req.max_forward_rows for req in requests if req.max_forward_rows is not None]
+        rows_per_forward = min(limits, default=len(latents))
+        predictions: list[Tensor] = []
+        for start in range(0, len(latents), rows_per_forward):
+            rows = slice(start, start + rows_per_forward)
+            batch = torch.stack(latents[rows])
+            timestep = torch.tensor(timesteps[rows], dtype=torch.float32, device=batch.device)
+            predictions.extend(self.transformer(batch, timestep, torch.stack(prompt_embeds[rows])))
+        return predictions

@@ -1,0 +1,36 @@
+"""The noise that a request starts from."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
+from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
+from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
+
+
+class LatentPreparationStage(Stage):
+    """Latents [C, T, H, W] fp32 drawn from the request's own seed: on the CPU, so that every device starts alike."""
+
+    name: ClassVar[str] = "latents"
+    reads: ClassVar[tuple[str, ...]] = ("params",)
+    writes: ClassVar[tuple[str, ...]] = ("latent_shape", "latents")
+
+    def __init__(self, geometry: VideoGeometry, device: torch.device) -> None:
+        self.geometry = geometry
+        self.device = device
+
+    def admit(self, req: Req) -> None:
+        """Raises SizeNotDivisible, SizeTooLarge or FramesNotSupported."""
+        self.geometry.check(req.params)
+        req.latent_shape = self.geometry.latent_shape(req.params)
+
+    def begin(self, req: Req) -> None:
+        assert req.latent_shape is not None, "planned at admission"
+        assert isinstance(req.params.seed, int), "each output has one seed"
+        generator = torch.Generator("cpu").manual_seed(req.params.seed)
+        # With the batch axis, as diffusers draws: the shape is part of what a seed means.
+        noise = torch.randn((1, *req.latent_shape), generator=generator, dtype=torch.float32)
+        req.latents = noise[0].to(self.device)

@@ -1,0 +1,37 @@
+"""Where a request's denoising steps lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from sglang.multimodal_gen.errors import MissingParameter
+from sglang.multimodal_gen.runtime.models.schedulers import Sampler, build_sampler, sampler_with_name
+from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
+from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
+
+
+class TimestepPreparationStage(Stage):
+    """The request's sampler and its schedule: the checkpoint's own, or the one the request names.
+
+    All of it happens at admission, on the CPU, so that a step count or shift the sampler cannot do is refused there.
+    """
+
+    name: ClassVar[str] = "timesteps"
+    reads: ClassVar[tuple[str, ...]] = ("params",)
+    writes: ClassVar[tuple[str, ...]] = ("sampler", "sampler_state")
+
+    def __init__(self, scheduler_config: Mapping[str, Any]) -> None:
+        self.scheduler_config = scheduler_config
+        self.own_sampler = build_sampler(scheduler_config)
+
+    def admit(self, req: Req) -> None:
+        """Raises InvalidRequest for steps, a shift or a sampler that the checkpoint cannot be sampled with."""
+        params = req.params
+        if params.num_inference_steps is None:
+            raise MissingParameter("num_inference_steps: missing", param="num_inference_steps")
+        req.sampler = self._sampler(params.scheduler)
+        req.sampler_state = req.sampler.begin(req.sampler.schedule(params.num_inference_steps, shift=params.flow_shift))
+
+    def _sampler(self, name: str | None) -> Sampler:
+        return self.own_sampler if name is None else sampler_with_name(name, self.scheduler_config)

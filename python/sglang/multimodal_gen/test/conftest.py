@@ -1,0 +1,24 @@
+"""Session fixtures: each tiny checkpoint is built once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sglang.multimodal_gen.test.tiny_checkpoints import TINY_WANS, save_tiny_wan
+
+
+@pytest.fixture(scope="session")
+def wan_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Directory of the tiny Wan checkpoint with this name in TINY_WANS; to be read only."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    built: dict[str, Path] = {}
+
+    def checkpoint(name: str) -> Path:
+        if name not in built:
+            built[name] = save_tiny_wan(root / name, TINY_WANS[name])
+        return built[name]
+
+    return checkpoint

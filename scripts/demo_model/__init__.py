@@ -1,0 +1,1 @@
+"""Everything that makes the embedded demo model: drawn clips, captions, checker, training and export."""

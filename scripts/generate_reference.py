@@ -1,0 +1,157 @@
+"""Write docs/reference/*.md from the declarations; with --check, only say whether the pages are up to date."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from sglang.multimodal_gen import envs
+from sglang.multimodal_gen.configs.declare import Parameter, parameters
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.runtime.entrypoints.cli.options import default_in_words
+from sglang.multimodal_gen.runtime.server_args import option_groups, server_options
+
+PAGES_DIRECTORY = Path(__file__).resolve().parent.parent / "docs" / "reference"
+_NOTICE = "<!-- Written by scripts/generate_reference.py from the declarations. Change those, not this page. -->"
+_WAYS_IN = {"cli": "command line", "python": "Python", "http": "HTTP"}
+
+
+def server_args_page() -> str:
+    """Every option of `sglang serve` and of the engine."""
+    intro = """\
+The options of `sglang serve`, of the engine behind `sglang generate`, and the keyword arguments of
+`DiffGenerator.from_pretrained` (with underscores). In a `--config` file each is a line such as `port: 30000`; in the
+environment it is `SGLANG_DIFFUSION_` and the name in capitals. A flag wins over the environment, the environment over
+the file, the file over the default; `sglang serve --print-config` shows each value and where it came from. A
+true-or-false option is given as `--flag`, `--no-flag` or `--flag true`."""
+    sections = []
+    for group, owner in option_groups().items():
+        rows = [
+            [_code(o.flag), o.accepted(), default_in_words(o), o.declaration.help] for o in parameters(owner).values()
+        ]
+        sections += [
+            f"## {group}",
+            "",
+            _summary(owner),
+            "",
+            _table(["Flag", "Accepted", "Default", "Meaning"], rows),
+            "",
+        ]
+    return _page("Server options", intro, sections)
+
+
+def sampling_params_page() -> str:
+    """Every parameter of one generation."""
+    intro = """\
+What can be said about one generation: flags of `sglang generate` (with dashes), keys of `sampling_params_kwargs` in
+Python, and fields of an HTTP body. An unset parameter takes the model's own value, which the checkpoint or the registry
+gives; a seed that is drawn is reported with the result."""
+    sections = []
+    for group, options in _by_group(parameters(SamplingParams)).items():
+        rows = [
+            [_code(o.name), o.accepted(), default_in_words(o), _ways_in(o), o.declaration.help]
+            for o in options
+            if o.declaration.exposed
+        ]
+        sections += [f"## {group}", "", _table(["Parameter", "Accepted", "Default", "Offered by", "Meaning"], rows), ""]
+    return _page("Sampling parameters", intro, sections)
+
+
+def environment_page() -> str:
+    """Every environment variable."""
+    intro = """\
+An empty variable counts as unset. A variable that begins with `SGLANG_DIFFUSION_` and is not in this list is reported
+at the start and has no effect."""
+    options = [
+        [
+            _code(envs.option_variable(name)),
+            o.accepted(),
+            default_in_words(o),
+            f"As {_code(o.flag)}. {o.declaration.help}",
+        ]
+        for name, o in server_options().items()
+    ]
+    others = [[_code(v.name), v.accepted, _word(v.default), v.help] for v in envs.VARIABLES]
+    header = ["Variable", "Accepted", "Default", "Meaning"]
+    sections = [
+        "## Options of the server",
+        "",
+        _table(header, options),
+        "",
+        "## Others",
+        "",
+        _table(header, others),
+        "",
+    ]
+    return _page("Environment variables", intro, sections)
+
+
+def pages() -> dict[str, str]:
+    """Each page's text by file name."""
+    return {
+        "server_args.md": server_args_page(),
+        "sampling_params.md": sampling_params_page(),
+        "environment.md": environment_page(),
+    }
+
+
+def stale_pages() -> list[str]:
+    """The files that differ from what the declarations say."""
+    return [name for name, text in pages().items() if _read(PAGES_DIRECTORY / name) != text]
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _page(title: str, intro: str, sections: Iterable[str]) -> str:
+    return "\n".join([f"# {title}", "", _NOTICE, "", intro, "", *sections]).rstrip("\n") + "\n"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def _by_group(options: Mapping[str, Parameter]) -> dict[str, list[Parameter]]:
+    groups: dict[str, list[Parameter]] = {}
+    for option in options.values():
+        groups.setdefault(option.declaration.group, []).append(option)
+    return groups
+
+
+def _ways_in(option: Parameter) -> str:
+    return ", ".join(words for surface, words in _WAYS_IN.items() if surface in option.declaration.exposed)
+
+
+def _summary(owner: type) -> str:
+    return (owner.__doc__ or "").split("\n", 1)[0]
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def main() -> int:
+    """Write or check; returns 1 when --check finds a page out of date."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a page is out of date")
+    if parser.parse_args().check:
+        stale = stale_pages()
+        if stale:
+            sys.stderr.write(f"out of date: {', '.join(stale)}; run scripts/generate_reference.py\n")
+        return 1 if stale else 0
+    PAGES_DIRECTORY.mkdir(parents=True, exist_ok=True)
+    for name, text in pages().items():
+        (PAGES_DIRECTORY / name).write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
