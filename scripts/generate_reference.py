@@ -73,16 +73,16 @@ at the start and has no effect."""
         ]
         for name, o in server_options().items()
     ]
-    others = [[_code(v.name), v.accepted, _word(v.default), v.help] for v in envs.VARIABLES]
+    others = [[_code(v.name), v.library, v.help] for v in envs.LIBRARY_VARIABLES]
     header = ["Variable", "Accepted", "Default", "Meaning"]
     sections = [
         "## Options of the server",
         "",
         _table(header, options),
         "",
-        "## Others",
+        "## Read by libraries",
         "",
-        _table(header, others),
+        _table(["Variable", "Library", "Meaning"], others),
         "",
     ]
     return _page("Environment variables", intro, sections)
@@ -132,10 +132,6 @@ def _summary(owner: type) -> str:
 
 def _code(text: str) -> str:
     return f"`{text}`"
-
-
-def _word(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def main() -> int:

@@ -6,9 +6,9 @@ x_t = (1 - sigma) x_0 + sigma noise; the network sees 1000 sigma and predicts no
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import torch
+import torch._dynamo.config
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -51,31 +51,34 @@ def train_dit(session: Session, budget_s: float, *, batch_size: int) -> bool:
     path = session.work_dir / "dit-state.pt"
     if path.exists():
         optimiser.load(path)
+    if optimiser.elapsed_s >= budget_s:
+        return True
     stocks = _fill_stocks(session, tokenizer, optimiser.step_count)
     step = _Step(session, transformer, encoder, stocks, batch_size)
     step.warm_up(optimiser)
     pace = Pace(session, optimiser, path, budget_s)
     _loop(session, optimiser, pace, step, stocks)
-    if session.leads:
-        stocks[0].save(_stock_path(session))
-    session.ranks.wait()
     return pace.finished
 
 
-def _stock_path(session: Session) -> Path:
-    return session.work_dir / "clips.pt"
+def load_finished(session: Session) -> tuple[Tokenizer, WanTransformer3DModel, nn.Module]:
+    """Tokenizer, and transformer (folded text) and text encoder with averaged weights, without gradients."""
+    tokenizer = load_tokenizer(session)
+    transformer = build_transformer(session.sizes, folded_text=True).to(session.device)
+    encoder = build_text_encoder(session.sizes, tokenizer.get_vocab_size()).to(session.device)
+    optimiser = Optimiser({"transformer": transformer, "text_encoder": encoder}, session.ranks, betas=(0.9, 0.98))
+    optimiser.load(session.work_dir / "dit-state.pt")
+    optimiser.flat.values.detach().copy_(optimiser.average)
+    return tokenizer, transformer.eval().requires_grad_(False), encoder.eval().requires_grad_(False)
 
 
 def _fill_stocks(session: Session, tokenizer: Tokenizer, salt: int) -> tuple[LatentStock, LatentStock]:
-    """Enough clips and images to begin with, or those of the last command."""
+    """Enough clips and images to begin with; the salt keeps them apart from those of other commands."""
     vae, trial = load_frozen(session), session.trial
     videos = LatentStock(
         session, vae, tokenizer, num_frames=5 if trial else 33, capacity=16 if trial else 36_864, salt=salt
     )
     images = LatentStock(session, vae, tokenizer, num_frames=1, capacity=16 if trial else 24_576, salt=salt)
-    # The seed of a rank's clips includes its number, so a file of the first rank would make them all alike.
-    if session.leads:
-        videos.load(_stock_path(session))
     while videos.size < (8 if trial else 8192):
         videos.renew(4 if trial else 64)
     while images.size < (8 if trial else 4096):

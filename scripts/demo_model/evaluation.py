@@ -29,7 +29,10 @@ Generate = Callable[[Sequence[str], Sequence[int], int], Sequence[np.ndarray]]
 
 _MOTION_WORDS = {
     **{direction: f"moving {direction}" for direction in DIRECTIONS},
-    **{"growing": "growing", "shrinking": "shrinking", "spinning": "spinning", "still": "standing still"},
+    "growing": "growing",
+    "shrinking": "shrinking",
+    "spinning": "spinning",
+    "still": "standing still",
 }
 _PLACE_WORDS = {"center": "in the center", "top": "at the top", "bottom": "at the bottom"}
 _PLACE_WORDS |= {"left": "on the left", "right": "on the right"}

@@ -134,8 +134,11 @@ def build_text_encoder(sizes: ModelSizes, vocabulary_size: int) -> UMT5EncoderMo
         tie_word_embeddings=False,
         pad_token_id=0,
         eos_token_id=1,
+        # The other kernels look at the mask's values, and so make the host wait for the device in every step.
+        attn_implementation="eager",
     )
     model = UMT5EncoderModel(config)
+    model.encoder.embed_tokens.weight = model.shared.weight  # not tied by every release of transformers
     # The default of 1 would let words that training never meets outshout those that it does.
     nn.init.normal_(model.shared.weight, std=0.1)
     return model

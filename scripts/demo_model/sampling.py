@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class PlainSampler:
 
     def _integrate(self, latents: Tensor, text: Tensor) -> Tensor:
         sigmas = shifted_sigmas(self.num_steps)
-        for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+        for sigma, following in pairwise(sigmas):
             timesteps = torch.full((len(text),), 1000 * sigma, device=latents.device)
             velocity, unconditional = self.transformer(latents.repeat(2, 1, 1, 1, 1), timesteps, text).float().chunk(2)
             velocity = unconditional + self.guidance_scale * (velocity - unconditional)

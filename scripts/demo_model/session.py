@@ -48,7 +48,9 @@ class Session:
         """Append a JSON line to the stage's log and show it."""
         if not self.leads:
             return
-        line = json.dumps({name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()})
+        line = json.dumps(
+            {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}
+        )
         with (self.work_dir / f"{stage}.jsonl").open("a") as file:
             file.write(line + "\n")
         logger.info("%s %s", stage, line)

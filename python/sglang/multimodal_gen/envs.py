@@ -1,68 +1,41 @@
-"""The environment, read here and nowhere else; each variable that is not an option of the server is declared once.
+"""The environment, read here and nowhere else.
 
-Every option of `ServerArgs` has a variable too: `SGLANG_DIFFUSION_` and its name in capitals. An empty variable counts
-as unset.
+Every option of `ServerArgs` has a variable: `SGLANG_DIFFUSION_` and its name in capitals. An empty one counts as unset.
+Variables that libraries read for themselves are only described here, for the reference page.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
-
-from sglang.multimodal_gen.errors import InvalidValue
 
 OPTION_PREFIX = "SGLANG_DIFFUSION_"
 
-T = TypeVar("T")
-
-
-def read_bool(text: str) -> bool:
-    """How a text spells true or false. Raises ValueError for anything else."""
-    lowered = text.lower()
-    if lowered in ("true", "1", "yes", "on"):
-        return True
-    if lowered in ("false", "0", "no", "off"):
-        return False
-    raise ValueError(text)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Variable(Generic[T]):
-    """An environment variable; `read` raises ValueError for a text that is not `accepted`."""
+class LibraryVariable:
+    """A variable that a library of ours reads and that users of this package may need."""
 
     name: str
-    default: T
+    library: str
     help: str
-    accepted: str
-    read: Callable[[str], T]
-
-    def get(self, environ: Mapping[str, str] | None = None) -> T:
-        """The value now.
-
-        Raises:
-            InvalidValue: the text is not what is accepted.
-        """
-        text = (current() if environ is None else environ).get(self.name, "")
-        if not text:
-            return self.default
-        try:
-            return self.read(text)
-        except ValueError:
-            raise InvalidValue(self.name, text, self.accepted) from None
 
 
-HF_HUB_OFFLINE = Variable(
-    name="HF_HUB_OFFLINE",
-    default=False,
-    help="Take checkpoints from the hub's local cache only, never from the network.",
-    accepted="true or false",
-    read=read_bool,
+LIBRARY_VARIABLES = (
+    LibraryVariable(
+        name="HF_HUB_OFFLINE",
+        library="huggingface_hub",
+        help="1 takes checkpoints from the local cache only, never from the network.",
+    ),
+    LibraryVariable(
+        name="HF_HOME", library="huggingface_hub", help="Directory of downloaded checkpoints and of the login token."
+    ),
+    LibraryVariable(name="HF_TOKEN", library="huggingface_hub", help="Login token for repositories that need one."),
+    LibraryVariable(name="CUDA_VISIBLE_DEVICES", library="torch", help="The GPUs that are used, by number."),
+    LibraryVariable(name="OMP_NUM_THREADS", library="torch", help="Threads of a worker that computes on the CPU."),
 )
-
-VARIABLES = (HF_HUB_OFFLINE,)
 
 
 def current() -> Mapping[str, str]:
@@ -77,7 +50,7 @@ def option_variable(name: str) -> str:
 
 def unknown_variables(environ: Mapping[str, str], option_names: Iterable[str]) -> tuple[str, ...]:
     """One sentence for each variable that looks like ours and sets nothing."""
-    known = {option_variable(name) for name in option_names} | {variable.name for variable in VARIABLES}
+    known = [option_variable(name) for name in option_names]
     sentences = []
     for name in sorted(environ):
         if name.startswith(OPTION_PREFIX) and name not in known:

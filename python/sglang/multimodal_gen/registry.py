@@ -166,11 +166,11 @@ def get_model_info(model_path: str, *, model_id: str | None = None) -> ResolvedM
             return ResolvedModel(
                 name=model_path, hub_id=model_path, local_path=None, entry=entry, defaults=load_config(entry).defaults
             )
-    path = Path(model_path).expanduser()
-    if path.is_dir():
+    path = _existing(model_path)
+    if path is not None and path.is_dir():
         return _of_directory(path, name=path.resolve().name, model_id=model_id)
-    if path.exists() or not _HUB_ID.fullmatch(model_path):
-        reason = "is a file" if path.exists() else "does not exist"
+    if path is not None or not _HUB_ID.fullmatch(model_path):
+        reason = "does not exist" if path is None else "is a file"
         raise NotAModel(
             f"model_path: {shown(model_path)} {reason}; accepted are a diffusers directory with {MODEL_INDEX}, "
             f"a hub id such as {_BUILTIN[1].hub_ids[0]}, or {EMBEDDED_MODEL}",
@@ -236,6 +236,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorruptCheckpoint(f"{shown_name} holds {type(value).__name__}, accepted is a JSON object")
     return value
+
+
+def _existing(model_path: str) -> Path | None:
+    """The file or directory of this name; None when there is none, or none can have such a name."""
+    try:
+        path = Path(model_path).expanduser()
+        return path if model_path and path.exists() else None
+    except (OSError, RuntimeError, ValueError):
+        return None
 
 
 def _of_directory(directory: Path, *, name: str, model_id: str | None) -> ResolvedModel:

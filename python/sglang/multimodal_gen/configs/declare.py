@@ -18,7 +18,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sglang.multimodal_gen.envs import read_bool
 from sglang.multimodal_gen.errors import InvalidType, InvalidValue, UnknownParameter
 
 Surface = Literal["cli", "python", "http", "admin"]
@@ -282,7 +281,16 @@ def from_texts(parameter: Parameter, texts: Sequence[str]) -> Any:
     return coerce(parameter, tuple(from_text(one, text) for text in texts))
 
 
-_READERS: dict[type, Callable[[str], Any]] = {bool: read_bool, int: int, float: float, str: str}
+def _read_bool(text: str) -> bool:
+    lowered = text.lower()
+    if lowered in ("true", "1", "yes", "on"):
+        return True
+    if lowered in ("false", "0", "no", "off"):
+        return False
+    raise ValueError(text)
+
+
+_READERS: dict[type, Callable[[str], Any]] = {bool: _read_bool, int: int, float: float, str: str}
 
 
 def hint(name: str, known: Iterable[str]) -> str:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from sglang.multimodal_gen.test.tiny_checkpoints import TINY_WANS, save_tiny_wan
-
 
 @pytest.fixture(scope="session")
 def wan_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Directory of the tiny Wan checkpoint with this name in TINY_WANS; to be read only."""
+    # Here, because it imports diffusers: tests without a model should not wait seconds for it.
+    from sglang.multimodal_gen.test.tiny_checkpoints import TINY_WANS, save_tiny_wan
+
     root = tmp_path_factory.mktemp("checkpoints")
     built: dict[str, Path] = {}
 

@@ -233,7 +233,7 @@ def make_display(request: pytest.FixtureRequest) -> Callable[[], reporting.Displ
 def test_results_go_to_stdout_and_everything_else_to_stderr(
     capsys: Capture, make_display: Callable[[], reporting.Display]
 ) -> None:
-    with reporting.Reporter(make_display()) as reporter:
+    with reporting.Reporter(make_display(), several=True) as reporter:
         reporter.engine_state(EngineState(state="loading", detail="loading transformer"))
         reporter.event(event(Started(request_id="r", queue_seconds=0.0, phases=(), notes=("prompt cut [short]",))))
         reporter.event(event(Progress(request_id="r", phase="denoise", step=1, total_steps=4, fraction=0.2, eta_s=3.0)))
@@ -242,12 +242,12 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(
     out, err = capsys.readouterr()
     assert out == "Pixel data generated successfully in 1.2346 seconds\nsaved to outputs/a.mp4, seed 42\n"
     assert "prompt cut [short]" in err
-    assert "sglang: error: the second went wrong" in err
+    assert "sglang: error: prompt 1, output 2: the second went wrong" in err
     assert reporter.num_failed == 1
 
 
 def test_a_result_that_is_not_saved_says_so(capsys: Capture) -> None:
-    with reporting.Reporter(reporting.LineDisplay()) as reporter:
+    with reporting.Reporter(reporting.LineDisplay(), several=False) as reporter:
         reporter.event(event(result(None)))
     assert "not saved, seed 42" in capsys.readouterr().out
     assert reporter.num_failed == 0

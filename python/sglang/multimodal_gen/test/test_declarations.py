@@ -196,14 +196,6 @@ def test_fields_that_name_files_are_not_offered_over_http() -> None:
         assert "http" not in parameters(SamplingParams)[name].declaration.exposed
 
 
-def test_an_environment_variable_has_a_default_and_refuses_what_it_cannot_read() -> None:
-    assert envs.HF_HUB_OFFLINE.get({}) is False
-    assert envs.HF_HUB_OFFLINE.get({"HF_HUB_OFFLINE": ""}) is False
-    assert envs.HF_HUB_OFFLINE.get({"HF_HUB_OFFLINE": "ON"}) is True
-    with pytest.raises(InvalidValue, match="HF_HUB_OFFLINE: got maybe"):
-        envs.HF_HUB_OFFLINE.get({"HF_HUB_OFFLINE": "maybe"})
-
-
 def test_the_committed_reference_pages_are_what_the_declarations_say() -> None:
     assert generate_reference.stale_pages() == [], "run scripts/generate_reference.py"
 

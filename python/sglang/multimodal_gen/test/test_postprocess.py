@@ -41,7 +41,7 @@ class Wishes:
 def clip(num_frames: int, height: int = 48, width: int = 64) -> np.ndarray:
     """A soft gradient with a red disc that moves right; uint8 [T, H, W, 3]."""
     y, x = np.mgrid[:height, :width]
-    background = np.stack([60 + x, 90 + y, 180 - x], axis=-1).astype(np.float64)
+    background = np.stack([60 + 64 * x / width, 90 + 48 * y / height, 180 - 64 * x / width], axis=-1)
     frames = np.empty((num_frames, height, width, 3), dtype=np.uint8)
     for t in range(num_frames):
         centre = width * (0.25 + 0.5 * t / max(1, num_frames - 1))

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in diffusers layout, every parameter redrawn: what the loader and the pipelines are tested on."""
+"""Tiny random checkpoints in diffusers layout, every parameter redrawn, for tests of loader and pipelines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,22 @@ from sglang.multimodal_gen.test.tiny_wan import TINY_PATCHED_VAE, TINY_TRANSFORM
 
 TEXT_WIDTH = TINY_TRANSFORMER["text_dim"]
 FLOW_UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
-WORDS = "a an the red green blue circle square star moving left right up down still small large on of and over".split()
+WORDS = (
+    "a",
+    "the",
+    "red",
+    "green",
+    "blue",
+    "circle",
+    "square",
+    "star",
+    "moving",
+    "left",
+    "right",
+    "small",
+    "on",
+    "and",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

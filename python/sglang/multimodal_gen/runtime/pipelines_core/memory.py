@@ -1,7 +1,7 @@
 """How much memory is free, and how much a unit of work will take: estimates from shapes, before anything runs.
 
-The factors count the tensors alive at the peak of a forward without gradients; they were compared with measured peaks
-and err on the safe side.
+The factors count the tensors alive at the peak of a forward without gradients. Measured peaks on the CPU in fp32 were
+81 to 98 % of the estimate for transformers and 62 to 88 % for decoders.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class TransformerMemory:
     score_heads: int = 0
 
     def row_bytes(self, num_tokens: int, num_text_tokens: int = 0) -> int:
-        """Peak of one forward of one row: residual stream, fp32 norm, query, key, value and output, MLP."""
-        residual = num_tokens * self.hidden_size * (2 * _FP32_BYTES + self.element_size)
+        """Peak of one forward of one row: residual stream and its fp32 norms, then attention or MLP."""
+        residual = num_tokens * self.hidden_size * (4 * _FP32_BYTES + 2 * self.element_size)
         attention = (5 * num_tokens + 3 * num_text_tokens) * self.hidden_size * self.element_size
-        mlp = 2 * num_tokens * self.ffn_dim * self.element_size
+        mlp = 3 * num_tokens * self.ffn_dim * self.element_size
         scores = 2 * self.score_heads * num_tokens**2 * _FP32_BYTES
         return residual + max(attention + scores, mlp)
 

@@ -48,11 +48,19 @@ class GenerateJob:
         from sglang.multimodal_gen.runtime.entrypoints.cli.reporting import Reporter
         from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator
 
-        with DiffGenerator.from_server_args(self.args) as generator, Reporter(_display()) as reporter:
+        several = len(self.sampling["prompt"]) > 1 or self._outputs_per_prompt() > 1
+        with (
+            DiffGenerator.from_server_args(self.args) as generator,
+            Reporter(_display(), several=several) as reporter,
+        ):
             generator.wait_ready(on_state=reporter.engine_state)
             for event in generator.stream(self.sampling):
                 reporter.event(event)
         return 1 if reporter.num_failed else 0
+
+    def _outputs_per_prompt(self) -> int:
+        seed = self.sampling.get("seed")
+        return len(seed) if isinstance(seed, tuple) else self.sampling.get("num_outputs_per_prompt", 1)
 
 
 def _display() -> Display:

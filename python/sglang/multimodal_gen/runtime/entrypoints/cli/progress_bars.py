@@ -18,9 +18,9 @@ class BarDisplay:
         # Results go through the bars only when they end on the same terminal; into a pipe they go untouched.
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             TimeElapsedColumn(),
             console=Console(stderr=True, highlight=False),
             transient=True,
@@ -39,7 +39,7 @@ class BarDisplay:
         """See Display."""
         self._forget_engine()
         if label not in self._tasks:
-            self._tasks[label] = self._progress.add_task(label.replace("[", r"\["), total=1.0, text="started")
+            self._tasks[label] = self._progress.add_task(label, total=1.0, text="started")
 
     def progress(self, label: str, event: messages.Progress) -> None:
         """See Display."""

@@ -74,9 +74,10 @@ class LineDisplay:
 class Reporter:
     """Takes what the engine tells; `num_failed` counts the outputs that ended in an error."""
 
-    def __init__(self, display: Display) -> None:
+    def __init__(self, display: Display, *, several: bool) -> None:
         self.num_failed = 0
         self._display = display
+        self._several = several
 
     def __enter__(self) -> Reporter:
         return self
@@ -92,7 +93,7 @@ class Reporter:
 
     def event(self, event: GenerationEvent) -> None:
         """One step, the result or the failure of one output."""
-        label = f"[prompt {event.prompt_index + 1}, output {event.output_index + 1}]"
+        label = f"prompt {event.prompt_index + 1}, output {event.output_index + 1}:" if self._several else "generating:"
         what = event.event
         if isinstance(what, Started):
             self._display.started(label)
@@ -103,7 +104,7 @@ class Reporter:
         elif isinstance(what, ServingError):
             self.num_failed += 1
             self._display.ended(label)
-            self._display.note(f"sglang: error: {what}")
+            self._display.note(f"sglang: error: {label} {what}" if self._several else f"sglang: error: {what}")
         elif not isinstance(what, Queued):
             self._display.ended(label)
             _tell(what)

@@ -67,7 +67,7 @@ def sampler_with_name(name: str, checkpoint_config: Mapping[str, Any]) -> Sample
     the chosen sampler cannot do.
     """
     if name not in NAMES:
-        raise InvalidValue("sampler", name, f"one of {', '.join(NAMES)}")
+        raise InvalidValue("scheduler", name, f"one of {', '.join(NAMES)}")
     own = build_sampler(checkpoint_config)
     own_class, class_name = _class_name(checkpoint_config), NAMES[name]
     if own_class == class_name:
@@ -75,8 +75,8 @@ def sampler_with_name(name: str, checkpoint_config: Mapping[str, Any]) -> Sample
     derived = {key: checkpoint_config[key] for key in _CARRIED_OPTIONS if checkpoint_config.get(key) is not None}
     if "shift_terminal" in derived and class_name == "DPMSolverMultistepScheduler":
         raise InvalidRequest(
-            f"sampler: {name} cannot stretch its schedule to the model's shift_terminal; use euler or unipc",
-            param="sampler",
+            f"scheduler: {name} cannot stretch its schedule to the model's shift_terminal; use euler or unipc",
+            param="scheduler",
         )
     derived[_SHIFT_FIELD[class_name]] = checkpoint_config.get(_SHIFT_FIELD[own_class], 1.0)
     if class_name != "FlowMatchEulerDiscreteScheduler":

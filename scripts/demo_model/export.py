@@ -1,0 +1,165 @@
+"""Writes the trained model as a diffusers checkpoint, and carries a training run from one machine to another."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from demo_model.dit_training import SHIFT
+from demo_model.networks import build_text_encoder, build_transformer
+from demo_model.optimisation import FlatParameters
+from demo_model.session import Session
+from demo_model.tokenizer import save_tokenizer
+from demo_model.vae_training import load_frozen
+
+_MIB = 2**20
+_LARGEST_FILE_BYTES, _LARGEST_TOTAL_BYTES = 16 * _MIB, 24 * _MIB
+_SHARD_ELEMENTS = 14 * _MIB // 4
+_DIFFUSERS_VERSION = "0.35.0"
+_MODEL_INDEX = {
+    "_class_name": "WanPipeline",
+    "_diffusers_version": _DIFFUSERS_VERSION,
+    "boundary_ratio": None,
+    "expand_timesteps": False,
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": [None, None],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+_SCHEDULER = {
+    "_class_name": "UniPCMultistepScheduler",
+    "_diffusers_version": _DIFFUSERS_VERSION,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "disable_corrector": [],
+    "dynamic_thresholding_ratio": 0.995,
+    "final_sigmas_type": "zero",
+    "flow_shift": SHIFT,
+    "lower_order_final": True,
+    "num_train_timesteps": 1000,
+    "predict_x0": True,
+    "prediction_type": "flow_prediction",
+    "rescale_betas_zero_snr": False,
+    "sample_max_value": 1.0,
+    "solver_order": 2,
+    "solver_p": None,
+    "solver_type": "bh2",
+    "steps_offset": 0,
+    "thresholding": False,
+    "timestep_spacing": "linspace",
+    "trained_betas": None,
+    "use_beta_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_flow_sigmas": True,
+    "use_karras_sigmas": False,
+}
+
+
+def averaged_networks(session: Session) -> tuple[nn.Module, nn.Module, Tokenizer]:
+    """Transformer (for folded text) and text encoder with the averaged weights of the last saved state, and tokenizer.
+
+    Both are on the session's device in evaluation mode.
+    """
+    tokenizer = Tokenizer.from_file(str(session.work_dir / "tokenizer.json"))
+    modules = _networks(session, tokenizer)
+    flat = FlatParameters(modules, session.device)
+    state = torch.load(session.work_dir / "dit-state.pt", map_location=session.device, weights_only=True)
+    flat.values.detach().copy_(state["average"])
+    for module in modules.values():
+        module.eval().requires_grad_(False)
+    return modules["transformer"], modules["text_encoder"], tokenizer
+
+
+def _networks(session: Session, tokenizer: Tokenizer) -> dict[str, nn.Module]:
+    transformer = build_transformer(session.sizes, folded_text=True).to(session.device)
+    encoder = build_text_encoder(session.sizes, tokenizer.get_vocab_size()).to(session.device)
+    return {"transformer": transformer, "text_encoder": encoder}
+
+
+def export(session: Session, folder: Path) -> None:
+    """Write the checkpoint in bf16, as diffusers lays it out, in place of what is in `folder`.
+
+    Raises:
+        ValueError: a file or the whole is larger than the package may carry.
+    """
+    transformer, encoder, tokenizer = averaged_networks(session)
+    vae = load_frozen(session)
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    for name in ("transformer", "vae", "scheduler"):
+        (part / name).mkdir(parents=True)
+    _write_json(part / "model_index.json", _MODEL_INDEX)
+    _write_json(part / "scheduler" / "scheduler_config.json", _SCHEDULER)
+    for name, module, class_name in (
+        ("transformer", transformer, "WanTransformer3DModel"),
+        ("vae", vae, "AutoencoderKLWan"),
+    ):
+        head = {"_class_name": class_name, "_diffusers_version": _DIFFUSERS_VERSION}
+        _write_json(part / name / "config.json", head | dataclasses.asdict(module.config))
+        save_file(_in_bf16(module), part / name / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    encoder.to(torch.bfloat16).save_pretrained(part / "text_encoder")
+    save_tokenizer(tokenizer, part / "tokenizer")
+    check_sizes(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _in_bf16(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in module.state_dict().items()
+    }
+
+
+def check_sizes(folder: Path) -> None:
+    """Raise ValueError if a file or the folder is too large for the package."""
+    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    for path, size in sizes.items():
+        if size > _LARGEST_FILE_BYTES:
+            raise ValueError(f"{path.name} has {size / _MIB:.1f} MiB; at most {_LARGEST_FILE_BYTES / _MIB:.0f} may be")
+    total = sum(sizes.values())
+    if total > _LARGEST_TOTAL_BYTES:
+        raise ValueError(f"the model has {total / _MIB:.1f} MiB; at most {_LARGEST_TOTAL_BYTES / _MIB:.0f} may be")
+
+
+def pack_run(session: Session, folder: Path) -> None:
+    """Write what another machine needs to go on, in at most eight files of less than 16 MiB.
+
+    The averaged weights stand for the others, which they come close to; the optimiser's moments stay behind and come
+    back within a few hundred steps.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    extra: dict[str, Any] = {"tokenizer": (session.work_dir / "tokenizer.json").read_text()}
+    extra["statistics"] = (session.work_dir / "vae-statistics.json").read_text()
+    shutil.copyfile(session.work_dir / "vae.safetensors", folder / "vae.safetensors")
+    state = torch.load(session.work_dir / "dit-state.pt", map_location="cpu", weights_only=True)
+    for index, shard in enumerate(state["average"].split(_SHARD_ELEMENTS)):
+        save_file({"flat": shard.clone()}, folder / f"average-{index}.safetensors")
+    extra |= {"step_count": state["step_count"], "elapsed_s": state["elapsed_s"]}
+    _write_json(folder / "run.json", extra)
+
+
+def unpack_run(session: Session, folder: Path) -> None:
+    """The inverse of `pack_run`, into the session's folder."""
+    extra = json.loads((folder / "run.json").read_text())
+    (session.work_dir / "tokenizer.json").write_text(extra["tokenizer"])
+    shutil.copyfile(folder / "vae.safetensors", session.work_dir / "vae.safetensors")
+    (session.work_dir / "vae-statistics.json").write_text(extra["statistics"])
+    state: dict[str, Any] = {"adam": None, "step_count": extra["step_count"], "elapsed_s": extra["elapsed_s"]}
+    average = torch.cat([load_file(path)["flat"] for path in sorted(folder.glob("average-*.safetensors"))])
+    state |= {"values": average, "average": average}
+    torch.save(state, session.work_dir / "dit-state.pt")
