@@ -1,6 +1,6 @@
 """Trains the embedded demo model from drawn clips; every command goes on where the last one stopped.
 
-    python scripts/train_demo_model.py --work-dir runs/demo --stage all --time-limit-s 570
+    python scripts/train_demo_model.py --work-dir runs/demo --stage all --time-limit-s 540
 
 See docs/demo_model.md.
 """
@@ -37,8 +37,6 @@ def main() -> None:
         arguments.vae_budget_s, arguments.dit_budget_s, arguments.batch_size = 10.0, 10.0, 2
     torch.set_float32_matmul_precision("high")
     ranks = Ranks.join()
-    if ranks.device.type == "cuda":
-        torch.cuda.set_device(ranks.device)
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     session = Session(
         work_dir=arguments.work_dir,
@@ -107,7 +105,7 @@ def _parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--work-dir", type=Path, required=True, help="folder of the run: states, logs, finished parts")
     add("--stage", choices=("vae", "dit", "eval", "export", "all"), default="all")
-    add("--time-limit-s", type=float, default=570.0, help="seconds this command may take")
+    add("--time-limit-s", type=float, default=540.0, help="seconds this command may take")
     add("--vae-budget-s", type=float, default=170.0, help="training time of the autoencoder over all commands")
     add("--dit-budget-s", type=float, default=900.0, help="training time of the transformer over all commands")
     add("--batch-size", type=int, default=128, help="clips of a step, for each device")

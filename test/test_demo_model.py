@@ -1,4 +1,4 @@
-"""The embedded model does what its documentation says, through the whole engine."""
+"""The embedded model through the whole engine, and through diffusers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from demo_model.checker import judge, observe
-from demo_model.evaluation import cases
 
 import sglang.multimodal_gen
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator, GenerationResult
@@ -30,25 +28,8 @@ def test_the_checkpoint_is_small() -> None:
     assert max(sizes) <= 16 * MIB
 
 
-@pytest.mark.timeout(180)
-def test_a_sample_of_held_out_captions_is_obeyed(generator: DiffGenerator) -> None:
-    """Six of the evaluation's captions; five must be right, where the documented share over all of them is 90 %."""
-    chosen = [case for case in cases() if case.kind == "one"][:: max(1, len(cases()) // 10)][:6]
-    right = []
-    for case in chosen:
-        result = generator.generate({"prompt": case.caption, "seed": case.seed, "return_frames": True})
-        assert isinstance(result, GenerationResult)
-        assert result.frames is not None
-        assert result.frames.shape == (33, 128, 128, 3)
-        right.append(judge(observe(result.frames), case.wanted).right)
-    assert sum(right) >= len(right) - 1, dict(zip([case.caption for case in chosen], right, strict=True))
-
-
 def test_one_frame_gives_an_image_from_the_same_checkpoint(generator: DiffGenerator) -> None:
-    case = next(case for case in cases() if case.kind == "image")
-    result = generator.generate(
-        {"prompt": case.caption, "seed": case.seed, "num_frames": 1, "return_frames": True}
-    )  # fmt: skip
+    result = generator.generate({"prompt": "a blue star", "seed": 1, "num_frames": 1, "return_frames": True})
     assert isinstance(result, GenerationResult)
     assert result.frames is not None
     assert result.frames.shape == (1, 128, 128, 3)
@@ -59,7 +40,7 @@ def test_diffusers_loads_it_and_makes_the_same_video(generator: DiffGenerator) -
     """fp32 on both sides; frames may differ by rounding to one of 255 levels."""
     from diffusers import WanPipeline
 
-    pipeline = WanPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
+    pipeline = WanPipeline.from_pretrained(MODEL, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     wish = {"num_inference_steps": 4, "guidance_scale": 4.0, "width": 128, "height": 128, "num_frames": 9}
     reference = pipeline(

@@ -84,12 +84,16 @@ def check(frames: NDArray[np.uint8], wanted: ClipFacts) -> Verdict:
 
 
 def judge(seen: Observation, wanted: ClipFacts) -> Verdict:
-    """Compare an observation with a wish. Objects are paired by colour, or by order where colours do not fit."""
-    by_colour = {item.colour: item for item in seen.objects}
-    pairs = [(item, by_colour.get(item.colour)) for item in wanted.objects]
+    """Compare an observation with a wish. Objects are paired by colour; the only one needs no pairing."""
     complete = len(seen.objects) == len(wanted.objects)
-    if complete and len(pairs) == 1:
-        pairs = [(wanted.objects[0], seen.objects[0])]
+    pairs: list[tuple[ObjectFacts, Seen | None]] = []
+    free = list(seen.objects)
+    for wish in wanted.objects:
+        alone = complete and len(wanted.objects) == 1
+        match = next((item for item in free if alone or item.colour == wish.colour), None)
+        if match is not None:
+            free.remove(match)
+        pairs.append((wish, match))
 
     def agree(name: str) -> bool | None:
         wishes = [(getattr(wish, name), item) for wish, item in pairs if getattr(wish, name) is not None]
@@ -184,7 +188,7 @@ def _motion(track: list[tuple[int, Blob]], shape: str, num_frames: int) -> str:
         return "still"
     places = np.array([blob.centroid for _, blob in track])
     radii = np.array([blob.radius for _, blob in track])
-    path = places[-1] - places[0]
+    path: Floats = places[-1] - places[0]
     length, growth = float(np.linalg.norm(path)), radii[-3:].mean() / radii[:3].mean()
     turn = abs(_turn(track, shape))
     steady, kept, upright = length < _HELD, 1 / _KEPT < growth < _KEPT, turn < _UPRIGHT
@@ -244,6 +248,3 @@ def _position(blobs: list[Blob], motion: str) -> str:
         offset[1] = 0
     column, line = (int(np.sign(value)) * int(abs(value) > SIDE_THRESHOLD) + 1 for value in offset)
     return POSITIONS[3 * line + column]
-
-
-__all__ = ["ClipFacts", "ObjectFacts", "Observation", "Seen", "Verdict", "check", "judge", "observe"]

@@ -45,8 +45,8 @@ def train_dit(session: Session, budget_s: float, *, batch_size: int) -> bool:
     """Train until the budget or the command's time is used; returns whether the transformer is finished."""
     tokenizer = load_tokenizer(session)
     torch.manual_seed(session.seed)
-    transformer = build_transformer(session.sizes, folded_text=True).to(session.device)
-    encoder = build_text_encoder(session.sizes, tokenizer.get_vocab_size()).to(session.device)
+    transformer = build_transformer(session.sizes, folded_text=True)
+    encoder = build_text_encoder(session.sizes, tokenizer.get_vocab_size())
     optimiser = Optimiser({"transformer": transformer, "text_encoder": encoder}, session.ranks, betas=(0.9, 0.98))
     path = session.work_dir / "dit-state.pt"
     if path.exists():
@@ -64,8 +64,8 @@ def train_dit(session: Session, budget_s: float, *, batch_size: int) -> bool:
 def load_finished(session: Session) -> tuple[Tokenizer, WanTransformer3DModel, nn.Module]:
     """Tokenizer, and transformer (folded text) and text encoder with averaged weights, without gradients."""
     tokenizer = load_tokenizer(session)
-    transformer = build_transformer(session.sizes, folded_text=True).to(session.device)
-    encoder = build_text_encoder(session.sizes, tokenizer.get_vocab_size()).to(session.device)
+    transformer = build_transformer(session.sizes, folded_text=True)
+    encoder = build_text_encoder(session.sizes, tokenizer.get_vocab_size())
     optimiser = Optimiser({"transformer": transformer, "text_encoder": encoder}, session.ranks, betas=(0.9, 0.98))
     optimiser.load(session.work_dir / "dit-state.pt")
     optimiser.flat.values.detach().copy_(optimiser.average)

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from transformers import UMT5EncoderModel
 
 from demo_model.dit_training import SHIFT
 from demo_model.networks import build_text_encoder, build_transformer
@@ -19,6 +20,8 @@ from demo_model.optimisation import FlatParameters
 from demo_model.session import Session
 from demo_model.tokenizer import save_tokenizer
 from demo_model.vae_training import load_frozen
+from demo_model.vocabulary import FPS, FRAME_SIDE, NUM_FRAMES
+from sglang.multimodal_gen.runtime.models.dits.wan import WanTransformer3DModel
 
 _MIB = 2**20
 _LARGEST_FILE_BYTES, _LARGEST_TOTAL_BYTES = 16 * _MIB, 24 * _MIB
@@ -66,25 +69,41 @@ _SCHEDULER = {
 }
 
 
-def averaged_networks(session: Session) -> tuple[nn.Module, nn.Module, Tokenizer]:
-    """Transformer (for folded text) and text encoder with the averaged weights of the last saved state, and tokenizer.
+class Networks(NamedTuple):
+    """The two networks that are trained together, and their tokenizer."""
 
-    Both are on the session's device in evaluation mode.
+    transformer: WanTransformer3DModel
+    text_encoder: UMT5EncoderModel
+    tokenizer: Tokenizer
+
+
+# What the model was made for: our engine's sampling defaults, which diffusers does not read.
+_GENERATION = {
+    "width": FRAME_SIDE,
+    "height": FRAME_SIDE,
+    "num_frames": NUM_FRAMES,
+    "fps": FPS,
+    "num_inference_steps": 20,
+    "guidance_scale": 4.0,
+    "negative_prompt": "",
+}
+
+
+def averaged_networks(session: Session) -> Networks:
+    """Networks with the averaged weights of the last saved state, in evaluation mode on the session's device.
+
+    The transformer takes folded text.
     """
     tokenizer = Tokenizer.from_file(str(session.work_dir / "tokenizer.json"))
-    modules = _networks(session, tokenizer)
+    transformer = build_transformer(session.sizes, folded_text=True)
+    encoder = build_text_encoder(session.sizes, tokenizer.get_vocab_size())
+    modules: dict[str, nn.Module] = {"transformer": transformer, "text_encoder": encoder}
     flat = FlatParameters(modules, session.device)
     state = torch.load(session.work_dir / "dit-state.pt", map_location=session.device, weights_only=True)
     flat.values.detach().copy_(state["average"])
     for module in modules.values():
-        module.eval().requires_grad_(False)
-    return modules["transformer"], modules["text_encoder"], tokenizer
-
-
-def _networks(session: Session, tokenizer: Tokenizer) -> dict[str, nn.Module]:
-    transformer = build_transformer(session.sizes, folded_text=True).to(session.device)
-    encoder = build_text_encoder(session.sizes, tokenizer.get_vocab_size()).to(session.device)
-    return {"transformer": transformer, "text_encoder": encoder}
+        module.to(session.device).eval().requires_grad_(False)
+    return Networks(transformer, encoder, tokenizer)
 
 
 def export(session: Session, folder: Path) -> None:
@@ -100,15 +119,16 @@ def export(session: Session, folder: Path) -> None:
     for name in ("transformer", "vae", "scheduler"):
         (part / name).mkdir(parents=True)
     _write_json(part / "model_index.json", _MODEL_INDEX)
+    _write_json(part / "generation_config.json", _GENERATION)
     _write_json(part / "scheduler" / "scheduler_config.json", _SCHEDULER)
-    for name, module, class_name in (
-        ("transformer", transformer, "WanTransformer3DModel"),
-        ("vae", vae, "AutoencoderKLWan"),
+    for name, module, config in (
+        ("transformer", transformer, transformer.config),
+        ("vae", vae, vae.config),
     ):
-        head = {"_class_name": class_name, "_diffusers_version": _DIFFUSERS_VERSION}
-        _write_json(part / name / "config.json", head | dataclasses.asdict(module.config))
+        head = {"_class_name": type(module).__name__, "_diffusers_version": _DIFFUSERS_VERSION}
+        _write_json(part / name / "config.json", head | dataclasses.asdict(config))
         save_file(_in_bf16(module), part / name / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    encoder.to(torch.bfloat16).save_pretrained(part / "text_encoder")
+    encoder.bfloat16().save_pretrained(part / "text_encoder")
     save_tokenizer(tokenizer, part / "tokenizer")
     check_sizes(part)
     shutil.rmtree(folder, ignore_errors=True)

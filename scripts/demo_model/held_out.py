@@ -19,7 +19,10 @@ def is_held_out_caption(caption: str) -> bool:
 
 
 def is_held_out_motion(colour: str, shape: str, motion: str) -> bool:
-    """Whether no training clip shows this coloured shape in this motion: 24 of the 256 combinations."""
+    """Whether no training clip shows this coloured shape in this motion.
+
+    That is 22 of the 248 combinations that exist; circles never spin.
+    """
     index = tuple(COLOURS).index(colour) * 5 + SHAPES.index(shape) * 3 + MOTIONS.index(motion) * 4
     return index % 11 == 4
 

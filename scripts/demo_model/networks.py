@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +17,7 @@ from sglang.multimodal_gen.configs.models.vaes import WanVAEConfig
 from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerContext
 from sglang.multimodal_gen.runtime.models.dits.wan import WanTransformer3DModel
 from sglang.multimodal_gen.runtime.models.vaes.causal_conv import TemporalState
-from sglang.multimodal_gen.runtime.models.vaes.wan_vae import AutoencoderKLWan, patchify, unpatchify
+from sglang.multimodal_gen.runtime.models.vaes.wan_vae import AutoencoderKLWan, unpatchify
 
 # Text rows at inference: `max_sequence_length` of the Wan pipelines.
 TEXT_ROWS = 512
@@ -116,8 +114,10 @@ def build_transformer(sizes: ModelSizes, *, folded_text: bool) -> WanTransformer
 
 def build_vae(sizes: ModelSizes, statistics: dict[str, list[float]] | None = None) -> AutoencoderKLWan:
     """`statistics`: `latents_mean` and `latents_std`, measured after the autoencoder's training."""
-    config = dataclasses.replace(sizes.vae, **{key: tuple(value) for key, value in (statistics or {}).items()})
-    return AutoencoderKLWan(config)
+    if statistics is None:
+        return AutoencoderKLWan(sizes.vae)
+    mean, std = (tuple(statistics[key]) for key in ("latents_mean", "latents_std"))
+    return AutoencoderKLWan(dataclasses.replace(sizes.vae, latents_mean=mean, latents_std=std))
 
 
 def build_text_encoder(sizes: ModelSizes, vocabulary_size: int) -> UMT5EncoderModel:
@@ -131,14 +131,14 @@ def build_text_encoder(sizes: ModelSizes, vocabulary_size: int) -> UMT5EncoderMo
         num_heads=sizes.text_heads,
         dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
         pad_token_id=0,
         eos_token_id=1,
-        # The other kernels look at the mask's values, and so make the host wait for the device in every step.
-        attn_implementation="eager",
     )
     model = UMT5EncoderModel(config)
-    model.encoder.embed_tokens.weight = model.shared.weight  # not tied by every release of transformers
+    # The other kernels look at the mask's values, and so make the host wait for the device in every step.
+    model.set_attn_implementation("eager")
+    # Releases of transformers differ in when they tie these two; training must never part them.
+    model.encoder.embed_tokens = model.shared
     # The default of 1 would let words that training never meets outshout those that it does.
     nn.init.normal_(model.shared.weight, std=0.1)
     return model
@@ -160,25 +160,3 @@ def autoencode(vae: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, Tensor, Te
     state = TemporalState(carry=False)
     patches = vae.decode_tile(latents.sample(), state)
     return unpatchify(patches, vae.config.patch_size or 1), latents.mean, latents.logvar
-
-
-def write_config(folder: Path, config: Any, class_name: str) -> None:
-    """Write a model config dataclass as diffusers' `config.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data = {"_class_name": class_name, "_diffusers_version": "0.35.0"} | dataclasses.asdict(config)
-    (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n")
-
-
-__all__ = [
-    "ModelSizes",
-    "PaddedTextAttention",
-    "autoencode",
-    "build_text_encoder",
-    "build_transformer",
-    "build_vae",
-    "encode_text",
-    "full_sizes",
-    "patchify",
-    "trial_sizes",
-    "write_config",
-]

@@ -33,6 +33,8 @@ class Ranks:
         dist.init_process_group("nccl" if cuda else "gloo")
         rank = dist.get_rank()
         device = torch.device(f"cuda:{rank % torch.cuda.device_count()}" if cuda else "cpu")
+        if cuda:
+            torch.cuda.set_device(device)
         return cls(rank=rank, size=dist.get_world_size(), device=device)
 
     def mean(self, tensor: Tensor) -> None:
@@ -67,6 +69,7 @@ class FlatParameters:
         parameters: list[nn.Parameter] = []
         total = 0
         for prefix, module in modules.items():
+            module.to(device)
             for name, parameter in module.named_parameters():
                 self._places[f"{prefix}.{name}"] = (total, parameter.shape)
                 parameters.append(parameter)

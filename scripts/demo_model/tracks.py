@@ -60,7 +60,7 @@ def _describe(frame: Floats, difference: Floats, labels: NDArray[np.int64], labe
     contrast = np.median(difference[inside], axis=0)
     # Share of the way from background to object, steepened so that noise on either side does not count; edge pixels
     # outside the mask belong to it too, others' do not.
-    share = difference @ contrast / max(contrast @ contrast, 1.0)
+    share = difference @ contrast / max(float(contrast @ contrast), 1.0)
     share = np.clip(2 * share - 0.5, 0, 1)
     coverage = np.where(dilate(own) & ((labels == 0) | own), share, 0.0)
     area = coverage.sum()

@@ -152,7 +152,8 @@ class FramesNotSupported(InvalidRequest):
         lower = max(1, (num_frames - 1) // stride * stride + 1)
         nearest = min((lower, lower + stride), key=lambda n: abs(n - num_frames))
         super().__init__(
-            f"num_frames: got {num_frames}, accepted are {stride}k+1 frames up to {maximum}; nearest: {min(nearest, maximum)}",
+            f"num_frames: got {num_frames}, accepted are {stride}k+1 frames up to {maximum}; "
+            f"nearest: {min(nearest, maximum)}",
             param="num_frames",
         )
 

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -20,6 +21,7 @@ from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.registry import register_configs
+from sglang.multimodal_gen.runtime.loader.component_loader import ComponentLoader
 from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
@@ -96,32 +98,35 @@ class NullDecoding(Stage):
     name, reads, writes = "decode", ("latents",), ()
 
     def phase(self, req: Req) -> Phase | None:
-        return None if req.params.output_type == "latent" else one_phase("decode", "decode", 2)
+        return None if req.params.output_type == "latent" else one_phase("decode", "decode", num_chunks(req))
 
     def step(self, requests: Sequence[Req]) -> list[OutputBatch]:
         return [chunk_of(req) for req in requests]
 
 
 def chunk_of(req: Req) -> OutputBatch:
-    """The first half of the frames, then the rest; each frame's pixels are its number."""
+    """The first half of a video's frames, then the rest; each frame's pixels are its number."""
     total, index = req.params.num_frames or 1, req.done("decode")
-    middle = total // 2
-    numbers = range(middle) if index == 0 else range(middle, total)
+    last = index == num_chunks(req) - 1
+    numbers = range(index * (total // 2), total if last else total // 2)
     height, width = req.params.height or 16, req.params.width or 16
-    frames = torch.stack([torch.full((height, width, 3), n % 256, dtype=torch.uint8) for n in numbers]) if numbers else (
-        torch.zeros(0, height, width, 3, dtype=torch.uint8)
-    )
-    return OutputBatch(request_id=req.request_id, first_frame=numbers.start, last=index == 1, frames=frames)
+    frames = torch.stack([torch.full((height, width, 3), number % 256, dtype=torch.uint8) for number in numbers])
+    return OutputBatch(request_id=req.request_id, first_frame=numbers.start, last=last, frames=frames)
+
+
+def num_chunks(req: Req) -> int:
+    return 1 if req.params.num_frames == 1 else 2
 
 
 class NullPipeline(ComposedPipelineBase):
     """Three stages that do nothing."""
 
-    components = ()
+    components: ClassVar[dict[str, ComponentLoader]] = {}
 
     def create_pipeline_stages(self) -> list[Stage]:
         return [NullEncoding(), NullDenoising(), NullDecoding()]
 
     def limits(self) -> TaskLimits:
-        return TaskLimits(size_multiple=16, max_pixels=1 << 20, frame_stride=4, max_frames=1001, max_sequence_length=512)
-
+        return TaskLimits(
+            size_multiple=16, max_pixels=1 << 20, frame_stride=4, max_frames=1001, max_sequence_length=512
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import os
 import signal
 import subprocess
@@ -136,7 +137,7 @@ def test_unequal_requests_interleave_and_share_forwards(engine: DiffGenerator) -
             order.append(item.prompt_index)
         if isinstance(item.event, GenerationResult):
             ends.append(item.prompt_index)
-    switches = sum(a != b for a, b in zip(order, order[1:], strict=False))
+    switches = sum(a != b for a, b in itertools.pairwise(order))
     assert switches > 12  # one after another would switch twice
     assert engine.status().mean_batch_size > 1.0
 
@@ -271,6 +272,7 @@ def clean_slate() -> Iterator[None]:
     mine = psutil.Process()
     before_dirs, before_children = run_dirs(), {p.pid for p in mine.children(recursive=True)}
     yield
+
     def leftovers() -> list[str]:
         alive = [p for p in mine.children(recursive=True) if p.pid not in before_children]
         return [*(str(p) for p in alive), *(run_dirs() - before_dirs)]

@@ -12,6 +12,7 @@ import concurrent.futures
 import dataclasses
 import io
 import json
+import logging
 import re
 import socket
 import threading
@@ -460,12 +461,24 @@ def test_bytes_that_are_no_http_get_json(server: RunningServer) -> None:
         assert json.loads(body)["error"]["code"] == "invalid_http"
 
 
+def test_what_follows_bytes_that_are_no_http_is_dropped(
+    server: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+        connection.sendall(b"nonsense\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 400 ")
+        connection.sendall(b"more nonsense\r\n\r\n")
+        assert server.client.get("/liveness").status_code == 200  # the loop has seen both by now
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 def test_two_statements_of_the_length_are_refused(server: RunningServer) -> None:
     request = (
         b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
         b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
     )
-    assert server.exchange(request).startswith(b"HTTP/1.1 400 ")
+    head, _, body = server.exchange(request).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and json.loads(body)["error"]["code"] == "invalid_http"
 
 
 def test_an_unknown_model_is_not_found_and_its_names_are(server: RunningServer) -> None:
@@ -513,9 +526,10 @@ def test_unknown_routes_and_methods_get_json(
         assert reply.headers["allow"]
 
 
+@pytest.mark.parametrize("model", [None, MODEL], ids=["first start", "known model"])
 @pytest.mark.parametrize("state", ["starting", "loading", "stopping"])
-def test_requests_before_the_model_is_ready_get_503(server: RunningServer, state: Any) -> None:
-    server.engine.state = EngineState(state=state, detail=f"reading {SECRET_PATH}")
+def test_requests_before_the_model_is_ready_get_503(server: RunningServer, state: Any, model: ModelInfo | None) -> None:
+    server.engine.state = EngineState(state=state, detail=f"reading {SECRET_PATH}", model=model)
     code = "engine_stopped" if state == "stopping" else "not_ready"
     for reply in (server.post_image(), server.post_video()):
         assert_error(reply, 503, code)
@@ -526,6 +540,12 @@ def test_requests_before_the_model_is_ready_get_503(server: RunningServer, state
     assert health.headers["retry-after"] and SECRET_PATH not in health.text
     assert server.client.get("/liveness").json() == {"status": "ok"}
     assert server.client.get("/v1/models").status_code == 200
+
+
+def test_a_recovering_engine_still_takes_requests(server: RunningServer) -> None:
+    server.engine.state = EngineState(state="recovering", model=MODEL)
+    assert server.post_image().status_code == 200
+    assert server.client.get("/health").status_code == 503
 
 
 def test_a_failed_engine_says_so_without_naming_files(server: RunningServer) -> None:

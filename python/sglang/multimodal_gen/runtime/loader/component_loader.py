@@ -1,6 +1,6 @@
 """From a component's directory to a module that is ready to run.
 
-A module is constructed without memory, then given the checkpoint's tensors at the wanted dtype and device one by one,
+A module is constructed without memory, then given the checkpoint's tensors one by one, each at its dtype and device,
 so that a model never lies in memory twice.
 """
 
@@ -108,10 +108,10 @@ def load_module(
     stored = open_weights(directory)
     names = _match_keys(module, stored, aliases=getattr(cls, "key_aliases", {}))
     kept = _kept_in_fp32(cls, dtype)
-    wanted_of_key = {key: _dtype_for(name, kept, dtype) for name, key in names.items()}
+    dtype_of_key = {key: _dtype_for(name, kept, dtype) for name, key in names.items()}
 
     def place(key: str, tensor: Tensor) -> Tensor:
-        return tensor.to(device, wanted_of_key[key]) if tensor.is_floating_point() else tensor.to(device)
+        return tensor.to(device, dtype_of_key[key]) if tensor.is_floating_point() else tensor.to(device)
 
     tensors = stored.load(list(names.values()), place)
     module.load_state_dict({name: tensors[key] for name, key in names.items()}, strict=True, assign=True)
@@ -140,17 +140,17 @@ class _NoInitialisation(TorchFunctionMode):
 
 def _match_keys(module: nn.Module, stored: StoredWeights, *, aliases: Mapping[str, str]) -> dict[str, str]:
     """Name in the module -> key in the file, for every name; raises CorruptCheckpoint unless all fit."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    names = {name: name for name in wanted if name in stored.tensors}
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    names = {name: name for name in expected if name in stored.tensors}
     for alias, name in aliases.items():
-        if alias in stored.tensors and name in wanted:
+        if alias in stored.tensors and name in expected:
             names.setdefault(name, alias)
-    missing = [name for name in wanted if name not in names]
-    unexpected = [key for key in stored.tensors if key not in wanted and key not in aliases]
+    missing = [name for name in expected if name not in names]
+    unexpected = [key for key in stored.tensors if key not in expected and key not in aliases]
     misshaped = [
-        f"{key} (file {_shape(stored.tensors[key].shape)}, model {_shape(wanted[name])})"
+        f"{key} (file {_shape(stored.tensors[key].shape)}, model {_shape(expected[name])})"
         for name, key in names.items()
-        if stored.tensors[key].shape != wanted[name]
+        if stored.tensors[key].shape != expected[name]
     ]
     problems = [
         f"{len(keys)} {kind}: {', '.join(keys[:_SHOWN_KEYS])}{', …' if len(keys) > _SHOWN_KEYS else ''}"

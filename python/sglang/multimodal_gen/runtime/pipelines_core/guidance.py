@@ -15,7 +15,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 class Guidance(Protocol):
     """A rule of guidance; per request, so that requests with different scales share a forward."""
 
-    def wants_negative(self, params: SamplingParams) -> bool:
+    def uses_negative(self, params: SamplingParams) -> bool:
         """Whether the negative prompt is used, and so must be encoded."""
         ...
 
@@ -31,12 +31,12 @@ class Guidance(Protocol):
 class ClassifierFreeGuidance:
     """Steps away from the unconditional prediction; off at a scale of 1 or less. Source: arXiv:2207.12598."""
 
-    def wants_negative(self, params: SamplingParams) -> bool:
+    def uses_negative(self, params: SamplingParams) -> bool:
         return params.guidance_scale is not None and params.guidance_scale > 1
 
     def branches(self, req: Req) -> tuple[Tensor, ...]:
         assert req.prompt_embeds is not None, "text is encoded before denoising"
-        if not self.wants_negative(req.params):
+        if not self.uses_negative(req.params):
             return (req.prompt_embeds,)
         assert req.negative_prompt_embeds is not None, "the negative prompt is encoded with the prompt"
         return req.prompt_embeds, req.negative_prompt_embeds

@@ -87,7 +87,7 @@ class _Exchange:
         if retries.isdigit() and retries != "0":
             fields["retry"] = int(retries[:3])
         level = logging.DEBUG if self._scope["path"] in _QUIET_PATHS else logging.INFO
-        logger.log(level, " ".join(f"{name}=%s" for name in fields), *fields.values(), extra={"fields": fields})
+        logger.log(level, " ".join(f"{name}=%s" for name in fields), *fields.values())
 
 
 def _refuse_smuggling(scope: Scope) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.errors import ErrorInfo, FieldError, InternalError, QueueFull, RemoteError, VideoNotFound
+from sglang.multimodal_gen.errors import ErrorInfo, FieldError, InternalError, QueueFull, VideoNotFound
+from sglang.multimodal_gen.runtime.entrypoints.engine_client import raise_if_terminal
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine
 from sglang.multimodal_gen.runtime.managers.messages import (
     Cancelled,
@@ -89,17 +90,9 @@ class VideoJobs:
             ),
             safety_identifier=safety_identifier,
         )
+        events = aiter(await self._engine.submit(job.params, request_id=job_id))
+        raise_if_terminal(await anext(events))
         self._jobs[job_id] = job
-        try:
-            events = aiter(await self._engine.submit(job.params, request_id=job_id))
-            self._apply(job_id, await anext(events))
-        except BaseException:
-            del self._jobs[job_id]
-            raise
-        refusal = self._jobs[job_id].error
-        if refusal is not None:
-            del self._jobs[job_id]
-            raise RemoteError(refusal)
         self._watchers[job_id] = asyncio.create_task(self._watch(job_id, events))
         return self._jobs[job_id]
 

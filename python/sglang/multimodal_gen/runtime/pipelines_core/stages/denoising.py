@@ -68,7 +68,7 @@ class DenoisingStage(Stage):
         )
 
     def _num_rows(self, req: Req) -> int:
-        return 2 if self.guidance.wants_negative(req.params) else 1
+        return 2 if self.guidance.uses_negative(req.params) else 1
 
     def _row_bytes(self, req: Req) -> int:
         assert req.latent_shape is not None, "planned by the stage before"

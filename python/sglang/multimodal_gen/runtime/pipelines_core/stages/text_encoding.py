@@ -60,7 +60,7 @@ class TextEncodingStage(Stage):
         if not prompt:
             raise EmptyPrompt
         req.prompt_tokens = self._tokenise(req, "prompt", prompt)
-        if self.guidance.wants_negative(params):
+        if self.guidance.uses_negative(params):
             negative = self.clean(params.negative_prompt or "")
             req.negative_prompt_tokens = self._tokenise(req, "negative prompt", negative)
 
