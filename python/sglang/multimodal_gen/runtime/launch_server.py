@@ -36,7 +36,8 @@ from sglang.multimodal_gen.runtime.managers.run_dir import OwnedRunDir
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
 from sglang.multimodal_gen.runtime.server_args import HttpArgs, ServerArgs
 
-logger = logging.getLogger(__name__)
+# Started with -m, this module's own name is __main__, which is outside the package's logger.
+logger = logging.getLogger("sglang.multimodal_gen.runtime.launch_server")
 
 _PACKAGE = "sglang.multimodal_gen.runtime"
 _MODULES = {

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import itertools
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,13 +21,37 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import zmq
 
-from sglang.multimodal_gen.errors import EngineStopped, InvalidRequest, RemoteError, RequestCancelled, ServingError
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.errors import (
+    EngineStopped,
+    InvalidRequest,
+    ModelError,
+    RemoteError,
+    RequestCancelled,
+    ServingError,
+)
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import (
     DiffGenerator,
     GenerationResult,
 )
-from sglang.multimodal_gen.runtime.managers.messages import Progress, Queued, Started
+from sglang.multimodal_gen.runtime.managers.messages import (
+    PROTOCOL_VERSION,
+    Cancelled,
+    CancelRequest,
+    Codec,
+    Failed,
+    GenerateRequest,
+    Hello,
+    Progress,
+    Queued,
+    Refused,
+    Started,
+    ToClient,
+    encode,
+)
+from sglang.multimodal_gen.runtime.server_args import ServerArgs
 from sglang.multimodal_gen.test import null_family
 
 null_family.register()
@@ -223,6 +248,10 @@ def test_requests_that_fail_only_in_company_are_run_again_alone(engine: DiffGene
         ({"prompt": "x", "seed": [1, 2], "num_outputs_per_prompt": 3}, "as many as outputs per prompt"),
         ({"prompt": ["a", "b"], "output_file_name": "x.mp4"}, "no fixed name when there are several prompts"),
         ({}, "prompt: nothing given"),
+        ({"prompt": "x", "save_output": True, "output_file_name": "x.png"}, "a format that holds the 5 frames: mp4"),
+        ({"prompt": "x", "num_inference_steps": float("nan")}, "num_inference_steps: got nan, accepted is an integer"),
+        ({"prompt": "x", "guidance_scale": float("nan")}, "guidance_scale: got nan, accepted is a finite number"),
+        ({"prompt": "x", "seed": -1}, "seed: got -1"),
         ({"prompt": 5}, "prompt: got 5, accepted is a text or a list of texts"),
     ],
 )  # fmt: skip
@@ -231,6 +260,50 @@ def test_a_bad_wish_is_refused_at_the_door_in_one_sentence(engine: DiffGenerator
     with pytest.raises(ServingError, match=says):
         engine.generate(wish)
     assert engine.status().ticks == ticks
+
+
+@pytest.mark.parametrize("payload", [b"\x80\x04\x95", b"", b"{}", pickle.dumps({"type": "generate"})])
+def test_bytes_that_are_no_message_are_refused_alone(engine: DiffGenerator, payload: bytes) -> None:
+    """Also pickles: nothing on this socket is ever unpickled."""
+    with raw_client(engine) as socket:
+        socket.send(payload)
+        answer = Codec(ToClient).decode(socket.recv())
+        assert isinstance(answer, Refused)
+        assert answer.error.code == InvalidRequest.code
+    assert one(engine.generate({"prompt": "x"})).size == (16, 16, 5)
+
+
+def test_another_version_of_the_protocol_is_refused_by_name(engine: DiffGenerator) -> None:
+    with raw_client(engine) as socket:
+        socket.send(encode(Hello(protocol_version=PROTOCOL_VERSION + 1, client_name="future")))
+        answer = Codec(ToClient).decode(socket.recv())
+        assert isinstance(answer, Refused)
+        assert answer.error.code == "protocol_mismatch"
+        assert str(PROTOCOL_VERSION + 1) in answer.error.message
+
+
+def test_a_request_id_that_is_running_is_refused(engine: DiffGenerator) -> None:
+    params = SamplingParams(
+        prompt="sleep-50", width=16, height=16, num_frames=5, fps=8, num_inference_steps=100, seed=1
+    )  # fmt: skip
+    with raw_client(engine) as socket:
+        socket.send(encode(GenerateRequest(request_id="twice", params=params)))
+        socket.send(encode(GenerateRequest(request_id="twice", params=params)))
+        answers = [Codec(ToClient).decode(socket.recv()) for _ in range(2)]
+        refusals = [a for a in answers if isinstance(a, Failed)]
+        assert [r.error.param for r in refusals] == ["request_id"]
+        socket.send(encode(CancelRequest(request_id="twice")))
+        while not isinstance(answer := Codec(ToClient).decode(socket.recv()), Cancelled):
+            assert not isinstance(answer, Failed)
+
+
+@contextlib.contextmanager
+def raw_client(engine: DiffGenerator) -> Iterator[zmq.Socket[bytes]]:
+    """A socket of its own at the engine's address."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger, socket.rcvtimeo = 0, 10_000
+        socket.connect(engine._engine.client.run_dir.scheduler_address)
+        yield socket
 
 
 # --- dead and silent workers ---
@@ -314,6 +387,7 @@ def test_garbage_collection_ends_the_engine() -> None:
 SCRIPT = """
 import sys, time
 sys.path.insert(0, {root!r})
+from sglang.multimodal_gen.runtime.server_args import ServerArgs
 from sglang.multimodal_gen.test import null_family
 null_family.register()
 from sglang import DiffGenerator
@@ -370,3 +444,28 @@ def test_a_stopped_worker_is_noticed_by_its_silence_and_replaced() -> None:
         assert one(generator.generate({"prompt": "x"})).metrics["attempts"] == 2
         assert time.monotonic() - begin < 40
         assert generator.status().worker_pids != (pid,)
+
+
+# --- models that do not load ---
+
+
+@pytest.mark.usefixtures("clean_slate")
+def test_a_model_that_cannot_be_loaded_ends_in_its_own_error_and_is_not_tried_again(tmp_path: Path) -> None:
+    """Only a worker can find this one out: the directory looks like a model until its parts are opened."""
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    with pytest.raises(RemoteError) as caught:
+        DiffGenerator.from_pretrained(str(tmp_path))
+    assert caught.value.code == "unsupported_model"
+    with DiffGenerator.from_server_args(ServerArgs.from_kwargs(model_path=str(tmp_path))) as generator:
+        assert wait_until(lambda: generator.status().state.state == "failed")
+        time.sleep(0.5)
+        status = generator.status()
+        assert (status.num_workers, status.num_worker_restarts) == (0, 0)
+
+
+@pytest.mark.usefixtures("clean_slate")
+def test_a_path_that_is_no_model_is_refused_before_any_process_starts(tmp_path: Path) -> None:
+    before = len(psutil.Process().children())
+    with pytest.raises(ModelError, match=r"has no model_index.json"):
+        DiffGenerator.from_pretrained(str(tmp_path))
+    assert len(psutil.Process().children()) == before

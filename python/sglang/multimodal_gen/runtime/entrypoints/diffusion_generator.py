@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import EngineStopped, RemoteError, RequestCancelled, ServingError
+from sglang.multimodal_gen.registry import get_model_info
 from sglang.multimodal_gen.runtime.entrypoints.engine_client import EngineClient, RequestHandle
 from sglang.multimodal_gen.runtime.entrypoints.request_builder import expand_prompts
 from sglang.multimodal_gen.runtime.managers.child_process import ChildProcess
@@ -207,6 +208,7 @@ class _Engine:
     """The supervisor child and the client loop, apart from DiffGenerator so that collecting that one ends this one."""
 
     def __init__(self, args: ServerArgs) -> None:
+        get_model_info(args.model.model_path, model_id=args.model.model_id)  # a wrong path need not wait for processes
         config = EngineConfig.of_this_process(args, run_dir="")
         self._child = ChildProcess(_SUPERVISOR, config=config.to_bytes(), nice_name="supervisor")
         self._codec = Codec(SupervisorNote)

@@ -18,6 +18,7 @@ from sglang.multimodal_gen.errors import (
     SizeNotDivisible,
     SizeTooLarge,
 )
+from sglang.multimodal_gen.runtime.postprocess.formats import choose_format
 
 
 def expand(values: Mapping[str, Any], *, model: ModelInfo, surface: Surface) -> list[SamplingParams]:
@@ -41,6 +42,8 @@ def expand_prompts(values: Mapping[str, Any], *, model: ModelInfo, surface: Surf
         wish.require_prompt()
         complete = wish.filled_from(model.defaults, GENERAL_DEFAULTS)
         check_limits(complete, model.limits)
+        if complete.save_output or complete.return_encoded:
+            choose_format(complete, num_frames=complete.num_frames or 1)
         expanded.append(_outputs(complete))
     return expanded
 

@@ -43,7 +43,8 @@ from sglang.multimodal_gen.runtime.managers.messages import (
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
 
-logger = logging.getLogger(__name__)
+# Started with -m, this module's own name is __main__, which is outside the package's logger.
+logger = logging.getLogger("sglang.multimodal_gen.runtime.managers.gpu_worker")
 
 _HEARTBEAT_S = 1.0
 

@@ -37,7 +37,8 @@ from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
 from sglang.multimodal_gen.runtime.postprocess.saving import OutputWriter
 
-logger = logging.getLogger(__name__)
+# Started with -m, this module's own name is __main__, which is outside the package's logger.
+logger = logging.getLogger("sglang.multimodal_gen.runtime.managers.output_process")
 
 _WAKE = "inproc://replies"
 

@@ -76,7 +76,8 @@ from sglang.multimodal_gen.runtime.managers.timing import LearnedTimes
 from sglang.multimodal_gen.runtime.managers.worker_group import InFlight, WorkerGroup
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
 
-logger = logging.getLogger(__name__)
+# Started with -m, this module's own name is __main__, which is outside the package's logger.
+logger = logging.getLogger("sglang.multimodal_gen.runtime.managers.scheduler")
 
 _POLL_MS = 200
 _MAX_LOAD_ATTEMPTS = 3
@@ -205,7 +206,8 @@ class Scheduler:
                 for message in self.workers.receive(index):
                     self._handlers[type(message)](message)
             except EOFError:
-                self._on_workers_lost(self.workers.describe_exit())
+                if rank in self.workers.ranks:  # else a message before it said that loading failed
+                    self._on_workers_lost("")
                 return
 
     # -- clients --
@@ -313,12 +315,12 @@ class Scheduler:
             self._end(request_id, Failed(request_id=request_id, error=error))
 
     def _on_workers_lost(self, how: str) -> None:
-        """A failing rank is a failing replica: replace all of it and requeue what it held."""
-        logger.error("worker lost: %s", how)
+        """A failing rank is a failing replica: replace all of it and requeue what it held. `how`: "" when it died."""
         blamed = {unit.request_id for flight in self.workers.in_flight.values() for unit in _units(flight.tick)}
         blamed |= {r.request_id for r in self.requests.values() if r.status == "admitting"}
         loaded = self.workers.ready
-        self.workers.kill()
+        ended = self.workers.kill()
+        logger.error("worker lost: %s", how or ended)
         self._requeue_running(blamed)
         self.load_attempts += 0 if loaded else 1
         if self.load_attempts >= _MAX_LOAD_ATTEMPTS:

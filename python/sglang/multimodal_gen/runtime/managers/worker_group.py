@@ -126,20 +126,18 @@ class WorkerGroup:
                 return f"a tick has run for {now - self._oldest_since:.1f} s, {deadline:.1f} s were expected at most"
         return None
 
-    def describe_exit(self) -> str:
-        """How the ranks ended."""
-        return ", ".join(f"{rank.name} (pid {rank.pid}) {rank.describe_exit()}" for rank in self.ranks)
-
     def stop(self) -> None:
         """End every rank, in order if it listens, by SIGKILL if it does not."""
         self.send(StopWorker())
         self._close(_STOP_GRACE_S)
 
-    def kill(self) -> None:
-        """End every rank now."""
+    def kill(self) -> str:
+        """End every rank now; how they ended, in words."""
         for rank in self.ranks:
             rank.process.kill()
+        ranks = self.ranks
         self._close(_STOP_GRACE_S)
+        return ", ".join(f"{rank.name} (pid {rank.pid}) {rank.describe_exit()}" for rank in ranks)
 
     def _close(self, grace_s: float) -> None:
         for rank in self.ranks:
