@@ -158,9 +158,9 @@ class GPUWorker:
 
     def _send_latents(self, unit: Unit, req: Any) -> None:
         """After the last denoising unit, when the request wants its latents."""
-        wanted = req.params.return_latents or req.params.output_type == "latent"
+        asked = req.params.return_latents or req.params.output_type == "latent"
         denoising = [phase for phase in req.phases if phase.lane == "denoise"]
-        if not wanted or not denoising or req.latents is None:
+        if not asked or not denoising or req.latents is None:
             return
         if unit.phase == denoising[-1].name and unit.index == denoising[-1].units - 1:
             latents = self.run_dir.put(req.latents.float().cpu().numpy())

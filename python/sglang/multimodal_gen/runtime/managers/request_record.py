@@ -47,13 +47,13 @@ class RequestRecord:
         self.status = "queued"
 
     @property
-    def wants_pixels(self) -> bool:
+    def needs_pixels(self) -> bool:
         """Whether frames go to the output process."""
         p = self.params
         return p.output_type == "pixels" and bool(p.save_output or p.return_frames or p.return_encoded)
 
     @property
-    def wants_latents(self) -> bool:
+    def needs_latents(self) -> bool:
         """Whether latents travel back to the client."""
         return self.params.return_latents or self.params.output_type == "latent"
 
@@ -63,8 +63,8 @@ class RequestRecord:
         assert self.cursor is not None
         return (
             self.cursor.finished
-            and (self.output is not None or not self.wants_pixels)
-            and (self.latents is not None or not self.wants_latents)
+            and (self.output is not None or not self.needs_pixels)
+            and (self.latents is not None or not self.needs_latents)
         )
 
     def record_unit(self, phase: Phase, seconds: float, peak_bytes: int) -> None:

@@ -368,7 +368,7 @@ class Scheduler:
         if record is None:  # cancelled meanwhile; its Release follows the Admit in the pipe
             return
         record.begin(message.phases, message.notes)
-        if record.wants_pixels:
+        if record.needs_pixels:
             p = record.params
             directory = p.output_path or self.config.args.storage.output_path
             self.output.send(
@@ -468,7 +468,7 @@ class Scheduler:
 
     def _on_chunk(self, message: OutputChunk) -> None:
         record = self.requests.get(message.request_id)
-        if record is None or not record.wants_pixels:
+        if record is None or not record.needs_pixels:
             self.run_dir.discard(message.frames.file)
             return
         self.ledger.add(message.request_id, message.frames)
@@ -492,7 +492,7 @@ class Scheduler:
     def _on_output_hello(self, message: OutputHello) -> None:
         if self.output.greeted():
             error = StorageError("the process that writes results was restarted while it held this one").info()
-            for record in [r for r in self.requests.values() if r.wants_pixels and r.cursor is not None]:
+            for record in [r for r in self.requests.values() if r.needs_pixels and r.cursor is not None]:
                 self._end(record.request_id, Failed(request_id=record.request_id, error=error))
 
     def _on_output_done(self, message: OutputDone) -> None:
@@ -524,7 +524,7 @@ class Scheduler:
             self.waiting.remove(request_id)
         else:
             self.workers.send(Release(request_id=request_id))
-            if record.wants_pixels:
+            if record.needs_pixels:
                 self.output.send(DropOutput(request_id=request_id))
             self.ledger.drop_request(request_id)
         self._send(record.client, event)

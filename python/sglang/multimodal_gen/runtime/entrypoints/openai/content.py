@@ -30,9 +30,9 @@ def content_response(request: Request, path: Path, *, file_format: str) -> Respo
         FileNotFoundError: the file is gone.
     """
     status = os.stat(path)  # noqa: PTH116 - the response wants this very object
-    wanted = request.headers.get("range")
-    if wanted is not None:
-        match = _ONE_RANGE.fullmatch(wanted.strip())
+    asked = request.headers.get("range")
+    if asked is not None:
+        match = _ONE_RANGE.fullmatch(asked.strip())
         if match is None or (match[2] and int(match[2]) < int(match[1])):
             _drop_range(request)
         elif int(match[1] or 0) >= status.st_size or match[3] == "0":
