@@ -652,7 +652,7 @@ def test_a_client_that_goes_away_cancels_its_images(server: RunningServer) -> No
 
 
 def test_a_stopping_server_answers_who_still_waits(start_server: Start) -> None:
-    server = start_server(shutdown_grace_s=0.3)
+    server = start_server(shutdown_grace_s=3.0)
     server.engine.held = True
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         reply = pool.submit(server.post_image)
