@@ -22,8 +22,6 @@ from sglang.multimodal_gen.runtime.models.vaes.wan_vae import AutoencoderKLWan
 _PEAK_RATE, _WARMUP_STEPS, _LONGEST_AVERAGE = 1.0e-3, 100, 0.998
 # Edges are a small part of the picture and most of what makes it crisp.
 _EDGE_WEIGHT = 1.0
-# The absolute error alone is content with grey objects on the right background for thousands of steps.
-_SQUARE_WEIGHT = 2.0
 # Per latent element, of which there is one for 43 of the pixels' elements.
 _KL_WEIGHT = 1.0e-6
 # Log-variance of the latents at the start: noise of one would drown what the encoder has to say.
@@ -122,7 +120,7 @@ def _batches(session: Session, start: int, pace: Pace) -> Iterator[Tensor]:
     """Freshly drawn clips in the model's range, [B, 3, T, H, W]; every kind in turn."""
     rng = np.random.default_rng((session.seed, session.ranks.rank, start))
     for turn in itertools.count():
-        kinds = _FIRST_KINDS if pace.progress < _FIRST_SHARE else _KINDS
+        kinds: tuple[tuple[int, int], ...] = _FIRST_KINDS if pace.progress < _FIRST_SHARE else _KINDS
         kinds = _TRIAL_KINDS if session.trial else kinds
         frames, count = kinds[turn % len(kinds)]
         scenes = sample_scenes(rng, count)
@@ -137,7 +135,7 @@ def _train_step(session: Session, vae: AutoencoderKLWan, video: Tensor) -> Tenso
     with session.autocast():
         rebuilt, mean, logvar = autoencode(vae, video)
     rebuilt, mean, logvar = rebuilt.float(), mean.float(), logvar.float()
-    pixel, square = (rebuilt - video).abs().mean(), (rebuilt - video).square().mean()
+    pixel = (rebuilt - video).abs().mean()
     edge = _slope_difference(rebuilt, video)
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     square = (rebuilt - video).square().mean()
