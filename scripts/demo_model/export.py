@@ -156,30 +156,36 @@ def check_sizes(folder: Path) -> None:
         raise ValueError(f"the model has {total / _MIB:.1f} MiB; at most {_LARGEST_TOTAL_BYTES / _MIB:.0f} may be")
 
 
+# Small files of a run, each there from some stage on; the frozen autoencoder has 10 MiB.
+_CARRIED = ("tokenizer.json", "vae-statistics.json", "vae.safetensors")
+
+
 def pack_run(session: Session, folder: Path) -> None:
     """Write what another machine needs to go on, in at most eight files of less than 16 MiB.
 
     The averaged weights stand for the others, which they come close to; the optimiser's moments stay behind and come
-    back within a few hundred steps.
+    back within a few hundred steps. Of the autoencoder's training only what is not frozen yet is packed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    extra: dict[str, Any] = {"tokenizer": (session.work_dir / "tokenizer.json").read_text()}
-    extra["statistics"] = (session.work_dir / "vae-statistics.json").read_text()
-    shutil.copyfile(session.work_dir / "vae.safetensors", folder / "vae.safetensors")
-    state = torch.load(session.work_dir / "dit-state.pt", map_location="cpu", weights_only=True)
+    for name in _CARRIED:
+        if (session.work_dir / name).exists():
+            shutil.copyfile(session.work_dir / name, folder / name)
+    stage = "dit" if (session.work_dir / "dit-state.pt").exists() else "vae"
+    state = torch.load(session.work_dir / f"{stage}-state.pt", map_location="cpu", weights_only=True)
     for index, shard in enumerate(state["average"].split(_SHARD_ELEMENTS)):
         save_file({"flat": shard.clone()}, folder / f"average-{index}.safetensors")
-    extra |= {"step_count": state["step_count"], "elapsed_s": state["elapsed_s"]}
-    _write_json(folder / "run.json", extra)
+    _write_json(
+        folder / "run.json", {"stage": stage, "step_count": state["step_count"], "elapsed_s": state["elapsed_s"]}
+    )
 
 
 def unpack_run(session: Session, folder: Path) -> None:
     """The inverse of `pack_run`, into the session's folder."""
-    extra = json.loads((folder / "run.json").read_text())
-    (session.work_dir / "tokenizer.json").write_text(extra["tokenizer"])
-    shutil.copyfile(folder / "vae.safetensors", session.work_dir / "vae.safetensors")
-    (session.work_dir / "vae-statistics.json").write_text(extra["statistics"])
-    state: dict[str, Any] = {"adam": None, "step_count": extra["step_count"], "elapsed_s": extra["elapsed_s"]}
+    for name in _CARRIED:
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, session.work_dir / name)
+    run = json.loads((folder / "run.json").read_text())
     average = torch.cat([load_file(path)["flat"] for path in sorted(folder.glob("average-*.safetensors"))])
-    state |= {"values": average, "average": average}
-    torch.save(state, session.work_dir / "dit-state.pt")
+    state = {"values": average, "average": average, "adam": None}
+    state |= {"step_count": run["step_count"], "elapsed_s": run["elapsed_s"]}
+    torch.save(state, session.work_dir / f"{run['stage']}-state.pt")
