@@ -12,6 +12,7 @@ import torch._dynamo.config
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from demo_model.graphs import RecordedFunction
 from demo_model.latents import LatentStock
 from demo_model.networks import build_text_encoder, build_transformer, encode_text
 from demo_model.optimisation import Optimiser, cosine
@@ -100,9 +101,10 @@ class _Step:
         self.session, self.transformer, self.encoder, self.stocks = session, transformer, encoder, stocks
         self.batch_size = batch_size
         self.generator = torch.Generator(session.device).manual_seed(session.seed + session.ranks.rank)
+        self.recorded = RecordedFunction(session, "dit", self._accumulate)
 
     def warm_up(self, optimiser: Optimiser) -> None:
-        """Compile the blocks for both shapes, or say that they stay as they are. Changes no weight."""
+        """Compile the blocks for both shapes and record the step, or say what stays as it is. Changes no weight."""
         start = time.monotonic()
         if self.session.compiled:
             # Clips and images, in training; every block shares the code.
@@ -117,23 +119,29 @@ class _Step:
                 raise
             logger.warning("blocks cannot be compiled, training goes on without: %s", str(error)[:2000])
             torch.compiler.set_stance("force_eager")
+        if self.session.compiled:
             for image in (False, True):
-                self(image)
+                self.recorded.record(*self._draw(image))
         optimiser.flat.gradient.zero_()
         _synchronise(self.session.device)
         self.session.log("dit", warm_up_s=time.monotonic() - start, step=optimiser.step_count)
 
     def __call__(self, image: bool) -> Tensor:
         """Accumulate the gradients of one batch of clips or images; returns its loss."""
+        return self.recorded(*self._draw(image))
+
+    def _draw(self, image: bool) -> tuple[Tensor, ...]:
+        """Noisy latents [B, 16, t, 16, 16], their noise levels [B], the velocity to predict, and token ids [B, L]."""
         latents, ids = self.stocks[image].draw(self.batch_size * (4 if image else 1))
         sigmas = sample_sigmas(len(latents), self.generator)
         noise = torch.randn(latents.shape, device=latents.device, generator=self.generator)
-        weight = sigmas.view(-1, 1, 1, 1, 1)
-        noisy = torch.lerp(latents, noise, weight)
+        return torch.lerp(latents, noise, sigmas.view(-1, 1, 1, 1, 1)), sigmas, noise - latents, ids
+
+    def _accumulate(self, noisy: Tensor, sigmas: Tensor, velocity: Tensor, ids: Tensor) -> Tensor:
         with self.session.autocast():
             text = encode_text(self.encoder, ids, (ids != 0).long())
-            velocity = self.transformer(noisy, 1000 * sigmas, text)
-        loss = (velocity.float() - (noise - latents)).square().mean()
+            predicted = self.transformer(noisy, 1000 * sigmas, text)
+        loss = (predicted.float() - velocity).square().mean()
         loss.backward()
         return loss.detach()
 

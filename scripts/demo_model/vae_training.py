@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from demo_model.clips import frame_times, render, to_model_range
+from demo_model.graphs import RecordedFunction
 from demo_model.networks import autoencode, build_vae
 from demo_model.optimisation import Optimiser, cosine
 from demo_model.scenes import sample_scenes
@@ -47,12 +48,17 @@ def train_vae(session: Session, budget_s: float) -> bool:
     path = session.work_dir / "vae-state.pt"
     if path.exists():
         optimiser.load(path)
-    torch.backends.cudnn.benchmark = True
+    # Of the ten plans that are tried by default, the first few are the best ones; trying takes seconds.
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 5
+    step = RecordedFunction(session, "vae", lambda video: _accumulate(session, vae, video))
+    if session.compiled:
+        _record(session, step)
+        optimiser.flat.gradient.zero_()
     pace = Pace(session, optimiser, path, budget_s)
     batches = _batches(session, optimiser.step_count, pace)
     losses = torch.zeros(3, device=session.device)
     while not pace.stopped:
-        losses += _train_step(session, vae, next(batches))
+        losses += step(next(batches))
         rate = cosine(pace.progress, optimiser.step_count, peak=_PEAK_RATE, warmup_steps=_WARMUP_STEPS)
         optimiser.step(rate, _LONGEST_AVERAGE)
         if optimiser.step_count % _LOG_EVERY == 0:
@@ -130,7 +136,15 @@ def _batches(session: Session, start: int, pace: Pace) -> Iterator[Tensor]:
         yield to_model_range(render(scenes, times=times, device=session.device))
 
 
-def _train_step(session: Session, vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+def _record(session: Session, step: RecordedFunction) -> None:
+    """Record the step for every shape that training meets."""
+    rng = np.random.default_rng((session.seed, 1))
+    for frames, count in sorted({*_FIRST_KINDS, *_KINDS}):
+        times = frame_times(NUM_FRAMES)[:frames]
+        step.record(to_model_range(render(sample_scenes(rng, count), times=times, device=session.device)))
+
+
+def _accumulate(session: Session, vae: AutoencoderKLWan, video: Tensor) -> Tensor:
     """Accumulate the gradients of one batch; returns the three terms of the loss, [3]."""
     with session.autocast():
         rebuilt, mean, logvar = autoencode(vae, video)
