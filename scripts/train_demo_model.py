@@ -16,11 +16,12 @@ import torch
 
 from demo_model.dit_training import train_dit
 from demo_model.evaluation import cases, contact_sheet, evaluate, summary, write_png, write_report
-from demo_model.export import averaged_networks, export, pack_run, unpack_run
+from demo_model.export import adopt_checkpoint, averaged_networks, export, pack_run, unpack_run
 from demo_model.networks import full_sizes, trial_sizes
 from demo_model.optimisation import Ranks
 from demo_model.sampling import PlainSampler
 from demo_model.session import Session
+from demo_model.text_training import is_trained, train_text
 from demo_model.vae_training import is_frozen, load_frozen, train_vae
 
 _START = time.monotonic()
@@ -34,7 +35,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if arguments.smoke:
         torch.set_num_threads(1)
-        arguments.vae_budget_s, arguments.dit_budget_s, arguments.batch_size = 10.0, 10.0, 2
+        arguments.text_budget_s = arguments.vae_budget_s = arguments.dit_budget_s = 10.0
+        arguments.batch_size = 2
     torch.set_float32_matmul_precision("high")
     ranks = Ranks.join()
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
@@ -49,6 +51,8 @@ def main() -> None:
     )
     if session.leads and arguments.unpack_resume is not None:
         unpack_run(session, arguments.unpack_resume)
+    if session.leads and arguments.from_checkpoint is not None:
+        adopt_checkpoint(session, arguments.from_checkpoint)
     ranks.wait()
     _run(session, arguments)
     if session.leads and arguments.pack_resume is not None:
@@ -58,7 +62,9 @@ def main() -> None:
 
 def _run(session: Session, arguments: argparse.Namespace) -> None:
     stage, final = arguments.stage, True
-    if stage in ("vae", "all") and not is_frozen(session):
+    if stage in ("text", "all") and not is_trained(session):
+        final = train_text(session, arguments.text_budget_s)
+    if stage in ("vae", "all") and final and not is_frozen(session):
         final = train_vae(session, arguments.vae_budget_s)
     if stage in ("dit", "all") and final and _left(session) > _LEAST_TRAINING_S:
         final = train_dit(session, arguments.dit_budget_s, batch_size=arguments.batch_size)
@@ -104,8 +110,9 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
     add("--work-dir", type=Path, required=True, help="folder of the run: states, logs, finished parts")
-    add("--stage", choices=("vae", "dit", "eval", "export", "all"), default="all")
+    add("--stage", choices=("text", "vae", "dit", "eval", "export", "all"), default="all")
     add("--time-limit-s", type=float, default=540.0, help="seconds this command may take")
+    add("--text-budget-s", type=float, default=60.0, help="training time of the text encoder over all commands")
     add("--vae-budget-s", type=float, default=170.0, help="training time of the autoencoder over all commands")
     add("--dit-budget-s", type=float, default=900.0, help="training time of the transformer over all commands")
     add("--batch-size", type=int, default=128, help="clips of a step, for each device")
@@ -115,6 +122,12 @@ def _parse() -> argparse.Namespace:
     add("--report-dir", type=Path, help="where the evaluation goes; default: WORK_DIR")
     add("--pack-resume", type=Path, metavar="DIR", help="at the end, write what another machine needs to go on")
     add("--unpack-resume", type=Path, metavar="DIR", help="at the start, take over what was packed")
+    add(
+        "--from-checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="go on from an exported checkpoint",
+    )
     add("--no-compile", action="store_true", help="run the transformer's blocks as they are")
     add("--seed", type=int, default=0)
     add("--smoke", action="store_true", help="prove the script in a minute with tiny networks; learns nothing")

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from dataclasses import dataclass
 
 from demo_model.held_out import is_held_out_caption
 from demo_model.vocabulary import ClipFacts, ObjectFacts
+
+# Owners of words that speak of no object.
+NOBODY, BACKGROUND = -1, -2
+_Words = list[tuple[str, int]]
+"""Words with their owners."""
 
 # How often an attribute is said; unsaid, it is whatever the clip happens to show.
 SAY_SIZE, SAY_POSITION, SAY_MOTION, SAY_BACKGROUND = 0.35, 0.35, 0.85, 0.5
@@ -74,49 +81,77 @@ animated drawn vector geometry graphic
 PLAIN_WORDS = tuple(_PLAIN_TEXT.split())
 
 
-def describe(facts: ClipFacts, rng: random.Random) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Caption:
+    """A caption with what it says: `told` has None for what is left unsaid."""
+
+    text: str
+    told: ClipFacts
+    owners: tuple[int, ...]
+    """Whom each word speaks of: index of the object in `told`, BACKGROUND or NOBODY. Spaces separate words."""
+
+
+def describe(facts: ClipFacts, rng: random.Random) -> Caption:
     """A random caption that is true of the clip, never a held-out one, sometimes empty."""
     if rng.random() < EMPTY_SHARE:
-        return ""
+        return Caption(text="", told=ClipFacts(objects=()), owners=())
     while True:
-        caption = _polish(_sentence(facts, rng), rng)
-        if not is_held_out_caption(caption):
-            return caption
+        words, told = _sentence(facts, rng)
+        text = _polish(" ".join(word for word, _ in words), rng)
+        if not is_held_out_caption(text):
+            return Caption(text=text, told=told, owners=tuple(owner for _, owner in words))
 
 
-def _sentence(facts: ClipFacts, rng: random.Random) -> str:
+def _sentence(facts: ClipFacts, rng: random.Random) -> tuple[_Words, ClipFacts]:
     video = any(item.motion for item in facts.objects)
-    # Either object may be named first.
-    objects = rng.sample(facts.objects, len(facts.objects))
     article = rng.choices(("a", "the", "", "one"), (70, 10, 17, 3))[0]
-    joint = rng.choices((" and ", ", ", " with ", " next to "), (85, 9, 3, 3))[0]
-    told = rng.random() < SAY_MOTION
-    body = joint.join(_phrase(item, article, told, rng) for item in objects)
+    joint = rng.choices(("and", ",", "with", "next to"), (85, 9, 3, 3))[0]
+    told_motion = rng.random() < SAY_MOTION
+    words: _Words = []
+    told = list(facts.objects)
+    # Either object may be named first.
+    for index in rng.sample(range(len(told)), len(told)):
+        if words:
+            words = _with_comma(words) if joint == "," else words + _owned(joint, NOBODY)
+        phrase, told[index] = _phrase(facts.objects[index], article, told_motion, rng)
+        words += _owned(phrase, index)
     if rng.random() < 0.08:
-        body = f"{rng.choice(_OPENINGS[video])} {body}"
-    if facts.background is not None and rng.random() < SAY_BACKGROUND:
-        body = _with_background(body, facts.background, rng)
+        words = _owned(rng.choice(_OPENINGS[video]), NOBODY) + words
+    background = facts.background if rng.random() < SAY_BACKGROUND else None
+    if background is not None:
+        words = _with_background(words, background, rng)
     if rng.random() < 0.08:
-        body = _with_plain_words(body, rng)
-    return body
+        words = _with_plain_words(words, rng)
+    return words, ClipFacts(objects=tuple(told), background=background)
 
 
-def _phrase(item: ObjectFacts, article: str, told: bool, rng: random.Random) -> str:
-    """One object: article, size, colour, shape, then motion and place in either order."""
+def _owned(phrase: str, owner: int) -> _Words:
+    return [(word, owner) for word in phrase.split()]
+
+
+def _with_comma(words: _Words) -> _Words:
+    *before, (last, owner) = words
+    return [*before, (f"{last},", owner)]
+
+
+def _phrase(item: ObjectFacts, article: str, told_motion: bool, rng: random.Random) -> tuple[str, ObjectFacts]:
+    """One object, and what is said of it: article, size, colour, shape, then motion and place in either order."""
+    told = dataclasses.replace(item, size=None, position=None, motion=item.motion if told_motion else None)
     noun = f"{rng.choice(_COLOURS.get(item.colour, (item.colour,)))} {rng.choice(_SHAPES[item.shape])}"
     if item.size is not None and rng.random() < (SAY_SIZE if item.size != "medium" else SAY_SIZE / 4):
         noun = f"{rng.choice(_SIZES[item.size])} {noun}"
+        told = dataclasses.replace(told, size=item.size)
     if rng.random() < 0.05:
         noun = f"{rng.choice(_FILLERS)} {noun}"
     if article == "a" and noun[0] in "aeiou":
         article = "an"
     parts = []
-    if item.motion is not None and told:
-        parts.append(_motion(item.motion, rng))
+    if told.motion is not None:
+        parts.append(_motion(told.motion, rng))
     if item.position is not None and rng.random() < SAY_POSITION:
-        place = rng.choice(_POSITIONS[item.position])
-        parts.insert(rng.choice((0, len(parts))), place)
-    return " ".join(word for word in (article, noun, *parts) if word)
+        told = dataclasses.replace(told, position=item.position)
+        parts.insert(rng.choice((0, len(parts))), rng.choice(_POSITIONS[item.position]))
+    return " ".join(word for word in (article, noun, *parts) if word), told
 
 
 def _motion(motion: str, rng: random.Random) -> str:
@@ -125,22 +160,22 @@ def _motion(motion: str, rng: random.Random) -> str:
     return rng.choice(_CHANGES[motion])
 
 
-def _with_background(body: str, background: str, rng: random.Random) -> str:
+def _with_background(words: _Words, background: str, rng: random.Random) -> _Words:
     colour = f"light {background}" if background in _LIGHT and rng.random() < 0.2 else background
-    phrase = rng.choice(_BACKGROUNDS).format(colour)
+    phrase = _owned(rng.choice(_BACKGROUNDS).format(colour), BACKGROUND)
     order = rng.random()
     if order < 0.75:
-        return f"{body} {phrase}"
+        return words + phrase
     if order < 0.9:
-        return f"{phrase}, {body}"
-    return f"{body}, {colour} background"
+        return _with_comma(phrase) + words
+    return _with_comma(words) + _owned(f"{colour} background", BACKGROUND)
 
 
-def _with_plain_words(body: str, rng: random.Random) -> str:
+def _with_plain_words(words: _Words, rng: random.Random) -> _Words:
     """Put one to four unrelated words before, after or between the others."""
-    words, extra = body.split(), rng.choices(PLAIN_WORDS, k=rng.randint(1, 4))
+    extra = [(word, NOBODY) for word in rng.choices(PLAIN_WORDS, k=rng.randint(1, 4))]
     place = rng.choice((0, len(words), rng.randint(0, len(words))))
-    return " ".join((*words[:place], *extra, *words[place:]))
+    return [*words[:place], *extra, *words[place:]]
 
 
 def _polish(caption: str, rng: random.Random) -> str:

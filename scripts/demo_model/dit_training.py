@@ -1,4 +1,4 @@
-"""Second stage: transformer and text encoder together, on latents of the frozen autoencoder, by flow matching.
+"""Third stage: the transformer by flow matching, on latents of the frozen autoencoder and text of the frozen encoder.
 
 x_t = (1 - sigma) x_0 + sigma noise; the network sees 1000 sigma and predicts noise - x_0. Source: arXiv:2210.02747.
 """
@@ -9,15 +9,16 @@ import time
 
 import torch
 import torch._dynamo.config
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from demo_model.graphs import RecordedFunction
 from demo_model.latents import LatentStock
-from demo_model.networks import build_text_encoder, build_transformer, encode_text
+from demo_model.networks import build_transformer, encode_text
 from demo_model.optimisation import Optimiser, cosine
 from demo_model.session import Pace, Session, logger
-from demo_model.tokenizer import corpus, train_tokenizer
+from demo_model.text_training import load_tokenizer, load_trained
 from demo_model.vae_training import load_frozen
 from sglang.multimodal_gen.runtime.models.dits.wan import WanTransformer3DModel
 
@@ -27,28 +28,23 @@ SHIFT = 3.0
 _SPREAD, _UNIFORM_SHARE = 1.0, 0.15
 # One step in seven shows single images.
 _IMAGE_EVERY = 7
+# Weights to begin with, where there are any: those of a checkpoint that training goes on from.
+START = "transformer-start.safetensors"
 _LOG_EVERY = 50
 # Share of the time that may go into new clips, once the first ones are there.
 _RENEWAL_SHARE = 0.2
 _RENEWED_CLIPS, _RENEWED_IMAGES = 32, 64
 
 
-def load_tokenizer(session: Session) -> Tokenizer:
-    """The run's tokenizer; trained on the first call."""
-    path = session.work_dir / "tokenizer.json"
-    if session.leads and not path.exists():
-        train_tokenizer(corpus(300 if session.trial else 8000)).save(str(path))
-    session.ranks.wait()
-    return Tokenizer.from_file(str(path))
-
-
 def train_dit(session: Session, budget_s: float, *, batch_size: int) -> bool:
     """Train until the budget or the command's time is used; returns whether the transformer is finished."""
-    tokenizer = load_tokenizer(session)
+    tokenizer, encoder = load_tokenizer(session), load_trained(session)
     torch.manual_seed(session.seed)
     transformer = build_transformer(session.sizes, folded_text=True)
-    encoder = build_text_encoder(session.sizes, tokenizer.get_vocab_size())
-    optimiser = Optimiser({"transformer": transformer, "text_encoder": encoder}, session.ranks, betas=(0.9, 0.98))
+    start = session.work_dir / START
+    if start.exists():
+        transformer.load_state_dict(load_file(start))
+    optimiser = Optimiser({"transformer": transformer}, session.ranks, betas=(0.9, 0.98))
     path = session.work_dir / "dit-state.pt"
     if path.exists():
         optimiser.load(path)
@@ -60,17 +56,6 @@ def train_dit(session: Session, budget_s: float, *, batch_size: int) -> bool:
     pace = Pace(session, optimiser, path, budget_s)
     _loop(session, optimiser, pace, step, stocks)
     return pace.finished
-
-
-def load_finished(session: Session) -> tuple[Tokenizer, WanTransformer3DModel, nn.Module]:
-    """Tokenizer, and transformer (folded text) and text encoder with averaged weights, without gradients."""
-    tokenizer = load_tokenizer(session)
-    transformer = build_transformer(session.sizes, folded_text=True)
-    encoder = build_text_encoder(session.sizes, tokenizer.get_vocab_size())
-    optimiser = Optimiser({"transformer": transformer, "text_encoder": encoder}, session.ranks, betas=(0.9, 0.98))
-    optimiser.load(session.work_dir / "dit-state.pt")
-    optimiser.flat.values.detach().copy_(optimiser.average)
-    return tokenizer, transformer.eval().requires_grad_(False), encoder.eval().requires_grad_(False)
 
 
 def _fill_stocks(session: Session, tokenizer: Tokenizer, salt: int) -> tuple[LatentStock, LatentStock]:
@@ -138,8 +123,8 @@ class _Step:
         return torch.lerp(latents, noise, sigmas.view(-1, 1, 1, 1, 1)), sigmas, noise - latents, ids
 
     def _accumulate(self, noisy: Tensor, sigmas: Tensor, velocity: Tensor, ids: Tensor) -> Tensor:
+        text = encode_text(self.encoder, ids, (ids != 0).long())
         with self.session.autocast():
-            text = encode_text(self.encoder, ids, (ids != 0).long())
             predicted = self.transformer(noisy, 1000 * sigmas, text)
         loss = (predicted.float() - velocity).square().mean()
         loss.backward()

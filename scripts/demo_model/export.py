@@ -14,18 +14,20 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
-from demo_model.dit_training import SHIFT
-from demo_model.networks import build_text_encoder, build_transformer
+from demo_model.dit_training import SHIFT, START
+from demo_model.networks import build_transformer
 from demo_model.optimisation import FlatParameters
 from demo_model.session import Session
+from demo_model.text_training import load_tokenizer, load_trained
 from demo_model.tokenizer import save_tokenizer
-from demo_model.vae_training import load_frozen
+from demo_model.vae_training import is_frozen, load_frozen, save_frozen
 from demo_model.vocabulary import FPS, FRAME_SIDE, NUM_FRAMES
 from sglang.multimodal_gen.runtime.models.dits.wan import WanTransformer3DModel
 
 _MIB = 2**20
 _LARGEST_FILE_BYTES, _LARGEST_TOTAL_BYTES = 16 * _MIB, 24 * _MIB
 _SHARD_ELEMENTS = 14 * _MIB // 4
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _DIFFUSERS_VERSION = "0.35.0"
 _MODEL_INDEX = {
     "_class_name": "WanPipeline",
@@ -70,7 +72,7 @@ _SCHEDULER = {
 
 
 class Networks(NamedTuple):
-    """The two networks that are trained together, and their tokenizer."""
+    """The two networks that make latents from captions, and their tokenizer."""
 
     transformer: WanTransformer3DModel
     text_encoder: UMT5EncoderModel
@@ -90,20 +92,13 @@ _GENERATION = {
 
 
 def averaged_networks(session: Session) -> Networks:
-    """Networks with the averaged weights of the last saved state, in evaluation mode on the session's device.
-
-    The transformer takes folded text.
-    """
-    tokenizer = Tokenizer.from_file(str(session.work_dir / "tokenizer.json"))
+    """Networks in evaluation mode; the transformer has the averaged weights and takes folded text."""
     transformer = build_transformer(session.sizes, folded_text=True)
-    encoder = build_text_encoder(session.sizes, tokenizer.get_vocab_size())
-    modules: dict[str, nn.Module] = {"transformer": transformer, "text_encoder": encoder}
-    flat = FlatParameters(modules, session.device)
+    flat = FlatParameters({"transformer": transformer}, session.device)
     state = torch.load(session.work_dir / "dit-state.pt", map_location=session.device, weights_only=True)
     flat.values.detach().copy_(state["average"])
-    for module in modules.values():
-        module.to(session.device).eval().requires_grad_(False)
-    return Networks(transformer, encoder, tokenizer)
+    transformer.to(session.device).eval().requires_grad_(False)
+    return Networks(transformer, load_trained(session), load_tokenizer(session))
 
 
 def export(session: Session, folder: Path) -> None:
@@ -127,7 +122,7 @@ def export(session: Session, folder: Path) -> None:
     ):
         head = {"_class_name": type(module).__name__, "_diffusers_version": _DIFFUSERS_VERSION}
         _write_json(part / name / "config.json", head | dataclasses.asdict(config))
-        save_file(_in_bf16(module), part / name / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        save_file(_in_bf16(module), part / name / _WEIGHTS, {"format": "pt"})
     encoder.bfloat16().save_pretrained(part / "text_encoder")
     save_tokenizer(tokenizer, part / "tokenizer")
     check_sizes(part)
@@ -157,11 +152,11 @@ def check_sizes(folder: Path) -> None:
 
 
 # Small files of a run, each there from some stage on; the frozen autoencoder has 10 MiB.
-_CARRIED = ("tokenizer.json", "vae-statistics.json", "vae.safetensors")
+_CARRIED = ("tokenizer.json", "text-encoder.safetensors", "vae-statistics.json", "vae.safetensors")
 
 
 def pack_run(session: Session, folder: Path) -> None:
-    """Write what another machine needs to go on, in at most eight files of less than 16 MiB.
+    """Write what another machine needs to go on, in at most eight files of less than 16 MiB each.
 
     The averaged weights stand for the others, which they come close to; the optimiser's moments stay behind and come
     back within a few hundred steps. Of the autoencoder's training only what is not frozen yet is packed.
@@ -170,7 +165,9 @@ def pack_run(session: Session, folder: Path) -> None:
     for name in _CARRIED:
         if (session.work_dir / name).exists():
             shutil.copyfile(session.work_dir / name, folder / name)
-    stage = "dit" if (session.work_dir / "dit-state.pt").exists() else "vae"
+    stage = next((name for name in ("dit", "vae") if (session.work_dir / f"{name}-state.pt").exists()), None)
+    if stage is None:
+        return
     state = torch.load(session.work_dir / f"{stage}-state.pt", map_location="cpu", weights_only=True)
     for index, shard in enumerate(state["average"].split(_SHARD_ELEMENTS)):
         save_file({"flat": shard.clone()}, folder / f"average-{index}.safetensors")
@@ -184,8 +181,29 @@ def unpack_run(session: Session, folder: Path) -> None:
     for name in _CARRIED:
         if (folder / name).exists():
             shutil.copyfile(folder / name, session.work_dir / name)
+    if not (folder / "run.json").exists():  # nothing but finished stages
+        return
     run = json.loads((folder / "run.json").read_text())
     average = torch.cat([load_file(path)["flat"] for path in sorted(folder.glob("average-*.safetensors"))])
     state = {"values": average, "average": average, "adam": None}
     state |= {"step_count": run["step_count"], "elapsed_s": run["elapsed_s"]}
     torch.save(state, session.work_dir / f"{run['stage']}-state.pt")
+
+
+def adopt_checkpoint(session: Session, folder: Path) -> None:
+    """Begin from an exported checkpoint: its tokenizer and autoencoder are taken as they are, its transformer goes on.
+
+    What the session's folder has already stays.
+    """
+    work_dir = session.work_dir
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    vae, transformer = (
+        {name: tensor.float() for name, tensor in load_file(folder / part / _WEIGHTS).items()}
+        for part in ("vae", "transformer")
+    )
+    if not (work_dir / "tokenizer.json").exists():
+        shutil.copyfile(folder / "tokenizer" / "tokenizer.json", work_dir / "tokenizer.json")
+    if not is_frozen(session):
+        save_frozen(session, vae, {name: config[name] for name in ("latents_mean", "latents_std")})
+    if not (work_dir / START).exists():
+        save_file(transformer, work_dir / START)

@@ -75,7 +75,7 @@ class LatentStock:
         video = self.num_frames > 1
         scenes = sample_scenes(self._rng, count, video=video)
         facts = [scenes.facts(row, video=video) for row in range(count)]
-        captions = [describe(item, self._text_rng) for item in facts for _ in range(_CAPTIONS_PER_CLIP)]
+        captions = [describe(item, self._text_rng).text for item in facts for _ in range(_CAPTIONS_PER_CLIP)]
         ids, _ = encode(self.tokenizer, captions, self.ids.shape[2])
         return scenes, torch.from_numpy(ids.astype(np.int16)).view(count, _CAPTIONS_PER_CLIP, -1)
 

@@ -122,7 +122,7 @@ _HELD_OUT_PAIRS = _held_out_pairs()
 
 
 def sample_scenes(
-    rng: np.random.Generator, count: int, *, video: bool = True, two_share: float = 0.35, training: bool = True
+    rng: np.random.Generator, count: int, *, video: bool = True, two_share: float = 0.5, training: bool = True
 ) -> Scenes:
     """Draw `count` scenes; with `training` the held-out combinations do not occur. Images hold still."""
     two = rng.random(count) < two_share

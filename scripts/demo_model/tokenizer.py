@@ -24,7 +24,7 @@ _WORD = re.compile(r"[a-z0-9]+|[^a-z0-9\s]")
 def corpus(num_captions: int = 8000, seed: int = 0) -> list[str]:
     """Training captions, and each plain word a few times so that it becomes a token or two."""
     scenes, rng = sample_scenes(np.random.default_rng(seed), num_captions), random.Random(seed)
-    captions = [describe(scenes.facts(row, video=rng.random() < 0.8), rng) for row in range(num_captions)]
+    captions = [describe(scenes.facts(row, video=rng.random() < 0.8), rng).text for row in range(num_captions)]
     return captions + [word for word in PLAIN_WORDS for _ in range(10)]
 
 

@@ -1,4 +1,4 @@
-"""First stage: the autoencoder alone, then the statistics of its latents. Afterwards it never changes."""
+"""Second stage: the autoencoder alone, then the statistics of its latents. Afterwards it never changes."""
 
 from __future__ import annotations
 
@@ -209,10 +209,15 @@ def freeze(session: Session, vae: AutoencoderKLWan) -> None:
     deviation = (total[1] / total[2] - mean.square()).sqrt()
     statistics = {"latents_mean": mean.tolist(), "latents_std": deviation.tolist()}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in vae.state_dict().items()}
+    save_frozen(session, weights, statistics)
+    session.log("vae", **statistics)
+
+
+def save_frozen(session: Session, weights: dict[str, Tensor], statistics: dict[str, list[float]]) -> None:
+    """Write the finished autoencoder."""
     save_file(weights, session.work_dir / "vae.safetensors")
     # Written last: its presence says that the stage is complete.
     (session.work_dir / "vae-statistics.json").write_text(json.dumps(statistics))
-    session.log("vae", **statistics)
 
 
 def is_frozen(session: Session) -> bool:

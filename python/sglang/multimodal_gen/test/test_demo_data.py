@@ -26,6 +26,7 @@ from demo_model.sampling import shifted_sigmas
 from demo_model.scenes import Scenes, sample_scenes
 from demo_model.session import Pace, Session
 from demo_model.silhouettes import overlap_by_shape
+from demo_model.text_training import what_tokens_tell
 from demo_model.tokenizer import corpus, encode, save_tokenizer, train_tokenizer
 from demo_model.tracks import connected_components
 from demo_model.vae_training import initialise, is_good_enough
@@ -171,7 +172,7 @@ def test_training_captions_never_contain_a_held_out_caption_or_combination() -> 
     shown = {case.caption.lower() for case in cases()}
     for row in range(len(scenes)):
         facts = scenes.facts(row, video=row % 4 > 0)
-        caption = captions.describe(facts, rng)
+        caption = captions.describe(facts, rng).text
         assert not is_held_out_caption(caption) and caption.strip(" .").lower() not in shown
         for item in facts.objects:
             assert item.motion is None or not is_held_out_motion(item.colour, item.shape, item.motion)
@@ -194,7 +195,7 @@ def test_the_two_held_out_forms_are_recognised_however_they_are_written() -> Non
 
 def test_each_attribute_is_left_out_of_a_good_share_of_captions() -> None:
     scenes, rng = sample_scenes(np.random.default_rng(1), 1500, two_share=0.0), random.Random(1)
-    said = [captions.describe(scenes.facts(row, video=True), rng).lower().split() for row in range(len(scenes))]
+    said = [captions.describe(scenes.facts(row, video=True), rng).text.lower().split() for row in range(len(scenes))]
     said = [set(words) for words in said if words]
     assert 0.05 < 1 - len(said) / 1500 < 0.15  # the empty caption
     for words, least, most in (
@@ -204,6 +205,43 @@ def test_each_attribute_is_left_out_of_a_good_share_of_captions() -> None:
     ):
         share = sum(bool(words & caption) for caption in said) / len(said)
         assert least < share < most, words
+
+
+def test_every_word_of_a_caption_has_an_owner_and_the_told_facts_are_true() -> None:
+    scenes, rng = sample_scenes(np.random.default_rng(2), 2000), random.Random(2)
+    for row in range(len(scenes)):
+        facts = scenes.facts(row, video=row % 4 > 0)
+        caption = captions.describe(facts, rng)
+        words = caption.text.lower().split()
+        assert len(words) == len(caption.owners)
+        assert caption.told.background in (None, facts.background)
+        for index, (item, told) in enumerate(zip(facts.objects, caption.told.objects, strict=bool(words))):
+            own = {word.strip(".,") for word, owner in zip(words, caption.owners, strict=True) if owner == index}
+            assert own & {*COLOURS, "violet", "turquoise"} == own & {told.colour, "violet", "turquoise"}
+            for name, value in dataclasses.asdict(told).items():
+                assert value in (None, getattr(item, name))
+            assert told.size is not None or not own & {"small", "tiny", "little", "large", "big", "huge"}
+
+
+def test_tokens_tell_the_scene_and_the_object_that_their_word_speaks_of() -> None:
+    tokenizer = train_tokenizer(corpus(300))
+    told = ClipFacts(
+        objects=(ObjectFacts(colour="red", shape="star"), ObjectFacts(colour="cyan", shape="square", motion="up")),
+        background="gray",
+    )
+    caption = captions.Caption(
+        text="a red star and a cyan square moving up, gray background.",
+        told=told,
+        owners=(0, 0, 0, captions.NOBODY, *(1,) * 5, *(captions.BACKGROUND,) * 2),
+    )
+    encoding = tokenizer.encode(caption.text)
+    rows = what_tokens_tell(caption, encoding.offsets)
+    # Objects, background, colour, shape, motion, size, position; 0 where nothing is said.
+    scene, first, second = [2, 3, 0, 0, 0, 0, 0], [2, 3, 1, 4, 0, 0, 0], [2, 3, 8, 2, 3, 0, 0]
+    wanted = {"red": first, "star": first, "and": scene, "cyan": second, "up": second, "gray": scene, "</s>": scene}
+    for token, row in zip(encoding.tokens, rows.tolist(), strict=True):
+        assert row == wanted.get(token.strip("▁"), row), token
+    assert {token.strip("▁") for token in encoding.tokens} > wanted.keys()
 
 
 def test_the_evaluation_list_is_large_fixed_and_held_out() -> None:
