@@ -18,6 +18,8 @@ from demo_model.tokenizer import encode
 from sglang.multimodal_gen.runtime.models.vaes.wan_vae import AutoencoderKLWan
 
 _CAPTIONS_PER_CLIP = 4
+# Which attribute is whose is learned from two objects alone, and each of them teaches what one object does.
+_TWO_SHARE = 0.6
 
 
 class LatentStock:
@@ -73,7 +75,7 @@ class LatentStock:
     def _prepare(self, count: int) -> tuple[Scenes, Tensor]:
         """Scenes and the token ids of their captions, [count, captions, L] int16, on the CPU."""
         video = self.num_frames > 1
-        scenes = sample_scenes(self._rng, count, video=video)
+        scenes = sample_scenes(self._rng, count, video=video, two_share=_TWO_SHARE)
         facts = [scenes.facts(row, video=video) for row in range(count)]
         captions = [describe(item, self._text_rng).text for item in facts for _ in range(_CAPTIONS_PER_CLIP)]
         ids, _ = encode(self.tokenizer, captions, self.ids.shape[2])

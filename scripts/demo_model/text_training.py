@@ -29,6 +29,7 @@ from demo_model.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, POSITIONS, SHAP
 
 _PEAK_RATE, _WARMUP_STEPS, _LONGEST_AVERAGE = 1.5e-3, 200, 0.998
 _LOG_EVERY = 100
+_TOKENIZER = "tokenizer.json"
 # Share of tokens that must tell everything right before anything is trained on the encoder.
 _LEAST_RIGHT = 0.99
 # What a token tells; 0 stands for "not said". The first is the number of objects.
@@ -46,16 +47,20 @@ _UNTOLD = -1  # label of padding
 
 
 def load_tokenizer(session: Session) -> Tokenizer:
-    """The run's tokenizer; trained on the first call."""
-    path = session.work_dir / "tokenizer.json"
+    """The run's tokenizer. Any rank may ask for it alone."""
+    return Tokenizer.from_file(str(session.work_dir / _TOKENIZER))
+
+
+def _make_tokenizer(session: Session) -> None:
+    path = session.work_dir / _TOKENIZER
     if session.leads and not path.exists():
         train_tokenizer(corpus(300 if session.trial else 8000)).save(str(path))
     session.ranks.wait()
-    return Tokenizer.from_file(str(path))
 
 
 def train_text(session: Session, budget_s: float) -> bool:
     """Train until the budget or the command's time is used; returns whether the encoder is finished."""
+    _make_tokenizer(session)
     tokenizer = load_tokenizer(session)
     torch.manual_seed(session.seed)
     encoder = build_text_encoder(session.sizes, tokenizer.get_vocab_size())
