@@ -321,7 +321,7 @@ class Scheduler:
         loaded = self.workers.ready
         ended = self.workers.kill()
         logger.error("worker lost: %s", how or ended)
-        self._requeue_running(blamed)
+        self._requeue_running(blamed, how or "its process died")
         self.load_attempts += 0 if loaded else 1
         if self.load_attempts >= _MAX_LOAD_ATTEMPTS:
             text = f"the worker died {self.load_attempts} times while loading the model; the log says how"
@@ -332,11 +332,12 @@ class Scheduler:
         self.workers.start()
         self._set_state("recovering", detail="a worker was lost and is being replaced")
 
-    def _requeue_running(self, blamed: set[str]) -> None:
+    def _requeue_running(self, blamed: set[str], how: str) -> None:
         running = [r for r in self.requests.values() if r.status in ("admitting", "running")]
         for record in sorted(running, key=lambda r: r.order, reverse=True):
             if record.request_id in blamed and record.attempts >= record.max_attempts:
-                error = WorkerLost(f"the worker was lost {record.attempts} times while it ran this request").info()
+                text = f"the worker was lost {record.attempts} times while it ran this request; the last time, {how}"
+                error = WorkerLost(text).info()
                 self._end(record.request_id, Failed(request_id=record.request_id, error=error))
                 continue
             if record.request_id not in blamed:
