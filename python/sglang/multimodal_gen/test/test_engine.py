@@ -321,7 +321,7 @@ def test_a_request_that_kills_its_worker_once_is_retried_and_others_lose_nothing
 
 
 def test_a_request_that_kills_every_worker_fails_after_two_and_the_next_one_runs(engine: DiffGenerator) -> None:
-    with pytest.raises(RemoteError, match="the worker was lost 2 times .*, its process died") as caught:
+    with pytest.raises(RemoteError, match=r"the worker was lost 2 times .*, its process died") as caught:
         engine.generate({"prompt": "die"})
     assert caught.value.code == "worker_lost"
     assert one(engine.generate({"prompt": "x"})).metrics["attempts"] == 1
@@ -330,7 +330,7 @@ def test_a_request_that_kills_every_worker_fails_after_two_and_the_next_one_runs
 def test_a_stuck_unit_is_noticed_against_its_learned_time(engine: DiffGenerator) -> None:
     engine.generate({"prompt": "x"})  # learns this shape: microseconds, so the deadline is the 5 s of slack
     begin = time.monotonic()
-    with pytest.raises(RemoteError, match="the worker was lost .* a tick has run for"):
+    with pytest.raises(RemoteError, match=r"the worker was lost .* a tick has run for"):
         engine.generate({"prompt": "hang"})
     assert time.monotonic() - begin < 40
     assert one(engine.generate({"prompt": "x"})).size == (16, 16, 5)

@@ -208,6 +208,11 @@ class Tick(Message, frozen=True, kw_only=True, tag="tick"):
     denoise: tuple[Unit, ...] = ()
     decode: tuple[Unit, ...] = ()
 
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """The units of all lanes."""
+        return (*self.encode, *self.denoise, *self.decode)
+
 
 class Release(Message, frozen=True, kw_only=True, tag="release"):
     """Forget a request and free its tensors; idempotent."""

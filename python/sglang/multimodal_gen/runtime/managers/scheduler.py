@@ -7,29 +7,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import zmq
 
-from sglang.multimodal_gen.configs.request_plan import LANES
 from sglang.multimodal_gen.errors import (
     EngineStopped,
     ErrorInfo,
     InvalidRequest,
     ModelError,
-    ProtocolMismatch,
     QueueFull,
     StorageError,
     WorkerLost,
 )
-from sglang.multimodal_gen.runtime.managers.batching import Limits, plan
 from sglang.multimodal_gen.runtime.managers.child_process import inherited_connection
+from sglang.multimodal_gen.runtime.managers.clients import Clients
+from sglang.multimodal_gen.runtime.managers.dispatcher import Dispatcher
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.managers.messages import (
-    PROTOCOL_VERSION,
     Admit,
     AdmitFailed,
     Admitted,
@@ -47,7 +45,6 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     LatentsReady,
     LoadFailed,
     Loading,
-    Message,
     ModelReady,
     OpenOutput,
     OutputChunk,
@@ -56,24 +53,18 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     OutputFrames,
     OutputHello,
     Queued,
-    Refused,
     Release,
     Started,
     Status,
     StatusRequest,
     SupervisorNote,
-    Tick,
     TickDone,
     ToScheduler,
-    Unit,
-    Welcome,
-    encode,
 )
 from sglang.multimodal_gen.runtime.managers.output_link import Ledger, OutputLink
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
-from sglang.multimodal_gen.runtime.managers.timing import LearnedTimes
-from sglang.multimodal_gen.runtime.managers.worker_group import InFlight, WorkerGroup
+from sglang.multimodal_gen.runtime.managers.worker_group import WorkerGroup
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
 
 # Started with -m, this module's own name is __main__, which is outside the package's logger.
@@ -94,22 +85,18 @@ class Scheduler:
         self.run_dir = RunDir.at(config.run_dir)
         self.workers = WorkerGroup(config)
         self.state = EngineState(state="starting")
-        self.clients: dict[bytes, str] = {}
         self.requests: dict[str, RequestRecord] = {}
         self.waiting: deque[str] = deque()
-        self.learned = LearnedTimes()
+        self.dispatcher = Dispatcher(config.args.execution, self.workers)
         self.ledger = Ledger(self.run_dir)
         self.load_attempts = 0
         self.num_restarts = 0
         self.num_arrived = 0
-        self.num_ticks = 0
-        self.batch_sizes: Counter[int] = Counter()
         self.stopping = False
         self.context = zmq.Context()
-        self.front = self._bind(zmq.ROUTER, self.run_dir.scheduler_address)
+        self.clients = Clients(self._bind(zmq.ROUTER, self.run_dir.scheduler_address))
         self.output = OutputLink(self._bind(zmq.PAIR, self.run_dir.output_address))
-        self._from_client, self._from_output = Codec(ToScheduler), Codec(FromOutput)
-        self._from_parent = Codec(SupervisorNote)
+        self._from_output, self._from_parent = Codec(FromOutput), Codec(SupervisorNote)
         self._handlers = self._handler_table()
 
     def _bind(self, kind: int, address: str) -> zmq.Socket[bytes]:
@@ -145,17 +132,19 @@ class Scheduler:
         while not self.stopping:
             ready = self._poll()
             self._read_parent(ready)
-            self._read_clients(ready)
+            if self.clients.socket in ready:
+                for client, message in self.clients.receive():
+                    self._on_client_message(client, message)
             self._read_output(ready)
             self._read_workers(ready)
             self._check_silence()
             self._admit_waiting()
-            self._issue_ticks()
+            self.dispatcher.issue(self.requests, depth=self._depth())
         self._shut_down()
 
     def _poll(self) -> set[Any]:
         poller = zmq.Poller()
-        poller.register(self.front, zmq.POLLIN)
+        poller.register(self.clients.socket, zmq.POLLIN)
         poller.register(self.output.socket, zmq.POLLIN)
         poller.register(self.parent.fileno(), zmq.POLLIN)
         for rank in self.workers.ranks:
@@ -171,21 +160,6 @@ class Scheduler:
                 self._handlers[type(note)](note)
         except (EOFError, OSError):
             self.stopping = True
-
-    def _read_clients(self, ready: set[Any]) -> None:
-        while self.front in ready:
-            try:
-                client, payload = self.front.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            except ValueError:  # not two frames: no client of ours
-                continue
-            try:
-                message = self._from_client.decode(payload)
-            except msgspec.DecodeError as error:
-                self._send(client, Refused(error=InvalidRequest(f"the message does not decode: {error}").info()))
-                continue
-            self._on_client_message(client, cast(ToScheduler, message))
 
     def _read_output(self, ready: set[Any]) -> None:
         while self.output.socket in ready:
@@ -214,7 +188,7 @@ class Scheduler:
 
     def _on_client_message(self, client: bytes, message: ToScheduler) -> None:
         if isinstance(message, Hello):
-            self._on_hello(client, message)
+            self.clients.greet(client, message, self.state)
         elif isinstance(message, GenerateRequest):
             self._on_generate(client, message)
         elif isinstance(message, CancelRequest):
@@ -222,23 +196,12 @@ class Scheduler:
             if record is not None and record.client == client:
                 self._end(message.request_id, Cancelled(request_id=message.request_id))
         elif isinstance(message, StatusRequest):
-            self._send(client, self._status(message.query_id))
-
-    def _on_hello(self, client: bytes, message: Hello) -> None:
-        if message.protocol_version != PROTOCOL_VERSION:
-            error = ProtocolMismatch(
-                f"protocol_version: got {message.protocol_version}, this scheduler speaks {PROTOCOL_VERSION}"
-            )
-            self._send(client, Refused(error=error.info()))
-            return
-        self.clients[client] = message.client_name
-        self._send(client, Welcome(protocol_version=PROTOCOL_VERSION))
-        self._send(client, self.state)
+            self.clients.send(client, self._status(message.query_id))
 
     def _on_generate(self, client: bytes, message: GenerateRequest) -> None:
         refusal = self._refusal(message)
         if refusal is not None:
-            self._send(client, Failed(request_id=message.request_id, error=refusal))
+            self.clients.send(client, Failed(request_id=message.request_id, error=refusal))
             return
         self.num_arrived += 1
         self.requests[message.request_id] = RequestRecord(
@@ -248,7 +211,7 @@ class Scheduler:
             order=self.num_arrived,
             max_attempts=message.max_attempts,
         )
-        self._send(client, Queued(request_id=message.request_id, position=len(self.waiting)))
+        self.clients.send(client, Queued(request_id=message.request_id, position=len(self.waiting)))
         self.waiting.append(message.request_id)
 
     def _refusal(self, message: GenerateRequest) -> ErrorInfo | None:
@@ -262,15 +225,12 @@ class Scheduler:
         return None
 
     def _on_client_lost(self, message: ClientLost) -> None:
-        gone = {identity for identity, name in self.clients.items() if name == message.client_name}
+        gone = self.clients.forget(message.client_name)
         for record in [r for r in self.requests.values() if r.client in gone]:
             self._end(record.request_id, Cancelled(request_id=record.request_id, reason="the client is gone"))
-        for identity in gone:
-            del self.clients[identity]
 
     def _status(self, query_id: str) -> Status:
         files, size = self.ledger.settle()
-        batches = sum(self.batch_sizes.values())
         return Status(
             query_id=query_id,
             state=self.state,
@@ -281,20 +241,13 @@ class Scheduler:
             num_worker_restarts=self.num_restarts,
             ledger_files=files,
             ledger_bytes=size,
-            ticks=self.num_ticks,
-            mean_batch_size=sum(n * c for n, c in self.batch_sizes.items()) / batches if batches else 0.0,
+            ticks=self.dispatcher.num_ticks,
+            mean_batch_size=self.dispatcher.mean_batch_size,
         )
-
-    def _send(self, client: bytes, message: Message) -> None:
-        try:
-            self.front.send_multipart([client, encode(message)], zmq.NOBLOCK)
-        except zmq.Again:
-            logger.warning("a client does not take its events; one was dropped")
 
     def _set_state(self, state: Any, *, detail: str = "", error: ErrorInfo | None = None, model: Any = None) -> None:
         self.state = EngineState(state=state, detail=detail, error=error, model=model or self.state.model)
-        for client in self.clients:
-            self._send(client, self.state)
+        self.clients.broadcast(self.state)
 
     # -- workers: loading, loss --
 
@@ -316,7 +269,7 @@ class Scheduler:
 
     def _on_workers_lost(self, how: str) -> None:
         """A failing rank is a failing replica: replace all of it and requeue what it held. `how`: "" when it died."""
-        blamed = {unit.request_id for flight in self.workers.in_flight.values() for unit in _units(flight.tick)}
+        blamed = {unit.request_id for flight in self.workers.in_flight.values() for unit in flight.tick.units}
         blamed |= {r.request_id for r in self.requests.values() if r.status == "admitting"}
         loaded = self.workers.ready
         ended = self.workers.kill()
@@ -380,7 +333,7 @@ class Scheduler:
                     directory=directory if p.save_output else None,
                 )
             )
-        self._send(
+        self.clients.send(
             record.client,
             Started(
                 request_id=record.request_id,
@@ -390,82 +343,19 @@ class Scheduler:
             ),
         )
 
-    def _issue_ticks(self) -> None:
-        group = self.workers
-        if not group.ready or group.has_stale_ticks():
-            return
-        execution = self.config.args.execution
+    def _depth(self) -> int:
+        """Ticks that are under way at once: on a GPU the next one waits there while one runs."""
         model = self.state.model
-        depth = 2 if model is not None and model.device.startswith("cuda") else 1
-        limits = Limits(
-            max_batch_size=execution.max_batch_size,
-            budget_bytes=group.budget_bytes,
-            deterministic=execution.deterministic,
-        )
-        while len(group.in_flight) < depth:
-            cursors = [r.cursor for r in self.requests.values() if r.cursor is not None and r.status == "running"]
-            lanes = plan(cursors, limits)
-            if not lanes:
-                return
-            tick = Tick(seq=group.next_seq(), epoch=group.epoch, **lanes)
-            batches: dict[str, int] = {}
-            for unit in _units(tick):
-                cursor = self._cursor(unit.request_id)
-                phase, _ = cursor.position(cursor.issued)
-                batches[phase.batch_key] = batches.get(phase.batch_key, 0) + 1
-                cursor.issued += 1
-                cursor.last_served = tick.seq
-            self.num_ticks += 1
-            self.batch_sizes[len(tick.denoise)] += bool(tick.denoise)
-            group.submit(tick, self.learned.deadline_s(batches))
-
-    def _cursor(self, request_id: str) -> Any:
-        return self.requests[request_id].cursor
+        return 2 if model is not None and model.device.startswith("cuda") else 1
 
     def _on_tick_done(self, message: TickDone) -> None:
-        flight = self.workers.settle(message.seq)
-        if flight is None:
-            return
-        failures = {failure.request_id: failure for failure in message.failures}
-        if message.dropped or failures:
-            self._roll_back(flight, failures)
-        if not message.dropped:
-            self._credit_units(flight, message, set(failures))
-
-    def _roll_back(self, flight: InFlight, failures: dict[str, Any]) -> None:
-        for unit in _units(flight.tick):
-            record = self.requests.get(unit.request_id)
-            if record is None or record.cursor is None:
-                continue
-            failure = failures.get(unit.request_id)
-            if failure is None and failures:
-                continue  # its unit stands
-            record.cursor.rollback()
-            if failure is None:
-                continue
-            if failure.retry_alone and not record.cursor.solo:
-                record.cursor.solo = True
-            else:
-                self._end(record.request_id, Failed(request_id=record.request_id, error=failure.error))
-        if failures and flight.tick.epoch == self.workers.epoch:
-            self.workers.epoch += 1
-
-    def _credit_units(self, flight: InFlight, message: TickDone, failed: set[str]) -> None:
+        settled = self.dispatcher.settle(message, self.requests)
+        for record, error in settled.failed:
+            self._end(record.request_id, Failed(request_id=record.request_id, error=error))
         running = sum(record.status == "running" for record in self.requests.values())
-        for lane in LANES:
-            units: tuple[Unit, ...] = getattr(flight.tick, lane)
-            seconds = getattr(message, f"{lane}_ms") / 1000
-            done = [u for u in units if u.request_id not in failed and u.request_id in self.requests]
-            for unit in done:
-                record = self.requests[unit.request_id]
-                if record.cursor is None:
-                    continue
-                phase, _ = record.cursor.position(record.cursor.done)
-                if unit is done[0]:
-                    self.learned.record(phase.batch_key, seconds, len(units))
-                record.record_unit(phase, seconds, message.peak_bytes)
-                self._send(record.client, record.progress(self.learned, running))
-                self._finish_if_complete(record)
+        for unit in settled.done:
+            self.clients.send(unit.record.client, unit.record.progress(self.dispatcher.learned, running))
+            self._finish_if_complete(unit.record)
 
     def _on_chunk(self, message: OutputChunk) -> None:
         record = self.requests.get(message.request_id)
@@ -513,7 +403,7 @@ class Scheduler:
             record.status = "saving"
             self.workers.send(Release(request_id=record.request_id))
         if record.complete:
-            self._send(record.client, record.finished_event())
+            self.clients.send(record.client, record.finished_event())
             del self.requests[record.request_id]
 
     def _end(self, request_id: str, event: Failed | Cancelled) -> None:
@@ -528,7 +418,7 @@ class Scheduler:
             if record.needs_pixels:
                 self.output.send(DropOutput(request_id=request_id))
             self.ledger.drop_request(request_id)
-        self._send(record.client, event)
+        self.clients.send(record.client, event)
 
     def _shut_down(self) -> None:
         self._set_state("stopping")
@@ -537,10 +427,6 @@ class Scheduler:
         self.workers.stop()
         self.context.destroy(linger=500)
         self.run_dir.remove()  # a killed supervisor could not; one that lives does it again
-
-
-def _units(tick: Tick) -> tuple[Unit, ...]:
-    return (*tick.encode, *tick.denoise, *tick.decode)
 
 
 def main() -> None:
