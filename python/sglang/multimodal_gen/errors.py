@@ -238,6 +238,12 @@ class OutOfMemory(ServingError):
     code = "out_of_memory"
 
 
+class InvalidState(ServingError):
+    """A request's saved state cannot be used; the request starts from its beginning."""
+
+    code = "invalid_state"
+
+
 class InternalError(ServingError):
     """A bug of ours; the log has the traceback."""
 

@@ -14,7 +14,8 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """One stretch of a request's life in the workers, made of `units` equal units.
 
     `lane` says which kind of work a unit is, `batch_key` which other requests' units may share a forward with it,
-    `cost` is the relative price of one unit (latent tokens), `peak_bytes` what one unit needs above the weights.
+    `cost` is the relative price of one unit (latent tokens). `peak_bytes` estimates what one unit needs while it runs,
+    `held_bytes` what the request keeps between units, both above the weights.
     """
 
     name: str
@@ -23,3 +24,4 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     batch_key: str
     cost: float
     peak_bytes: int
+    held_bytes: int = 0

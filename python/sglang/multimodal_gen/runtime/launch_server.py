@@ -64,7 +64,8 @@ class Supervisor:
 
     def run(self, run_dir: OwnedRunDir, stop: StopSignal) -> int:
         """Until a stop signal; 0 after an orderly stop, 1 when processes kept dying."""
-        self.config = EngineConfig.of_this_process(self.args, str(run_dir.paths.base))
+        serves_http = self.http_socket is not None
+        self.config = EngineConfig.of_this_process(self.args, str(run_dir.paths.base), serves_http=serves_http)
         for name in ("scheduler", "output", *(("http",) if self.http_socket else ())):
             self._start(name)
         self.notify(EngineStarted(run_dir=self.config.run_dir))

@@ -81,6 +81,66 @@ class ExecutionArgs:
     max_queued_requests: int = arg(
         1024, help="Requests waiting before new ones are refused.", group="execution", minimum=1, maximum=1_000_000
     )
+    checkpoint_every: int = arg(
+        10,
+        help="Denoising steps after which a request's state is saved, to go on from there when its worker is lost; "
+        "0 saves none.",
+        group="execution",
+        minimum=0,
+        maximum=1000,
+    )
+    preempt_after_s: float = arg(
+        10.0,
+        help="Seconds that a request waits for memory until one with more work left is put aside for it; 0 puts none "
+        "aside.",
+        group="execution",
+        minimum=0.0,
+        maximum=86_400.0,
+    )
+
+
+def split_size(size: str) -> tuple[int, int]:
+    """`WIDTHxHEIGHT` -> the two numbers. Raises ValueError."""
+    width, height = size.lower().split("x")
+    return int(width), int(height)
+
+
+def _is_size(size: Any) -> str | None:
+    try:
+        good = min(split_size(size)) > 0
+    except ValueError:
+        good = False
+    return None if good else "WIDTHxHEIGHT in pixels, such as 832x480"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupArgs:
+    """What runs before the first request, so that no request's time holds what only happens once."""
+
+    warmup_mode: str | None = arg(
+        None,
+        help="`server` warms up before the engine is ready, `request` before the first request of each size.",
+        group="warmup",
+        unset="`server` for `sglang serve` on a GPU, else `off`",
+        choices=("off", "request", "server"),
+    )
+    warmup_resolutions: tuple[str, ...] | None = arg(
+        None,
+        help="Sizes that `server` warms up.",
+        group="warmup",
+        unset="the model's own size",
+        metavar="WxH",
+        check=_is_size,
+    )
+    warmup_num_frames: int | None = arg(
+        None,
+        help="Frames that `server` warms up.",
+        group="warmup",
+        unset="the model's own number",
+        minimum=1,
+        maximum=100_000,
+    )
+    warmup_steps: int = arg(1, help="Denoising steps of a warm-up.", group="warmup", minimum=1, maximum=1000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +195,7 @@ class ServerArgs:
 
     model: ModelArgs = field(default_factory=ModelArgs)
     execution: ExecutionArgs = field(default_factory=ExecutionArgs)
+    warmup: WarmupArgs = field(default_factory=WarmupArgs)
     parallel: ParallelArgs = field(default_factory=ParallelArgs)
     http: HttpArgs = field(default_factory=HttpArgs)
     storage: StorageArgs = field(default_factory=StorageArgs)

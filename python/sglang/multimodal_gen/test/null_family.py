@@ -1,7 +1,9 @@
 """A do-nothing family: no checkpoint, no model, every unit returns at once. Measures the engine alone.
 
 Registered with `register_configs` and nothing else. Words in the prompt cause faults in denoising unit 1:
-`sleep-MS`, `fail`, `fail-shared` (only in company), `die`, `die-once-FILE` (while FILE does not exist), `hang`.
+`sleep-MS`, `fail`, `fail-shared` (only in company), `die`, `die-once-FILE` (while FILE does not exist), `hang`, `oom`,
+`oom-shared` (only in company), `oom-large` (until the request is planned with less). `die-at-K-FILE` dies at unit K
+once. `holds-N` makes the request hold N of the 1,000 GiB that the family says there are.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.registry import register_configs
 from sglang.multimodal_gen.runtime.loader.component_loader import ComponentLoader
+from sglang.multimodal_gen.runtime.managers.warm_up import ID_PREFIX
 from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
@@ -36,19 +39,27 @@ FAULT_UNIT = 1
 
 
 def register() -> None:
-    """Make `null-model` known in this process and, through the engine's configuration, in its workers."""
-    register_configs(
-        name="null",
-        pipeline=f"{__name__}:NullPipeline",
-        config=f"{__name__}:NULL_CONFIG",
-        pipeline_class_names=("NullPipeline",),
-        hub_ids=("null-model",),
-        needs_checkpoint=False,
-    )
+    """Make `null-model` known in this process and, through the engine's configuration, in its workers.
+
+    `fragile-model` is the same family, but every warm-up kills its worker.
+    """
+    for name, pipeline in (("null", "NullPipeline"), ("fragile", "FragilePipeline")):
+        register_configs(
+            name=name,
+            pipeline=f"{__name__}:{pipeline}",
+            config=f"{__name__}:NULL_CONFIG",
+            pipeline_class_names=(pipeline,),
+            hub_ids=(f"{name}-model",),
+            needs_checkpoint=False,
+        )
 
 
-def one_phase(name: str, lane: str, units: int) -> Phase:
-    return Phase(name=name, lane=lane, units=units, batch_key=name, cost=1.0, peak_bytes=1)
+def one_phase(name: str, lane: str, units: int, held_bytes: int = 0) -> Phase:
+    return Phase(name=name, lane=lane, units=units, batch_key=name, cost=1.0, peak_bytes=1, held_bytes=held_bytes)
+
+
+def words(req: Req, prefix: str) -> list[str]:
+    return [word.removeprefix(prefix) for word in req.params.prompt.split() if word.startswith(prefix)]
 
 
 class NullEncoding(Stage):
@@ -65,25 +76,40 @@ class NullDenoising(Stage):
     name, reads, writes = "denoise", ("prompt_embeds",), ("latents",)
 
     def phase(self, req: Req) -> Phase:
-        return one_phase("denoise", "denoise", req.params.num_inference_steps or 1)
+        held_bytes = 2**30 * sum(map(int, words(req, "holds-")))
+        return one_phase("denoise", "denoise", req.params.num_inference_steps or 1, held_bytes)
+
+    def shrink(self, req: Req) -> bool:
+        if "oom-large" not in req.params.prompt or req.max_forward_rows == 1:
+            return False
+        req.max_forward_rows = 1
+        req.notes.append("planned with less memory")
+        return True
 
     def step(self, requests: Sequence[Req]) -> list[OutputBatch]:
         for req in requests:
-            if req.done("denoise") == FAULT_UNIT:
+            done = req.done("denoise")
+            for word in words(req, "sleep-"):
+                time.sleep(int(word) / 1000)
+            for unit, file in (word.split("-", 1) for word in words(req, "die-at-")):
+                if done == int(unit):
+                    cause_fault(f"die-once-{file}", 1)
+            if done == FAULT_UNIT and not (req.max_forward_rows == 1 and "oom-large" in req.params.prompt):
                 for word in req.params.prompt.split():
                     cause_fault(word, len(requests))
-            elif "sleep-" in req.params.prompt:
-                cause_fault(next(w for w in req.params.prompt.split() if w.startswith("sleep-")), 1)
-            req.latents = torch.zeros(1, 1, 1, 1)
+        for req in requests:
+            # One more with every step, so that a resumed request shows how many it has seen.
+            req.latents = torch.zeros(1, 1, 1, 1) if req.latents is None else req.latents
+            req.latents = req.latents + 1
         return []
 
 
 def cause_fault(word: str, batch_size: int) -> None:
-    if word.startswith("sleep-"):
-        time.sleep(int(word.removeprefix("sleep-")) / 1000)
-    elif word == "fail" or (word == "fail-shared" and batch_size > 1):
+    if word in ("oom", "oom-large") or (word == "oom-shared" and batch_size > 1):
+        raise MemoryError
+    if word == "fail" or (word == "fail-shared" and batch_size > 1):
         raise InvalidRequest("prompt: got a word that fails", param="prompt")
-    elif word == "die":
+    if word == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     elif word.startswith("die-once-"):
         marker = Path(word.removeprefix("die-once-"))
@@ -123,6 +149,9 @@ class NullPipeline(ComposedPipelineBase):
 
     components: ClassVar[dict[str, ComponentLoader]] = {}
 
+    def budget_bytes(self) -> int:
+        return 1000 * 2**30
+
     def create_pipeline_stages(self) -> list[Stage]:
         return [NullEncoding(), NullDenoising(), NullDecoding()]
 
@@ -130,3 +159,15 @@ class NullPipeline(ComposedPipelineBase):
         return TaskLimits(
             size_multiple=16, max_pixels=1 << 20, frame_stride=4, max_frames=1001, max_sequence_length=512
         )
+
+
+class FragileDenoising(NullDenoising):
+    def step(self, requests: Sequence[Req]) -> list[OutputBatch]:
+        if any(req.request_id.startswith(ID_PREFIX) for req in requests):
+            cause_fault("die", 1)
+        return super().step(requests)
+
+
+class FragilePipeline(NullPipeline):
+    def create_pipeline_stages(self) -> list[Stage]:
+        return [NullEncoding(), FragileDenoising(), NullDecoding()]

@@ -261,7 +261,7 @@ def test_request_resumed_from_its_state_in_mid_denoising_continues_to_the_bit(pi
 def chunked(pipeline: WanPipeline, req: Req, chunk_frames: int, vae: nn.Module | None = None) -> DecodingStage:
     """The decoding stage with memory for this many latent frames at once; plans the request anew."""
     stage = next(stage for stage in pipeline.stages if isinstance(stage, DecodingStage))
-    peak = stage._peak_bytes(chunk_frames, (req.params.height or 0, req.params.width or 0))
+    peak = stage._peak_bytes(req, chunk_frames, None)
     stage = stage_with(stage, free_bytes=lambda: 2 * peak, vae=vae or stage.vae)
     req.decoder_state = None
     req.units_done.pop("decode", None)

@@ -46,7 +46,8 @@ _STOP_GRACE_S = 15.0
 @dataclass(frozen=True, kw_only=True)
 class GenerationResult:
     """One output. `frames` uint8 [T, H, W, 3] with `return_frames`, `latents` float32 [C, T, H, W] with
-    `return_latents`; `metrics` holds `stage_seconds`, `step_ms`, `queue_seconds`; times are seconds."""
+    `return_latents`; `metrics` holds `stage_seconds`, `step_ms`, `queue_seconds`, `attempts` and `warmup_excluded`
+    (its size had been warmed up before); times are seconds."""
 
     prompt: str
     prompt_index: int
@@ -328,6 +329,7 @@ class _Engine:
                 "step_ms": list(event.step_ms),
                 "queue_seconds": event.queue_seconds,
                 "attempts": event.attempts,
+                "warmup_excluded": event.warmup_excluded,
             },
             notes=event.notes,
         )

@@ -8,15 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sglang.multimodal_gen.configs.declare import Surface, check_names, parameters
-from sglang.multimodal_gen.configs.model_info import ModelInfo, TaskLimits
+from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, MAX_SEED, SamplingParams
 from sglang.multimodal_gen.errors import (
-    FramesNotSupported,
     InvalidType,
     InvalidValue,
     MissingParameter,
-    SizeNotDivisible,
-    SizeTooLarge,
 )
 from sglang.multimodal_gen.runtime.postprocess.formats import choose_format
 
@@ -41,7 +38,7 @@ def expand_prompts(values: Mapping[str, Any], *, model: ModelInfo, surface: Surf
         wish = SamplingParams.from_values({**values, "prompt": prompt})
         wish.require_prompt()
         complete = wish.filled_from(model.defaults, GENERAL_DEFAULTS)
-        check_limits(complete, model.limits)
+        model.limits.check(complete)
         if complete.save_output or complete.return_encoded:
             choose_format(complete, num_frames=complete.num_frames or 1)
         expanded.append(_outputs(complete))
@@ -94,17 +91,3 @@ def _numbered(name: str | None, index: int, count: int) -> str | None:
         return name
     stem, dot, ending = name.rpartition(".")
     return f"{stem}_{index}.{ending}" if dot else f"{name}_{index}"
-
-
-def check_limits(params: SamplingParams, limits: TaskLimits) -> None:
-    """Raises what is wrong with size or frame count for this model."""
-    assert params.width is not None and params.height is not None and params.num_frames is not None
-    multiple = limits.size_multiple
-    if params.width * params.height > limits.max_pixels:
-        raise SizeTooLarge(
-            f"size: got {params.width}x{params.height}, accepted are at most {limits.max_pixels} pixels", param="size"
-        )
-    if params.width % multiple or params.height % multiple:
-        raise SizeNotDivisible(width=params.width, height=params.height, multiple=multiple)
-    if params.num_frames > limits.max_frames or (params.num_frames - 1) % limits.frame_stride:
-        raise FramesNotSupported(params.num_frames, stride=limits.frame_stride, maximum=limits.max_frames)

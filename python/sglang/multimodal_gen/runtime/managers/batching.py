@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sglang.multimodal_gen.configs.request_plan import LANES, Lane, Phase
+from sglang.multimodal_gen.runtime.managers.memory import LearnedMemory
 from sglang.multimodal_gen.runtime.managers.messages import Unit
 
 # Decoding is heavy and gains nothing from batching on the sizes that matter, so one request's chunk is a tick's share.
@@ -49,10 +50,11 @@ class UnitCursor:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a tick may hold: rows of a shared forward, and bytes above the weights."""
+    """What a tick may hold: requests of a shared forward, and bytes above the weights and what requests hold."""
 
     max_batch_size: int
     budget_bytes: int
+    memory: LearnedMemory = field(default_factory=LearnedMemory)
     deterministic: bool = False
 
 
@@ -80,7 +82,7 @@ def _group(candidates: Sequence[UnitCursor], lane: Lane, limits: Limits) -> list
         return []
     leader = candidates[0]
     phase, _ = leader.position(leader.issued)
-    most = min(limits.max_batch_size, _LANE_LIMIT.get(lane, limits.max_batch_size))
+    most = limits.memory.largest_batch(phase.batch_key, min(limits.max_batch_size, _LANE_LIMIT.get(lane, 64)))
     if leader.solo or limits.deterministic:
         most = 1
     group, used = [leader], phase.peak_bytes
@@ -88,7 +90,7 @@ def _group(candidates: Sequence[UnitCursor], lane: Lane, limits: Limits) -> list
         if len(group) >= most:
             break
         other, _ = cursor.position(cursor.issued)
-        fits = used + other.peak_bytes <= limits.budget_bytes
+        fits = limits.memory.needed_bytes(phase.batch_key, used + other.peak_bytes) <= limits.budget_bytes
         if other.batch_key == phase.batch_key and fits and not cursor.solo:
             group.append(cursor)
             used += other.peak_bytes

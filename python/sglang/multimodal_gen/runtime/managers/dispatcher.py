@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sglang.multimodal_gen.configs.request_plan import LANES, Phase
+from sglang.multimodal_gen.configs.request_plan import Lane, Phase
 from sglang.multimodal_gen.errors import ErrorInfo
 from sglang.multimodal_gen.runtime.managers.batching import Limits, plan
-from sglang.multimodal_gen.runtime.managers.messages import Tick, TickDone, Unit, UnitFailure
+from sglang.multimodal_gen.runtime.managers.memory import Budget, LearnedMemory
+from sglang.multimodal_gen.runtime.managers.messages import LaneDone, Tick, TickDone, Unit, UnitFailure
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.timing import LearnedTimes
-from sglang.multimodal_gen.runtime.managers.worker_group import InFlight, WorkerGroup
+from sglang.multimodal_gen.runtime.managers.worker_group import WorkerGroup
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
+
+# Requests that came later may pass one that waits for memory, but not for longer than this.
+_OVERTAKING_S = 30.0
+
+Requests = Mapping[str, RequestRecord]
 
 
 @dataclass(frozen=True)
@@ -35,11 +42,12 @@ class Settled:
 
 @dataclass
 class Dispatcher:
-    """Issues ticks to one replica and settles them. Keeps what is learned of the units' times."""
+    """Issues ticks to one replica and settles them. Keeps what is learned of the units' times and memory."""
 
     execution: ExecutionArgs
     workers: WorkerGroup
     learned: LearnedTimes = field(default_factory=LearnedTimes)
+    memory: LearnedMemory = field(default_factory=LearnedMemory)
     num_ticks: int = 0
     batch_sizes: Counter[int] = field(default_factory=Counter)
 
@@ -49,18 +57,55 @@ class Dispatcher:
         batches = sum(self.batch_sizes.values())
         return sum(size * count for size, count in self.batch_sizes.items()) / batches if batches else 0.0
 
-    def issue(self, requests: Mapping[str, RequestRecord], *, depth: int) -> None:
+    # -- memory --
+
+    def budget(self) -> Budget:
+        """What the requests may take together."""
+        return Budget(self.workers.budget_bytes, self.memory)
+
+    def holders(self, requests: Requests) -> list[RequestRecord]:
+        """Requests with a reservation."""
+        return [r for r in requests.values() if r.reserved and r.status in ("running", "parking")]
+
+    def _blocked(self, requests: Requests) -> list[RequestRecord]:
+        """Admitted requests without a reservation, in order of arrival."""
+        blocked = [r for r in requests.values() if r.status == "running" and not r.reserved]
+        return sorted(blocked, key=lambda r: r.order)
+
+    def longest_blocked(self, requests: Requests) -> RequestRecord | None:
+        """The request that has waited longest for memory."""
+        return min(self._blocked(requests), key=lambda r: r.admitted_at, default=None)
+
+    def _reserve(self, requests: Requests) -> None:
+        """Set memory aside for those who wait, as far as it goes."""
+        blocked = self._blocked(requests)
+        if not blocked:
+            return
+        budget, holders = self.budget(), self.holders(requests)
+        for record in blocked:
+            if budget.has_room(record, holders):
+                record.reserved = True
+                holders.append(record)
+            elif time.monotonic() - record.admitted_at > _OVERTAKING_S:
+                return
+
+    # -- ticks --
+
+    def issue(self, requests: Requests, *, depth: int) -> None:
         """Send ticks until `depth` of them are under way or nobody has a unit to run."""
         group = self.workers
         if not group.ready or group.has_stale_ticks():
             return
+        self._reserve(requests)
+        holders = self.holders(requests)
         limits = Limits(
             max_batch_size=self.execution.max_batch_size,
-            budget_bytes=group.budget_bytes,
+            budget_bytes=group.budget_bytes - self.budget().held_bytes(holders),
+            memory=self.memory,
             deterministic=self.execution.deterministic,
         )
+        cursors = [r.cursor for r in holders if r.cursor is not None and r.status == "running"]
         while len(group.in_flight) < depth:
-            cursors = [r.cursor for r in requests.values() if r.cursor is not None and r.status == "running"]
             lanes = plan(cursors, limits)
             if not lanes:
                 return
@@ -69,7 +114,7 @@ class Dispatcher:
             self.num_ticks += 1
             self.batch_sizes[len(tick.denoise)] += bool(tick.denoise)
 
-    def _advance(self, tick: Tick, requests: Mapping[str, RequestRecord]) -> Counter[str]:
+    def _advance(self, tick: Tick, requests: Requests) -> Counter[str]:
         """Count the tick's units as issued; how many of each batch key it holds."""
         batches: Counter[str] = Counter()
         for unit in tick.units:
@@ -81,60 +126,71 @@ class Dispatcher:
             cursor.last_served = tick.seq
         return batches
 
-    def settle(self, message: TickDone, requests: Mapping[str, RequestRecord]) -> Settled:
+    def settle(self, message: TickDone, requests: Requests) -> Settled:
         """Take one rank's answer; empty until the tick's last rank has answered."""
         settled = Settled()
         flight = self.workers.settle(message.seq)
         if flight is None:
             return settled
-        failures = {failure.request_id: failure for failure in message.failures}
-        if message.dropped or failures:
-            self._roll_back(flight, failures, requests, settled)
-        if not message.dropped:
-            self._credit(flight, message, set(failures), requests, settled)
+        tick, failures = flight.tick, {failure.request_id: failure for failure in message.failures}
+        if message.dropped:
+            for record in self._wanted(tick.units, requests):
+                assert record.cursor is not None
+                record.cursor.rollback()
+        self._retry(tick, failures, requests, settled)
+        for lane in message.lanes:
+            self._credit(lane, _lane_units(tick, lane.lane), message.peak_bytes, failures, requests, settled)
+        if failures and tick.epoch == self.workers.epoch:
+            self.workers.epoch += 1
         return settled
 
-    def _roll_back(
-        self,
-        flight: InFlight,
-        failures: Mapping[str, UnitFailure],
-        requests: Mapping[str, RequestRecord],
-        settled: Settled,
-    ) -> None:
-        for unit in flight.tick.units:
-            record = requests.get(unit.request_id)
-            if record is None or record.cursor is None:
-                continue
-            failure = failures.get(unit.request_id)
-            if failure is None and failures:
-                continue  # its unit stands
-            record.cursor.rollback()
-            if failure is None:
-                continue
-            if failure.retry_alone and not record.cursor.solo:
-                record.cursor.solo = True
-            else:
-                settled.failed.append((record, failure.error))
-        if failures and flight.tick.epoch == self.workers.epoch:
-            self.workers.epoch += 1
+    def _wanted(self, units: tuple[Unit, ...], requests: Requests) -> list[RequestRecord]:
+        """The units' requests, in order, without those that have ended or left the workers meanwhile."""
+        records = (requests.get(unit.request_id) for unit in units)
+        return [record for record in records if record is not None and record.cursor is not None]
+
+    def _retry(self, tick: Tick, failures: Mapping[str, UnitFailure], requests: Requests, settled: Settled) -> None:
+        """What becomes of requests whose unit failed; the others of the tick stand."""
+        for lane in ("encode", "denoise", "decode"):
+            units = _lane_units(tick, lane)
+            for record in self._wanted(units, requests):
+                failure, cursor = failures.get(record.request_id), record.cursor
+                assert cursor is not None
+                if failure is None:
+                    continue
+                phase, _ = cursor.position(cursor.done)
+                cursor.rollback()
+                if failure.retry == "smaller_batch":
+                    self.memory.ran_out(phase.batch_key, len(units))
+                elif failure.retry == "smaller_units":
+                    record.replan(failure.phases, failure.notes)
+                elif failure.retry == "alone" and not cursor.solo:
+                    cursor.solo = True
+                else:
+                    settled.failed.append((record, failure.error))
 
     def _credit(
         self,
-        flight: InFlight,
-        message: TickDone,
-        failed: set[str],
-        requests: Mapping[str, RequestRecord],
+        lane: LaneDone,
+        units: tuple[Unit, ...],
+        peak_bytes: int,
+        failures: Mapping[str, UnitFailure],
+        requests: Requests,
         settled: Settled,
     ) -> None:
-        for lane in LANES:
-            units: tuple[Unit, ...] = getattr(flight.tick, lane)
-            seconds = getattr(message, f"{lane}_ms") / 1000
-            wanted = [requests[u.request_id] for u in units if u.request_id not in failed and u.request_id in requests]
-            for index, record in enumerate(wanted):
-                if record.cursor is None:
-                    continue
-                phase, _ = record.cursor.position(record.cursor.done)
-                if index == 0:
-                    self.learned.record(phase.batch_key, seconds, len(units))
-                record.record_unit(phase, seconds, message.peak_bytes)
-                settled.done.append(DoneUnit(record, phase, seconds))
+        records = [record for record in self._wanted(units, requests) if record.request_id not in failures]
+        phases = [record.cursor.position(record.cursor.done)[0] for record in records if record.cursor is not None]
+        if phases and len(phases) == len(units) and lane.peak_bytes is not None:
+            estimated = sum(phase.peak_bytes for phase in phases)
+            self.memory.record(phases[0].batch_key, estimated_bytes=estimated, measured_bytes=lane.peak_bytes)
+        seconds = lane.ms / 1000
+        for index, (record, phase) in enumerate(zip(records, phases, strict=True)):
+            if index == 0:
+                self.learned.record(phase.batch_key, seconds, len(units))
+            record.record_unit(phase, seconds, peak_bytes)
+            settled.done.append(DoneUnit(record, phase, seconds))
+
+
+def _lane_units(tick: Tick, lane: Lane) -> tuple[Unit, ...]:
+    units: tuple[Unit, ...] = getattr(tick, lane)
+    return units

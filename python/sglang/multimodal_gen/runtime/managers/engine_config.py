@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from sglang.multimodal_gen import registry
 from sglang.multimodal_gen.runtime.managers.messages import PROTOCOL_VERSION
+from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 from sglang.multimodal_gen.runtime.server_args import ServerArgs
 
 
@@ -20,19 +22,28 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     args: ServerArgs
     run_dir: str
+    serves_http: bool = False
     registrations: tuple[dict[str, Any], ...] = ()
     python_path: tuple[str, ...] = ()
     protocol_version: int = PROTOCOL_VERSION
 
     @classmethod
-    def of_this_process(cls, args: ServerArgs, run_dir: str) -> EngineConfig:
+    def of_this_process(cls, args: ServerArgs, run_dir: str, *, serves_http: bool = False) -> EngineConfig:
         """The configuration for children of this process."""
         return cls(
             args=args,
             run_dir=run_dir,
+            serves_http=serves_http,
             registrations=tuple(registry.registrations()),
             python_path=tuple(entry for entry in sys.path if entry),
         )
+
+    def checkpoint_dir(self) -> Path:
+        """Where requests' states are saved."""
+        state_dir = self.args.storage.state_dir
+        path = (RunDir.at(self.run_dir).private_state if state_dir is None else Path(state_dir)) / "checkpoints"
+        path.mkdir(parents=True, mode=0o700, exist_ok=True)
+        return path
 
     def to_bytes(self) -> bytes:
         """For the child's pipe."""

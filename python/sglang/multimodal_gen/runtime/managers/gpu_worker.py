@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
-import resource
 import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, cast
 
+from sglang.multimodal_gen.configs.request_plan import LANES, Lane
+from sglang.multimodal_gen.errors import ErrorInfo, InternalError, InvalidState, OutOfMemory, ServingError
 from sglang.multimodal_gen.runtime.managers.child_process import exit_with_parent, inherited_connection
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.managers.messages import (
@@ -25,6 +26,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Admitted,
     Codec,
     Heartbeat,
+    LaneDone,
     LatentsReady,
     LoadFailed,
     Loading,
@@ -32,6 +34,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     ModelReady,
     OutputChunk,
     Release,
+    SaveState,
     StopWorker,
     Tick,
     TickDone,
@@ -57,6 +60,7 @@ class Channel:
         self.inbox: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
         self._codec = Codec(ToWorker)
         self._lock = threading.Lock()
+        self.allocated_bytes: Callable[[], int | None] = lambda: None
 
     def start(self) -> None:
         """Begin reading and beating."""
@@ -73,17 +77,18 @@ class Channel:
 
     def _beat(self) -> None:
         while True:
-            self.send(Heartbeat())
+            self.send(Heartbeat(allocated_bytes=self.allocated_bytes()))
             time.sleep(_HEARTBEAT_S)
 
 
 class GPUWorker:
     """Executes what the scheduler says, in the order of the pipe."""
 
-    def __init__(self, config: EngineConfig, channel: Channel, pipeline: Any) -> None:
-        self.config = config
+    def __init__(self, config: EngineConfig, channel: Channel, pipeline: Any, states: Any) -> None:
+        self.checkpoint_dir = config.checkpoint_dir()
         self.channel = channel
         self.pipeline = pipeline
+        self.states = states
         self.run_dir = RunDir.at(config.run_dir)
         self.requests: dict[str, Any] = {}
         self.min_epoch = 0
@@ -96,6 +101,8 @@ class GPUWorker:
                 self.channel.send(self._tick(message))
             elif isinstance(message, Admit):
                 self.channel.send(self._admit(message))
+            elif isinstance(message, SaveState):
+                self._save(message)
             elif isinstance(message, Release):
                 self._release(message.request_id)
             elif isinstance(message, StopWorker):
@@ -104,10 +111,29 @@ class GPUWorker:
     def _admit(self, message: Admit) -> Message:
         try:
             req = self.pipeline.admit(message.request_id, message.params)
+            if message.state_file is not None:
+                self._restore(req, message.state_file)
         except Exception as error:
             return AdmitFailed(request_id=message.request_id, error=_error_info(error))
         self.requests[message.request_id] = req
-        return Admitted(request_id=message.request_id, phases=tuple(req.phases), notes=tuple(req.notes))
+        return Admitted(
+            request_id=message.request_id,
+            phases=tuple(req.phases),
+            notes=tuple(req.notes),
+            units_done=dict(req.units_done),
+        )
+
+    def _restore(self, req: Any, state_file: str) -> None:
+        try:
+            self.pipeline.restore(req, self.checkpoint_dir / state_file)
+        except InvalidState as error:
+            logger.warning("request %s starts again from its beginning: %s", req.request_id, error)
+
+    def _save(self, message: SaveState) -> None:
+        req = self.requests.get(message.request_id)
+        if req is not None:
+            path, identity = self.checkpoint_dir / message.state_file, self.pipeline.state_identity(req)
+            self.states.put(message.request_id, path, self.pipeline.saved_state(req), identity=identity)
 
     def _release(self, request_id: str) -> None:
         req = self.requests.pop(request_id, None)
@@ -116,14 +142,16 @@ class GPUWorker:
 
     def _tick(self, tick: Tick) -> TickDone:
         failures: list[UnitFailure] = []
-        milliseconds = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
+        done: list[LaneDone] = []
+        peak_bytes = 0
         dropped = tick.epoch < self.min_epoch
-        if not dropped:
-            for lane, units in (("encode", tick.encode), ("denoise", tick.denoise), ("decode", tick.decode)):
-                if units:
-                    begin = time.perf_counter()
-                    failures += self._run_units(units)
-                    milliseconds[lane] = (time.perf_counter() - begin) * 1000
+        for lane in LANES:
+            units: tuple[Unit, ...] = getattr(tick, lane)
+            if units and not dropped:
+                lane_done, failed = self._run_lane(lane, units)
+                done.append(lane_done)
+                failures += failed
+                peak_bytes = max(peak_bytes, self.pipeline.meter.total_peak_bytes())
         if failures:
             self.min_epoch = tick.epoch + 1
         return TickDone(
@@ -131,11 +159,22 @@ class GPUWorker:
             epoch=tick.epoch,
             dropped=dropped,
             failures=tuple(failures),
-            encode_ms=milliseconds["encode"],
-            denoise_ms=milliseconds["denoise"],
-            decode_ms=milliseconds["decode"],
-            peak_bytes=0 if dropped else peak_memory_bytes(self.pipeline),
+            lanes=tuple(done),
+            peak_bytes=peak_bytes,
         )
+
+    def _run_lane(self, lane: Lane, units: tuple[Unit, ...]) -> tuple[LaneDone, list[UnitFailure]]:
+        meter = self.pipeline.meter
+        meter.begin(self._kind_of(units))
+        begin = time.perf_counter()
+        failed = self._run_units(units)
+        ms = (time.perf_counter() - begin) * 1000
+        return LaneDone(lane=lane, ms=ms, peak_bytes=None if failed else meter.peak_bytes()), failed
+
+    def _kind_of(self, units: tuple[Unit, ...]) -> tuple[str, int]:
+        """Equal for work that takes equal memory: the batch key and the number of requests."""
+        phases = self.requests[units[0].request_id].phases
+        return next(phase.batch_key for phase in phases if phase.name == units[0].phase), len(units)
 
     def _run_units(self, units: tuple[Unit, ...]) -> list[UnitFailure]:
         """One unit of each request; on any error none of them has advanced."""
@@ -152,9 +191,31 @@ class GPUWorker:
                 self._send_latents(unit, req)
         except Exception as error:
             info = _error_info(error)
-            alone = len(units) > 1
-            return [UnitFailure(request_id=u.request_id, error=info, retry_alone=alone) for u in units]
-        return []
+        else:
+            return []
+        # Not in the handler, where the exception still holds what the unit had allocated.
+        return self._failures(units, info)
+
+    def _failures(self, units: tuple[Unit, ...], info: ErrorInfo) -> list[UnitFailure]:
+        out_of_memory = info.code == OutOfMemory.code
+        if len(units) > 1:
+            if out_of_memory:
+                self.pipeline.reclaim()
+            retry: Any = "smaller_batch" if out_of_memory else "alone"
+            return [UnitFailure(request_id=unit.request_id, error=info, retry=retry) for unit in units]
+        [unit] = units
+        req = self.requests[unit.request_id]
+        if not (out_of_memory and self.pipeline.shrink(unit.phase, req)):
+            return [UnitFailure(request_id=unit.request_id, error=info, retry="never")]
+        return [
+            UnitFailure(
+                request_id=unit.request_id,
+                error=info,
+                retry="smaller_units",
+                phases=tuple(req.phases),
+                notes=tuple(req.notes),
+            )
+        ]
 
     def _send_latents(self, unit: Unit, req: Any) -> None:
         """After the last denoising unit, when the request wants its latents."""
@@ -167,25 +228,12 @@ class GPUWorker:
             self.channel.send(LatentsReady(request_id=unit.request_id, latents=latents))
 
 
-def peak_memory_bytes(pipeline: Any) -> int:
-    """Peak of the device's allocator, or of the process's resident memory on CPU."""
-    if str(pipeline.device).startswith("cuda"):
-        import torch
-
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _error_info(error: Exception) -> Any:
-    from sglang.multimodal_gen.errors import InternalError, OutOfMemory, ServingError
-
+def _error_info(error: Exception) -> ErrorInfo:
     if isinstance(error, ServingError):
         return error.info()
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    ):
+    from sglang.multimodal_gen.runtime.pipelines_core.memory import is_out_of_memory  # late: it imports torch
+
+    if is_out_of_memory(error):
         logger.warning("out of memory: %s", error)
         return OutOfMemory("the device ran out of memory; use a smaller size or fewer frames").info()
     logger.exception("a unit failed", exc_info=error)
@@ -216,7 +264,10 @@ def main() -> None:
         return
     import torch
 
-    worker = GPUWorker(config, channel, pipeline)
+    from sglang.multimodal_gen.runtime.managers.state_writer import StateWriter
+
+    channel.allocated_bytes = pipeline.meter.allocated_bytes
+    worker = GPUWorker(config, channel, pipeline, StateWriter(channel.send))
     channel.send(ModelReady(model=pipeline.model_info(), budget_bytes=pipeline.budget_bytes()))
     with torch.inference_mode():
         worker.run()

@@ -16,11 +16,11 @@ from typing import Literal
 import msgspec
 
 from sglang.multimodal_gen.configs.model_info import ModelInfo
-from sglang.multimodal_gen.configs.request_plan import Phase
+from sglang.multimodal_gen.configs.request_plan import Lane, Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import ErrorInfo
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 HTTP_CLIENT_NAME = "http"
 
 
@@ -108,6 +108,9 @@ class Status(Message, frozen=True, kw_only=True, tag="status_reply"):
     num_workers: int
     worker_pids: tuple[int, ...]
     num_worker_restarts: int
+    budget_bytes: int
+    reserved_bytes: int
+    allocated_bytes: int | None
     ledger_files: int
     ledger_bytes: int
     ticks: int
@@ -142,7 +145,8 @@ class Progress(Message, frozen=True, kw_only=True, tag="progress"):
 
 
 class Finished(Message, frozen=True, kw_only=True, tag="finished"):
-    """Terminal: the outputs are complete. `seconds` and `step_ms` are per stage and per denoising step."""
+    """Terminal: the outputs are complete. Seconds are per stage, `step_ms` per denoising step; `warmup_excluded`: this
+    size had been warmed up before."""
 
     request_id: str
     seed: int
@@ -160,6 +164,7 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     peak_memory_bytes: int
     attempts: int
     notes: tuple[str, ...] = ()
+    warmup_excluded: bool = False
 
 
 class Failed(Message, frozen=True, kw_only=True, tag="failed"):
@@ -185,10 +190,11 @@ TERMINAL_EVENTS = (Finished, Failed, Cancelled)
 
 
 class Admit(Message, frozen=True, kw_only=True, tag="admit"):
-    """Build the request's state; answered by Admitted or AdmitFailed."""
+    """Build the request's state; answered by Admitted or AdmitFailed. `state_file`: go on from what was saved there."""
 
     request_id: str
     params: SamplingParams
+    state_file: str | None = None
 
 
 class Unit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -214,6 +220,14 @@ class Tick(Message, frozen=True, kw_only=True, tag="tick"):
         return (*self.encode, *self.denoise, *self.decode)
 
 
+class SaveState(Message, frozen=True, kw_only=True, tag="save_state"):
+    """Write the request's state, as it is between two ticks, to this file of the checkpoint directory; answered by
+    StateSaved, or by nothing when the request is released before."""
+
+    request_id: str
+    state_file: str
+
+
 class Release(Message, frozen=True, kw_only=True, tag="release"):
     """Forget a request and free its tensors; idempotent."""
 
@@ -224,7 +238,7 @@ class StopWorker(Message, frozen=True, kw_only=True, tag="stop"):
     """Exit after the running tick."""
 
 
-ToWorker = Admit | Tick | Release | StopWorker
+ToWorker = Admit | Tick | SaveState | Release | StopWorker
 
 
 # --- worker -> scheduler ---
@@ -244,7 +258,10 @@ class ModelReady(Message, frozen=True, kw_only=True, tag="model_ready"):
 
 
 class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
-    """The worker process is alive, whatever its main thread does; sent every second."""
+    """The worker process is alive, whatever its main thread does; sent every second. `allocated_bytes` is what its
+    model and requests hold on the device."""
+
+    allocated_bytes: int | None = None
 
 
 class LoadFailed(Message, frozen=True, kw_only=True, tag="load_failed"):
@@ -254,11 +271,12 @@ class LoadFailed(Message, frozen=True, kw_only=True, tag="load_failed"):
 
 
 class Admitted(Message, frozen=True, kw_only=True, tag="admitted"):
-    """The request's phases, in order."""
+    """The request's phases, in order; `units_done` by phase where the request goes on from a saved state."""
 
     request_id: str
     phases: tuple[Phase, ...]
     notes: tuple[str, ...] = ()
+    units_done: dict[str, int] = {}
 
 
 class AdmitFailed(Message, frozen=True, kw_only=True, tag="admit_failed"):
@@ -285,28 +303,60 @@ class LatentsReady(Message, frozen=True, kw_only=True, tag="latents"):
 
 
 class UnitFailure(Message, frozen=True, kw_only=True):
-    """One request's unit failed; the others of the tick stand."""
+    """One request's unit failed; the others of the tick stand.
+
+    `retry`: `never`; `alone`, since it may be another request's fault; `smaller_batch`, since memory ran out;
+    `smaller_units`, since memory ran out for this request alone and its work was planned anew: `phases` and `notes`.
+    """
 
     request_id: str
     error: ErrorInfo
-    retry_alone: bool
+    retry: Literal["never", "alone", "smaller_batch", "smaller_units"]
+    phases: tuple[Phase, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class LaneDone(Message, frozen=True, kw_only=True):
+    """What one lane of a tick took. `peak_bytes`: the most that its units needed above what was held before; None where
+    that was not measured."""
+
+    lane: Lane
+    ms: float
+    peak_bytes: int | None
 
 
 class TickDone(Message, frozen=True, kw_only=True, tag="tick_done"):
-    """Outcome of one Tick. `dropped`: it was of an old epoch and nothing ran. Milliseconds per lane."""
+    """Outcome of one Tick. `dropped`: it was of an old epoch and nothing ran. `peak_bytes`: the most that the device's
+    allocator, or the process on CPU, held during the tick."""
 
     seq: int
     epoch: int
     dropped: bool
     failures: tuple[UnitFailure, ...]
-    encode_ms: float
-    denoise_ms: float
-    decode_ms: float
+    lanes: tuple[LaneDone, ...]
     peak_bytes: int
 
 
+class StateSaved(Message, frozen=True, kw_only=True, tag="state_saved"):
+    """The state is on disk with this many units done by phase, or `error` says why it is not."""
+
+    request_id: str
+    state_file: str
+    units_done: dict[str, int]
+    error: ErrorInfo | None = None
+
+
 FromWorker = (
-    Heartbeat | Loading | ModelReady | LoadFailed | Admitted | AdmitFailed | OutputChunk | LatentsReady | TickDone
+    Heartbeat
+    | Loading
+    | ModelReady
+    | LoadFailed
+    | Admitted
+    | AdmitFailed
+    | OutputChunk
+    | LatentsReady
+    | TickDone
+    | StateSaved
 )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sglang.multimodal_gen.configs.request_plan import Phase
+from sglang.multimodal_gen.configs.request_plan import Lane, Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.runtime.managers.batching import UnitCursor
 from sglang.multimodal_gen.runtime.managers.messages import Finished, MappedArray, OutputDone, Progress
@@ -15,17 +16,27 @@ from sglang.multimodal_gen.runtime.managers.timing import LearnedTimes
 
 @dataclass(kw_only=True)
 class RequestRecord:
-    """`client` is the ZMQ identity that gets the events. Times are seconds of the monotonic clock."""
+    """`client` is the ZMQ identity that gets the events, None for a warm-up. Times are seconds of the monotonic clock.
+
+    `reserved`: memory is set aside, so units may run. `parking`: the state is being saved to make room for another
+    request, after which this one is back in the queue.
+    """
 
     request_id: str
-    client: bytes
+    client: bytes | None
     params: SamplingParams
     order: int
     max_attempts: int
     received_at: float = field(default_factory=time.monotonic)
-    status: Literal["queued", "admitting", "running", "saving"] = "queued"
-    attempts: int = 0
+    status: Literal["queued", "admitting", "running", "parking", "saving"] = "queued"
+    attempts: int = 1
     started_at: float = 0.0
+    admitted_at: float = 0.0
+    reserved: bool = False
+    state_file: str | None = None
+    has_saved_state: bool = False
+    num_preemptions: int = 0
+    warmup_excluded: bool = False
     cursor: UnitCursor | None = None
     notes: tuple[str, ...] = ()
     stage_seconds: dict[str, float] = field(default_factory=dict)
@@ -34,17 +45,54 @@ class RequestRecord:
     latents: MappedArray | None = None
     output: OutputDone | None = None
 
-    def begin(self, phases: tuple[Phase, ...], notes: tuple[str, ...]) -> None:
-        """The workers hold the request."""
-        self.cursor = UnitCursor(request_id=self.request_id, phases=phases, order=self.order)
+    def begin(self, phases: tuple[Phase, ...], notes: tuple[str, ...], units_done: Mapping[str, int]) -> None:
+        """The workers hold the request; `units_done` by phase where it goes on from a saved state."""
+        done = sum(units_done.values())
+        self.cursor = UnitCursor(request_id=self.request_id, phases=phases, order=self.order, issued=done, done=done)
         self.notes = notes
-        self.status = "running"
+        self.status, self.admitted_at = "running", time.monotonic()
+        del self.step_ms[self.steps()[0] :]
+
+    def replan(self, phases: tuple[Phase, ...], notes: tuple[str, ...]) -> None:
+        """What is left of the request was planned anew."""
+        assert self.cursor is not None
+        self.cursor.phases, self.notes = phases, notes
 
     def reset(self) -> None:
-        """Back to the queue after its worker was lost; nothing of the attempt is kept."""
+        """Back to the queue after its worker was lost or to make room; it goes on from its saved state, if any."""
         self.cursor, self.latents, self.output = None, None, None
-        self.stage_seconds, self.step_ms = {}, []
-        self.status = "queued"
+        self.status, self.reserved = "queued", False
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The planned phases, in order; none before the request is admitted."""
+        return () if self.cursor is None else self.cursor.phases
+
+    @property
+    def lane(self) -> Lane | None:
+        """Where the request's next unit runs; None before admission and at the end."""
+        if self.cursor is None or self.cursor.finished:
+            return None
+        return self.cursor.position(self.cursor.done)[0].lane
+
+    def steps(self) -> tuple[int, int]:
+        """Denoising steps that are done, and all of them."""
+        position, done, total = 0 if self.cursor is None else self.cursor.done, 0, 0
+        for phase in self.phases:
+            if phase.lane == "denoise":
+                total += phase.units
+                done += min(max(position, 0), phase.units)
+            position -= phase.units
+        return done, total
+
+    @property
+    def remaining_cost(self) -> float:
+        """The price of the units that are not done."""
+        position, cost = 0 if self.cursor is None else self.cursor.done, 0.0
+        for phase in self.phases:
+            cost += phase.cost * (phase.units - min(max(position, 0), phase.units))
+            position -= phase.units
+        return cost
 
     @property
     def needs_pixels(self) -> bool:
@@ -80,28 +128,24 @@ class RequestRecord:
         """Where the request stands. `sharing` requests run side by side, which the ETA multiplies by."""
         assert self.cursor is not None
         cursor, position = self.cursor, self.cursor.done
-        remaining, known, total_cost, done_cost = 0.0, True, 0.0, 0.0
-        steps_done = steps = 0
+        remaining, known, total_cost = 0.0, True, 0.0
         for phase in cursor.phases:
-            here = min(max(position, 0), phase.units)
+            left = phase.units - min(max(position, 0), phase.units)
             position -= phase.units
             total_cost += phase.units * phase.cost
-            done_cost += here * phase.cost
-            if phase.lane == "denoise":
-                steps += phase.units
-                steps_done += here
             unit_s = learned.unit_seconds(phase.batch_key)
             if unit_s is not None:
-                remaining += unit_s * (phase.units - here)
+                remaining += unit_s * left
             elif phase.lane == "denoise":
                 known = False
+        steps_done, steps = self.steps()
         phase, _ = cursor.position(min(cursor.done, cursor.total - 1))
         return Progress(
             request_id=self.request_id,
             phase=phase.name,
             step=steps_done,
             total_steps=steps,
-            fraction=done_cost / total_cost if total_cost else 1.0,
+            fraction=1.0 - self.remaining_cost / total_cost if total_cost else 1.0,
             eta_s=remaining * max(1, sharing) if known else None,
         )
 
@@ -126,4 +170,5 @@ class RequestRecord:
             peak_memory_bytes=self.peak_bytes,
             attempts=self.attempts,
             notes=self.notes,
+            warmup_excluded=self.warmup_excluded,
         )

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import (
     EngineStopped,
     ErrorInfo,
@@ -54,7 +55,9 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     OutputHello,
     Queued,
     Release,
+    RequestEvent,
     Started,
+    StateSaved,
     Status,
     StatusRequest,
     SupervisorNote,
@@ -64,6 +67,8 @@ from sglang.multimodal_gen.runtime.managers.messages import (
 from sglang.multimodal_gen.runtime.managers.output_link import Ledger, OutputLink
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
+from sglang.multimodal_gen.runtime.managers.state_keeper import StateKeeper
+from sglang.multimodal_gen.runtime.managers.warm_up import WarmUp, shape_of
 from sglang.multimodal_gen.runtime.managers.worker_group import WorkerGroup
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
 
@@ -88,6 +93,8 @@ class Scheduler:
         self.requests: dict[str, RequestRecord] = {}
         self.waiting: deque[str] = deque()
         self.dispatcher = Dispatcher(config.args.execution, self.workers)
+        self.states = StateKeeper(config.args.execution, self.workers, config.checkpoint_dir())
+        self.warm_up = WarmUp(config.args.warmup)
         self.ledger = Ledger(self.run_dir)
         self.load_attempts = 0
         self.num_restarts = 0
@@ -108,18 +115,19 @@ class Scheduler:
 
     def _handler_table(self) -> dict[type, Callable[[Any], None]]:
         return {
-            Heartbeat: lambda _: None,
+            Heartbeat: self._on_heartbeat,
             Loading: lambda m: self._set_state("loading", detail=m.detail),
             ModelReady: self._on_model_ready,
             LoadFailed: self._on_load_failed,
             Admitted: self._on_admitted,
-            AdmitFailed: lambda m: self._end(m.request_id, Failed(request_id=m.request_id, error=m.error)),
+            AdmitFailed: self._on_failure,
             OutputChunk: self._on_chunk,
             LatentsReady: self._on_latents,
             TickDone: self._on_tick_done,
+            StateSaved: self._on_state_saved,
             OutputHello: self._on_output_hello,
             OutputDone: self._on_output_done,
-            OutputFailed: lambda m: self._end(m.request_id, Failed(request_id=m.request_id, error=m.error)),
+            OutputFailed: self._on_failure,
             ClientLost: self._on_client_lost,
         }
 
@@ -139,6 +147,7 @@ class Scheduler:
             self._read_workers(ready)
             self._check_silence()
             self._admit_waiting()
+            self.states.preempt(self.requests, self.dispatcher)
             self.dispatcher.issue(self.requests, depth=self._depth())
         self._shut_down()
 
@@ -203,16 +212,19 @@ class Scheduler:
         if refusal is not None:
             self.clients.send(client, Failed(request_id=message.request_id, error=refusal))
             return
+        self._warm_up_for(message.params)
+        record = self._enqueue(message.request_id, client, message.params, max_attempts=message.max_attempts)
+        self._tell(record, Queued(request_id=record.request_id, position=len(self.waiting) - 1))
+
+    def _enqueue(
+        self, request_id: str, client: bytes | None, params: SamplingParams, *, max_attempts: int
+    ) -> RequestRecord:
         self.num_arrived += 1
-        self.requests[message.request_id] = RequestRecord(
-            request_id=message.request_id,
-            client=client,
-            params=message.params,
-            order=self.num_arrived,
-            max_attempts=message.max_attempts,
+        record = self.requests[request_id] = RequestRecord(
+            request_id=request_id, client=client, params=params, order=self.num_arrived, max_attempts=max_attempts
         )
-        self.clients.send(client, Queued(request_id=message.request_id, position=len(self.waiting)))
-        self.waiting.append(message.request_id)
+        self.waiting.append(request_id)
+        return record
 
     def _refusal(self, message: GenerateRequest) -> ErrorInfo | None:
         limit = self.config.args.execution.max_queued_requests
@@ -239,11 +251,18 @@ class Scheduler:
             num_workers=len(self.workers.ranks),
             worker_pids=tuple(rank.pid for rank in self.workers.ranks),
             num_worker_restarts=self.num_restarts,
+            budget_bytes=self.workers.budget_bytes,
+            reserved_bytes=self.dispatcher.budget().reserved_bytes(self.dispatcher.holders(self.requests)),
+            allocated_bytes=self.workers.allocated_bytes,
             ledger_files=files,
             ledger_bytes=size,
             ticks=self.dispatcher.num_ticks,
             mean_batch_size=self.dispatcher.mean_batch_size,
         )
+
+    def _tell(self, record: RequestRecord, event: RequestEvent) -> None:
+        if record.client is not None:
+            self.clients.send(record.client, event)
 
     def _set_state(self, state: Any, *, detail: str = "", error: ErrorInfo | None = None, model: Any = None) -> None:
         self.state = EngineState(state=state, detail=detail, error=error, model=model or self.state.model)
@@ -255,7 +274,47 @@ class Scheduler:
         self.workers.ready = True
         self.workers.budget_bytes = message.budget_bytes
         self.load_attempts = 0
-        self._set_state("ready", model=message.model)
+        mode = self.warm_up.choose_mode(serves_http=self.config.serves_http, device=message.model.device)
+        if mode != "server":
+            self._set_state("ready", model=message.model)
+            return
+        self._set_state(self.state.state, detail="warming up", model=message.model)
+        if self.warm_up.under_way:
+            return
+        try:
+            wishes = self.warm_up.for_server(message.model)
+        except InvalidRequest as error:
+            self._fail_engine(error.info())
+            return
+        for params in wishes:
+            self._start_warm_up(params)
+
+    def _start_warm_up(self, params: SamplingParams) -> None:
+        record = self._enqueue(self.warm_up.start(params), None, params, max_attempts=1)
+        self.waiting.rotate(1)  # before the clients' requests
+        logger.info("warm-up of %dx%d, %d frames", params.width, params.height, params.num_frames)
+        assert self.waiting[0] == record.request_id
+
+    def _warm_up_for(self, params: SamplingParams) -> None:
+        """Before the first request of a size, a short copy of it."""
+        copy = self.warm_up.for_request(params)
+        if copy is not None:
+            self._start_warm_up(copy)
+
+    def _on_warm_up_ended(self, request_id: str, event: RequestEvent | None) -> None:
+        sizes = self.config.args.warmup.warmup_resolutions
+        server_waits = self.warm_up.mode == "server" and self.workers.ready and self.state.state != "stopping"
+        self.warm_up.ended(request_id, failed=isinstance(event, Failed))
+        if isinstance(event, Failed) and server_waits and sizes is not None:
+            self._fail_engine(event.error)
+            return
+        if isinstance(event, Failed):
+            logger.warning("a warm-up failed, there are no more: %s", event.error.message)
+        if server_waits and not self.warm_up.under_way:
+            self._set_state("ready")
+
+    def _on_heartbeat(self, message: Heartbeat) -> None:
+        self.workers.allocated_bytes = message.allocated_bytes
 
     def _on_load_failed(self, message: LoadFailed) -> None:
         self.workers.kill()
@@ -286,19 +345,22 @@ class Scheduler:
         self._set_state("recovering", detail="a worker was lost and is being replaced")
 
     def _requeue_running(self, blamed: set[str], how: str) -> None:
-        running = [r for r in self.requests.values() if r.status in ("admitting", "running")]
+        self.warm_up.forget()
+        running = [r for r in self.requests.values() if r.status in ("admitting", "running", "parking")]
         for record in sorted(running, key=lambda r: r.order, reverse=True):
             if record.request_id in blamed and record.attempts >= record.max_attempts:
                 text = f"the worker was lost {record.attempts} times while it ran this request; the last time, {how}"
                 error = WorkerLost(text).info()
                 self._end(record.request_id, Failed(request_id=record.request_id, error=error))
                 continue
-            if record.request_id not in blamed:
-                record.attempts -= 1
-            self.output.send(DropOutput(request_id=record.request_id))
-            self.ledger.drop_request(record.request_id)
-            record.reset()
+            record.attempts += record.request_id in blamed
+            self._back_to_queue(record)
             self.waiting.appendleft(record.request_id)
+
+    def _back_to_queue(self, record: RequestRecord) -> None:
+        self.output.send(DropOutput(request_id=record.request_id))
+        self.ledger.drop_request(record.request_id)
+        record.reset()
 
     def _check_silence(self) -> None:
         reason = self.workers.silence() if self.workers.ranks else None
@@ -309,19 +371,26 @@ class Scheduler:
 
     def _admit_waiting(self) -> None:
         most = _ACTIVE_BATCHES * self.config.args.execution.max_batch_size
-        active = sum(record.status in ("admitting", "running") for record in self.requests.values())
+        active = sum(record.status in ("admitting", "running", "parking") for record in self.requests.values())
+        held_back = []
         while self.workers.ready and self.waiting and active < most:
             record = self.requests[self.waiting.popleft()]
-            record.status, record.started_at = "admitting", time.monotonic()
-            record.attempts += 1
+            if record.client is not None and self.warm_up.blocks(record.params):
+                held_back.append(record.request_id)
+                continue
             active += 1
-            self.workers.send(Admit(request_id=record.request_id, params=record.params))
+            record.status = "admitting"
+            record.started_at = record.started_at or time.monotonic()
+            record.warmup_excluded = shape_of(record.params) in self.warm_up.warm
+            state_file = record.state_file if record.has_saved_state else None
+            self.workers.send(Admit(request_id=record.request_id, params=record.params, state_file=state_file))
+        self.waiting.extendleft(reversed(held_back))
 
     def _on_admitted(self, message: Admitted) -> None:
         record = self.requests.get(message.request_id)
         if record is None:  # cancelled meanwhile; its Release follows the Admit in the pipe
             return
-        record.begin(message.phases, message.notes)
+        record.begin(message.phases, message.notes, message.units_done)
         if record.needs_pixels:
             p = record.params
             directory = p.output_path or self.config.args.storage.output_path
@@ -333,8 +402,8 @@ class Scheduler:
                     directory=directory if p.save_output else None,
                 )
             )
-        self.clients.send(
-            record.client,
+        self._tell(
+            record,
             Started(
                 request_id=record.request_id,
                 queue_seconds=record.started_at - record.received_at,
@@ -354,8 +423,23 @@ class Scheduler:
             self._end(record.request_id, Failed(request_id=record.request_id, error=error))
         running = sum(record.status == "running" for record in self.requests.values())
         for unit in settled.done:
-            self.clients.send(unit.record.client, unit.record.progress(self.dispatcher.learned, running))
+            self._tell(unit.record, unit.record.progress(self.dispatcher.learned, running))
+            if unit.phase.lane == "denoise":
+                self.states.after_step(unit.record)
             self._finish_if_complete(unit.record)
+
+    def _on_state_saved(self, message: StateSaved) -> None:
+        record = self.requests.get(message.request_id)
+        self.states.saved(message, record)
+        if record is None or record.status != "parking":
+            return
+        if message.error is not None:
+            record.status = "running"
+            return
+        self.workers.send(Release(request_id=record.request_id))
+        self._back_to_queue(record)
+        self.waiting.append(record.request_id)
+        self._tell(record, Queued(request_id=record.request_id, position=len(self.waiting) - 1))
 
     def _on_chunk(self, message: OutputChunk) -> None:
         record = self.requests.get(message.request_id)
@@ -403,8 +487,12 @@ class Scheduler:
             record.status = "saving"
             self.workers.send(Release(request_id=record.request_id))
         if record.complete:
-            self.clients.send(record.client, record.finished_event())
+            self._tell(record, record.finished_event())
             del self.requests[record.request_id]
+            self._after_end(record, None)
+
+    def _on_failure(self, message: AdmitFailed | OutputFailed) -> None:
+        self._end(message.request_id, Failed(request_id=message.request_id, error=message.error))
 
     def _end(self, request_id: str, event: Failed | Cancelled) -> None:
         """The one place where a request ends without a result. The Release follows all its ticks in the pipe."""
@@ -418,7 +506,13 @@ class Scheduler:
             if record.needs_pixels:
                 self.output.send(DropOutput(request_id=request_id))
             self.ledger.drop_request(request_id)
-        self.clients.send(record.client, event)
+        self._tell(record, event)
+        self._after_end(record, event)
+
+    def _after_end(self, record: RequestRecord, event: Failed | Cancelled | None) -> None:
+        self.states.drop(record)
+        if record.client is None:
+            self._on_warm_up_ended(record.request_id, event)
 
     def _shut_down(self) -> None:
         self._set_state("stopping")

@@ -52,6 +52,7 @@ class WorkerGroup:
     ready: bool = False
     epoch: int = 0
     budget_bytes: int = 0
+    allocated_bytes: int | None = None
     _next_seq: int = 0
     _oldest_since: float = 0.0
     _last_heard: list[float] = field(default_factory=list)

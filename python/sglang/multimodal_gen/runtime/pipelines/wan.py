@@ -119,14 +119,7 @@ class WanPipeline(ComposedPipelineBase):
         )
 
     def limits(self) -> TaskLimits:
-        geometry = self.geometry()
-        return TaskLimits(
-            size_multiple=geometry.size_multiple,
-            max_pixels=geometry.max_pixels,
-            frame_stride=geometry.temporal_ratio,
-            max_frames=geometry.max_frames,
-            max_sequence_length=self.config.max_sequence_length,
-        )
+        return self.geometry().limits(max_sequence_length=self.config.max_sequence_length)
 
     def _text_encoder_memory(self) -> TransformerMemory:
         config = self.text_encoder.config
@@ -146,8 +139,13 @@ class WanPipeline(ComposedPipelineBase):
     def _decoder_memory(self) -> DecoderMemory:
         config = self.vae.config
         # The last stage brings `dim_mult[1]` times the base width to full size before it narrows to the base width.
+        base = config.decoder_base_dim or config.base_dim
+        # Each block of a stage has two causal convolutions that remember two frames, and the last one of all too. Every
+        # stage further down has a quarter of the cells and at most twice the channels.
+        convolutions = 2 * (config.num_res_blocks + 1) + 1
         return DecoderMemory(
-            channels=(config.decoder_base_dim or config.base_dim) * max(config.dim_mult[:2]),
+            channels=base * max(config.dim_mult[:2]),
+            carried_channels=2 * 2 * convolutions * base,
             patch_size=config.patch_size or 1,
             element_size=self.vae.post_quant_conv.weight.element_size(),
         )

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import hashlib
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import msgspec
+import torch
 from torch import nn
 
 from sglang.multimodal_gen.configs.model_info import ModelInfo, TaskLimits
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
+from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, MAX_SEED, SamplingParams
 from sglang.multimodal_gen.errors import CorruptCheckpoint, InsufficientMemory, UnsupportedModel, shown
 from sglang.multimodal_gen.registry import ResolvedModel, load_config, read_model_index
@@ -20,9 +25,11 @@ from sglang.multimodal_gen.runtime.layers.attention.dispatch import select_kerne
 from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerContext
 from sglang.multimodal_gen.runtime.loader.component_loader import ComponentLoader, LoadContext, weight_totals
 from sglang.multimodal_gen.runtime.pipelines_core.memory import USABLE_SHARE, free_bytes
+from sglang.multimodal_gen.runtime.pipelines_core.memory_meter import meter_for
 from sglang.multimodal_gen.runtime.pipelines_core.placement import Placement, place
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
+from sglang.multimodal_gen.runtime.pipelines_core.state_file import read_state, to_host
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
 
 Report = Callable[[str], None]
@@ -68,6 +75,8 @@ class ComposedPipelineBase:
         names = [stage.name for stage in self.stages]
         assert len(set(names)) == len(names), f"stages of one pipeline need different names: {names}"
         self._stage_order = {name: index for index, name in enumerate(names)}
+        self.meter = meter_for(self.device)
+        self._loaded_bytes = self.meter.allocated_bytes()
 
     # What a family says
 
@@ -165,11 +174,11 @@ class ComposedPipelineBase:
     # Running
 
     def free_bytes(self) -> int:
-        """Memory on the device that is free now."""
-        return free_bytes(self.device)
+        """Memory on the device that is free now or held by requests: what there is for requests in all."""
+        return free_bytes(self.device) + max(0, self.meter.allocated_bytes() - self._loaded_bytes)
 
     def budget_bytes(self) -> int:
-        """What the units that run together may take above the weights."""
+        """What all requests together may take above the weights."""
         return int(USABLE_SHARE * self.free_bytes())
 
     def admit(self, request_id: str, params: SamplingParams) -> Req:
@@ -185,12 +194,33 @@ class ComposedPipelineBase:
         req = Req(request_id=request_id, params=params)
         for stage in self.stages:
             stage.admit(req)
-        req.phases = tuple(phase for stage in self.stages if (phase := stage.phase(req)) is not None)
+        req.phases = self._phases(req)
         self._check_memory(req)
         return req
 
+    def _phases(self, req: Req) -> tuple[Phase, ...]:
+        return tuple(phase for stage in self.stages if (phase := stage.phase(req)) is not None)
+
+    def saved_state(self, req: Req) -> dict[str, Any]:
+        """A copy on the CPU of all that `restore` needs; the request may go on meanwhile."""
+        state = to_host(req.state_dict())
+        assert isinstance(state, dict), "a tree keeps its form"
+        return state
+
+    def restore(self, req: Req, path: Path) -> None:
+        """Put an admitted request where it was when its state was saved; it goes on with the same bits on the CPU.
+
+        Raises: InvalidState, with the request as admission left it.
+        """
+        req.load_state_dict(read_state(path, identity=self.state_identity(req), device=self.device))
+
+    def state_identity(self, req: Req) -> str:
+        """What a saved state must agree on to be this request's: the model and the parameters."""
+        model = (self.name, type(self).__name__, str(self.dtype))
+        return hashlib.sha256(msgspec.json.encode([model, req.params])).hexdigest()
+
     def _check_memory(self, req: Req) -> None:
-        needed = max((phase.peak_bytes for phase in req.phases), default=0)
+        needed = max((phase.peak_bytes + phase.held_bytes for phase in req.phases), default=0)
         free = self.budget_bytes()
         if needed > free:
             size = f"{req.params.width}x{req.params.height} with {req.params.num_frames} frames"
@@ -215,6 +245,23 @@ class ComposedPipelineBase:
         before = [order for phase in req.phases if (order := self._stage_order[phase.name]) < here]
         for stage in self.stages[max(before, default=-1) + 1 : here + 1]:
             stage.begin(req)
+
+    def shrink(self, phase_name: str, req: Req) -> bool:
+        """After this phase ran out of memory for the request alone: plan what is left of it with less.
+
+        False when there is no less.
+        """
+        self.reclaim()
+        if not self.stages[self._stage_order[phase_name]].shrink(req):
+            return False
+        req.phases = self._phases(req)
+        return True
+
+    def reclaim(self) -> None:
+        """Give back what a failed unit left behind."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def release(self, req: Req) -> None:
         """Free what the request holds."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from sglang.multimodal_gen.configs.model_info import TaskLimits
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.errors import FramesNotSupported, MissingParameter, SizeNotDivisible, SizeTooLarge
+from sglang.multimodal_gen.errors import MissingParameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +28,18 @@ class VideoGeometry:
 
     def check(self, params: SamplingParams) -> None:
         """Raises MissingParameter, SizeNotDivisible, SizeTooLarge or FramesNotSupported."""
-        width, height, num_frames = self._size(params)
-        if width % self.size_multiple or height % self.size_multiple:
-            raise SizeNotDivisible(width=width, height=height, multiple=self.size_multiple)
-        if width * height > self.max_pixels:
-            raise SizeTooLarge(
-                f"size: {width}x{height} is {width * height} pixels, accepted are at most {self.max_pixels}",
-                param="size",
-            )
-        if num_frames > self.max_frames or (num_frames - 1) % self.temporal_ratio:
-            raise FramesNotSupported(num_frames, stride=self.temporal_ratio, maximum=self.max_frames)
+        self._size(params)
+        self.limits(max_sequence_length=0).check(params)
+
+    def limits(self, *, max_sequence_length: int) -> TaskLimits:
+        """The sizes that can be done, for every process to check."""
+        return TaskLimits(
+            size_multiple=self.size_multiple,
+            max_pixels=self.max_pixels,
+            frame_stride=self.temporal_ratio,
+            max_frames=self.max_frames,
+            max_sequence_length=max_sequence_length,
+        )
 
     def latent_shape(self, params: SamplingParams) -> tuple[int, int, int, int]:
         """(C, T, H, W) of the latents."""

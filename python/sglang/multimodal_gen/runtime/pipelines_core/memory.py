@@ -14,6 +14,7 @@ import torch
 # Of the free memory, what one unit may plan with; the rest is for allocator waste and for other requests.
 USABLE_SHARE = 0.9
 _FP32_BYTES = 4
+_SIGNS = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
 
 
 def free_bytes(device: torch.device) -> int:
@@ -24,6 +25,14 @@ def free_bytes(device: torch.device) -> int:
     available = _meminfo("MemAvailable")
     limit = _cgroup_headroom()
     return available if limit is None else min(available, limit)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out. On the CPU torch has no class of its own for that, and oneDNN names
+    only what it could not make."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def _meminfo(field: str) -> int:
@@ -73,12 +82,18 @@ class TransformerMemory:
 class DecoderMemory:
     """Activations of a convolutional decoder at its last and largest resolution.
 
-    `channels` are those of the widest layer there, `patch_size` pixels are one cell.
+    `channels` are those of the widest layer there, `patch_size` pixels are one cell. `carried_channels`: for one cell,
+    the frames that its causal layers remember between chunks, times their channels.
     """
 
     channels: int
+    carried_channels: int
     patch_size: int
     element_size: int
+
+    def carried_bytes(self, height: int, width: int) -> int:
+        """What is remembered between the chunks of a clip."""
+        return (height // self.patch_size) * (width // self.patch_size) * self.carried_channels * self.element_size
 
     def chunk_bytes(self, num_frames: int, height: int, width: int) -> int:
         """Peak for video frames of height x width pixels: four activations, and the pixels as fp32, fp32 and uint8."""

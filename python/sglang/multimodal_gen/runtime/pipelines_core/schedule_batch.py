@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sglang.multimodal_gen.configs.request_plan import Phase
@@ -19,7 +20,8 @@ class Req:
     """One output in the making. Stages read and write the fields; `conditioning` holds a family's own object.
 
     `latent_shape` is (C, T, H, W); latents [C, T, H, W] fp32 and the embeddings [L, D] lie on the device.
-    `max_forward_rows` None: all guidance branches in one forward. `units_done` counts by phase.
+    `max_forward_rows` None: all guidance branches in one forward; `max_text_rows` None: all texts in one. `units_done`
+    counts by phase. `generator` draws the request's noise, on the CPU.
     """
 
     request_id: str
@@ -32,9 +34,11 @@ class Req:
     prompt_embeds: Tensor | None = None
     negative_prompt_embeds: Tensor | None = None
     latent_shape: tuple[int, int, int, int] | None = None
+    generator: torch.Generator | None = None
     latents: Tensor | None = None
     sampler: Sampler | None = None
     sampler_state: SamplerState | None = None
+    max_text_rows: int | None = None
     max_forward_rows: int | None = None
     decode_plan: Any = None
     decoder_state: Any = None
@@ -50,6 +54,8 @@ class Req:
             "units_done": dict(self.units_done),
             "prompt_embeds": self.prompt_embeds,
             "negative_prompt_embeds": self.negative_prompt_embeds,
+            "max_forward_rows": self.max_forward_rows,
+            "generator": None if self.generator is None else self.generator.get_state(),
             "latents": self.latents,
             "sampler_state": None if self.sampler_state is None else self.sampler_state.state_dict(),
         }
@@ -59,13 +65,17 @@ class Req:
         self.units_done = dict(values["units_done"])
         self.prompt_embeds = values["prompt_embeds"]
         self.negative_prompt_embeds = values["negative_prompt_embeds"]
+        self.max_forward_rows = values["max_forward_rows"]
+        if values["generator"] is not None:
+            self.generator = torch.Generator("cpu")
+            self.generator.set_state(values["generator"].cpu())
         self.latents = values["latents"]
         state = values["sampler_state"]
         self.sampler_state = None if state is None else SamplerState.from_state_dict(state)
 
     def drop_tensors(self) -> None:
         """Free what the request holds on the device."""
-        self.prompt_embeds = self.negative_prompt_embeds = self.latents = None
+        self.prompt_embeds = self.negative_prompt_embeds = self.latents = self.generator = None
         self.sampler_state = self.decoder_state = self.conditioning = None
 
 

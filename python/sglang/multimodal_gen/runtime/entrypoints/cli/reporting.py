@@ -119,7 +119,9 @@ def describe_progress(event: Progress) -> str:
 def _tell(result: GenerationResult) -> None:
     """Say what was made, on stdout; the first line's form is fixed, since scripts read it."""
     saved = "not saved" if result.output_file_path is None else f"saved to {result.output_file_path}"
+    excluded = " (warmup excluded)" if result.metrics["warmup_excluded"] else ""
     sys.stdout.write(
-        f"Pixel data generated successfully in {result.generation_time:.4f} seconds\n{saved}, seed {result.seed}\n"
+        f"Pixel data generated successfully in {result.generation_time:.4f} seconds{excluded}\n"
+        f"{saved}, seed {result.seed}\n"
     )
     sys.stdout.flush()

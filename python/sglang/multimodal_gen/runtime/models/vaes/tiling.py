@@ -31,6 +31,10 @@ class Tiling:
                     f"tile stride_{side} is {stride}; it must be from 1 to tile_{side} = {tile}", param=f"stride_{side}"
                 )
 
+    def halved(self) -> Tiling:
+        """Tiles of half the size with the same share of overlap."""
+        return self.scaled(2)
+
     def scaled(self, divisor: int) -> Tiling:
         """The same tiles counted in cells of `divisor` pixels."""
         return Tiling(

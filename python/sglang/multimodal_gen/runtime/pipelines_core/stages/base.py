@@ -35,6 +35,13 @@ class Stage:
     def begin(self, req: Req) -> None:
         """Prepare the request's first unit. May run again when that unit fails, with the same result."""
 
+    def shrink(self, req: Req) -> bool:
+        """Memory ran out for this request alone: plan the units that are left with less. False when there is no less.
+
+        What is done stays done. The request's notes say what the user should know.
+        """
+        return False
+
     def step(self, requests: Sequence[Req]) -> list[OutputBatch]:
         """One unit for each request; all share a batch key. Either all requests move on or, on an exception, none."""
         raise NotImplementedError(f"{type(self).__name__} has a phase but no step")

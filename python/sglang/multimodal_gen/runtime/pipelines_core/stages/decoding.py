@@ -18,6 +18,8 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 
 # Decoding shares the device with the denoising of other requests.
 _MEMORY_SHARE = 0.5
+_SMALLEST_TILE = 128
+_TILED = "decoded in tiles to save memory; seams may show"
 
 
 class StreamingDecoder(Protocol):
@@ -34,12 +36,31 @@ class StreamingDecoder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodePlan:
-    """How a clip is cut: `chunk_frames` latent frames a unit, and tiles when even one frame is too large."""
+    """How a clip is cut: unit i takes latent frames `bounds[i]` to `bounds[i + 1]`, in tiles if one frame is too large.
 
+    `chunk_frames` is the length of the longest chunk that is still to come.
+    """
+
+    bounds: tuple[int, ...]
     chunk_frames: int
-    num_chunks: int
     tiling: Tiling | None
-    peak_bytes: int
+
+    @property
+    def num_chunks(self) -> int:
+        """Units of the whole clip."""
+        return len(self.bounds) - 1
+
+    def chunk(self, index: int) -> slice:
+        """The latent frames of one unit."""
+        return slice(self.bounds[index], self.bounds[index + 1])
+
+    def recut(self, done: int, chunk_frames: int, tiling: Tiling | None) -> DecodePlan:
+        """The same clip with the chunks after the first `done` cut into ones of at most `chunk_frames`."""
+        kept, end = self.bounds[: done + 1], self.bounds[-1]
+        left = end - kept[-1]
+        # Chunks of about equal length: the last one should not be a stub.
+        even = -(-left // -(-left // chunk_frames))
+        return DecodePlan(bounds=(*kept, *range(kept[-1] + even, end, even), end), chunk_frames=even, tiling=tiling)
 
 
 class DecodingStage(Stage):
@@ -72,7 +93,7 @@ class DecodingStage(Stage):
             return
         req.decode_plan = self._plan(req)
         if req.decode_plan.tiling is not None:
-            req.notes.append("decoded in tiles to save memory; seams may show")
+            req.notes.append(_TILED)
 
     def phase(self, req: Req) -> Phase | None:
         plan: DecodePlan | None = req.decode_plan
@@ -80,34 +101,50 @@ class DecodingStage(Stage):
             return None
         assert req.latent_shape is not None, "planned by the stages before"
         _, _, height, width = req.latent_shape
+        tiles = "" if plan.tiling is None else f":tiles{plan.tiling.tile_height}x{plan.tiling.tile_width}"
         return Phase(
             name=self.name,
             lane="decode",
             units=plan.num_chunks,
-            batch_key=f"{self.name}:{'x'.join(map(str, req.latent_shape))}:{plan.chunk_frames}:{self.dtype}",
+            batch_key=f"{self.name}:{'x'.join(map(str, req.latent_shape))}:{plan.chunk_frames}{tiles}:{self.dtype}",
             cost=float(plan.chunk_frames * height * width),
-            peak_bytes=plan.peak_bytes,
+            peak_bytes=self._peak_bytes(req, plan.chunk_frames, plan.tiling),
+            held_bytes=0 if plan.num_chunks == 1 else self.memory.carried_bytes(*_size(req)),
         )
 
     def _plan(self, req: Req) -> DecodePlan:
         """The longest chunk that fits, without tiles if at all possible."""
-        assert req.latent_shape is not None and req.params.height and req.params.width, "checked by the stages before"
+        assert req.latent_shape is not None, "planned by the stages before"
         latent_frames = req.latent_shape[1]
+        whole = DecodePlan(bounds=(0, latent_frames), chunk_frames=latent_frames, tiling=None)
         budget = _MEMORY_SHARE * self.free_bytes()
-        size = (req.params.height, req.params.width)
-        tiling = Tiling()
-        tile_size = (min(size[0], tiling.tile_height), min(size[1], tiling.tile_width))
-        for tiles, sides in ((None, size), (tiling, tile_size)):
-            if tiles is None or tile_size != size:
-                for chunk_frames in range(latent_frames, 0, -1):
-                    peak = self._peak_bytes(chunk_frames, sides)
-                    if peak <= budget:
-                        return _plan_of(latent_frames, chunk_frames, tiles, peak)
+        tilings = (None, Tiling()) if _is_cut(Tiling(), req) else (None,)
+        for tiling in tilings:
+            for chunk_frames in range(latent_frames, 0, -1):
+                if self._peak_bytes(req, chunk_frames, tiling) <= budget:
+                    return whole.recut(0, chunk_frames, tiling)
         # Admission refuses this, with these numbers, unless the memory gets free until then.
-        return _plan_of(latent_frames, 1, None if tile_size == size else tiling, self._peak_bytes(1, tile_size))
+        return whole.recut(0, 1, tilings[-1])
 
-    def _peak_bytes(self, chunk_frames: int, size: tuple[int, int]) -> int:
-        return self.memory.chunk_bytes(chunk_frames * self.geometry.temporal_ratio, *size)
+    def shrink(self, req: Req) -> bool:
+        plan: DecodePlan = req.decode_plan
+        done = req.done(self.name)
+        if plan.chunk_frames > 1:
+            req.decode_plan = plan.recut(done, plan.chunk_frames // 2, plan.tiling)
+            return True
+        tiling = Tiling() if plan.tiling is None else plan.tiling.halved()
+        if min(tiling.tile_height, tiling.tile_width) < _SMALLEST_TILE or not _is_cut(tiling, req):
+            return False
+        req.decode_plan = plan.recut(done, 1, tiling)
+        if _TILED not in req.notes:
+            req.notes.append(_TILED)
+        return True
+
+    def _peak_bytes(self, req: Req, chunk_frames: int, tiling: Tiling | None) -> int:
+        height, width = _size(req)
+        if tiling is not None:
+            height, width = min(height, tiling.tile_height), min(width, tiling.tile_width)
+        return self.memory.chunk_bytes(chunk_frames * self.geometry.temporal_ratio, height, width)
 
     def step(self, requests: Sequence[Req]) -> list[OutputBatch]:
         decoded = []
@@ -127,23 +164,26 @@ class DecodingStage(Stage):
             for earlier in range(index):
                 self._video(req, earlier, state)
         video = self._video(req, index, state)
-        first_frame = self.geometry.first_frame(index * plan.chunk_frames)
+        first_frame = self.geometry.first_frame(plan.bounds[index])
         last = index == plan.num_chunks - 1
         output = OutputBatch(request_id=req.request_id, first_frame=first_frame, last=last, frames=to_uint8(video[0]))
         return output, None if last else state
 
     def _video(self, req: Req, index: int, state: Any) -> Tensor:
         assert req.latents is not None, "denoising comes before decoding"
-        chunk = slice(index * req.decode_plan.chunk_frames, (index + 1) * req.decode_plan.chunk_frames)
-        latents = req.latents[None, :, chunk].to(self.dtype)
+        latents = req.latents[None, :, req.decode_plan.chunk(index)].to(self.dtype)
         return self.vae.decode_next(self.vae.denormalise(latents), state)
 
 
-def _plan_of(latent_frames: int, chunk_frames: int, tiling: Tiling | None, peak_bytes: int) -> DecodePlan:
-    # Chunks of about equal length: the last one should not be a stub.
-    num_chunks = -(-latent_frames // chunk_frames)
-    even = -(-latent_frames // num_chunks)
-    return DecodePlan(chunk_frames=even, num_chunks=num_chunks, tiling=tiling, peak_bytes=peak_bytes)
+def _size(req: Req) -> tuple[int, int]:
+    assert req.params.height and req.params.width, "checked by the stages before"
+    return req.params.height, req.params.width
+
+
+def _is_cut(tiling: Tiling, req: Req) -> bool:
+    """Whether the frame is larger than one tile."""
+    height, width = _size(req)
+    return height > tiling.tile_height or width > tiling.tile_width
 
 
 def to_uint8(video: Tensor) -> Tensor:

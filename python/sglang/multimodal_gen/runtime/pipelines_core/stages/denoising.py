@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -16,6 +17,9 @@ from sglang.multimodal_gen.runtime.pipelines_core.guidance import Guidance
 from sglang.multimodal_gen.runtime.pipelines_core.memory import USABLE_SHARE, TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
+
+# The present sample and, at the samplers' highest order, three earlier predictions and the last sample.
+_HELD_LATENTS = 5
 
 
 class DenoisingStage(Stage):
@@ -51,8 +55,18 @@ class DenoisingStage(Stage):
     def admit(self, req: Req) -> None:
         rows = self._num_rows(req)
         if rows > 1 and rows * self._row_bytes(req) > USABLE_SHARE * self.free_bytes():
-            req.max_forward_rows = 1
-            req.notes.append("guidance branches run one after the other to save memory")
+            self._one_row_at_a_time(req)
+
+    def shrink(self, req: Req) -> bool:
+        if self._num_rows(req) == 1 or req.max_forward_rows == 1:
+            return False
+        self._one_row_at_a_time(req)
+        return True
+
+    @staticmethod
+    def _one_row_at_a_time(req: Req) -> None:
+        req.max_forward_rows = 1
+        req.notes.append("guidance branches run one after the other to save memory")
 
     def phase(self, req: Req) -> Phase:
         assert req.latent_shape is not None and req.sampler_state is not None, "planned by the stages before"
@@ -65,7 +79,15 @@ class DenoisingStage(Stage):
             batch_key=f"{self.name}:{'x'.join(map(str, req.latent_shape))}:text{num_text_tokens}:{self.dtype}",
             cost=float(rows * self.geometry.num_tokens(req.latent_shape)),
             peak_bytes=(req.max_forward_rows or rows) * self._row_bytes(req),
+            held_bytes=self._held_bytes(req),
         )
+
+    def _held_bytes(self, req: Req) -> int:
+        """Latents and sampler history in fp32, and the embeddings of each branch."""
+        assert req.latent_shape is not None, "planned by the stage before"
+        latents = _HELD_LATENTS * math.prod(req.latent_shape) * torch.float32.itemsize
+        num_text_tokens = req.params.max_sequence_length or self.max_sequence_length
+        return latents + self._num_rows(req) * num_text_tokens * self.memory.hidden_size * self.memory.element_size
 
     def _num_rows(self, req: Req) -> int:
         return 2 if self.guidance.uses_negative(req.params) else 1

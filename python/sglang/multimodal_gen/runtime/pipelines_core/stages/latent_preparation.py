@@ -16,7 +16,7 @@ class LatentPreparationStage(Stage):
 
     name: ClassVar[str] = "latents"
     reads: ClassVar[tuple[str, ...]] = ("params",)
-    writes: ClassVar[tuple[str, ...]] = ("latent_shape", "latents")
+    writes: ClassVar[tuple[str, ...]] = ("latent_shape", "generator", "latents")
 
     def __init__(self, geometry: VideoGeometry, device: torch.device) -> None:
         self.geometry = geometry
@@ -30,7 +30,7 @@ class LatentPreparationStage(Stage):
     def begin(self, req: Req) -> None:
         assert req.latent_shape is not None, "planned at admission"
         assert isinstance(req.params.seed, int), "each output has one seed"
-        generator = torch.Generator("cpu").manual_seed(req.params.seed)
+        req.generator = torch.Generator("cpu").manual_seed(req.params.seed)
         # With the batch axis, as diffusers draws: the shape is part of what a seed means.
-        noise = torch.randn((1, *req.latent_shape), generator=generator, dtype=torch.float32)
+        noise = torch.randn((1, *req.latent_shape), generator=req.generator, dtype=torch.float32)
         req.latents = noise[0].to(self.device)

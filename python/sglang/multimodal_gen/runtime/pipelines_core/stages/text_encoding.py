@@ -81,8 +81,14 @@ class TextEncodingStage(Stage):
             units=1,
             batch_key=self.name,
             cost=float(sum(lengths)),
-            peak_bytes=len(lengths) * self.memory.row_bytes(max(lengths)),
+            peak_bytes=(req.max_text_rows or len(lengths)) * self.memory.row_bytes(max(lengths)),
         )
+
+    def shrink(self, req: Req) -> bool:
+        if req.max_text_rows == 1 or req.negative_prompt_tokens is None:
+            return False
+        req.max_text_rows = 1
+        return True
 
     def step(self, requests: Sequence[Req]) -> list[OutputBatch]:
         wanted = {
@@ -91,7 +97,11 @@ class TextEncodingStage(Stage):
             for tokens in (req.prompt_tokens, req.negative_prompt_tokens)
             if tokens is not None
         }
-        hidden_states = self._encode(list(wanted))
+        texts = list(wanted)
+        rows = min((req.max_text_rows for req in requests if req.max_text_rows is not None), default=len(texts))
+        hidden_states: dict[tuple[int, ...], Tensor] = {}
+        for start in range(0, len(texts), rows):
+            hidden_states |= self._encode(texts[start : start + rows])
 
         def embeds(req: Req, tokens: TokenizedText | None) -> Tensor | None:
             return None if tokens is None else _padded(hidden_states[tokens.ids], self._max_length(req))

@@ -1,0 +1,109 @@
+"""How much memory work really took: measured on the device's allocator, or on the process on CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"  # proc(5): resets VmHWM to the present resident size
+_CPU_MEASUREMENTS = 2
+
+
+class MemoryMeter(Protocol):
+    """Measures one stretch of work at a time."""
+
+    def begin(self, what: Hashable) -> None:
+        """Work of this kind begins."""
+        ...
+
+    def peak_bytes(self) -> int | None:
+        """The most that was held since `begin`, above what was held then; None where this time was not measured."""
+        ...
+
+    def total_peak_bytes(self) -> int:
+        """The most that was held since `begin`, all in all."""
+        ...
+
+    def allocated_bytes(self) -> int:
+        """What is held now, the weights included."""
+        ...
+
+
+class CudaMeter:
+    """The caching allocator's own counts, which are exact."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._base = 0
+
+    def begin(self, what: Hashable) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._base = torch.cuda.memory_allocated(self.device)
+
+    def peak_bytes(self) -> int | None:
+        return max(0, torch.cuda.max_memory_allocated(self.device) - self._base)
+
+    def total_peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def allocated_bytes(self) -> int:
+        return torch.cuda.memory_allocated(self.device)
+
+
+class ProcessMeter:
+    """Resident memory of this process, from Linux's high-water mark.
+
+    The C library keeps freed memory and hands it out again, unseen by the system. So it is told to give it back before
+    each measurement; since that costs milliseconds, each kind of work is measured only the first times.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[Hashable, int] = {}
+        self._base: int | None = None
+        self._trim: Callable[[int], object] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+    def begin(self, what: Hashable) -> None:
+        self._counts[what] = self._counts.get(what, 0) + 1
+        measured = self._counts[what] <= _CPU_MEASUREMENTS and self._reset_peak()
+        self._base = _status_bytes("VmRSS") if measured else None
+
+    def _reset_peak(self) -> bool:
+        if self._trim is None:
+            return False
+        self._trim(0)
+        try:
+            _CLEAR_REFS.write_text(_RESET_PEAK, encoding="ascii")
+        except OSError:  # a sandbox without this file, or where it cannot be written
+            self._trim = None
+            return False
+        return True
+
+    def peak_bytes(self) -> int | None:
+        if self._base is None:
+            return None
+        return max(0, _status_bytes("VmHWM") - self._base)
+
+    def total_peak_bytes(self) -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def allocated_bytes(self) -> int:
+        return _status_bytes("RssAnon")
+
+
+def _status_bytes(field: str) -> int:
+    for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"{_STATUS} has no {field}")
+
+
+def meter_for(device: torch.device) -> MemoryMeter:
+    """The meter of a device."""
+    return CudaMeter(device) if device.type == "cuda" else ProcessMeter()
