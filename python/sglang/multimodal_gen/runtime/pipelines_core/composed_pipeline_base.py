@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import msgspec
-import torch
 from torch import nn
 
 from sglang.multimodal_gen.configs.model_info import ModelInfo, TaskLimits
@@ -260,8 +259,7 @@ class ComposedPipelineBase:
     def reclaim(self) -> None:
         """Give back what a failed unit left behind."""
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.meter.give_back()
 
     def release(self, req: Req) -> None:
         """Free what the request holds."""

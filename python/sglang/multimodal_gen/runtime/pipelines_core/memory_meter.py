@@ -35,6 +35,10 @@ class MemoryMeter(Protocol):
         """What is held now, the weights included."""
         ...
 
+    def give_back(self) -> None:
+        """Return what is cached for later allocations to the device or the system."""
+        ...
+
 
 class CudaMeter:
     """The caching allocator's own counts, which are exact."""
@@ -56,6 +60,9 @@ class CudaMeter:
     def allocated_bytes(self) -> int:
         return torch.cuda.memory_allocated(self.device)
 
+    def give_back(self) -> None:
+        torch.cuda.empty_cache()
+
 
 class ProcessMeter:
     """Resident memory of this process, from Linux's high-water mark.
@@ -68,6 +75,7 @@ class ProcessMeter:
         self._counts: dict[Hashable, int] = {}
         self._base: int | None = None
         self._trim: Callable[[int], object] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        self._can_measure = self._trim is not None
 
     def begin(self, what: Hashable) -> None:
         self._counts[what] = self._counts.get(what, 0) + 1
@@ -75,15 +83,14 @@ class ProcessMeter:
         self._base = _status_bytes("VmRSS") if measured else None
 
     def _reset_peak(self) -> bool:
-        if self._trim is None:
+        if not self._can_measure:
             return False
-        self._trim(0)
+        self.give_back()
         try:
             _CLEAR_REFS.write_text(_RESET_PEAK, encoding="ascii")
         except OSError:  # a sandbox without this file, or where it cannot be written
-            self._trim = None
-            return False
-        return True
+            self._can_measure = False
+        return self._can_measure
 
     def peak_bytes(self) -> int | None:
         if self._base is None:
@@ -95,6 +102,10 @@ class ProcessMeter:
 
     def allocated_bytes(self) -> int:
         return _status_bytes("RssAnon")
+
+    def give_back(self) -> None:
+        if self._trim is not None:
+            self._trim(0)
 
 
 def _status_bytes(field: str) -> int:
