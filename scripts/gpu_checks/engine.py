@@ -1,0 +1,97 @@
+"""The engine on the device: memory comes back, cancelling stops, a killed worker is replaced, warm-up runs first."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import numpy as np
+import torch
+
+from gpu_checks.report import Report, Result
+from sglang import DiffGenerator
+from sglang.multimodal_gen.errors import RequestCancelled
+from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import GenerationResult
+from sglang.multimodal_gen.runtime.managers.messages import Progress
+
+_WISH = {"prompt": "a red circle moving right", "seed": 1, "num_inference_steps": 12, "return_frames": True}
+# What one request may leave behind on the device: nothing. On the CPU the process's memory is noisier.
+_LEFT_BEHIND_BYTES = {"cuda": 0, "cpu": 64 * 2**20}
+_BEAT_S = 2.5
+_CHECKPOINT_EVERY = 4
+# A resumed request may have shared its forwards with others before, or not: sums in another order.
+_LEVELS = 2
+
+
+def check_engine(report: Report, device: torch.device) -> None:
+    """All checks on one engine that serves the embedded model in fp32."""
+    options = {"device": device.type, "precision": "fp32", "checkpoint_every": _CHECKPOINT_EVERY}
+    with DiffGenerator.from_pretrained("demo", warmup_mode="server", **options) as generator:
+        with report.check("engine warm-up") as result:
+            first = _only(generator.generate(_WISH))
+            figures = {"seconds": first.generation_time, "step_ms": float(np.median(first.metrics["step_ms"]))}
+            detail = f"{first.generation_time:.2f} s, {figures['step_ms']:.1f} ms a step"
+            result.expect(first.metrics["warmup_excluded"] is True, detail, **figures)
+        with report.check("engine memory") as result:
+            _check_memory(result, generator, _LEFT_BEHIND_BYTES[device.type])
+        with report.check("engine cancel") as result:
+            _check_cancel(result, generator)
+        with report.check("engine worker kill") as result:
+            _check_kill(result, generator, first)
+
+
+def _only(result: GenerationResult | list[GenerationResult]) -> GenerationResult:
+    assert isinstance(result, GenerationResult)
+    return result
+
+
+def _allocated(generator: DiffGenerator) -> int:
+    """What the worker says it holds, by a heartbeat that is younger than this call."""
+    time.sleep(_BEAT_S)
+    allocated = generator.status().allocated_bytes
+    assert allocated is not None, "the worker measures its memory"
+    return allocated
+
+
+def _check_memory(result: Result, generator: DiffGenerator, allowed: int) -> None:
+    _only(generator.generate(_WISH))
+    before = _allocated(generator)
+    prompts = ["a red circle", "a blue star moving up", "a green square"]
+    generator.generate({"prompt": prompts, "num_outputs_per_prompt": 2, "num_inference_steps": 4, "seed": 3})
+    left = _allocated(generator) - before
+    result.expect(left <= allowed, f"{left} bytes more after 6 requests, {before / 2**20:.0f} MiB before", left=left)
+
+
+def _check_cancel(result: Result, generator: DiffGenerator) -> None:
+    before = _allocated(generator)
+    last_step, cancelled = 0, False
+    for item in generator.stream(_WISH | {"num_inference_steps": 400}):
+        if isinstance(item.event, Progress):
+            last_step = item.event.step
+            if last_step == 3:
+                generator.cancel(item.request_id)
+        cancelled |= isinstance(item.event, RequestCancelled)
+    ticks = generator.status().ticks
+    left = _allocated(generator) - before
+    still = generator.status().ticks - ticks
+    good = cancelled and last_step < 40 and still == 0 and left <= 64 * 2**20
+    result.expect(good, f"ended at step {last_step} of 400, {still} ticks after it, {left} bytes left", left=left)
+
+
+def _check_kill(result: Result, generator: DiffGenerator, undisturbed: GenerationResult) -> None:
+    steps: list[int] = []
+    resumed = None
+    for item in generator.stream(_WISH):
+        if isinstance(item.event, Progress) and item.event.phase == "denoise":
+            steps.append(item.event.step)
+            if steps == list(range(1, 8)):
+                os.kill(generator.status().worker_pids[0], signal.SIGKILL)
+        if isinstance(item.event, GenerationResult):
+            resumed = item.event
+    assert resumed is not None and resumed.frames is not None and undisturbed.frames is not None
+    repeated = len(steps) - len(set(steps))
+    level = int(np.abs(resumed.frames.astype(int) - undisturbed.frames.astype(int)).max())
+    good = resumed.metrics["attempts"] == 2 and repeated <= _CHECKPOINT_EVERY and level <= _LEVELS
+    detail = f"attempt {resumed.metrics['attempts']}, {repeated} steps done twice, frames {level}/255 apart"
+    result.expect(good, detail, repeated=repeated, level=level)
