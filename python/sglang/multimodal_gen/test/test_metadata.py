@@ -126,6 +126,7 @@ def test_the_comment_of_a_gif_changes_nothing_that_is_shown(tmp_path: Path) -> N
         with Image.open(path) as image:
             assert (image.info["loop"], image.n_frames) == (0, 9)  # type: ignore[attr-defined]
             assert json.loads(image.info.get("comment", "{}")) == (METADATA if path is told else {})
+    assert told.read_bytes().index(b"NETSCAPE2.0") < told.read_bytes().index(b'{"prompt"'), "the loop count comes first"
     assert np.array_equal(decode(plain)[0], decode(told)[0])
     assert decode(plain)[1] == decode(told)[1]
 
@@ -141,6 +142,14 @@ def test_without_metadata_a_file_says_nothing(tmp_path: Path, file_format: str) 
 def test_the_longest_prompt_fits(tmp_path: Path, file_format: str) -> None:
     metadata = file_metadata(SamplingParams(prompt="a" * 32_000).recorded(), model="tiny")
     assert read_metadata(save_as(file_format, tmp_path, metadata=metadata)) == metadata
+
+
+def test_a_jpeg_without_room_for_both_keeps_the_json(tmp_path: Path) -> None:
+    metadata = file_metadata({"prompt": "a" * 32_000, "negative_prompt": "b" * 32_000}, model="tiny")
+    path = save_as("jpeg", tmp_path, metadata=metadata)
+    assert read_metadata(path) == metadata
+    with Image.open(path) as image:
+        assert ExifTags.Base.ImageDescription not in image.getexif()
 
 
 def test_what_does_not_fit_into_a_jpeg_is_refused_before_a_frame_exists(tmp_path: Path) -> None:
