@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -34,6 +35,32 @@ def test_a_video_decodes_to_the_frames_that_were_written(tmp_path: Path, file_fo
     assert got.shape == frames.shape
     assert facts["fps"] == pytest.approx(16, rel=0.01)
     assert min(psnr(a, b) for a, b in zip(got, frames, strict=True)) >= lowest_psnr
+
+
+@pytest.mark.parametrize(
+    ("file_format", "fps"), [("mp4", 1), ("mp4", 240), ("webm", 1), ("webm", 240), ("gif", 1), ("gif", 50)]
+)
+def test_the_frame_rate_is_kept_at_both_ends_of_its_range(tmp_path: Path, file_format: str, fps: int) -> None:
+    path = save(clip(49), tmp_path, output_format=file_format, fps=fps)
+    assert decode(path)[1]["fps"] == pytest.approx(fps, rel=0.01)
+
+
+@pytest.mark.parametrize("file_format", VIDEOS)
+def test_a_video_of_one_frame_is_a_video(tmp_path: Path, file_format: str) -> None:
+    frames = clip(1)
+    path = save(frames, tmp_path, output_format=file_format)
+    with av.open(str(path)) as container:
+        assert file_format in container.format.name
+        [frame] = container.decode(video=0)
+        assert psnr(frame.to_ndarray(format="rgb24")[None], frames) > 30
+
+
+def test_a_slower_preset_makes_a_smaller_file_of_the_same_quality(tmp_path: Path) -> None:
+    frames = clip(17, height=96, width=128)
+    paths = [save(frames, tmp_path / preset, x264_preset=preset) for preset in ("ultrafast", "veryslow")]
+    assert paths[1].stat().st_size < paths[0].stat().st_size / 1.5
+    qualities = [psnr(decode(path)[0], frames) for path in paths]
+    assert abs(qualities[0] - qualities[1]) < 2
 
 
 def test_mp4_is_what_browsers_play(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sglang.multimodal_gen.errors import StorageError
 from sglang.multimodal_gen.runtime.postprocess.saving import OutputWriter, SavedFiles
 from sglang.multimodal_gen.runtime.postprocess.stills import CONTACT_SHEET, THUMBNAIL
 from sglang.multimodal_gen.test.clips import Wishes, clip
@@ -153,6 +155,23 @@ def test_the_output_gets_its_name_last(tmp_path: Path, monkeypatch: pytest.Monke
     save_all(clip(2), tmp_path, output_format="gif")
     endings = ["".join(Path(name).suffixes) for name in named if not name.startswith(".")]
     assert endings == [".thumb.webp", ".sheet.jpg", ".gif"]
+
+
+def test_nothing_is_left_when_the_output_cannot_get_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = os.link
+
+    def full(source: Any, target: str, **options: Any) -> None:
+        if target.endswith(".gif"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        link(source, target, **options)
+
+    monkeypatch.setattr(os, "link", full)
+    writer = OutputWriter(Wishes(output_format="gif", thumbnail=True, contact_sheet=True), str(tmp_path), num_frames=2)
+    writer.write(clip(2))
+    with pytest.raises(StorageError, match="no space"):
+        writer.close()
+    writer.abort()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_left_of_an_aborted_output(tmp_path: Path) -> None:

@@ -130,9 +130,11 @@ class OutputWriter:
                 for ending, file in self._files.items():
                     published[ending] = file.publish(stem + ending, overwrite=self._overwrite)
                 return published
-            except FileExistsError:
+            except OSError as error:
                 for ending in published:
                     self._files[ending].withdraw()
+                if not isinstance(error, FileExistsError):
+                    raise
         raise AssertionError("the names ran out")
 
     @contextmanager
