@@ -220,6 +220,7 @@ def result(path: str | None) -> GenerationResult:
         output_file_path=path,
         generation_time=1.23456,
         peak_memory_mb=0.0,
+        metrics={"warmup_excluded": False},
     )
 
 
