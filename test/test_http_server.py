@@ -85,6 +85,10 @@ def test_a_video_is_created_polled_downloaded_listed_and_deleted(client: openai.
     video = client.videos.poll(created.id)
     assert (video.status, video.progress, video.error) == ("completed", 100, None)
     assert num_frames(client.videos.download_content(video.id).content) == 17
+    for variant, file_format, size in (("thumbnail", "WEBP", (64, 64)), ("spritesheet", "JPEG", (5 * 64, 4 * 64))):
+        content = client.videos.download_content(video.id, variant=variant).content  # type: ignore[arg-type]
+        with Image.open(io.BytesIO(content)) as picture:
+            assert (picture.format, picture.size) == (file_format, size)
     assert video.id in [listed.id for listed in client.videos.list()]
     assert client.videos.delete(video.id).deleted is True
     with pytest.raises(openai.NotFoundError) as raised:

@@ -43,6 +43,7 @@ class Declaration:
     code: str | None = None
     metavar: str | None = None
     check: Callable[[Any], str | None] | None = None
+    recorded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +123,13 @@ def arg(
     code: str | None = None,
     metavar: str | None = None,
     check: Callable[[Any], str | None] | None = None,
+    recorded: bool = False,
 ) -> Any:
     """A dataclass field that is a parameter.
 
     `unset` says what happens while the value is None; `exposed` names the ways in that offer the parameter; `code` is
-    the error code of a value out of bounds; `check` returns None, or in words what would be accepted instead.
+    the error code of a value out of bounds; `check` returns None, or in words what would be accepted instead;
+    `recorded` parameters are written into the files that they made.
     """
     declaration = Declaration(
         help=help,
@@ -140,6 +143,7 @@ def arg(
         code=code,
         metavar=metavar,
         check=check,
+        recorded=recorded,
     )
     return dataclasses.field(default=default, metadata={_KEY: declaration})
 

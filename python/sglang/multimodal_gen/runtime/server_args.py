@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglang.multimodal_gen import envs
@@ -50,6 +51,19 @@ class ModelArgs:
     served_model_name: str | None = arg(
         None, help="Name in /v1/models and in replies.", group="model", unset="the model's own name", metavar="NAME"
     )
+
+
+def model_names(args: ModelArgs) -> tuple[str, ...]:
+    """The name that the server goes by, then the other accepted ones. Never a directory of this machine.
+
+    Without a served name, a hub id is its own name and a directory goes by its last part.
+    """
+    last_part = Path(args.model_path.rstrip("/")).name or "model"
+    is_hub_id = (
+        args.model_path.count("/") == 1 and args.model_path[0] not in "./~" and not Path(args.model_path).exists()
+    )
+    own_names = (args.model_path, last_part) if is_hub_id else (last_part,)
+    return tuple(dict.fromkeys(name for name in (args.served_model_name, args.model_id, *own_names) if name))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 Registered with `register_configs` and nothing else. Words in the prompt cause faults in denoising unit 1:
 `sleep-MS`, `fail`, `fail-shared` (only in company), `die`, `die-once-FILE` (while FILE does not exist), `hang`, `oom`,
 `oom-shared` (only in company), `oom-large` (until the request is planned with less). `die-at-K-FILE` dies at unit K
-once. `holds-N` makes the request hold N of the 1,000 GiB that the family says there are.
+once. `holds-N` makes the request hold N of the 1,000 GiB that the family says there are. With `noise-until-FILE` the
+frames are noise, which takes room in a file, and the last ones come when FILE exists.
 """
 
 from __future__ import annotations
@@ -131,12 +132,16 @@ class NullDecoding(Stage):
 
 
 def chunk_of(req: Req) -> OutputBatch:
-    """The first half of a video's frames, then the rest; each frame's pixels are its number."""
+    """The first half of a video's frames, then the rest; each frame's pixels are its number, or noise."""
     total, index = req.params.num_frames or 1, req.done("decode")
     last = index == num_chunks(req) - 1
     numbers = range(index * (total // 2), total if last else total // 2)
     height, width = req.params.height or 16, req.params.width or 16
     frames = torch.stack([torch.full((height, width, 3), number % 256, dtype=torch.uint8) for number in numbers])
+    if req.params.prompt.startswith("noise-until-"):
+        frames = torch.randint(0, 256, frames.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
+        while last and not Path(req.params.prompt.removeprefix("noise-until-")).exists():
+            time.sleep(0.01)
     return OutputBatch(request_id=req.request_id, first_frame=numbers.start, last=last, frames=frames)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -219,6 +220,7 @@ def result(path: str | None) -> GenerationResult:
         output_file_path=path,
         generation_time=1.23456,
         peak_memory_mb=0.0,
+        metrics={"warmup_excluded": False},
     )
 
 
@@ -251,6 +253,14 @@ def test_a_result_that_is_not_saved_says_so(capsys: Capture) -> None:
         reporter.event(event(result(None)))
     assert "not saved, seed 42" in capsys.readouterr().out
     assert reporter.num_failed == 0
+
+
+def test_images_beside_a_result_are_told_below_it(capsys: Capture) -> None:
+    told = dataclasses.replace(result("a.mp4"), thumbnail_path="a.thumb.webp", contact_sheet_path="a.sheet.jpg")
+    with reporting.Reporter(reporting.LineDisplay(), several=False) as reporter:
+        reporter.event(event(told))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:] == ["thumbnail saved to a.thumb.webp", "contact sheet saved to a.sheet.jpg"]
 
 
 def test_progress_says_the_step_and_the_time_left() -> None:

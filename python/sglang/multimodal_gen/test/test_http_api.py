@@ -31,7 +31,7 @@ from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import NotAModel, OutOfMemory, QueueFull, ServingError
 from sglang.multimodal_gen.runtime.entrypoints.engine_client import RequestHandle
 from sglang.multimodal_gen.runtime.entrypoints.http_server import create_app, serve
-from sglang.multimodal_gen.runtime.entrypoints.openai.engine import HttpSettings, model_names
+from sglang.multimodal_gen.runtime.entrypoints.openai.engine import HttpSettings
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import BodyLimits
 from sglang.multimodal_gen.runtime.managers.messages import (
     Cancelled,
@@ -43,7 +43,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Queued,
     Started,
 )
-from sglang.multimodal_gen.runtime.server_args import ModelArgs
+from sglang.multimodal_gen.runtime.server_args import ModelArgs, model_names
 
 MODEL = ModelInfo(
     name="tiny",
@@ -120,7 +120,12 @@ class ScriptedEngine:
         if params.save_output:
             assert params.output_path is not None and params.output_file_name is not None
             Path(params.output_path).mkdir(parents=True, exist_ok=True)
-            (Path(params.output_path) / params.output_file_name).write_bytes(bytes(range(200)))
+            path = Path(params.output_path) / params.output_file_name
+            path.write_bytes(bytes(range(200)))
+            if params.thumbnail:
+                path.with_suffix(".thumb.webp").write_bytes(b"thumbnail")
+            if params.contact_sheet:
+                path.with_suffix(".sheet.jpg").write_bytes(b"contact sheet")
         assert isinstance(params.seed, int) and params.width and params.height and params.num_frames
         return Finished(
             request_id=request_id,
@@ -315,12 +320,19 @@ BAD_FIELDS = [
     (IMAGES, {"partial_images": 1}, "unsupported_parameter", "partial_images"),
     (IMAGES, {"style": "vivid"}, "unsupported_parameter", "style"),
     (IMAGES, {"num_frames": 5}, "unknown_parameter", "num_frames"),
+    (IMAGES, {"x264_preset": "slow"}, "unknown_parameter", "x264_preset"),
+    (IMAGES, {"metadata": "no"}, "invalid_type", "metadata"),
+    *((path, {name: True}, "unknown_parameter", name) for path in (IMAGES, VIDEOS)
+      for name in ("thumbnail", "contact_sheet")),
     # B24, B25: videos
     *((VIDEOS, {"seconds": seconds}, "invalid_seconds", "seconds")
       for seconds in ("abc", "-4", "0", "1e9", 1e9, 0, -4, "", "nan", "4 ", True, [4], BIG)),
     *((VIDEOS, {"fps": fps}, "invalid_fps", "fps") for fps in (0, 1_000_000_000, 1.5)),
     *((VIDEOS, {"num_frames": n}, "invalid_num_frames", "num_frames") for n in (0, 1_000_000_000, 34, 85)),
     (VIDEOS, {"seconds": "2", "num_frames": 33}, "incompatible_parameters", "seconds"),
+    (VIDEOS, {"x264_preset": "quick"}, "invalid_value", "x264_preset"),
+    (VIDEOS, {"x264_preset": "slow", "output_format": "webm"}, "invalid_value", "x264_preset"),
+    (VIDEOS, {"fps": 60, "output_format": "gif"}, "invalid_value", "fps"),
     (VIDEOS, {"n": 2}, "unsupported_parameter", "n"),
     (VIDEOS, {"input_reference": "https://example.com/a.png"}, "unsupported_parameter", "input_reference"),
 ]  # fmt: skip
@@ -753,7 +765,7 @@ def test_an_unknown_video_is_not_found(server: RunningServer, video_id: str) -> 
     ("query", "code", "param"),
     [
         ("variant=bogus", "invalid_variant", "variant"),
-        ("variant=thumbnail", "invalid_variant", "variant"),
+        ("variant=contact_sheet", "invalid_variant", "variant"),
         ("variant=video&variant=video", "duplicate_parameter", "variant"),
         ("format=mp4", "unknown_parameter", "format"),
     ],
@@ -817,11 +829,11 @@ def test_a_bad_list_query_is_refused(server: RunningServer, query: str, code: st
 
 def test_deleting_a_video_removes_its_bytes(server: RunningServer) -> None:
     video = finished_video(server)
-    path = server.files_dir / "videos" / f"{video['id']}.mp4"
-    assert path.exists()
+    files = list((server.files_dir / "videos").glob(f"{video['id']}.*"))
+    assert len(files) == 3
     reply = server.client.delete(f"{VIDEOS}/{video['id']}")
     assert reply.json() == {"id": video["id"], "object": "video.deleted", "deleted": True}
-    assert not path.exists()
+    assert not any(path.exists() for path in files)
     assert_error(server.client.delete(f"{VIDEOS}/{video['id']}"), 404, "video_not_found", "video_id")
 
 
@@ -849,6 +861,33 @@ def test_only_so_many_videos_are_kept(start_server: Start) -> None:
 def test_a_gif_is_served_as_one(server: RunningServer) -> None:
     video = finished_video(server, output_format="gif")
     assert server.client.get(f"{VIDEOS}/{video['id']}/content").headers["content-type"] == "image/gif"
+
+
+@pytest.mark.parametrize("file_format", ["mp4", "gif"])
+@pytest.mark.parametrize(
+    ("variant", "content", "media_type", "ending"),
+    [
+        ("thumbnail", b"thumbnail", "image/webp", ".thumb.webp"),
+        ("spritesheet", b"contact sheet", "image/jpeg", ".sheet.jpg"),
+    ],
+)
+def test_a_video_has_a_thumbnail_and_a_contact_sheet(
+    server: RunningServer, file_format: str, variant: str, content: bytes, media_type: str, ending: str
+) -> None:
+    video = finished_video(server, output_format=file_format)
+    url = f"{VIDEOS}/{video['id']}/content?variant={variant}"
+    reply = server.client.get(url)
+    assert (reply.content, reply.headers["content-type"]) == (content, media_type)
+    assert f'filename="{video["id"]}{ending}"' in reply.headers["content-disposition"]
+    assert server.client.get(url, headers={"range": "bytes=0-1"}).content == content[:2]
+    (server.files_dir / "videos" / f"{video['id']}{ending}").unlink()
+    assert_error(server.client.get(url), 404, "video_not_found", "video_id")
+
+
+def test_a_client_may_keep_the_parameters_out_of_the_file(server: RunningServer) -> None:
+    for post in (server.post_image, server.post_video):
+        assert [post(**fields).status_code for fields in ({}, {"metadata": False})] == [200, 200]
+    assert [params.metadata for params in server.engine.submitted.values()] == [True, False] * 2
 
 
 # --- idempotency ---

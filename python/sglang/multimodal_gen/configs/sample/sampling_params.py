@@ -18,6 +18,18 @@ MAX_PROMPT_CHARACTERS = 32_000
 OUTPUT_QUALITIES = ("default", "maximum", "high", "medium", "low")
 IMAGE_FORMATS = ("png", "jpeg", "webp")
 VIDEO_FORMATS = ("mp4", "gif", "webm")
+X264_PRESETS = (
+    "ultrafast",
+    "superfast",
+    "veryfast",
+    "faster",
+    "fast",
+    "medium",
+    "slow",
+    "slower",
+    "veryslow",
+    "placebo",
+)
 _FROM_MODEL = "the model's own"
 
 
@@ -32,13 +44,14 @@ def _plain_file_name(name: str) -> str | None:
 class ConditioningParams:
     """What the result should show."""
 
-    prompt: str = arg("", help="What to generate.", group="prompt", max_length=MAX_PROMPT_CHARACTERS)
+    prompt: str = arg("", help="What to generate.", group="prompt", max_length=MAX_PROMPT_CHARACTERS, recorded=True)
     negative_prompt: str | None = arg(
         None,
         help="What to steer away from; used only with a guidance scale above 1.",
         group="prompt",
         unset=_FROM_MODEL,
         max_length=MAX_PROMPT_CHARACTERS,
+        recorded=True,
     )
     max_sequence_length: int | None = arg(
         None,
@@ -47,6 +60,7 @@ class ConditioningParams:
         unset=_FROM_MODEL,
         minimum=1,
         maximum=4096,
+        recorded=True,
     )
 
 
@@ -62,6 +76,7 @@ class ShapeParams:
         minimum=16,
         maximum=16384,
         code="invalid_size",
+        recorded=True,
     )
     height: int | None = arg(
         None,
@@ -71,6 +86,7 @@ class ShapeParams:
         minimum=16,
         maximum=16384,
         code="invalid_size",
+        recorded=True,
     )
     num_frames: int | None = arg(
         None,
@@ -80,6 +96,7 @@ class ShapeParams:
         minimum=1,
         maximum=100_000,
         code="invalid_num_frames",
+        recorded=True,
     )
     fps: int | None = arg(
         None,
@@ -89,6 +106,7 @@ class ShapeParams:
         minimum=1,
         maximum=240,
         code="invalid_fps",
+        recorded=True,
     )
 
 
@@ -104,6 +122,7 @@ class DenoisingParams:
         minimum=1,
         maximum=1000,
         code="invalid_steps",
+        recorded=True,
     )
     guidance_scale: float | None = arg(
         None,
@@ -112,6 +131,7 @@ class DenoisingParams:
         unset=_FROM_MODEL,
         minimum=0.0,
         maximum=1000.0,
+        recorded=True,
     )
     guidance_rescale: float | None = arg(
         None,
@@ -121,6 +141,7 @@ class DenoisingParams:
         unset=_FROM_MODEL,
         minimum=0.0,
         maximum=1.0,
+        recorded=True,
     )
     flow_shift: float | None = arg(
         None,
@@ -129,6 +150,7 @@ class DenoisingParams:
         unset=_FROM_MODEL,
         minimum=0.01,
         maximum=100.0,
+        recorded=True,
     )
     scheduler: str | None = arg(
         None,
@@ -136,6 +158,7 @@ class DenoisingParams:
         group="denoising",
         unset="the checkpoint's own",
         choices=("euler", "unipc", "dpmpp_2m"),
+        recorded=True,
     )
     seed: int | tuple[int, ...] | None = arg(
         None,
@@ -145,6 +168,7 @@ class DenoisingParams:
         minimum=0,
         maximum=MAX_SEED,
         code="invalid_seed",
+        recorded=True,
     )
     num_outputs_per_prompt: int = arg(
         1, help="Results per prompt.", group="denoising", minimum=1, maximum=10, code="invalid_n"
@@ -213,6 +237,30 @@ class OutputParams:
         maximum=100,
         code="invalid_value",
     )
+    x264_preset: str | None = arg(
+        None,
+        help="Time spent on compressing an mp4: a slower preset makes a smaller file of the same quality.",
+        group="output",
+        unset="fast",
+        choices=X264_PRESETS,
+    )
+    metadata: bool = arg(
+        True,
+        help="Write the parameters that made the result into its file: prompt, seed, size, steps, model and so on.",
+        group="output",
+    )
+    thumbnail: bool = arg(
+        False,
+        help="Save a small WebP image of the middle frame beside the result.",
+        group="output",
+        exposed=LOCAL_ONLY,
+    )
+    contact_sheet: bool = arg(
+        False,
+        help="Save a JPEG image of up to 25 frames in a grid beside the result.",
+        group="output",
+        exposed=LOCAL_ONLY,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +284,15 @@ class SamplingParams(OutputParams, DenoisingParams, ShapeParams, ConditioningPar
                 if found is not None:
                     missing[name] = found
         return dataclasses.replace(self, **missing)
+
+    def recorded(self) -> dict[str, Any]:
+        """What made the result, by declaration: equal for equal requests, unset and unused fields left out."""
+        found = {name: getattr(self, name) for name, p in parameters(SamplingParams).items() if p.declaration.recorded}
+        if self.guidance_scale is None or self.guidance_scale <= 1:
+            del found["negative_prompt"]
+        if self.num_frames == 1:
+            del found["fps"]
+        return {name: value for name, value in found.items() if value is not None}
 
     def require_prompt(self) -> None:
         """Raises EmptyPrompt when there is nothing to generate from."""

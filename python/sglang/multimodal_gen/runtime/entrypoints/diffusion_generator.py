@@ -47,7 +47,8 @@ _STOP_GRACE_S = 15.0
 class GenerationResult:
     """One output. `frames` uint8 [T, H, W, 3] with `return_frames`, `latents` float32 [C, T, H, W] with
     `return_latents`; `metrics` holds `stage_seconds`, `step_ms`, `queue_seconds`, `attempts` and `warmup_excluded`
-    (its size had been warmed up before); times are seconds."""
+    (its size had been warmed up before); times are seconds. Paths are absolute, or None where nothing of the kind was
+    saved."""
 
     prompt: str
     prompt_index: int
@@ -57,6 +58,8 @@ class GenerationResult:
     output_file_path: str | None
     generation_time: float
     peak_memory_mb: float
+    thumbnail_path: str | None = None
+    contact_sheet_path: str | None = None
     frames: np.ndarray | None = None
     latents: np.ndarray | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -320,6 +323,8 @@ class _Engine:
             seed=event.seed,
             size=(event.height, event.width, event.num_frames),
             output_file_path=event.output_file_path,
+            thumbnail_path=event.thumbnail_path,
+            contact_sheet_path=event.contact_sheet_path,
             generation_time=event.generation_time,
             peak_memory_mb=event.peak_memory_bytes / 2**20,
             frames=None if event.frames is None else self.client.take(event.frames),

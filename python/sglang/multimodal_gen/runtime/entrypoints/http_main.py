@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sglang.multimodal_gen.runtime.entrypoints.engine_client import EngineClient
 from sglang.multimodal_gen.runtime.entrypoints.http_server import create_app, serve
-from sglang.multimodal_gen.runtime.entrypoints.openai.engine import HttpSettings, model_names
+from sglang.multimodal_gen.runtime.entrypoints.openai.engine import HttpSettings
 from sglang.multimodal_gen.runtime.managers.child_process import (
     exit_with_parent,
     inherited_connection,
@@ -24,6 +24,7 @@ from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.managers.messages import HTTP_CLIENT_NAME, Codec, SchedulerLost, SupervisorNote
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
+from sglang.multimodal_gen.runtime.server_args import model_names
 
 
 def _settings(config: EngineConfig) -> HttpSettings:

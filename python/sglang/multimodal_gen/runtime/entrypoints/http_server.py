@@ -39,6 +39,7 @@ _DRAIN_SHARE = 0.6
 _JSON = "application/json"
 _MULTIPART = "multipart/form-data"
 _IMAGES = ("image/png", "image/jpeg", "image/webp")
+_VIDEO_VARIANTS = tuple(media for media in MEDIA_TYPES.values() if media != "image/png")
 
 
 def create_app(engine: Engine, settings: HttpSettings) -> FastAPI:
@@ -125,7 +126,7 @@ def _add_video_routes(app: FastAPI, videos: VideoApi) -> None:
         "/v1/videos/{video_id}/content",
         response_model=None,
         openapi_extra=query(ContentQuery),
-        responses=binary(set(MEDIA_TYPES.values()) - set(_IMAGES)),
+        responses=binary(_VIDEO_VARIANTS),
     )(videos.content)
 
 

@@ -11,6 +11,7 @@ from sglang.multimodal_gen.configs.declare import Surface, check_names, paramete
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, MAX_SEED, SamplingParams
 from sglang.multimodal_gen.errors import (
+    IncompatibleParameters,
     InvalidType,
     InvalidValue,
     MissingParameter,
@@ -39,8 +40,7 @@ def expand_prompts(values: Mapping[str, Any], *, model: ModelInfo, surface: Surf
         wish.require_prompt()
         complete = wish.filled_from(model.defaults, GENERAL_DEFAULTS)
         model.limits.check(complete)
-        if complete.save_output or complete.return_encoded:
-            choose_format(complete, num_frames=complete.num_frames or 1)
+        check_output(complete)
         expanded.append(_outputs(complete))
     return expanded
 
@@ -91,3 +91,14 @@ def _numbered(name: str | None, index: int, count: int) -> str | None:
         return name
     stem, dot, ending = name.rpartition(".")
     return f"{stem}_{index}.{ending}" if dot else f"{name}_{index}"
+
+
+def check_output(params: SamplingParams) -> None:
+    """Raises what is wrong with the file that is to be made, or with images beside a file that is not."""
+    if params.save_output or params.return_encoded:
+        choose_format(params, num_frames=params.num_frames or 1)
+    for name in ("thumbnail", "contact_sheet"):
+        if getattr(params, name) and not params.save_output:
+            raise IncompatibleParameters(
+                f"{name}: is saved beside the result, accepted is {name} with save_output", param=name
+            )

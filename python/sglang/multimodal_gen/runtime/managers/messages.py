@@ -154,6 +154,8 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     height: int
     num_frames: int
     output_file_path: str | None
+    thumbnail_path: str | None = None
+    contact_sheet_path: str | None = None
     frames: MappedArray | None
     latents: MappedArray | None
     encoded: MappedArray | None
@@ -404,6 +406,8 @@ class OutputDone(Message, frozen=True, kw_only=True, tag="output_done"):
 
     request_id: str
     output_file_path: str | None
+    thumbnail_path: str | None = None
+    contact_sheet_path: str | None = None
     frames: MappedArray | None
     encoded: MappedArray | None
     encode_seconds: float

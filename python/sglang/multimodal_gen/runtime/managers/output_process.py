@@ -35,7 +35,9 @@ from sglang.multimodal_gen.runtime.managers.messages import (
 )
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
+from sglang.multimodal_gen.runtime.postprocess.metadata import file_metadata
 from sglang.multimodal_gen.runtime.postprocess.saving import OutputWriter
+from sglang.multimodal_gen.runtime.server_args import model_names
 
 # Started with -m, this module's own name is __main__, which is outside the package's logger.
 logger = logging.getLogger("sglang.multimodal_gen.runtime.managers.output_process")
@@ -44,9 +46,9 @@ _WAKE = "inproc://replies"
 
 
 class OutputJob:
-    """One output on its way to a file, to the client, or both."""
+    """One output on its way to a file, to the client, or both. `model` is the name that the file gives as its maker."""
 
-    def __init__(self, opened: OpenOutput, run_dir: RunDir) -> None:
+    def __init__(self, opened: OpenOutput, run_dir: RunDir, *, model: str) -> None:
         self.opened = opened
         self.run_dir = run_dir
         self.seconds = 0.0
@@ -56,7 +58,12 @@ class OutputJob:
         directory = opened.directory
         if params.return_encoded:
             directory = str(run_dir.private_state)
-        self.writer = None if directory is None else OutputWriter(params, directory, num_frames=opened.num_frames)
+        metadata = file_metadata(params.recorded(), model=model) if params.metadata else None
+        self.writer = (
+            None
+            if directory is None
+            else OutputWriter(params, directory, num_frames=opened.num_frames, metadata=metadata)
+        )
 
     def add(self, message: OutputFrames) -> OutputDone | None:
         """Take the next frames; the reply when they were the last."""
@@ -74,16 +81,18 @@ class OutputJob:
 
     def _finish(self) -> OutputDone:
         begin = time.perf_counter()
-        path = None if self.writer is None else self.writer.close()
+        saved = None if self.writer is None else self.writer.close()
         encoded = None
-        if path is not None and self.opened.params.return_encoded:
-            encoded = self.run_dir.put(np.frombuffer(path.read_bytes(), dtype=np.uint8))
-            path.unlink()
-            path = None
+        if saved is not None and self.opened.params.return_encoded:
+            encoded = self.run_dir.put(np.frombuffer(saved.output.read_bytes(), dtype=np.uint8))
+            saved.output.unlink()
+            saved = None
         self._returned_view = None
         return OutputDone(
             request_id=self.opened.request_id,
-            output_file_path=None if path is None else str(path),
+            output_file_path=None if saved is None else str(saved.output),
+            thumbnail_path=None if saved is None or saved.thumbnail is None else str(saved.thumbnail),
+            contact_sheet_path=None if saved is None or saved.contact_sheet is None else str(saved.contact_sheet),
             frames=self.returned,
             encoded=encoded,
             encode_seconds=self.seconds + time.perf_counter() - begin,
@@ -100,8 +109,9 @@ class OutputJob:
 class OutputProcess:
     """Deals messages to one thread per output and brings their replies back."""
 
-    def __init__(self, run_dir: RunDir) -> None:
+    def __init__(self, run_dir: RunDir, *, model: str) -> None:
         self.run_dir = run_dir
+        self.model = model
         self.context = zmq.Context()
         self.scheduler = self.context.socket(zmq.PAIR)
         self.scheduler.set_hwm(0)
@@ -148,7 +158,7 @@ class OutputProcess:
         reply: Message | None = None
         job: OutputJob | None = None
         try:
-            job = OutputJob(opened, self.run_dir)
+            job = OutputJob(opened, self.run_dir, model=self.model)
             while reply is None:
                 message = inbox.get()
                 if isinstance(message, DropOutput):
@@ -177,7 +187,7 @@ def main() -> None:
     config = EngineConfig.from_bytes(parent.recv_bytes())
     configure_logging(config.args.logging)
     exit_with_parent(parent, lambda _: None, cleanup=lambda: None)
-    OutputProcess(RunDir.at(config.run_dir)).run()
+    OutputProcess(RunDir.at(config.run_dir), model=model_names(config.args.model)[0]).run()
 
 
 if __name__ == "__main__":

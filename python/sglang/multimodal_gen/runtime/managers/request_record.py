@@ -160,6 +160,8 @@ class RequestRecord:
             height=p.height,
             num_frames=p.num_frames,
             output_file_path=None if output is None else output.output_file_path,
+            thumbnail_path=None if output is None else output.thumbnail_path,
+            contact_sheet_path=None if output is None else output.contact_sheet_path,
             frames=None if output is None else output.frames,
             encoded=None if output is None else output.encoded,
             latents=self.latents,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -17,10 +19,33 @@ from PIL import Image
 
 from sglang.multimodal_gen.errors import InvalidValue
 from sglang.multimodal_gen.runtime.postprocess.formats import OutputFormat, h264_crf, vp9_crf
+from sglang.multimodal_gen.runtime.postprocess.metadata import (
+    Metadata,
+    add_gif_comment,
+    container_tags,
+    exif_block,
+    png_chunks,
+)
+
+DEFAULT_X264_PRESET = "fast"
 
 _BT709 = 1  # ITU-T H.273 code point, the same for primaries, transfer and matrix
 _LIMITED_RANGE = 1
 _FULL_CHROMA_PERCENT = 90  # from here on JPEG keeps colour at full resolution
+# x264's output depends on the number of threads; left to itself it takes as many as the machine has processors.
+_CODEC_THREADS = 4
+# Without it the file carries FFmpeg's version, and WebM a random number.
+_REPRODUCIBLE = {"fflags": "+bitexact"}
+_FAST_START = {"movflags": "+faststart"}  # the index first: players start before the whole file is there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How a file is encoded. `percent`: 0 to 100, see `quality_percent`."""
+
+    fps: int
+    percent: int
+    x264_preset: str = DEFAULT_X264_PRESET
 
 
 class FrameEncoder(ABC):
@@ -38,33 +63,41 @@ class FrameEncoder(ABC):
         """Release what is held without finishing the file."""
 
 
-def open_encoder(path: str, chosen: OutputFormat, *, fps: int, percent: int) -> FrameEncoder:
-    """The encoder of `chosen`, writing to `path` whatever its ending. `percent`: 0 to 100, see `quality_percent`."""
+def open_encoder(path: str, chosen: OutputFormat, encoding: Encoding, *, metadata: Metadata | None) -> FrameEncoder:
+    """The encoder of `chosen`, writing to `path` whatever its ending; `metadata` goes into the file.
+
+    Equal frames, encoding and metadata give equal bytes, on any machine with the same versions of the libraries.
+
+    Raises: InvalidRequest for metadata that the format cannot hold, OSError.
+    """
     if chosen.name == "mp4":
-        options = {"crf": str(h264_crf(percent)), "preset": "fast"}
-        return YuvEncoder(path, "mp4", "libx264", fps=fps, codec_options=options, container_options=_FAST_START)
+        options = {"crf": str(h264_crf(encoding.percent)), "preset": encoding.x264_preset}
+        return YuvEncoder(path, MP4, fps=encoding.fps, codec_options=options, metadata=metadata)
     if chosen.name == "webm":
-        options = {"crf": str(vp9_crf(percent)), "b:v": "0", "deadline": "realtime", "cpu-used": "5", "row-mt": "1"}
-        return YuvEncoder(path, "webm", "libvpx-vp9", fps=fps, codec_options=options, container_options={})
+        options = {"crf": str(vp9_crf(encoding.percent)), **_FAST_VP9}
+        return YuvEncoder(path, WEBM, fps=encoding.fps, codec_options=options, metadata=metadata)
     if chosen.name == "gif":
-        return GifEncoder(path, fps=fps)
-    return ImageEncoder(path, chosen, percent=percent)
-
-
-_FAST_START = {"movflags": "+faststart"}  # the index first: players start before the whole file is there
+        return GifEncoder(path, fps=encoding.fps, metadata=metadata)
+    return ImageEncoder(path, chosen, percent=encoding.percent, metadata=metadata)
 
 
 class ImageEncoder(FrameEncoder):
     """PNG, JPEG or WebP; exactly one frame."""
 
-    def __init__(self, path: str, chosen: OutputFormat, *, percent: int) -> None:
+    def __init__(self, path: str, chosen: OutputFormat, *, percent: int, metadata: Metadata | None) -> None:
         self._path = path
         self._format = chosen.name
-        self._options: dict[str, int] = {}
+        self._options: dict[str, Any] = {}
         if chosen.has_quality:
             self._options["quality"] = percent
         if chosen.name == "jpeg" and percent >= _FULL_CHROMA_PERCENT:
             self._options["subsampling"] = 0
+        if metadata is not None:
+            self._options |= (
+                {"pnginfo": png_chunks(metadata)}
+                if chosen.name == "png"
+                else {"exif": exif_block(metadata, fits_segment=chosen.name == "jpeg")}
+            )
         self._written = False
 
     def write(self, frames: np.ndarray) -> None:
@@ -77,14 +110,28 @@ class ImageEncoder(FrameEncoder):
         assert self._written, "closed before its frame came"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Container:
+    """A kind of video file: FFmpeg's names of the muxer and the codec, and the muxer's options."""
+
+    muxer: str
+    codec: str
+    options: Mapping[str, str]
+
+
+MP4 = Container(muxer="mp4", codec="libx264", options=_REPRODUCIBLE | _FAST_START)
+WEBM = Container(muxer="webm", codec="libvpx-vp9", options=_REPRODUCIBLE)
+GIF = Container(muxer="gif", codec="gif", options=_REPRODUCIBLE | {"loop": "0"})
+_FAST_VP9 = {"b:v": "0", "deadline": "realtime", "cpu-used": "5", "row-mt": "1"}
+
+
 class _ContainerEncoder(FrameEncoder):
     """What the two kinds of video share: a container with one video stream."""
 
-    def __init__(
-        self, path: str, container: str, codec: str, *, fps: int, codec_options: dict[str, str], **options: str
-    ) -> None:
-        self._container = av.open(path, "w", format=container, options=options)
-        self._stream = cast(VideoStream, self._container.add_stream(codec, rate=fps, options=codec_options))
+    def __init__(self, path: str, container: Container, *, fps: int, codec_options: dict[str, str]) -> None:
+        self._container = av.open(path, "w", format=container.muxer, options=dict(container.options))
+        stream = self._container.add_stream(container.codec, rate=fps, options=codec_options)
+        self._stream = cast(VideoStream, stream)
         self._frame_seconds = Fraction(1, fps)
         self._num_frames = 0
 
@@ -116,19 +163,21 @@ class YuvEncoder(_ContainerEncoder):
     def __init__(
         self,
         path: str,
-        container: str,
-        codec: str,
+        container: Container,
         *,
         fps: int,
         codec_options: dict[str, str],
-        container_options: dict[str, str],
+        metadata: Metadata | None,
     ) -> None:
-        super().__init__(path, container, codec, fps=fps, codec_options=codec_options, **container_options)
-        self._name = container
+        super().__init__(path, container, fps=fps, codec_options=codec_options)
+        if metadata is not None:
+            self._container.metadata.update(container_tags(metadata))
+        self._name = container.muxer
         self._reformatter = VideoReformatter()
         context = self._stream.codec_context
         context.pix_fmt = "yuv420p"
         context.thread_type = "AUTO"
+        context.thread_count = _CODEC_THREADS
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _LIMITED_RANGE
 
@@ -155,8 +204,10 @@ class YuvEncoder(_ContainerEncoder):
 class GifEncoder(_ContainerEncoder):
     """GIF with one palette of 256 colours for the whole clip, which therefore waits in memory until the end."""
 
-    def __init__(self, path: str, *, fps: int) -> None:
-        super().__init__(path, "gif", "gif", fps=fps, codec_options={}, loop="0")
+    def __init__(self, path: str, *, fps: int, metadata: Metadata | None) -> None:
+        super().__init__(path, GIF, fps=fps, codec_options={})
+        self._path = path
+        self._metadata = metadata
         self._stream.codec_context.pix_fmt = "pal8"
         self._graph: Graph | None = None
 
@@ -177,6 +228,8 @@ class GifEncoder(_ContainerEncoder):
                 break
             self._encode(frame)
         super().close()
+        if self._metadata is not None:
+            add_gif_comment(self._path, self._metadata)
 
     def _palette_graph(self, frame: av.VideoFrame) -> Graph:
         """frames -> palette of them all -> frames in that palette."""

@@ -11,6 +11,8 @@ from sglang.multimodal_gen.errors import InvalidRequest, InvalidValue
 QUALITY_PERCENT = {"maximum": 100, "high": 90, "medium": 55, "low": 35}
 DEFAULT_IMAGE_PERCENT = 75
 DEFAULT_VIDEO_PERCENT = 50
+# GIF counts hundredths of a second, and browsers slow down what is shown for less than two of them.
+GIF_MOST_FPS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +57,17 @@ class FormatWishes(Protocol):
     def output_quality(self) -> str: ...
     @property
     def output_compression(self) -> int | None: ...
+    @property
+    def x264_preset(self) -> str | None: ...
+    @property
+    def fps(self) -> int | None: ...
 
 
 def choose_format(wishes: FormatWishes, *, num_frames: int) -> OutputFormat:
     """The format of a result: by the file name's ending, else as asked, else PNG for one frame and MP4 for several.
 
     Raises: InvalidRequest when the ending is unknown or contradicts `output_format`, when an image format is to hold
-        several frames, or when a compression is asked of a format that has none.
+        several frames, or when the format has no compression, no x264 preset or no such frame rate.
     """
     named = _format_of_name(wishes.output_file_name)
     asked = None if wishes.output_format is None else _format_called(wishes.output_format)
@@ -81,7 +87,18 @@ def choose_format(wishes: FormatWishes, *, num_frames: int) -> OutputFormat:
             "leave it unset or use jpeg, webp, mp4 or webm",
             param="output_compression",
         )
+    _check_video(chosen, wishes)
     return chosen
+
+
+def _check_video(chosen: OutputFormat, wishes: FormatWishes) -> None:
+    if wishes.x264_preset is not None and chosen.name != "mp4":
+        raise InvalidRequest(
+            f"x264_preset: got {wishes.x264_preset}, but {chosen.name} is not made by x264; leave it unset or use mp4",
+            param="x264_preset",
+        )
+    if chosen.name == "gif" and (wishes.fps or 0) > GIF_MOST_FPS:
+        raise InvalidValue("fps", wishes.fps, f"at most {GIF_MOST_FPS} for gif; mp4 and webm take more")
 
 
 def quality_percent(chosen: OutputFormat, *, output_quality: str, output_compression: int | None) -> int:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterator
+from pathlib import Path
 
 from sglang.multimodal_gen.errors import InvalidValue
 
 MAX_NAME_CHARACTERS = 150
 MAX_NAME_BYTES = 240  # file systems allow 255, and the name of the unfinished file is a little longer
 MAX_PROMPT_PART = 100
+# Of the files beside a result, which share its name up to the ending.
+THUMBNAIL_ENDING = ".thumb.webp"
+CONTACT_SHEET_ENDING = ".sheet.jpg"
 _HASH_CHARACTERS = 8
 
 
@@ -35,10 +40,12 @@ def automatic_stem(prompt: str, seed: int) -> str:
     return f"{words}_{seed}_{digest[:_HASH_CHARACTERS]}"
 
 
-def numbered(stem: str, suffix: str) -> Iterator[str]:
-    """stem.png, stem-1.png, stem-2.png, … for ever."""
-    yield stem + suffix
-    number = 0
-    while True:
-        number += 1
-        yield f"{stem}-{number}{suffix}"
+def numbered(stem: str) -> Iterator[str]:
+    """stem, stem-1, stem-2, … for ever."""
+    yield stem
+    yield from (f"{stem}-{number}" for number in itertools.count(1))
+
+
+def beside(path: Path, ending: str) -> Path:
+    """Where the thumbnail or the contact sheet of the result at `path` lies."""
+    return path.with_name(path.stem + ending)

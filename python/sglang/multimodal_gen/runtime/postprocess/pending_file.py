@@ -12,21 +12,23 @@ from pathlib import Path
 
 _NO_ANONYMOUS_FILES = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL}
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_NAME_PART = 50  # characters, at most 200 bytes: with the rest well below the 255 that file systems allow
 _without_links = threading.Lock()
 
 
 class PendingFile:
-    """Bytes on the disk of `directory` that get a name only by `publish`.
+    """Bytes on the disk of `directory` that get a name only by `publish`; `discard` it in the end, published or not.
 
     Where the system can (Linux, most file systems) the file has no name before, so that a killed process leaves nothing
-    behind; elsewhere it is called `.NAME.part-RANDOM`.
+    behind; elsewhere it is called `.NAME.part-RANDOM`, after the beginning of `name`.
 
     Raises: OSError when the directory cannot be written.
     """
 
     def __init__(self, directory: Path, *, name: str) -> None:
         self.directory = directory
-        self._part = f".{name}.part-{secrets.token_hex(4)}"
+        self._part = f".{name[:_NAME_PART]}.part-{secrets.token_hex(4)}"
+        self._published: str | None = None
         self._directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
             self._fd, self._anonymous = self._open()
@@ -51,7 +53,7 @@ class PendingFile:
         return f"/proc/self/fd/{self._fd}" if self._anonymous else str(self.directory / self._part)
 
     def publish(self, name: str, *, overwrite: bool) -> Path:
-        """Give the finished file its name, in one step; afterwards this object is used up.
+        """Give the finished file its name, in one step.
 
         Raises: FileExistsError if the name is taken and `overwrite` is False; then another name may be tried.
         """
@@ -61,11 +63,19 @@ class PendingFile:
             os.replace(self._part, name, src_dir_fd=self._directory_fd, dst_dir_fd=self._directory_fd)
         else:
             self._link_or_rename(name)
-        self.discard()
+            with suppress(FileNotFoundError):
+                os.unlink(self._part, dir_fd=self._directory_fd)
+        self._published = name
         return self.directory / name
 
+    def withdraw(self) -> None:
+        """Take back the name that was published; another may follow."""
+        assert self._published is not None, "withdrawn before it was published"
+        os.replace(self._published, self._part, src_dir_fd=self._directory_fd, dst_dir_fd=self._directory_fd)
+        self._published = None
+
     def discard(self) -> None:
-        """Nothing stays of what was not published. May be called at any time, more than once."""
+        """Let go of the file; nothing stays of what was not published. May be called at any time, more than once."""
         if not self._open_still:
             return
         self._open_still = False

@@ -5,16 +5,24 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from sglang.multimodal_gen.errors import StorageError
-from sglang.multimodal_gen.runtime.postprocess.encoding import open_encoder
-from sglang.multimodal_gen.runtime.postprocess.formats import FormatWishes, choose_format, quality_percent
+from sglang.multimodal_gen.errors import ServingError, StorageError
+from sglang.multimodal_gen.runtime.postprocess.encoding import DEFAULT_X264_PRESET, Encoding, open_encoder
+from sglang.multimodal_gen.runtime.postprocess.formats import (
+    FormatWishes,
+    OutputFormat,
+    choose_format,
+    quality_percent,
+)
+from sglang.multimodal_gen.runtime.postprocess.metadata import Metadata
 from sglang.multimodal_gen.runtime.postprocess.naming import automatic_stem, check_file_name, numbered
 from sglang.multimodal_gen.runtime.postprocess.pending_file import PendingFile
+from sglang.multimodal_gen.runtime.postprocess.stills import CONTACT_SHEET, THUMBNAIL, Still
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -27,67 +35,107 @@ class OutputWishes(FormatWishes, Protocol):
     @property
     def seed(self) -> object: ...
     @property
-    def fps(self) -> int | None: ...
+    def thumbnail(self) -> bool: ...
+    @property
+    def contact_sheet(self) -> bool: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedFiles:
+    """Absolute paths of one output's files."""
+
+    output: Path
+    thumbnail: Path | None
+    contact_sheet: Path | None
 
 
 class OutputWriter:
-    """One output on its way to `directory`, fed chunk by chunk.
+    """One output on its way to `directory`, fed chunk by chunk, with the small images that lie beside it.
 
     Everything that can be wrong with names, formats and the directory is raised on construction, before a frame exists.
+    `metadata` is written into the file; None for none.
 
     Raises: InvalidRequest for wishes that cannot be honoured, StorageError when the directory cannot be used; `write`
         and `close` raise StorageError when the disk is full. After an error, call `abort`.
     """
 
-    def __init__(self, wishes: OutputWishes, directory: str, *, num_frames: int) -> None:
+    def __init__(
+        self, wishes: OutputWishes, directory: str, *, num_frames: int, metadata: Metadata | None = None
+    ) -> None:
         self._directory = directory
         self._num_frames = num_frames
         self._written = 0
         chosen = choose_format(wishes, num_frames=num_frames)
-        percent = quality_percent(
-            chosen, output_quality=wishes.output_quality, output_compression=wishes.output_compression
-        )
         self._overwrite = wishes.output_file_name is not None
-        if wishes.output_file_name is not None:
-            check_file_name(wishes.output_file_name)
-            stem, suffix = _split(wishes.output_file_name, default_suffix=chosen.suffix)
-        else:
-            assert isinstance(wishes.seed, int), "a saved request has exactly one seed"
-            stem, suffix = automatic_stem(wishes.prompt, wishes.seed), chosen.suffix
-        self._names = numbered(stem, suffix)
-        assert wishes.fps is not None, "defaults are merged in before a request is run"
-        with self._storage_errors():
-            path = Path(directory).expanduser()
-            path.mkdir(parents=True, exist_ok=True)
-            self._file = PendingFile(path.absolute(), name=stem + suffix)
-            try:
-                self._encoder = open_encoder(self._file.path, chosen, fps=wishes.fps, percent=percent)
-            except OSError:
-                self._file.discard()
-                raise
+        encoding = _encoding(wishes, chosen)
+        self._stem, self._ending = _split_name(wishes, default_suffix=chosen.suffix)
+        self._stills = {
+            kind: Still(kind, num_frames=num_frames)
+            for kind, wanted in ((THUMBNAIL, wishes.thumbnail), (CONTACT_SHEET, wishes.contact_sheet))
+            if wanted
+        }
+        self._files: dict[str, PendingFile] = {}  # by ending; the output comes last
+        try:
+            with self._storage_errors():
+                self._open_files()
+                self._encoder = open_encoder(self._files[self._ending].path, chosen, encoding, metadata=metadata)
+        except ServingError:
+            self._discard_files()
+            raise
 
     def write(self, frames: np.ndarray) -> None:
         """The next frames, uint8 [T, H, W, 3] RGB; they are copied or encoded before this returns."""
+        first_frame = self._written
         self._written += len(frames)
         with self._storage_errors():
             self._encoder.write(frames)
+        for still in self._stills.values():
+            still.take(first_frame, frames)
 
-    def close(self) -> Path:
-        """Finish the file and give it its name; the absolute path."""
+    def close(self) -> SavedFiles:
+        """Finish the files and give them their names: the output's last, so that who sees it sees the others."""
         assert self._written == self._num_frames, f"{self._written} of {self._num_frames} frames came"
         with self._storage_errors():
             self._encoder.close()
-            for name in self._names:
-                try:
-                    return self._file.publish(name, overwrite=self._overwrite)
-                except FileExistsError:
-                    continue
-        raise AssertionError("the names ran out")
+            for kind, still in self._stills.items():
+                still.save(self._files[kind.ending].path)
+            paths = self._publish()
+        self._discard_files()
+        return SavedFiles(
+            output=paths[self._ending],
+            thumbnail=paths.get(THUMBNAIL.ending),
+            contact_sheet=paths.get(CONTACT_SHEET.ending),
+        )
 
     def abort(self) -> None:
         """Leave nothing behind. Harmless after `close`."""
         self._encoder.abort()
-        self._file.discard()
+        self._discard_files()
+
+    def _open_files(self) -> None:
+        path = Path(self._directory).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        for ending in (*(kind.ending for kind in self._stills), self._ending):
+            self._files[ending] = PendingFile(path.absolute(), name=self._stem + ending)
+
+    def _discard_files(self) -> None:
+        for file in self._files.values():
+            file.discard()
+
+    def _publish(self) -> dict[str, Path]:
+        """All files under the first stem that none of their names is taken for; the paths by ending."""
+        for stem in numbered(self._stem):
+            published: dict[str, Path] = {}
+            try:
+                for ending, file in self._files.items():
+                    published[ending] = file.publish(stem + ending, overwrite=self._overwrite)
+                return published
+            except OSError as error:
+                for ending in published:
+                    self._files[ending].withdraw()
+                if not isinstance(error, FileExistsError):
+                    raise
+        raise AssertionError("the names ran out")
 
     @contextmanager
     def _storage_errors(self) -> Iterator[None]:
@@ -106,7 +154,22 @@ class OutputWriter:
             ) from error
 
 
-def _split(name: str, *, default_suffix: str) -> tuple[str, str]:
-    """`clip.MP4` -> (`clip`, `.MP4`); a name without ending gets the default one."""
-    path = Path(name)
-    return (path.stem, path.suffix) if path.suffix else (name, default_suffix)
+def _split_name(wishes: OutputWishes, *, default_suffix: str) -> tuple[str, str]:
+    """The asked-for name as (`clip`, `.MP4`), with the default ending where it has none; else one made of the prompt.
+
+    Raises: InvalidValue for a name that is not plain.
+    """
+    if wishes.output_file_name is None:
+        assert isinstance(wishes.seed, int), "a saved request has exactly one seed"
+        return automatic_stem(wishes.prompt, wishes.seed), default_suffix
+    check_file_name(wishes.output_file_name)
+    path = Path(wishes.output_file_name)
+    return (path.stem, path.suffix) if path.suffix else (path.name, default_suffix)
+
+
+def _encoding(wishes: OutputWishes, chosen: OutputFormat) -> Encoding:
+    assert wishes.fps is not None, "defaults are merged in before a request is run"
+    percent = quality_percent(
+        chosen, output_quality=wishes.output_quality, output_compression=wishes.output_compression
+    )
+    return Encoding(fps=wishes.fps, percent=percent, x264_preset=wishes.x264_preset or DEFAULT_X264_PRESET)

@@ -124,4 +124,7 @@ def _tell(result: GenerationResult) -> None:
         f"Pixel data generated successfully in {result.generation_time:.4f} seconds{excluded}\n"
         f"{saved}, seed {result.seed}\n"
     )
+    for name, path in (("thumbnail", result.thumbnail_path), ("contact sheet", result.contact_sheet_path)):
+        if path is not None:
+            sys.stdout.write(f"{name} saved to {path}\n")
     sys.stdout.flush()

@@ -18,7 +18,6 @@ from sglang.multimodal_gen.errors import (
 )
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import BodyLimits
 from sglang.multimodal_gen.runtime.managers.messages import EngineState, Finished, MappedArray, RequestEvent
-from sglang.multimodal_gen.runtime.server_args import ModelArgs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,19 +69,6 @@ class HttpSettings:
     image_lifetime_s: float = 3600.0
     idempotency_lifetime_s: float = 3600.0
     delete_timeout_s: float = 10.0
-
-
-def model_names(args: ModelArgs) -> tuple[str, ...]:
-    """The name that the server goes by, then the other accepted ones. Never a directory of this machine.
-
-    Without a served name, a hub id is its own name and a directory goes by its last part.
-    """
-    last_part = Path(args.model_path.rstrip("/")).name or "model"
-    is_hub_id = (
-        args.model_path.count("/") == 1 and args.model_path[0] not in "./~" and not Path(args.model_path).exists()
-    )
-    own_names = (args.model_path, last_part) if is_hub_id else (last_part,)
-    return tuple(dict.fromkeys(name for name in (args.served_model_name, args.model_id, *own_names) if name))
 
 
 def require_model(engine: Engine, settings: HttpSettings, name: str | None) -> ModelInfo:

@@ -167,7 +167,7 @@ def _declared(own: type, *, without: Collection[str], formats: tuple[str, ...]) 
 
 
 def _image_call() -> CallFields:
-    accepted = _declared(ImageFields, without=("num_frames", "fps"), formats=IMAGE_FORMATS)
+    accepted = _declared(ImageFields, without=("num_frames", "fps", "x264_preset"), formats=IMAGE_FORMATS)
     accepted["n"] = dataclasses.replace(accepted["num_outputs_per_prompt"], name="n")
     return CallFields(
         accepted=MappingProxyType(accepted),

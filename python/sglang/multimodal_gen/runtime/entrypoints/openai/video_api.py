@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from starlette.requests import Request
@@ -30,7 +32,7 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.idempotency import Idempot
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse, error_object, to_json
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import read_json_or_multipart
 from sglang.multimodal_gen.runtime.entrypoints.openai.video_jobs import VideoJob, VideoJobs
-from sglang.multimodal_gen.runtime.entrypoints.request_builder import expand
+from sglang.multimodal_gen.runtime.entrypoints.request_builder import check_output, expand
 
 _SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 _POLL_AFTER_MS = 500
@@ -49,7 +51,13 @@ class ListQuery:
 class ContentQuery:
     """Which form of a video is fetched."""
 
-    variant: str = arg("video", help="What to fetch.", group="content", choices=("video",), code="invalid_variant")
+    variant: str = arg(
+        "video",
+        help="The video, a WebP image of its middle frame, or a JPEG image of up to 25 frames in a grid.",
+        group="content",
+        choices=("video", "thumbnail", "spritesheet"),
+        code="invalid_variant",
+    )
 
 
 class VideoApi:
@@ -101,15 +109,16 @@ class VideoApi:
         )
 
     async def content(self, request: Request, video_id: str) -> Response:
-        """The bytes of a completed video."""
-        _query(request, ContentQuery)
+        """The bytes of a completed video, or of one of the images made of it."""
+        variant = _query(request, ContentQuery).variant
         job = self.jobs.get(video_id)
         if job.status == "failed":
             raise VideoFailed(f"video {video_id} has no content: its generation failed", param="video_id")
         if job.status != "completed":
             raise VideoNotReady(video_id, status=job.status, progress=job.progress)
         try:
-            return content_response(request, job.path, file_format=str(job.params.output_format))
+            path, file_format = _variant(job, variant)
+            return content_response(request, path, file_format=file_format)
         except FileNotFoundError:
             raise VideoNotFound(video_id) from None
 
@@ -117,6 +126,15 @@ class VideoApi:
         """Delete a video and its bytes; one that runs is cancelled."""
         await self.jobs.delete(video_id)
         return JsonResponse({"id": video_id, "object": "video.deleted", "deleted": True})
+
+
+def _variant(job: VideoJob, variant: str) -> tuple[Path, str]:
+    """The file of a `ContentQuery.variant` and its format."""
+    if variant == "thumbnail":
+        return job.thumbnail, "webp"
+    if variant == "spritesheet":
+        return job.contact_sheet, "jpeg"
+    return job.path, str(job.params.output_format)
 
 
 def frames_for(seconds: str | int | float, sampling: Mapping[str, Any], model: ModelInfo) -> int:
@@ -147,7 +165,9 @@ def _video_request(sampling: Mapping[str, Any], model: ModelInfo) -> SamplingPar
     requests = expand(values, model=model, surface="http")
     if len(requests) != 1:
         raise InvalidValue("seed", sampling.get("seed"), "one integer: a job makes one video", code="invalid_seed")
-    return requests[0]
+    saved = dataclasses.replace(requests[0], save_output=True)
+    check_output(saved)
+    return saved
 
 
 def _query(request: Request, owner: type) -> Any:

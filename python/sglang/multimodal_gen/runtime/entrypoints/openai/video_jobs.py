@@ -28,6 +28,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     RequestEvent,
     Started,
 )
+from sglang.multimodal_gen.runtime.postprocess.naming import CONTACT_SHEET_ENDING, THUMBNAIL_ENDING, beside
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,21 @@ class VideoJob:
     safety_identifier: str | None = None
 
     @property
+    def thumbnail(self) -> Path:
+        """Where the still of its middle frame lies once it is complete."""
+        return beside(self.path, THUMBNAIL_ENDING)
+
+    @property
+    def contact_sheet(self) -> Path:
+        """Where the image of its frames in a grid lies once it is complete."""
+        return beside(self.path, CONTACT_SHEET_ENDING)
+
+    def unlink(self) -> None:
+        """Remove its files, as far as they are there."""
+        for path in (self.path, self.thumbnail, self.contact_sheet):
+            path.unlink(missing_ok=True)
+
+    @property
     def is_final(self) -> bool:
         """No event will change it any more."""
         return self.status in ("completed", "failed")
@@ -71,7 +87,7 @@ class VideoJobs:
         self._watchers: dict[str, asyncio.Task[None]] = {}
 
     async def create(self, params: SamplingParams, *, model: str, safety_identifier: str | None = None) -> VideoJob:
-        """Hand one complete request to the engine; returns once the engine has queued it.
+        """Hand one complete request that saves its output to the engine; returns once the engine has queued it.
 
         Raises:
             QueueFull: all jobs held are unfinished.
@@ -86,7 +102,11 @@ class VideoJobs:
             created_at=int(time.time()),
             path=self._directory / file_name,
             params=dataclasses.replace(
-                params, save_output=True, output_path=str(self._directory), output_file_name=file_name
+                params,
+                output_path=str(self._directory),
+                output_file_name=file_name,
+                thumbnail=True,
+                contact_sheet=True,
             ),
             safety_identifier=safety_identifier,
         )
@@ -125,7 +145,7 @@ class VideoJobs:
         if watcher is not None:
             await self._engine.cancel(job_id)
             await asyncio.wait({watcher}, timeout=self._delete_timeout_s)
-        job.path.unlink(missing_ok=True)
+        job.unlink()
 
     async def close(self) -> None:
         """Stop watching; the engine ends what runs."""
@@ -136,7 +156,7 @@ class VideoJobs:
 
     async def _watch(self, job_id: str, events: AsyncIterator[RequestEvent]) -> None:
         """Follow a job to its end. Whatever happens here, the job ends: clients poll until it does."""
-        path = self._jobs[job_id].path
+        created = self._jobs[job_id]
         try:
             async for event in events:
                 self._apply(job_id, event)
@@ -145,7 +165,7 @@ class VideoJobs:
             job = self._jobs.get(job_id)
             if job is None:
                 with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
+                    created.unlink()
             elif not job.is_final:
                 self._end(job, InternalError("the server lost track of this video; create it again").info())
 
@@ -191,4 +211,4 @@ class VideoJobs:
             if oldest is None:
                 raise QueueFull(self._capacity)
             del self._jobs[oldest.id]
-            oldest.path.unlink(missing_ok=True)
+            oldest.unlink()
