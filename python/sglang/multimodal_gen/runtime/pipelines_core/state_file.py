@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sglang.multimodal_gen.errors import InvalidState
+from sglang.multimodal_gen.runtime.postprocess.pending_file import PendingFile
 
 _FORMAT = "sglang-request-state-1"
 
@@ -41,15 +41,15 @@ def write_state(path: Path, tree: Mapping[str, Any], *, identity: str) -> None:
     tensors: dict[str, Tensor] = {}
     shape = json.dumps(_shape_of(tree, tensors))
     data = save(tensors, metadata={"format": _FORMAT, "identity": identity, "shape": shape})
-    part = path.with_name(f".{path.name}.part-{secrets.token_hex(4)}")
+    pending = PendingFile(path.parent, name=path.name)
     try:
-        with part.open("xb") as file:
+        with Path(pending.path).open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        pending.publish(path.name, overwrite=True)
     finally:
-        part.unlink(missing_ok=True)
+        pending.discard()
 
 
 def read_state(path: Path, *, identity: str, device: torch.device) -> dict[str, Any]:
