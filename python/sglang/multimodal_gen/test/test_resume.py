@@ -174,9 +174,9 @@ def test_a_request_whose_worker_is_killed_goes_on_from_its_last_state_with_the_s
 ) -> None:
     wish = REQUEST | {
         "num_inference_steps": STEPS,
-        "width": 128,
-        "height": 128,
-        "num_frames": 17,
+        "width": 96,
+        "height": 96,
+        "num_frames": 9,
         "return_frames": True,
     }
     undisturbed = engine.generate(wish)
