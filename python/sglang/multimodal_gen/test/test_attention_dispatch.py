@@ -84,7 +84,10 @@ def test_packages_that_the_choice_does_not_come_to_are_not_imported() -> None:
         return None
 
     choose_kernel(BF16, DeviceFacts(device_type="cuda", capability=AMPERE, problem_of=problem_of))
-    assert asked == ["fa2"]
+    choose_kernel(
+        LayerNeeds(precision="fp32"), DeviceFacts(device_type="cuda", capability=HOPPER, problem_of=problem_of)
+    )
+    assert asked == ["fa2", "torch_sdpa"]
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,15 @@ def test_requests_share_a_forward_only_when_their_kernels_are_equal(
     assert len({key(), *others}) == 4
 
 
+def test_a_requests_wish_goes_before_the_engines(pipeline_with: Callable[..., WanPipeline]) -> None:
+    pipeline = pipeline_with(cross_attention_backend="torch_reference")
+    assert denoised(pipeline, attention_backend="torch_sdpa")[1] == {"self:torch_sdpa", "cross:torch_sdpa"}
+    assert denoised(pipeline, self_attention_backend="torch_reference")[1] == {
+        "self:torch_reference",
+        "cross:torch_reference",
+    }
+
+
 def test_a_failing_forward_leaves_the_engines_kernels(pipeline_with: Callable[..., WanPipeline]) -> None:
     layer = AttentionPlan.chosen("self", ExecutionArgs(), facts=device_facts(CPU), precision="fp32").build(8)
     with (

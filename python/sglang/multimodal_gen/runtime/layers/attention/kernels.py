@@ -47,6 +47,7 @@ class TorchSDPA:
     """`scaled_dot_product_attention` of torch, which picks its own flash, memory-efficient or plain kernel."""
 
     name: ClassVar[str] = "torch_sdpa"
+    package: ClassVar[str] = "torch"
     traits: ClassVar[KernelTraits] = KernelTraits(takes_mask=True)
 
     def __call__(
@@ -65,6 +66,7 @@ class TorchCudnnSDPA:
     """
 
     name: ClassVar[str] = "torch_cudnn_sdpa"
+    package: ClassVar[str] = "torch"
     traits: ClassVar[KernelTraits] = KernelTraits(
         precisions=("bf16", "fp16"),
         device_types=("cuda",),
@@ -92,6 +94,7 @@ class TorchReference:
     """Softmax in fp32, written out; the other kernels are tested against it. Memory grows with S·L."""
 
     name: ClassVar[str] = "torch_reference"
+    package: ClassVar[str] = "torch"
     traits: ClassVar[KernelTraits] = KernelTraits(takes_mask=True, gives_lse=True)
 
     def __call__(

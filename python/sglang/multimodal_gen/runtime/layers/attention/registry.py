@@ -26,15 +26,16 @@ from sglang.multimodal_gen.runtime.layers.attention.traits import DeviceFacts, K
 
 @dataclass(frozen=True)
 class KernelEntry:
-    """A kernel's traits, and what builds it; building imports its package and raises ImportError without it."""
+    """A kernel's traits, the package it comes with, and what builds it: that raises ImportError without the package."""
 
     traits: KernelTraits
+    package: str
     build: Callable[[], AttentionKernel]
 
 
 KERNELS: Mapping[str, KernelEntry] = types.MappingProxyType(
     {
-        kernel.name: KernelEntry(kernel.traits, kernel)
+        kernel.name: KernelEntry(kernel.traits, kernel.package, kernel)
         for kernel in (
             TorchSDPA,
             TorchCudnnSDPA,
@@ -68,6 +69,12 @@ def preferred(facts: DeviceFacts) -> tuple[str, ...]:
     if facts.capability is None:
         return (TorchSDPA.name, _LAST)
     return (*_PREFERRED.get(facts.capability[0], _PREFERRED_ON_OTHER_GPUS), _LAST)
+
+
+def preference_in_words() -> dict[str, tuple[str, ...]]:
+    """The order for each kind of device, best first."""
+    by_capability = {f"compute capability {major}.x": (*names, _LAST) for major, names in _PREFERRED.items()}
+    return {**by_capability, "other GPUs": (*_PREFERRED_ON_OTHER_GPUS, _LAST), "CPUs": (TorchSDPA.name, _LAST)}
 
 
 def members(name: str, facts: DeviceFacts) -> tuple[str, ...]:

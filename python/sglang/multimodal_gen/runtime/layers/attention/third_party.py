@@ -42,6 +42,7 @@ class FlashAttention:
     def with_lse(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
         """See `LseKernel`."""
         out, lse, *_ = self._attend(query, key, value, softmax_scale=scale, **self._with_lse)
+        assert lse is not None, f"this release of {self.package} gives no log-sum-exp"
         return out, lse
 
 
@@ -108,6 +109,7 @@ class SageAttention:
     """
 
     name: ClassVar[str] = "sage_attn"
+    package: ClassVar[str] = "sageattention"
     traits: ClassVar[KernelTraits] = KernelTraits(
         precisions=("bf16", "fp16"),
         device_types=("cuda",),
@@ -119,7 +121,7 @@ class SageAttention:
 
     def __init__(self) -> None:
         """Raises ImportError with a phrase that follows the kernel's name."""
-        self._attend = import_function(("sageattention",), "sageattn", package="sageattention")
+        self._attend = import_function(("sageattention",), "sageattn", package=self.package)
         # Release 1, known by what it cannot return, subtracts the keys' mean in place.
         self._writes_keys = "return_lse" not in inspect.signature(self._attend).parameters
 

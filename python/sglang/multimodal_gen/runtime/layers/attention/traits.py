@@ -80,7 +80,7 @@ class KernelTraits:
         if needs.precision not in self.precisions:
             return f"takes {_either(self.precisions)}, not {needs.precision}"
         if needs.head_dim is not None and not self._takes_head_size(needs.head_dim):
-            return f"takes head sizes {self._head_sizes_in_words()}, not {needs.head_dim}"
+            return f"takes head sizes {self.head_sizes_in_words()}, not {needs.head_dim}"
         if needs.mask and not self.takes_mask:
             return "takes no mask"
         if needs.lse and not self.gives_lse:
@@ -92,11 +92,21 @@ class KernelTraits:
             return size in self.head_sizes
         return size % self.head_multiple == 0 and (self.max_head_size is None or size <= self.max_head_size)
 
-    def _head_sizes_in_words(self) -> str:
+    def head_sizes_in_words(self) -> str:
+        """Such as `64, 96 or 128`."""
         if self.head_sizes:
             return _either([str(size) for size in self.head_sizes])
-        limit = "" if self.max_head_size is None else f" up to {self.max_head_size}"
-        return f"in multiples of {self.head_multiple}{limit}"
+        step = "any" if self.head_multiple == 1 else f"in multiples of {self.head_multiple}"
+        return step if self.max_head_size is None else f"{step} up to {self.max_head_size}"
+
+    def device_in_words(self) -> str:
+        """Such as `cuda, compute capability 9.x`."""
+        devices = ", ".join(self.device_types)
+        if self.capability_majors:
+            return f"{devices}, compute capability {_either([f'{major}.x' for major in self.capability_majors])}"
+        if self.min_capability == (0, 0):
+            return devices
+        return f"{devices}, compute capability {'.'.join(map(str, self.min_capability))} or newer"
 
 
 def _either(words: tuple[str, ...] | list[str]) -> str:
