@@ -32,7 +32,7 @@ def gpu(capability: tuple[int, int], *installed: str) -> DeviceFacts:
     """A GPU where of the packages only those named are installed."""
 
     def problem_of(name: str) -> str | None:
-        return None if name.startswith("torch_") or name in installed else "is not installed"
+        return None if name.startswith("torch_") or name in installed else f"is not installed ({name})"
 
     return DeviceFacts(device_type="cuda", capability=capability, problem_of=problem_of)
 
@@ -72,7 +72,10 @@ def test_the_reason_names_what_was_passed_over_and_why() -> None:
         "torch_cudnn_sdpa takes head sizes in multiples of 8 up to 128, not 256; "
         "fa4 takes head sizes 64, 96 or 128, not 256"
     )
-    assert choose_kernel(BF16, gpu(HOPPER)).reason == "the fastest for sm_90, bf16, head size 128; fa3 is not installed"
+    assert (
+        choose_kernel(BF16, gpu(HOPPER)).reason
+        == "the fastest for sm_90, bf16, head size 128; fa3 is not installed (fa3)"
+    )
     assert choose_kernel(LayerNeeds(precision="fp32"), device_facts(CPU)).reason == "the fastest for cpu, fp32"
 
 
@@ -110,7 +113,7 @@ def test_the_reason_says_which_parameter_asked_and_what_its_family_lacks() -> No
     choice = choose_kernel(BF16, gpu(AMPERE, "fa2"), wish=Wish("self_attention_backend", "fa"))
     assert choice.reason == "self_attention_backend asks for fa"
     choice = choose_kernel(BF16, gpu(HOPPER, "fa2"), wish=Wish("attention_backend", "fa"))
-    assert choice.reason == "attention_backend asks for fa; fa3 is not installed; fa4 is not installed"
+    assert choice.reason == "attention_backend asks for fa; fa3 is not installed (fa3); fa4 is not installed (fa4)"
 
 
 @pytest.mark.parametrize(
@@ -126,8 +129,8 @@ def test_the_reason_says_which_parameter_asked_and_what_its_family_lacks() -> No
             gpu(HOPPER),
             BF16,
             "fa",
-            "got fa, but fa3 is not installed; fa4 is not installed; fa2 is not installed; accepted here is "
-            "torch_sdpa, torch_cudnn_sdpa, torch_reference",
+            "got fa, but fa3 is not installed (fa3); fa4 is not installed (fa4); fa2 is not installed (fa2); "
+            "accepted here is torch_sdpa, torch_cudnn_sdpa, torch_reference",
         ),
         (
             gpu(HOPPER, *ALL),

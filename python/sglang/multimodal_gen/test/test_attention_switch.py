@@ -169,7 +169,7 @@ def test_a_kernel_that_cannot_serve_the_engine_is_refused_before_the_checkpoint_
     wan_checkpoint: Callable[[str], Path],
 ) -> None:
     heard: list[str] = []
-    with pytest.raises(AttentionNotAvailable, match="attention_backend: got fa, but fa3 needs a CUDA device"):
+    with pytest.raises(AttentionNotAvailable, match="attention_backend: got fa, but fa needs a CUDA device"):
         build_pipeline(
             str(wan_checkpoint("plain")), ExecutionArgs(device="cpu", attention_backend="fa"), report=heard.append
         )

@@ -5,6 +5,7 @@ The choice is a function of data alone: what the device is, what is installed, w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,18 +50,22 @@ def choose_kernel(needs: LayerNeeds, facts: DeviceFacts, *, wish: Wish | None = 
         AttentionNotAvailable: the kernel asked for does not exist or cannot serve here.
     """
     candidates = preferred(facts) if wish is None else members(wish.backend, facts)
-    passed_over: list[str] = []
+    problems: dict[str, str] = {}
     for name in candidates:
         problem = obstacle(name, facts, needs)
         if problem is None:
             why = f"the fastest for {facts}, {needs}" if wish is None else f"{wish.param} asks for {wish.backend}"
-            return KernelChoice(name=name, reason="; ".join([why, *passed_over]))
-        passed_over.append(f"{name} {problem}")
-    assert wish is not None, f"no kernel serves {needs} on {facts}: {passed_over}"
+            return KernelChoice(name=name, reason="; ".join([why, *_sentences(problems)]))
+        problems[name] = problem
+    assert wish is not None, f"no kernel serves {needs} on {facts}: {problems}"
     usable = [name for name in KERNELS if obstacle(name, facts, needs) is None]
-    raise AttentionNotAvailable(
-        wish.param, wish.backend, reason="; ".join(passed_over) or "there is no such kernel", usable=usable
-    )
+    shared = len(set(problems.values())) == 1
+    reasons = [f"{wish.backend} {next(iter(problems.values()))}"] if shared else _sentences(problems)
+    raise AttentionNotAvailable(*wish, reason="; ".join(reasons) or "there is no such kernel", usable=usable)
+
+
+def _sentences(problems: Mapping[str, str]) -> list[str]:
+    return [f"{name} {problem}" for name, problem in problems.items()]
 
 
 class KernelSource(Protocol):
