@@ -11,6 +11,7 @@ from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.declare import Parameter, parameters
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.runtime.entrypoints.cli.options import default_in_words
+from sglang.multimodal_gen.runtime.layers.attention.registry import FAMILIES, KERNELS, preference_in_words
 from sglang.multimodal_gen.runtime.server_args import option_groups, server_options
 
 PAGES_DIRECTORY = Path(__file__).resolve().parent.parent / "docs" / "reference"
@@ -88,12 +89,45 @@ at the start and has no effect."""
     return _page("Environment variables", intro, sections)
 
 
+def attention_page() -> str:
+    """Every attention kernel and what it can do."""
+    intro = """\
+`--attention-backend` chooses the kernel of the transformer's attention, `--self-attention-backend` and
+`--cross-attention-backend` that of one role alone. Unset, it is the first of the list below that runs on the device, in
+the model's precision and at its head size; the start-up log says for each role which one it is and what was passed
+over. What is asked for and cannot run is refused with the reason, before the checkpoint is read. In Python the same
+three names are parameters of a request, which then shares forwards only with requests that run with the same kernels;
+over HTTP they are unknown parameters. Encoders and autoencoders keep torch's attention."""
+    rows = [
+        [
+            _code(name),
+            entry.traits.device_in_words(),
+            ", ".join(entry.traits.precisions),
+            entry.traits.head_sizes_in_words(),
+            _yes(entry.traits.takes_mask),
+            _yes(entry.traits.gives_lse),
+            _yes(not entry.traits.lossy),
+            entry.package,
+        ]
+        for name, entry in KERNELS.items()
+    ]
+    orders = [[where, ", ".join(map(_code, names))] for where, names in preference_in_words().items()]
+    families = [
+        f"`{name}` stands for the first of {', '.join(map(_code, f))} that runs." for name, f in FAMILIES.items()
+    ]
+    header = ["Kernel", "Runs on", "Precisions", "Head sizes", "Masks", "Log-sum-exp", "Exact", "Package"]
+    sections = ["## Kernels", "", _table(header, rows), "", *families, ""]
+    sections += ["## Order of the automatic choice", "", _table(["On", "Best first"], orders), ""]
+    return _page("Attention kernels", intro, sections)
+
+
 def pages() -> dict[str, str]:
     """Each page's text by file name."""
     return {
         "server_args.md": server_args_page(),
         "sampling_params.md": sampling_params_page(),
         "environment.md": environment_page(),
+        "attention.md": attention_page(),
     }
 
 
@@ -128,6 +162,10 @@ def _ways_in(option: Parameter) -> str:
 
 def _summary(owner: type) -> str:
     return (owner.__doc__ or "").split("\n", 1)[0]
+
+
+def _yes(holds: bool) -> str:
+    return "yes" if holds else "no"
 
 
 def _code(text: str) -> str:

@@ -14,6 +14,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from sglang.multimodal_gen.configs.models.dits import WanTransformerConfig
 from sglang.multimodal_gen.configs.models.vaes import WanVAEConfig
+from sglang.multimodal_gen.runtime.layers.attention.dispatch import FixedKernel
 from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerContext
 from sglang.multimodal_gen.runtime.models.dits.wan import WanTransformer3DModel
 from sglang.multimodal_gen.runtime.models.vaes.causal_conv import TemporalState
@@ -107,9 +108,8 @@ def build_transformer(sizes: ModelSizes, *, folded_text: bool) -> WanTransformer
     if not folded_text:
         return WanTransformer3DModel(sizes.transformer)
     repeats = TEXT_ROWS - sizes.text_length + 1
-    return WanTransformer3DModel(
-        sizes.transformer, LayerContext(cross_attention=AttentionPlan(kernel=PaddedTextAttention(repeats)))
-    )
+    folded = FixedKernel(role="cross", fixed=PaddedTextAttention(repeats))
+    return WanTransformer3DModel(sizes.transformer, LayerContext(cross_attention=AttentionPlan(source=folded)))
 
 
 def build_vae(sizes: ModelSizes, statistics: dict[str, list[float]] | None = None) -> AutoencoderKLWan:

@@ -7,6 +7,7 @@ process borders as `ErrorInfo` and come back as `ServingError` with the same cod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -170,6 +171,17 @@ class InsufficientMemory(InvalidRequest):
             "use a smaller size or fewer frames",
             param="size",
         )
+
+
+class AttentionNotAvailable(InvalidRequest):
+    """An attention kernel that does not exist, is not installed, or cannot do what the model needs on this device."""
+
+    code = "attention_not_available"
+
+    def __init__(self, param: str, backend: str, *, reason: str, usable: Sequence[str]) -> None:
+        self.backend, self.reason, self.usable = backend, reason, tuple(usable)
+        accepted = ", ".join(usable)
+        super().__init__(f"{param}: got {shown(backend)}, but {reason}; accepted here is {accepted}", param=param)
 
 
 class ModelError(ServingError):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglang.multimodal_gen import envs
+from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
 from sglang.multimodal_gen.configs.declare import Parameter, arg, check_names, coerce, from_text, parameters
 from sglang.multimodal_gen.errors import FieldError, InvalidValue
 
@@ -81,10 +82,25 @@ class ExecutionArgs:
     )
     attention_backend: str | None = arg(
         None,
-        help="Attention kernel.",
+        help="Attention kernel of the transformer; `fa` is the FlashAttention that suits the GPU best, and `sage_attn` "
+        "is not exact.",
         group="execution",
-        unset="the fastest that fits",
-        choices=("torch_sdpa", "torch_reference"),
+        unset="the fastest exact one that fits",
+        choices=ATTENTION_BACKENDS,
+    )
+    self_attention_backend: str | None = arg(
+        None,
+        help="Kernel of the transformer's self-attention alone.",
+        group="execution",
+        unset="as the attention backend",
+        choices=ATTENTION_BACKENDS,
+    )
+    cross_attention_backend: str | None = arg(
+        None,
+        help="Kernel of the transformer's attention to the text alone.",
+        group="execution",
+        unset="as the attention backend",
+        choices=ATTENTION_BACKENDS,
     )
     deterministic: bool = arg(
         False,

@@ -299,7 +299,8 @@ BAD_FIELDS = [
     *((path, {name: "x"}, "unknown_parameter", name) for path in (IMAGES, VIDEOS)
       for name in ("no_such_field", "output_path", "output_file_name", "save_output", "return_encoded", "return_frames",
                    "perf_dump_path", "file_path", "video_path", "upscaling_model_path", "diffusers_kwargs",
-                   "attention_backend_override", "\ud800")),
+                   "attention_backend_override", "attention_backend", "self_attention_backend",
+                   "cross_attention_backend", "\ud800")),
     (IMAGES, {"extra_body": {"no_such_field": 1}}, "unknown_parameter", "no_such_field"),
     (IMAGES, {"extra_body": {"prompt": "twice"}}, "duplicate_parameter", "prompt"),
     (IMAGES, {"extra_body": 3}, "invalid_type", "extra_body"),

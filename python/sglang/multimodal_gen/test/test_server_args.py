@@ -11,7 +11,6 @@ import pytest
 
 from sglang.multimodal_gen.configs.config_file import ConfigFile, read_config_file
 from sglang.multimodal_gen.errors import FieldError, InvalidConfigFile, InvalidValue, UnknownParameter
-from sglang.multimodal_gen.runtime.layers.attention.dispatch import KERNELS
 from sglang.multimodal_gen.runtime.server_args import ServerArgs, resolve_server_args, server_options
 
 WriteConfig = Callable[[str], ConfigFile]
@@ -114,10 +113,6 @@ def test_degrees_that_do_not_multiply_to_the_number_of_gpus_show_the_arithmetic(
 def test_more_than_one_gpu_is_refused_for_now_by_the_name_that_was_given(flags: dict[str, int], named: str) -> None:
     with pytest.raises(InvalidValue, match=f"^{named}.*several GPUs comes with a later release"):
         resolve_server_args(flags, environ={})
-
-
-def test_the_attention_backends_are_those_that_the_dispatch_knows() -> None:
-    assert server_options()["attention_backend"].declaration.choices == tuple(KERNELS)
 
 
 def test_keys_may_be_spelled_as_flags_or_as_fields(config: WriteConfig) -> None:

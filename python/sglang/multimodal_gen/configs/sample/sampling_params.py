@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
 from sglang.multimodal_gen.configs.declare import LOCAL_ONLY, PYTHON_ONLY, arg, build, parameters
 from sglang.multimodal_gen.errors import EmptyPrompt
 
@@ -264,7 +265,40 @@ class OutputParams:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingParams(OutputParams, DenoisingParams, ShapeParams, ConditioningParams):
+class AttentionParams:
+    """Which attention kernels one request runs with. `sglang generate` makes the engine's options of these flags."""
+
+    attention_backend: str | None = arg(
+        None,
+        help="Attention kernel of the transformer for this request.",
+        group="execution",
+        unset="the engine's",
+        choices=ATTENTION_BACKENDS,
+        exposed=LOCAL_ONLY,
+        recorded=True,
+    )
+    self_attention_backend: str | None = arg(
+        None,
+        help="Kernel of the transformer's self-attention alone.",
+        group="execution",
+        unset="as the request's attention backend",
+        choices=ATTENTION_BACKENDS,
+        exposed=LOCAL_ONLY,
+        recorded=True,
+    )
+    cross_attention_backend: str | None = arg(
+        None,
+        help="Kernel of the transformer's attention to the text alone.",
+        group="execution",
+        unset="as the request's attention backend",
+        choices=ATTENTION_BACKENDS,
+        exposed=LOCAL_ONLY,
+        recorded=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams(AttentionParams, OutputParams, DenoisingParams, ShapeParams, ConditioningParams):
     """Everything a client may say about one generation; see the parents for the fields.
 
     The parents stand in reverse, since a dataclass takes the fields of its last parent first.

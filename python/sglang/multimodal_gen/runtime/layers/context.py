@@ -3,22 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
+from sglang.multimodal_gen.configs.attention import AttentionOptions, AttentionRole, wish_for
 from sglang.multimodal_gen.runtime.distributed.parallel_state import SINGLE, ParallelContext
 from sglang.multimodal_gen.runtime.layers.attention.attention import Attention
-from sglang.multimodal_gen.runtime.layers.attention.kernels import AttentionKernel, TorchSDPA
+from sglang.multimodal_gen.runtime.layers.attention.dispatch import FixedKernel, KernelSelector, KernelSource
+from sglang.multimodal_gen.runtime.layers.attention.kernels import TorchSDPA
 from sglang.multimodal_gen.runtime.layers.attention.layouts import LocalSequence, SequenceLayout
+from sglang.multimodal_gen.runtime.layers.attention.traits import DeviceFacts, LayerNeeds
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPlan:
-    """How one kind of attention is computed."""
+    """How one kind of attention is computed, in which precision."""
 
-    kernel: AttentionKernel = field(default_factory=TorchSDPA)
+    source: KernelSource
+    precision: str = "fp32"
     layout: SequenceLayout = field(default_factory=LocalSequence)
 
-    def build(self, head_dim: int) -> Attention:
-        return Attention(head_dim, kernel=self.kernel, layout=self.layout)
+    @classmethod
+    def torch(cls, role: AttentionRole) -> AttentionPlan:
+        """Torch's attention, which runs everywhere, whatever the options say."""
+        return cls(source=FixedKernel(role=role, fixed=TorchSDPA()))
+
+    @classmethod
+    def chosen(
+        cls, role: AttentionRole, options: AttentionOptions, *, facts: DeviceFacts, precision: str
+    ) -> AttentionPlan:
+        """The kernel that the options ask for, or the best one.
+
+        Raises: AttentionNotAvailable when device, precision or installation rule out what they ask for. What only the
+            head size rules out is found when a layer is built.
+        """
+        source = KernelSelector(role=role, facts=facts, wish=wish_for(role, options))
+        source.choose(LayerNeeds(precision=precision))
+        return cls(source=source, precision=precision)
+
+    def build(self, head_dim: int, *, mask: bool = False) -> Attention:
+        """A layer with heads of that size, for calls with a mask when `mask` says so. Raises AttentionNotAvailable."""
+        needs = LayerNeeds(precision=self.precision, head_dim=head_dim, mask=mask)
+        return Attention(head_dim, needs=needs, source=self.source, layout=self.layout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +51,10 @@ class LayerContext:
     """Parallel axes and attention of one replica; the default is one process with torch's attention.
 
     Cross-attention has its own plan: text is short and whole on every rank, so it needs no exchange of tokens.
+    `frame_attention` is the autoencoders': one head as wide as their channels, often in fp32, which options leave be.
     """
 
     parallel: ParallelContext = SINGLE
-    self_attention: AttentionPlan = field(default_factory=AttentionPlan)
-    cross_attention: AttentionPlan = field(default_factory=AttentionPlan)
+    self_attention: AttentionPlan = field(default_factory=partial(AttentionPlan.torch, "self"))
+    cross_attention: AttentionPlan = field(default_factory=partial(AttentionPlan.torch, "cross"))
+    frame_attention: AttentionPlan = field(default_factory=partial(AttentionPlan.torch, "self"))

@@ -20,7 +20,8 @@ from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, MAX_SEED, SamplingParams
 from sglang.multimodal_gen.errors import CorruptCheckpoint, InsufficientMemory, UnsupportedModel, shown
 from sglang.multimodal_gen.registry import ResolvedModel, load_config, read_model_index
-from sglang.multimodal_gen.runtime.layers.attention.dispatch import select_kernel
+from sglang.multimodal_gen.runtime.layers.attention.registry import device_facts
+from sglang.multimodal_gen.runtime.layers.attention.switch import explain_kernels
 from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerContext
 from sglang.multimodal_gen.runtime.loader.component_loader import ComponentLoader, LoadContext, weight_totals
 from sglang.multimodal_gen.runtime.pipelines_core.memory import USABLE_SHARE, free_bytes
@@ -113,21 +114,25 @@ class ComposedPipelineBase:
         assert resolved.entry is not None, "resolved before loading"
         start = time.perf_counter()
         placement = place(execution, local_rank=local_rank)
-        attention = select_kernel(execution.attention_backend, device_type=placement.device.type)
-        for reason in (*placement.reasons, f"attention {attention.reason}"):
+        for reason in placement.reasons:
             report(reason)
         config = load_config(resolved.entry)
-        plan = AttentionPlan(kernel=attention.kernel)
+        facts, precision = device_facts(placement.device), placement.precision
         context = LoadContext(
             device=placement.device,
             dtype=placement.dtype,
-            layers=LayerContext(self_attention=plan, cross_attention=plan),
+            layers=LayerContext(
+                self_attention=AttentionPlan.chosen("self", execution, facts=facts, precision=precision),
+                cross_attention=AttentionPlan.chosen("cross", execution, facts=facts, precision=precision),
+            ),
             fp32_components=config.fp32_components,
         )
         components = {}
         if cls.components:
             assert resolved.local_path is not None, "downloaded before loading"
             components = cls._load_components(resolved.local_path, context, report)
+        for reason in explain_kernels(c for c in components.values() if isinstance(c, nn.Module)):
+            report(reason)
         return cls(
             name=resolved.name,
             config=config,

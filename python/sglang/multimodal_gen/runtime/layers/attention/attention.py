@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
-from sglang.multimodal_gen.runtime.layers.attention.kernels import AttentionKernel
+from sglang.multimodal_gen.runtime.layers.attention.dispatch import KernelSource
+from sglang.multimodal_gen.runtime.layers.attention.kernels import MaskedKernel
 from sglang.multimodal_gen.runtime.layers.attention.layouts import SequenceLayout
+from sglang.multimodal_gen.runtime.layers.attention.traits import LayerNeeds
 
 
 class Attention(nn.Module):
-    """Scaled dot-product attention without parameters. Shapes: B batch, S tokens, P ranks, H heads, E head_dim."""
+    """Scaled dot-product attention without parameters. Shapes: B batch, S tokens, P ranks, H heads, E head_dim.
 
-    def __init__(self, head_dim: int, *, kernel: AttentionKernel, layout: SequenceLayout) -> None:
+    `kernel` may be exchanged between forwards: see `AttentionSwitch`.
+    """
+
+    def __init__(self, head_dim: int, *, needs: LayerNeeds, source: KernelSource, layout: SequenceLayout) -> None:
+        """Raises AttentionNotAvailable when the kernel that the options ask for cannot serve the layer."""
         super().__init__()
         self.scale = head_dim**-0.5
-        self.kernel = kernel
+        self.needs = needs
+        self.source = source
+        self.kernel = source.kernel(needs)
         self.layout = layout
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[B, S/P, H, E], [B, L/P, H, E], [B, L/P, H, E] on each of P ranks -> [B, S/P, H, E]."""
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, S/P, H, E], [B, L/P, H, E], [B, L/P, H, E] on each of P ranks -> [B, S/P, H, E].
+
+        `mask`, for layers built for one: [B or 1, 1, 1, L] of all keys, as `kernels` describes it.
+        """
         query, key, value = self.layout.scatter_heads(query, key, value)
-        return self.layout.gather_heads(self.kernel(query, key, value, scale=self.scale))
+        if mask is None:
+            return self.layout.gather_heads(self.kernel(query, key, value, scale=self.scale))
+        assert self.needs.mask, "a layer that is given masks is built with mask=True"
+        kernel = cast(MaskedKernel, self.kernel)
+        return self.layout.gather_heads(kernel(query, key, value, scale=self.scale, mask=mask))

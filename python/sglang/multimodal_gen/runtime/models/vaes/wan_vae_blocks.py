@@ -49,7 +49,7 @@ class FrameAttention(nn.Module):
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
         # Like text, a frame is whole on every rank: no tokens to exchange.
-        self.attention = context.cross_attention.build(channels)
+        self.attention = context.frame_attention.build(channels)
 
     def forward(self, frames: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, C, T, H, W]."""

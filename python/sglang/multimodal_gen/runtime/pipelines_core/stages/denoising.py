@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.request_plan import Phase
+from sglang.multimodal_gen.runtime.layers.attention.switch import AttentionSwitch
 from sglang.multimodal_gen.runtime.models.schedulers import SamplerState
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import Guidance
@@ -45,6 +46,7 @@ class DenoisingStage(Stage):
         dtype: torch.dtype,
     ) -> None:
         self.transformer = transformer
+        self.attention = AttentionSwitch(transformer)
         self.guidance = guidance
         self.geometry = geometry
         self.max_sequence_length = max_sequence_length
@@ -53,6 +55,8 @@ class DenoisingStage(Stage):
         self.dtype = dtype
 
     def admit(self, req: Req) -> None:
+        """Raises: AttentionNotAvailable when the request asks for a kernel that cannot serve."""
+        self.attention.names(req.params)
         rows = self._num_rows(req)
         if rows > 1 and rows * self._row_bytes(req) > USABLE_SHARE * self.free_bytes():
             self._one_row_at_a_time(req)
@@ -72,11 +76,12 @@ class DenoisingStage(Stage):
         assert req.latent_shape is not None and req.sampler_state is not None, "planned by the stages before"
         rows = self._num_rows(req)
         num_text_tokens = req.params.max_sequence_length or self.max_sequence_length
+        shape, kernels = "x".join(map(str, req.latent_shape)), self.attention.names(req.params)
         return Phase(
             name=self.name,
             lane="denoise",
             units=req.sampler_state.schedule.num_inference_steps,
-            batch_key=f"{self.name}:{'x'.join(map(str, req.latent_shape))}:text{num_text_tokens}:{self.dtype}",
+            batch_key=f"{self.name}:{shape}:text{num_text_tokens}:{self.dtype}:{kernels}",
             cost=float(rows * self.geometry.num_tokens(req.latent_shape)),
             peak_bytes=(req.max_forward_rows or rows) * self._row_bytes(req),
             held_bytes=self._held_bytes(req),
@@ -99,7 +104,8 @@ class DenoisingStage(Stage):
 
     def step(self, requests: Sequence[Req]) -> list[OutputBatch]:
         branches = [self.guidance.branches(req) for req in requests]
-        predictions = iter(self._predict(requests, branches))
+        with self.attention.using(requests[0].params):
+            predictions = iter(self._predict(requests, branches))
         advanced: list[tuple[Tensor, SamplerState]] = []
         for req, embeds in zip(requests, branches, strict=True):
             noise_pred = self.guidance.combine([next(predictions) for _ in embeds], req.params)
