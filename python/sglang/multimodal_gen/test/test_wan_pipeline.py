@@ -300,7 +300,7 @@ class FailsOnce(nn.Module):
         return self._counted(self.inner.decode_next(latents, state))
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self._counted(self.inner(*inputs))
+        return self._counted(self.inner(*inputs, **options))
 
     def _counted(self, result: Tensor) -> Tensor:
         self.calls_left -= 1

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.dits import WanTransformerConfig
 from sglang.multimodal_gen.errors import InvalidRequest
-from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.attention.dispatch import FixedKernel
+from sglang.multimodal_gen.runtime.layers.attention.kernels import TorchSDPA
+from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerContext
 from sglang.multimodal_gen.runtime.layers.rotary import rotary_table_3d
 from sglang.multimodal_gen.runtime.models.dits.wan import WanBlock, WanTransformer3DModel
 from sglang.multimodal_gen.test.tiny_wan import TINY_TRANSFORMER, noise, randomised, transformer_pair
@@ -52,6 +54,36 @@ def test_transformer_matches_diffusers_in_fp32(
     reference, ours = transformer_pair(**changes)
     inputs = wan_inputs(shape, num_text_tokens)
     torch.testing.assert_close(ours(*inputs), reference_output(reference, *inputs), **FP32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [[3, 3], [0, 5], [1, 8], [8, 8], [7, 2]])
+def test_padding_that_is_folded_counts_as_if_it_stood_there(lengths: list[int]) -> None:
+    reference, ours = transformer_pair()
+    latents, timesteps, text = wan_inputs(num_text_tokens=8)
+    for row, length in enumerate(lengths):
+        text[row, length:] = 0
+    seen: list[int] = []
+    ours.condition_embedder.text_embedder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    expected = reference_output(reference, latents, timesteps, text)
+    torch.testing.assert_close(ours(latents, timesteps, text, text_lengths=lengths), expected, **FP32)
+    assert seen == [min(max(lengths) + 1, 8)], "padding is computed once"
+
+
+@torch.no_grad()
+def test_padding_is_not_folded_where_the_kernel_takes_no_mask() -> None:
+    class Unmasked(TorchSDPA):
+        name = "unmasked"
+
+    plan = AttentionPlan(source=FixedKernel(role="cross", fixed=Unmasked()))
+    _, ours = transformer_pair()
+    config = WanTransformerConfig.from_dict(TINY_TRANSFORMER)
+    unfolded = WanTransformer3DModel(config, LayerContext(cross_attention=plan))
+    unfolded.load_state_dict(ours.state_dict())
+    latents, timesteps, text = wan_inputs()
+    text[:, 2:] = 0
+    result = unfolded(latents, timesteps, text, text_lengths=[2, 2])
+    assert torch.equal(result, unfolded(latents, timesteps, text))
 
 
 @torch.no_grad()
@@ -152,7 +184,7 @@ def test_block_at_the_width_of_the_1_3b_model_matches_diffusers() -> None:
     hidden_states, text, temb = noise(2, 24, dim), noise(2, 9, dim, seed=2), noise(2, 6, dim, seed=3)
     expected = theirs(hidden_states, text, temb, rope(torch.empty(1, 16, 2, 6, 8)))
     freqs_cis = rotary_table_3d(grid, 128, torch.device("cpu"))
-    actual = ours(hidden_states, text, None, temb.unsqueeze(1), freqs_cis)
+    actual = ours(hidden_states, text, None, None, temb.unsqueeze(1), freqs_cis)
     torch.testing.assert_close(actual, expected, **FP32)
 
 
@@ -161,7 +193,8 @@ def test_block_compiles_as_one_graph_and_computes_the_same() -> None:
     _, ours = transformer_pair(num_layers=1)
     dim = ours.config.hidden_size
     freqs_cis = rotary_table_3d((1, 2, 3), ours.config.attention_head_dim, torch.device("cpu"))
-    inputs = (noise(2, 6, dim), noise(2, 4, dim, seed=2), None, noise(2, 1, 6, dim, seed=3), freqs_cis)
+    text = noise(2, 4, dim, seed=2)
+    inputs = (noise(2, 6, dim), text, None, None, noise(2, 1, 6, dim, seed=3), freqs_cis)
     compiled = torch.compile(ours.blocks[0], fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*inputs), ours.blocks[0](*inputs), **FP32)
 

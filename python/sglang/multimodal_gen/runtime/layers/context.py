@@ -11,6 +11,7 @@ from sglang.multimodal_gen.runtime.layers.attention.attention import Attention
 from sglang.multimodal_gen.runtime.layers.attention.dispatch import FixedKernel, KernelSelector, KernelSource
 from sglang.multimodal_gen.runtime.layers.attention.kernels import TorchSDPA
 from sglang.multimodal_gen.runtime.layers.attention.layouts import LocalSequence, SequenceLayout
+from sglang.multimodal_gen.runtime.layers.attention.registry import KERNELS
 from sglang.multimodal_gen.runtime.layers.attention.traits import DeviceFacts, LayerNeeds
 
 
@@ -39,6 +40,12 @@ class AttentionPlan:
         source = KernelSelector(role=role, facts=facts, wish=wish_for(role, options))
         source.choose(LayerNeeds(precision=precision))
         return cls(source=source, precision=precision)
+
+    def takes_mask(self, head_dim: int) -> bool:
+        """Whether the kernel that serves heads of this size would take a mask as well."""
+        needs = LayerNeeds(precision=self.precision, head_dim=head_dim)
+        entry = KERNELS.get(self.source.kernel(needs).name)
+        return entry is not None and entry.traits.takes_mask
 
     def build(self, head_dim: int, *, mask: bool = False) -> Attention:
         """A layer with heads of that size, for calls with a mask when `mask` says so. Raises AttentionNotAvailable."""

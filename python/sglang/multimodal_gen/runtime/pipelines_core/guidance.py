@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
+
+
+class TextCondition(NamedTuple):
+    """Embeddings [L, D] of a text; the rows from `length` on are padding, all zeros."""
+
+    embeds: Tensor
+    length: int
 
 
 class Guidance(Protocol):
@@ -19,8 +26,8 @@ class Guidance(Protocol):
         """Whether the negative prompt is used, and so must be encoded."""
         ...
 
-    def branches(self, req: Req) -> tuple[Tensor, ...]:
-        """The embeddings [L, D] of each forward that the request's step needs."""
+    def branches(self, req: Req) -> tuple[TextCondition, ...]:
+        """The text of each forward that the request's step needs."""
         ...
 
     def combine(self, predictions: Sequence[Tensor], params: SamplingParams) -> Tensor:
@@ -34,12 +41,14 @@ class ClassifierFreeGuidance:
     def uses_negative(self, params: SamplingParams) -> bool:
         return params.guidance_scale is not None and params.guidance_scale > 1
 
-    def branches(self, req: Req) -> tuple[Tensor, ...]:
-        assert req.prompt_embeds is not None, "text is encoded before denoising"
+    def branches(self, req: Req) -> tuple[TextCondition, ...]:
+        assert req.prompt_embeds is not None and req.prompt_tokens is not None, "text is encoded before denoising"
+        conditional = TextCondition(req.prompt_embeds, len(req.prompt_tokens.ids))
         if not self.uses_negative(req.params):
-            return (req.prompt_embeds,)
-        assert req.negative_prompt_embeds is not None, "the negative prompt is encoded with the prompt"
-        return req.prompt_embeds, req.negative_prompt_embeds
+            return (conditional,)
+        embeds, tokens = req.negative_prompt_embeds, req.negative_prompt_tokens
+        assert embeds is not None and tokens is not None, "the negative prompt is encoded with the prompt"
+        return conditional, TextCondition(embeds, len(tokens.ids))
 
     def combine(self, predictions: Sequence[Tensor], params: SamplingParams) -> Tensor:
         conditional = predictions[0].float()

@@ -10,6 +10,7 @@ I image tokens, D hidden_size, N heads of this rank, E head_dim.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from sglang.multimodal_gen.configs.models.dits import WanTransformerConfig
 from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.runtime.layers.attention.attention import Attention
+from sglang.multimodal_gen.runtime.layers.attention.padding import fold_padding
 from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerContext
 from sglang.multimodal_gen.runtime.layers.embeddings import TextProjection, TimestepEmbedding, sinusoidal_embedding
 from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
@@ -30,7 +32,9 @@ from sglang.multimodal_gen.runtime.layers.rotary import apply_rotary_emb, rotary
 class WanAttention(nn.Module):
     """Projections and query/key norms that self- and cross-attention share."""
 
-    def __init__(self, config: WanTransformerConfig, context: LayerContext, plan: AttentionPlan) -> None:
+    def __init__(
+        self, config: WanTransformerConfig, context: LayerContext, plan: AttentionPlan, *, mask: bool = False
+    ) -> None:
         super().__init__()
         dim, axis = config.hidden_size, context.parallel.tp
         self.num_heads = axis.share(config.num_attention_heads, "attention heads")
@@ -41,7 +45,7 @@ class WanAttention(nn.Module):
         # The norm runs over all heads together, not over each.
         self.norm_q = RMSNorm(dim, config.eps, axis=axis)
         self.norm_k = RMSNorm(dim, config.eps, axis=axis)
-        self.attention: Attention = plan.build(config.attention_head_dim)
+        self.attention: Attention = plan.build(config.attention_head_dim, mask=mask)
 
     def split_heads(self, hidden_states: Tensor) -> Tensor:
         """[B, S, N·E] -> [B, S, N, E]."""
@@ -66,22 +70,27 @@ class WanCrossAttention(WanAttention):
     """Video tokens attend to the text, and apart from it to the first frame's image tokens where the model has them."""
 
     def __init__(self, config: WanTransformerConfig, context: LayerContext) -> None:
-        super().__init__(config, context, context.cross_attention)
+        super().__init__(config, context, context.cross_attention, mask=folds_text_padding(config, context))
         dim, axis = config.hidden_size, context.parallel.tp
         if config.added_kv_proj_dim is not None:
             self.add_k_proj = ColumnParallelLinear(config.added_kv_proj_dim, dim, axis=axis)
             self.add_v_proj = ColumnParallelLinear(config.added_kv_proj_dim, dim, axis=axis)
             self.norm_added_k = RMSNorm(dim, config.eps, axis=axis)
 
-    def forward(self, hidden_states: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
-        """[B, S, D], [B, L, D], [B, I, D] or None -> [B, S, D]."""
+    def forward(self, hidden_states: Tensor, text: Tensor, text_mask: Tensor | None, image: Tensor | None) -> Tensor:
+        """[B, S, D], [B, L, D], [B, 1, 1, L] or None, [B, I, D] or None -> [B, S, D]."""
         query = self.split_heads(self.norm_q(self.to_q(hidden_states)))
         key, value = self.norm_k(self.to_k(text)), self.to_v(text)
-        attended = self.attention(query, self.split_heads(key), self.split_heads(value))
+        attended = self.attention(query, self.split_heads(key), self.split_heads(value), text_mask)
         if image is not None:
             key, value = self.norm_added_k(self.add_k_proj(image)), self.add_v_proj(image)
             attended = attended + self.attention(query, self.split_heads(key), self.split_heads(value))
         return self.to_out[0](attended.flatten(2))
+
+
+def folds_text_padding(config: WanTransformerConfig, context: LayerContext) -> bool:
+    """Whether the text's padding is attended to as one token: where the fastest kernel takes the mask for that."""
+    return context.cross_attention.takes_mask(config.attention_head_dim)
 
 
 class WanBlock(nn.Module):
@@ -99,15 +108,21 @@ class WanBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
-        self, hidden_states: Tensor, text: Tensor, image: Tensor | None, temb: Tensor, freqs_cis: Tensor
+        self,
+        hidden_states: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None,
+        image: Tensor | None,
+        temb: Tensor,
+        freqs_cis: Tensor,
     ) -> Tensor:
-        """[B, S, D], [B, L, D], [B, I, D] or None, [B, 1 or S, 6, D], the rotary table -> [B, S, D]."""
+        """[B, S, D]; [B, L, D] and its mask; [B, I, D] or None; [B, 1 or S, 6, D]; the rotary table -> [B, S, D]."""
         dtype = hidden_states.dtype
         attn_mod, mlp_mod = split_modulations(self.scale_shift_table, temb)
         # Norm and modulation stay in fp32 together; only their result is rounded.
         update = self.attn1(attn_mod(self.norm1(hidden_states.float())).to(dtype), freqs_cis)
         hidden_states = attn_mod.add_gated(hidden_states, update)
-        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), text, image)
+        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), text, text_mask, image)
         update = self.ffn(mlp_mod(self.norm3(hidden_states.float())).to(dtype))
         return mlp_mod.add_gated(hidden_states, update)
 
@@ -171,6 +186,7 @@ class WanTransformer3DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
+        self.folds_text_padding = folds_text_padding(config, context)
         dim, patch_size = config.hidden_size, config.patch_size
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=patch_size, stride=patch_size)
         self.condition_embedder = WanConditionEmbedder(config)
@@ -185,15 +201,20 @@ class WanTransformer3DModel(nn.Module):
         timestep: Tensor,
         encoder_hidden_states: Tensor,
         encoder_hidden_states_image: Tensor | None = None,
+        text_lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """Latents [B, C, T, H, W], timesteps in 0 … 1000 -> velocity [B, C_out, T, H, W].
 
         `timestep` is [B], or [B, S] where tokens differ (Wan2.2 5B). Text [B, L, text_dim], image [B, I, image_dim].
+        `text_lengths`: from there on a row of text is padding, all zeros; it counts all the same, computed once.
 
         Raises:
             InvalidRequest: the latents do not divide into patches or exceed the rotary table.
         """
         grid = self.patch_grid(hidden_states)
+        text_mask = None
+        if text_lengths is not None and self.folds_text_padding:
+            encoder_hidden_states, text_mask = fold_padding(encoder_hidden_states, text_lengths)
         freqs_cis = rotary_table_3d(grid, self.config.attention_head_dim, hidden_states.device)
         hidden_states = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
         temb, modulation, text, image = self.condition_embedder(
@@ -202,7 +223,7 @@ class WanTransformer3DModel(nn.Module):
             encoder_hidden_states_image,
         )
         for block in self.blocks:
-            hidden_states = block(hidden_states, text, image, modulation, freqs_cis)
+            hidden_states = block(hidden_states, text, text_mask, image, modulation, freqs_cis)
         shift, scale = (self.scale_shift_table.float() + temb.float().unsqueeze(2)).unbind(2)
         normed = modulate(self.norm_out(hidden_states.float()), shift, scale).to(hidden_states.dtype)
         return self.unpatchify(self.proj_out(normed), grid)

@@ -14,7 +14,7 @@ from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.runtime.layers.attention.switch import AttentionSwitch
 from sglang.multimodal_gen.runtime.models.schedulers import SamplerState
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
-from sglang.multimodal_gen.runtime.pipelines_core.guidance import Guidance
+from sglang.multimodal_gen.runtime.pipelines_core.guidance import Guidance, TextCondition
 from sglang.multimodal_gen.runtime.pipelines_core.memory import USABLE_SHARE, TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
@@ -107,8 +107,8 @@ class DenoisingStage(Stage):
         with self.attention.using(requests[0].params):
             predictions = iter(self._predict(requests, branches))
         advanced: list[tuple[Tensor, SamplerState]] = []
-        for req, embeds in zip(requests, branches, strict=True):
-            noise_pred = self.guidance.combine([next(predictions) for _ in embeds], req.params)
+        for req, texts in zip(requests, branches, strict=True):
+            noise_pred = self.guidance.combine([next(predictions) for _ in texts], req.params)
             assert req.sampler is not None and req.latents is not None, "prepared before the first step"
             # Samplers replace tensors and never write into them, so a shallow copy leaves the request as it is.
             state = copy.copy(req.sampler_state)
@@ -118,15 +118,15 @@ class DenoisingStage(Stage):
             req.latents, req.sampler_state = latents, state
         return []
 
-    def _predict(self, requests: Sequence[Req], branches: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    def _predict(self, requests: Sequence[Req], branches: Sequence[tuple[TextCondition, ...]]) -> list[Tensor]:
         """The velocity [C, T, H, W] of each branch of each request, in order."""
         latents: list[Tensor] = []
         timesteps: list[float] = []
-        for req, embeds in zip(requests, branches, strict=True):
+        for req, texts in zip(requests, branches, strict=True):
             assert req.latents is not None and req.sampler_state is not None, "prepared before the first step"
-            latents.extend([req.latents.to(self.dtype)] * len(embeds))
-            timesteps.extend([req.sampler_state.timestep] * len(embeds))
-        prompt_embeds = [embeds for group in branches for embeds in group]
+            latents.extend([req.latents.to(self.dtype)] * len(texts))
+            timesteps.extend([req.sampler_state.timestep] * len(texts))
+        conditions = [text for group in branches for text in group]
         limits = [req.max_forward_rows for req in requests if req.max_forward_rows is not None]
         rows_per_forward = min(limits, default=len(latents))
         predictions: list[Tensor] = []
@@ -134,5 +134,7 @@ class DenoisingStage(Stage):
             rows = slice(start, start + rows_per_forward)
             batch = torch.stack(latents[rows])
             timestep = torch.tensor(timesteps[rows], dtype=torch.float32, device=batch.device)
-            predictions.extend(self.transformer(batch, timestep, torch.stack(prompt_embeds[rows])))
+            prompt_embeds = torch.stack([text.embeds for text in conditions[rows]])
+            lengths = [text.length for text in conditions[rows]]
+            predictions.extend(self.transformer(batch, timestep, prompt_embeds, text_lengths=lengths))
         return predictions

@@ -1,0 +1,29 @@
+"""Text padding that models were trained to attend to, computed once instead of once for each padding token.
+
+Padding tokens are all alike, so their keys and values are too, and n equal keys take n times the share of one:
+softmax sees that as one key whose score is larger by log n. Exact but for rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def fold_padding(text: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """[B, L, D], where row b's tokens from `lengths[b]` on are padding, all alike -> fewer tokens, and their mask.
+
+    The tokens [B, l, D] keep one of padding where there is any. The mask [B, 1, 1, l] is additive, for the attention of
+    anything to these tokens.
+    """
+    num_tokens = text.shape[1]
+    kept = min(max(lengths) + 1, num_tokens)
+    mask = torch.zeros(len(lengths), 1, 1, kept, dtype=text.dtype)
+    for row, length in enumerate(lengths):
+        if length < num_tokens:
+            mask[row, ..., length] = math.log(num_tokens - length)
+            mask[row, ..., length + 1 :] = -math.inf
+    return text[:, :kept], mask.to(text.device)
