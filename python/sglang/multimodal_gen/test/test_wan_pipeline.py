@@ -299,7 +299,7 @@ class FailsOnce(nn.Module):
     def decode_next(self, latents: Tensor, state: Any) -> Tensor:
         return self._counted(self.inner.decode_next(latents, state))
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, **options: Any) -> Tensor:
         return self._counted(self.inner(*inputs, **options))
 
     def _counted(self, result: Tensor) -> Tensor:
