@@ -247,6 +247,8 @@ class InvalidState(ServingError):
 class InternalError(ServingError):
     """A bug of ours; the log has the traceback."""
 
+    code = "internal_error"
+
 
 class ProtocolMismatch(ServingError):
     """Two processes speak different versions of the protocol."""
