@@ -411,6 +411,17 @@ class VideoFailed(InvalidRequest):
     http_status = 404
 
 
+class RangeNotSatisfiable(InvalidRequest):
+    """The Range header begins after the end of the content."""
+
+    code = "range_not_satisfiable"
+    http_status = 416
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        super().__init__(f"range: begins after the last of {size} bytes", param="range")
+
+
 class IdempotencyMismatch(InvalidRequest):
     """An Idempotency-Key came back with another body."""
 
