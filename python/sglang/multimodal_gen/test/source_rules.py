@@ -32,7 +32,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
 )
 # `sglang` itself imports nothing when it is imported; its two names load late.
 PACKAGES_WITHOUT_CODE = ("sglang", PACKAGE, "runtime")
-EXPECTED_LATER = ("runtime.bench", "runtime.cache")
+EXPECTED_LATER = ("runtime.bench", "runtime.bench.worker", "runtime.cache", "runtime.managers.worker_profiling")
 """Named in the tables before they exist."""
 
 HEAVY = (
@@ -44,15 +44,17 @@ WORKER_ROWS = (
     "runtime.layers", "runtime.distributed",
 )  # fmt: skip
 # Modules of higher rows that run in a worker, or in another child process that may use torch.
-WORKER_ONLY = ("runtime.managers.gpu_worker",)
+WORKER_ONLY = (
+    "runtime.managers.gpu_worker", "runtime.managers.state_writer", "runtime.managers.worker_profiling",
+    "runtime.bench.worker",
+)  # fmt: skip
 
 LATE_IN_ENTRY_POINTS = ("sglang", "sglang.cli", "runtime.entrypoints", "runtime.launch_server", "runtime.bench")
 LATE_KERNELS = ("runtime.layers",)
 """Where a kernel of a third party that may not be installed is imported when it is chosen."""
 
+# A worker's own modules may import torch, and what imports it, late: it loads once the scheduler was told that it does.
 LATE: dict[tuple[str, str], str] = {
-    ("runtime.managers.gpu_worker", "runtime.pipelines_core"): "torch loads once the scheduler was told that it does",
-    ("runtime.managers.gpu_worker", "torch"): "likewise",
     ("runtime.managers.run_dir", "numpy"): "processes that only pass names on do without it",
     ("runtime.loader.tokenizer", "transformers"): "5 s that only a checkpoint without tokenizer.json needs",
 }
@@ -102,10 +104,14 @@ def upward(imports: Iterable[Import]) -> list[str]:
 
 
 def cycle(imports: Iterable[Import], modules: Mapping[str, Module]) -> list[str]:
-    """One cycle of imports, counting those in functions and under TYPE_CHECKING; empty when there is none."""
+    """One cycle of imports, counting those in functions and under TYPE_CHECKING; empty when there is none.
+
+    Not counted is how type checkers learn of the names that `sglang` itself offers: any module may `import sglang`.
+    """
     graph: dict[str, set[str]] = {name: set() for name in modules}
     for statement in imports:
-        if statement.target in modules and statement.target != statement.importer:
+        for_checkers = statement.when is When.TYPING and statement.importer in PACKAGES_WITHOUT_CODE
+        if statement.target in modules and statement.target != statement.importer and not for_checkers:
             graph[statement.importer].add(statement.target)
     try:
         graphlib.TopologicalSorter(graph).prepare()
@@ -125,7 +131,8 @@ def late(imports: Iterable[Import], modules: Mapping[str, Module]) -> list[str]:
         target = statement.target if ours else top_level(statement.target)
         used.add((statement.importer, target))
         kernel = not ours and is_within(statement.importer, LATE_KERNELS)
-        if not kernel and (statement.importer, target) not in LATE:
+        torch_in_worker = is_within(statement.importer, WORKER_ONLY) and (_is_heavy(target) or runs_in_workers(target))
+        if not kernel and not torch_in_worker and (statement.importer, target) not in LATE:
             found.append(f"{statement}; move it to the top, or give the reason in LATE")
     stale = [pair for pair in LATE if pair[0] in modules and pair not in used]
     return found + [f"LATE allows {importer} to import {target}, which it no longer does" for importer, target in stale]
@@ -138,7 +145,7 @@ def imported_by_name(modules: Mapping[str, Module]) -> list[str]:
         if is_within(module.name, IMPORT_BY_NAME[2:]) or module.name in IMPORT_BY_NAME[:2]:
             continue
         for node in module.nodes:
-            if isinstance(node, ast.Call) and _last_name(node.func) in ("import_module", "__import__"):
+            if isinstance(node, ast.Call) and last_name(node.func) in ("import_module", "__import__"):
                 found.append(f"{module.name}:{node.lineno} imports by name; only the registry does")
     return found
 
@@ -289,97 +296,7 @@ def environment_reads(modules: Mapping[str, Module]) -> list[str]:
     return found
 
 
-# --- pickle ---
-
-_PICKLERS = (
-    "pickle",
-    "_pickle",
-    "cPickle",
-    "cloudpickle",
-    "dill",
-    "marshal",
-    "shelve",
-    "joblib",
-    "jsonpickle",
-    "copyreg",
-)
-_FROM_MULTIPROCESSING = ("Pipe", "connection", "Connection", "wait")
-"""All else in multiprocessing pickles what passes through it; of Connection, `send` and `recv` do."""
-_PICKLING_CALLS = (
-    "send_pyobj", "recv_pyobj", "read_pickle", "to_pickle", "ProcessPoolExecutor", "all_gather_object", "gather_object",
-    "broadcast_object_list", "scatter_object_list", "send_object_list", "recv_object_list",
-)  # fmt: skip
-
-
-def pickles(modules: Mapping[str, Module]) -> list[str]:
-    """Whatever pickles or unpickles."""
-    connections = connection_names(modules)
-    return [
-        f"{module.name}:{node.lineno} {problem}"  # type: ignore[attr-defined]
-        for module in modules.values()
-        for node in module.nodes
-        for problem in _pickles(node, connections)
-    ]
-
-
-def _pickles(node: ast.AST, connections: Set[str]) -> Iterator[str]:
-    if isinstance(node, ast.Import):
-        yield from (f"imports {a.name}" for a in node.names if top_level(a.name) in (*_PICKLERS, "multiprocessing"))
-    elif isinstance(node, ast.ImportFrom):
-        package = top_level(node.module or "")
-        if package in _PICKLERS:
-            yield f"imports {node.module}"
-        if package == "multiprocessing":
-            taken = [alias.name for alias in node.names if alias.name not in _FROM_MULTIPROCESSING]
-            yield from (f"takes {name} from multiprocessing, which pickles" for name in taken)
-        yield from (f"imports {a.name}, which pickles" for a in node.names if a.name in _PICKLING_CALLS)
-    elif isinstance(node, ast.Attribute) and node.attr in _PICKLING_CALLS:
-        yield f"uses {node.attr}, which pickles"
-    elif isinstance(node, ast.Call):
-        yield from _pickling_call(node, connections)
-
-
-def _pickling_call(node: ast.Call, connections: Set[str]) -> Iterator[str]:
-    called = ast.unparse(node.func)
-    given = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
-    if called == "torch.load" and given.get("weights_only") is not True:
-        yield "calls torch.load without weights_only=True"
-    if given.get("allow_pickle", False) is not False:
-        yield "allows pickle in a NumPy file"
-    if isinstance(node.func, ast.Attribute) and node.func.attr in ("send", "recv"):
-        receiver = _last_name(node.func.value)
-        if receiver in connections:
-            yield f"calls {receiver}.{node.func.attr}, which pickles; use {node.func.attr}_bytes"
-
-
-def connection_names(modules: Mapping[str, Module]) -> set[str]:
-    """Last names of variables and attributes that hold a multiprocessing Connection anywhere in the package."""
-    makers = {"Pipe", "Connection"}
-    nodes = [node for module in modules.values() for node in module.nodes]
-    for node in nodes:
-        if isinstance(node, FUNCTIONS) and _is_connection(node.returns):
-            makers.add(node.name)
-    names: set[str] = set()
-    for node in nodes:
-        if isinstance(node, ast.arg) and _is_connection(node.annotation):
-            names.add(node.arg)
-        elif isinstance(node, ast.AnnAssign) and _is_connection(node.annotation):
-            names.add(_last_name(node.target))
-    for node in nodes:  # after the others: `self._parent = parent` passes a connection on
-        if isinstance(node, ast.Assign):
-            made = isinstance(node.value, ast.Call) and _last_name(node.value.func) in makers
-            passed = isinstance(node.value, ast.Name | ast.Attribute) and _last_name(node.value) in names
-            if made or passed:
-                targets = [t for target in node.targets for t in getattr(target, "elts", [target])]
-                names.update(_last_name(target) for target in targets)
-    return names - {""}
-
-
-def _is_connection(annotation: ast.expr | None) -> bool:
-    return annotation is not None and re.search(r"\bConnection\b", ast.unparse(annotation)) is not None
-
-
-def _last_name(node: Any) -> str:
+def last_name(node: Any) -> str:
     """`c` of `a.b.c` and of `c`; empty for anything else."""
     if isinstance(node, ast.Attribute):
         return node.attr

@@ -1,4 +1,4 @@
-"""Each rule of `source_rules` and `error_witnesses` catches what it is for, and nothing beside it."""
+"""Each rule of `source_rules`, `pickle_rules` and `error_witnesses` catches what it is for, and nothing beside it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from sglang.multimodal_gen.test import error_witnesses, source_rules
+from sglang.multimodal_gen.test import error_witnesses, pickle_rules, source_rules
 from sglang.multimodal_gen.test.source_tree import PACKAGE, Module, imports_of, parse
 
 M = f"from {PACKAGE}"
@@ -30,7 +30,7 @@ late = with_imports(source_rules.late)
 heavy = with_imports(source_rules.heavy)
 
 TYPING = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    "
-SCHEDULER, LAYER = "runtime.managers.scheduler", "runtime.layers.norm"
+SCHEDULER, WORKER, LAYER = "runtime.managers.scheduler", "runtime.managers.gpu_worker", "runtime.layers.norm"
 LONG_FILE = "x = 1\n" * (source_rules.MAX_FILE_LINES + 1)
 LONG_FUNCTION = "def f():\n" + "    x = 1\n" * source_rules.MAX_FUNCTION_LINES
 PIPE = "from multiprocessing import Pipe\nfrom multiprocessing.connection import Connection\n"
@@ -45,6 +45,7 @@ CAUGHT = [
     (cycle, {"a": f"{M} import b", "b": f"def f():\n    {M} import c", "c": f"{TYPING}{M} import a"}, "a.*c|c.*a"),
     (late, {SCHEDULER: f"def f():\n    {M} import errors", "errors": ""}, f"{SCHEDULER}:2 imports errors in a"),
     (late, {SCHEDULER: "async def f():\n    import numpy.linalg"}, f"{SCHEDULER}:2 imports numpy.linalg in a function"),
+    (late, {WORKER: f"def f():\n    {M} import errors", "errors": ""}, f"{WORKER}:2 imports errors in a function"),
     (late, {LAYER: f"def f():\n    {M} import errors", "errors": ""}, "imports errors in a function"),
     (late, {"runtime.managers.run_dir": "import numpy"}, "LATE allows runtime.managers.run_dir to import numpy, which"),
     (source_rules.imported_by_name, {SCHEDULER: "import importlib as i\ni.import_module('x')"}, f"{SCHEDULER}:2"),
@@ -70,7 +71,7 @@ CAUGHT = [
     (source_rules.environment_reads, {"a": "import os as system\nsystem.getenv('A')"}, "a:2 uses getenv"),
     (source_rules.environment_reads, {"a": "from os import environ as e"}, "a:1 uses environ"),
     (source_rules.environment_reads, {"runtime.envs": "import os\nos.putenv('A', 'b')"}, "runtime.envs:2 uses putenv"),
-    *((source_rules.pickles, {"a": text}, problem) for text, problem in [
+    *((pickle_rules.pickles, {"a": text}, problem) for text, problem in [
         ("import pickle", "a:1 imports pickle"),
         ("def f():\n    from cloudpickle import dumps", "a:2 imports cloudpickle"),
         ("import marshal", "imports marshal"),
@@ -89,6 +90,8 @@ CAUGHT = [
         (PIPE + "ours, theirs = Pipe()\ntheirs.send(1)", "a:4 calls theirs.send, which pickles; use send_bytes"),
         (PIPE + "def f(end: Connection):\n    return end.recv()", "a:4 calls end.recv"),
         (PIPE + "class A:\n    end: Connection | None\ndef f(a):\n    a.end.send(1)", "a:6 calls end.send"),
+        (PIPE + "class A:\n    def __init__(self, end: Connection):\n        self.y = end\ndef f(a):\n    a.y.recv()",
+         "a:7 calls y.recv"),
         (PIPE + "def make() -> Connection: ...\nclass A:\n    def __init__(self):\n        self.x = make()\n"
          "        self.x.send(1)", "a:7 calls x.send"),
     ]),
@@ -107,9 +110,11 @@ FINE = [
     (source_rules.without_row, {"sglang": "", "runtime": "", "runtime.bench.dit": "", "runtime.cache.steps": ""}),
     (upward, {SCHEDULER: f"{M}.runtime.layers import norm", LAYER: f"{M} import errors", "errors": ""}),
     (upward, {"errors": f"{TYPING}{M} import registry", "registry": ""}),
+    (cycle, {"sglang": f"{TYPING}{M} import a", "a": "import sglang"}),
     (cycle, {"a": f"{M} import b\n{M}.b import c", "b": f"{M} import c", "b.c": "", "c": "import os"}),
     (late, {"runtime.entrypoints.cli.serve": f"def f():\n    {M} import errors", "errors": ""}),
     (late, {LAYER: "def f():\n    import flash_attn"}),
+    (late, {WORKER: f"def f():\n    import torch\n    {M}.runtime import loader", "runtime.loader": ""}),
     (late, {"registry": f"{TYPING}import numpy\nimport json"}),
     (source_rules.imported_by_name, {"registry": "import importlib\nimportlib.import_module('a')"}),
     (heavy, {"registry": f"{TYPING}import torch\nimport numpy", "runtime.layers.norm": "import torch"}),
@@ -118,8 +123,9 @@ FINE = [
     (source_rules.family_names, {"runtime.pipelines.wan": "class WanPipeline: pass", "registry": "# FLUX"}),
     (source_rules.environment_reads, {"envs": "import os\nos.environ", "a": "import os\nos.path; thing.environ"}),
     (source_rules.oversized, {"a": "def f():\n" + "    x = 1\n" * (source_rules.MAX_FUNCTION_LINES - 1)}),
-    (source_rules.pickles, {"a": PIPE + "ours, theirs = Pipe()\ntheirs.send_bytes(b'')\nsocket.send(b'')"}),
-    (source_rules.pickles, {"a": "torch.load('a', weights_only=True)\nnp.load('a', allow_pickle=False)"}),
+    (pickle_rules.pickles, {"a": PIPE + "ours, theirs = Pipe()\ntheirs.send_bytes(b'')\nsocket.send(b'')"}),
+    (pickle_rules.pickles, {"a": PIPE + "parent = Pipe()", "b": "def f(parent):\n    parent.send(b'')"}),
+    (pickle_rules.pickles, {"a": "torch.load('a', weights_only=True)\nnp.load('a', allow_pickle=False)"}),
 ]  # fmt: skip
 
 
