@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import error_reference
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.declare import Parameter, parameters
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
@@ -121,6 +122,32 @@ over HTTP they are unknown parameters. Encoders and autoencoders keep torch's at
     return _page("Attention kernels", intro, sections)
 
 
+def errors_page() -> str:
+    """Every code that a client can meet."""
+    intro = """\
+What goes wrong on purpose has a code that stays the same, an HTTP status, and one sentence that names the parameter,
+the value and what would be accepted. In Python it is a `ServingError` with the attributes `code`, `http_status`,
+`message`, `param` and `retryable`; an error of another process comes as `RemoteError` with the same values. Over HTTP
+it is OpenAI's error object, `{"error": {"message": …, "type": …, "param": …, "code": …}}`, with `Retry-After` where
+the same request may succeed a little later. The command line prints the sentence; its exit status is 2 when the command
+line or a file of options is wrong, 1 for everything else.
+
+While a server's model cannot be loaded, every request for a generation is answered 503 with the code of the cause."""
+    header = ["Code", "HTTP", "Try again", "Class", "Meaning"]
+    sections = []
+    for heading, rows in error_reference.class_rows().items():
+        sections += [f"## {heading}", "", _table(header, rows), ""]
+    sections += [
+        "## Codes of parameters",
+        "",
+        "`InvalidValue` and `InvalidType` have one of these codes instead where it says more.",
+        "",
+        _table(["Code", "Parameters"], error_reference.parameter_rows()),
+        "",
+    ]
+    return _page("Errors", intro, sections)
+
+
 def pages() -> dict[str, str]:
     """Each page's text by file name."""
     return {
@@ -128,6 +155,7 @@ def pages() -> dict[str, str]:
         "sampling_params.md": sampling_params_page(),
         "environment.md": environment_page(),
         "attention.md": attention_page(),
+        "errors.md": errors_page(),
     }
 
 

@@ -259,6 +259,8 @@ class InvalidState(ServingError):
 class InternalError(ServingError):
     """A bug of ours; the log has the traceback."""
 
+    code = "internal_error"
+
 
 class ProtocolMismatch(ServingError):
     """Two processes speak different versions of the protocol."""
@@ -419,6 +421,17 @@ class VideoFailed(InvalidRequest):
 
     code = "video_failed"
     http_status = 404
+
+
+class RangeNotSatisfiable(InvalidRequest):
+    """The Range header begins after the end of the content."""
+
+    code = "range_not_satisfiable"
+    http_status = 416
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        super().__init__(f"range: begins after the last of {size} bytes", param="range")
 
 
 class IdempotencyMismatch(InvalidRequest):

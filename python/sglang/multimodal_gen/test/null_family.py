@@ -1,10 +1,10 @@
 """A do-nothing family: no checkpoint, no model, every unit returns at once. Measures the engine alone.
 
 Registered with `register_configs` and nothing else. Words in the prompt cause faults in denoising unit 1:
-`sleep-MS`, `fail`, `fail-shared` (only in company), `die`, `die-once-FILE` (while FILE does not exist), `hang`, `oom`,
-`oom-shared` (only in company), `oom-large` (until the request is planned with less). `die-at-K-FILE` dies at unit K
-once. `holds-N` makes the request hold N of the 1,000 GiB that the family says there are. With `noise-until-FILE` the
-frames are noise, which takes room in a file, and the last ones come when FILE exists.
+`sleep-MS`, `fail`, `fail-shared` (only in company), `bug`, `die`, `die-once-FILE` (while FILE does not exist), `hang`,
+`oom`, `oom-shared` (only in company), `oom-large` (until the request is planned with less). `die-at-K-FILE` dies at
+unit K once. `holds-N` makes the request hold N of the 1,000 GiB that the family says there are. With
+`noise-until-FILE` the frames are noise, which takes room in a file, and the last ones come when FILE exists.
 """
 
 from __future__ import annotations
@@ -110,6 +110,8 @@ def cause_fault(word: str, batch_size: int) -> None:
         raise MemoryError
     if word == "fail" or (word == "fail-shared" and batch_size > 1):
         raise InvalidRequest("prompt: got a word that fails", param="prompt")
+    if word == "bug":
+        raise ZeroDivisionError("the unit has a bug")
     if word == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     elif word.startswith("die-once-"):

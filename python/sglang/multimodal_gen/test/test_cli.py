@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sglang.cli.main import main
-from sglang.multimodal_gen.errors import InternalError
+from sglang.multimodal_gen.errors import InternalError, UsageError
 from sglang.multimodal_gen.runtime.entrypoints.cli import generate, reporting, serve
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import GenerationEvent, GenerationResult
 from sglang.multimodal_gen.runtime.managers.messages import EngineState, Progress, Started
@@ -109,6 +109,12 @@ def test_generate_does_not_offer_what_only_a_server_or_python_can_use() -> None:
 )
 def test_a_wrong_command_line_is_refused_in_one_sentence(capsys: Capture, command: str, sentence: str) -> None:
     assert sentence_of(capsys, *command.split()).startswith(sentence)
+
+
+def test_a_command_line_that_cannot_be_split_is_a_usage_error() -> None:
+    for command in (generate, serve):
+        with pytest.raises(UsageError, match="unknown flag --what"):
+            command.configure(["--what", "1"])
 
 
 def test_an_empty_prompt_is_refused(capsys: Capture) -> None:

@@ -222,6 +222,17 @@ def test_a_failing_request_ends_with_its_own_error_and_the_engine_goes_on(engine
     assert one(engine.generate({"prompt": "x"})).size == (16, 16, 5)
 
 
+@pytest.mark.parametrize(("fault", "code"), [("bug", "internal_error"), ("oom", "out_of_memory")])
+def test_what_goes_wrong_in_a_unit_ends_in_a_sentence_that_hides_the_exception(
+    engine: DiffGenerator, fault: str, code: str
+) -> None:
+    with pytest.raises(RemoteError) as caught:
+        engine.generate({"prompt": fault})
+    assert caught.value.code == code
+    assert "the unit" not in caught.value.message
+    assert one(engine.generate({"prompt": "x"})).size == (16, 16, 5)
+
+
 def test_one_failing_request_does_not_take_its_batch_along(engine: DiffGenerator) -> None:
     ends: dict[int, type] = {}
     wish = {"prompt": ["sleep-3 a", "fail sleep-3", "sleep-3 b"], "num_inference_steps": 8}
@@ -461,6 +472,26 @@ def test_a_model_that_cannot_be_loaded_ends_in_its_own_error_and_is_not_tried_ag
         time.sleep(0.5)
         status = generator.status()
         assert (status.num_workers, status.num_worker_restarts) == (0, 0)
+
+
+@pytest.mark.usefixtures("clean_slate")
+def test_a_model_whose_workers_die_while_they_load_it_is_given_up() -> None:
+    killed: set[int] = set()
+
+    def failed() -> bool:
+        status = generator.status()
+        for pid in {*status.worker_pids} - killed:
+            os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+        return status.state.state == "failed"
+
+    with DiffGenerator.from_server_args(ServerArgs.from_kwargs(model_path="null-model")) as generator:
+        assert wait_until(failed)
+        error = generator.status().state.error
+        assert error is not None and error.code == "model_not_loadable"
+        assert f"the worker died {len(killed)} times while loading the model" in error.message
+        with pytest.raises(RemoteError, match="while loading the model"):
+            generator.generate({"prompt": "x"})
 
 
 @pytest.mark.usefixtures("clean_slate")

@@ -267,17 +267,19 @@ def test_header_knows_every_tensor_without_reading_it(checkpoint: Path) -> None:
 
 
 def test_hub_that_cannot_be_reached_ends_in_one_sentence(tmp_path: Path) -> None:
-    code = (
-        "from sglang.multimodal_gen.errors import ModelNotReachable\n"
+    script = (
+        "from sglang.multimodal_gen.errors import ServingError\n"
         "from sglang.multimodal_gen.registry import get_model_info\n"
         "from sglang.multimodal_gen.runtime.loader.hub import ensure_local\n"
         "try:\n    ensure_local(get_model_info('someone/no-such-model'))\n"
-        "except ModelNotReachable as error:\n    assert 'someone/no-such-model' in error.message, error\n"
-        "    assert 'cache' in error.message and '\\n' not in error.message, error\n"
-        "else:\n    raise SystemExit('nothing raised')\n"
+        "except ServingError as error:\n    print(error.code, error.message)\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environment)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, check=True, timeout=60, env=environment, stdout=subprocess.PIPE, text=True)
+    code, _, message = done.stdout.rstrip("\n").partition(" ")
+    assert code == "model_not_reachable"
+    assert "someone/no-such-model" in message and "cache" in message and "\n" not in message
 
 
 def test_worker_path_imports_neither_transformers_nor_diffusers_nor_the_compiler(

@@ -209,5 +209,6 @@ def test_block_compiles_as_one_graph_and_computes_the_same() -> None:
 )
 def test_inputs_that_do_not_fit_are_refused(shape: tuple[int, ...], image: Tensor | None, sentence: str) -> None:
     ours = WanTransformer3DModel(WanTransformerConfig(**TINY_TRANSFORMER, rope_max_seq_len=8))
-    with pytest.raises(InvalidRequest, match=sentence):
+    with pytest.raises(InvalidRequest, match=sentence) as caught:
         ours(*wan_inputs(shape), image)
+    assert type(caught.value) is InvalidRequest

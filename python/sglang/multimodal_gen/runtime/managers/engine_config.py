@@ -35,7 +35,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             run_dir=run_dir,
             serves_http=serves_http,
             registrations=tuple(registry.registrations()),
-            python_path=tuple(entry for entry in sys.path if entry),
+            python_path=tuple(entry or str(Path.cwd()) for entry in sys.path),  # "" in a REPL: the working directory
         )
 
     def checkpoint_dir(self) -> Path:

@@ -9,8 +9,8 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from sglang.multimodal_gen.errors import ErrorInfo
-from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse, error_object
+from sglang.multimodal_gen.errors import RangeNotSatisfiable
+from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse, error_response
 
 MEDIA_TYPES = {
     "png": "image/png",
@@ -52,10 +52,4 @@ def _drop_range(request: Request) -> None:
 
 
 def _range_not_satisfiable(size: int) -> JsonResponse:
-    info = ErrorInfo(
-        code="range_not_satisfiable",
-        message=f"range: begins after the last of {size} bytes",
-        http_status=416,
-        param="range",
-    )
-    return JsonResponse({"error": error_object(info)}, status_code=416, headers={"content-range": f"bytes */{size}"})
+    return error_response(RangeNotSatisfiable(size), {"content-range": f"bytes */{size}"})

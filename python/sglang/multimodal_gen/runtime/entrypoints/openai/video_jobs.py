@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.errors import ErrorInfo, FieldError, InternalError, QueueFull, VideoNotFound
+from sglang.multimodal_gen.errors import ErrorInfo, InternalError, InvalidValue, QueueFull, VideoNotFound
 from sglang.multimodal_gen.runtime.entrypoints.engine_client import raise_if_terminal
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine
 from sglang.multimodal_gen.runtime.managers.messages import (
@@ -126,14 +126,14 @@ class VideoJobs:
         """Up to `limit` jobs in order of creation after the job `after`, and whether more follow.
 
         Raises:
-            FieldError: `after` is no job's id (code `invalid_cursor`).
+            InvalidValue: `after` is no job's id (code `invalid_cursor`).
         """
         jobs = list(self._jobs.values())
         if order == "desc":
             jobs.reverse()
         if after is not None:
             if after not in self._jobs:
-                raise FieldError("after", after, "the id of a video in the list", code="invalid_cursor")
+                raise InvalidValue("after", after, "the id of a video in the list", code="invalid_cursor")
             jobs = list(itertools.dropwhile(lambda job: job.id != after, jobs))[1:]
         return jobs[:limit], len(jobs) > limit
 

@@ -1,7 +1,7 @@
 """DPM-Solver++: an exponential integrator over the log-SNR that extrapolates from earlier predictions.
 
 Source: arXiv:2211.01095, https://github.com/LuChengTHU/dpm-solver. Here its deterministic multistep form on
-flow-matching levels, as diffusers' `DPMSolverMultistepScheduler` runs it for Sana.
+flow-matching levels, as diffusers' `DPMSolverMultistepScheduler` runs it with `prediction_type` flow_prediction.
 """
 
 from __future__ import annotations

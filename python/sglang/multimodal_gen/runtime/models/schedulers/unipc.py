@@ -1,7 +1,7 @@
 """UniPC: a multistep predictor, and a corrector that reuses the next step's network evaluation.
 
 Source: arXiv:2302.04867, https://github.com/wl-zhao/UniPC. Here in its data-prediction form on flow-matching levels,
-as diffusers' `UniPCMultistepScheduler` runs it for Wan.
+as diffusers' `UniPCMultistepScheduler` runs it for video models.
 """
 
 from __future__ import annotations
