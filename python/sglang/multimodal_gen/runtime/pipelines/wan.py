@@ -16,7 +16,7 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
     SchedulerConfig,
     Tokenizer,
 )
-from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
+from sglang.multimodal_gen.runtime.loader.tokenizer import TextTokenizer
 from sglang.multimodal_gen.runtime.models.dits.wan import WanTransformer3DModel
 from sglang.multimodal_gen.runtime.models.encoders.umt5 import UMT5EncoderModel
 from sglang.multimodal_gen.runtime.models.vaes.wan_vae import AutoencoderKLWan, DecoderState
@@ -46,7 +46,7 @@ class WanPipeline(ComposedPipelineBase):
         "vae": NativeModule(AutoencoderKLWan, WanVAEConfig),
         "scheduler": SchedulerConfig(),
     }
-    tokenizer: PromptTokenizer
+    tokenizer: TextTokenizer
     text_encoder: UMT5EncoderModel
     transformer: WanTransformer3DModel
     vae: AutoencoderKLWan

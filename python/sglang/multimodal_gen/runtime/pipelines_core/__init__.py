@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+from sglang.multimodal_gen.configs.published import published_directory
 from sglang.multimodal_gen.errors import UnsupportedModel
 from sglang.multimodal_gen.registry import ResolvedModel, get_model_info, load_object, with_checkpoint
 from sglang.multimodal_gen.runtime.loader.hub import ensure_local
@@ -27,16 +29,34 @@ def build_pipeline(
     Raises: ModelError or InvalidRequest with one sentence on what cannot be found, read or done.
     """
     model_args = ModelArgs(model_path=model) if isinstance(model, str) else model
-    revision = None
+    revision, random_weights = None, False
     if isinstance(model_args, ModelArgs):
-        revision = model_args.revision
+        revision, random_weights = model_args.revision, model_args.random_weights
         resolved = get_model_info(model_args.model_path, model_id=model_args.model_id)
     else:
         resolved = model_args
     if resolved.needs_download:
-        resolved = with_checkpoint(resolved, ensure_local(resolved, revision, report=report))
+        resolved = with_checkpoint(resolved, _directory(resolved, revision, random_weights, report))
     assert resolved.entry is not None, "a checkpoint on disk has an entry or was refused"
     pipeline_class = load_object(resolved.entry.pipeline)
     if not (isinstance(pipeline_class, type) and issubclass(pipeline_class, ComposedPipelineBase)):
         raise UnsupportedModel(f"{resolved.entry.pipeline} is registered but no ComposedPipelineBase")
-    return pipeline_class.load(resolved, execution or ExecutionArgs(), local_rank=local_rank, report=report)
+    if random_weights:
+        report("the weights are random numbers, so what is generated means nothing")
+    return pipeline_class.load(
+        resolved,
+        execution or ExecutionArgs(),
+        local_rank=local_rank,
+        random_weights=random_weights,
+        report=report,
+    )
+
+
+def _directory(
+    resolved: ResolvedModel, revision: str | None, random_weights: bool, report: Callable[[str], None]
+) -> Path:
+    """The configs of a hub id, with its weights unless they are random."""
+    if random_weights:
+        assert resolved.hub_id is not None, "a model without a directory is one of the hub"
+        return published_directory(resolved.hub_id)
+    return ensure_local(resolved, revision, report=report)

@@ -18,12 +18,18 @@ from sglang.multimodal_gen.configs.model_info import ModelInfo, TaskLimits
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, MAX_SEED, SamplingParams
-from sglang.multimodal_gen.errors import CorruptCheckpoint, InsufficientMemory, UnsupportedModel, shown
+from sglang.multimodal_gen.errors import InsufficientMemory, UnsupportedModel, shown
 from sglang.multimodal_gen.registry import ResolvedModel, load_config, read_model_index
 from sglang.multimodal_gen.runtime.layers.attention.registry import device_facts
 from sglang.multimodal_gen.runtime.layers.attention.switch import explain_kernels
 from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerContext
-from sglang.multimodal_gen.runtime.loader.component_loader import ComponentLoader, LoadContext, weight_totals
+from sglang.multimodal_gen.runtime.loader.component_loader import (
+    Checkpoint,
+    ComponentLoader,
+    LoadContext,
+    weight_totals,
+)
+from sglang.multimodal_gen.runtime.loader.random_weights import RandomSource
 from sglang.multimodal_gen.runtime.pipelines_core.memory import USABLE_SHARE, free_bytes
 from sglang.multimodal_gen.runtime.pipelines_core.memory_meter import meter_for
 from sglang.multimodal_gen.runtime.pipelines_core.placement import Placement, place
@@ -105,9 +111,17 @@ class ComposedPipelineBase:
 
     @classmethod
     def load(
-        cls, resolved: ResolvedModel, execution: ExecutionArgs, *, local_rank: int = 0, report: Report = _ignore
+        cls,
+        resolved: ResolvedModel,
+        execution: ExecutionArgs,
+        *,
+        local_rank: int = 0,
+        random_weights: bool = False,
+        report: Report = _ignore,
     ) -> Self:
         """The pipeline of a resolved and downloaded model; each choice made for the user is reported.
+
+        With `random_weights` the directory's configs are all that is read, and its tokenizers if it has them.
 
         Raises: ModelError or InvalidRequest saying what in the checkpoint or the options does not fit.
         """
@@ -126,6 +140,7 @@ class ComposedPipelineBase:
                 cross_attention=AttentionPlan.chosen("cross", execution, facts=facts, precision=precision),
             ),
             fp32_components=config.fp32_components,
+            source=RandomSource() if random_weights else Checkpoint(),
         )
         components = {}
         if cls.components:
@@ -153,8 +168,6 @@ class ComposedPipelineBase:
                 raise UnsupportedModel(
                     f"model_index.json says {name}: {shown(listed)}; {cls.__name__} wants a [library, class] pair there"
                 )
-            if not (directory / name).is_dir():
-                raise CorruptCheckpoint(f"the checkpoint has no directory {name}; download it again")
             report(f"loading {name}")
             components[name] = load(directory / name, listed[1], context)
         return components
