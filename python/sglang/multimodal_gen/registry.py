@@ -28,6 +28,8 @@ from sglang.multimodal_gen.errors import (
 )
 
 EMBEDDED_MODEL = "demo"
+NULL_MODEL = "null-model"
+"""Does nothing and needs nothing: what an engine costs without a model."""
 MODEL_INDEX = "model_index.json"
 GENERATION_CONFIG = "generation_config.json"
 """Optional file of a checkpoint: its own sampling defaults, as SamplingParams fields."""
@@ -95,6 +97,13 @@ _BUILTIN = (
         config=f"{_WAN_CONFIGS}:WAN21_T2V_14B",
         pipeline_class_names=("WanPipeline",),
         hub_ids=("Wan-AI/Wan2.1-T2V-14B-Diffusers",),
+    ),
+    ModelEntry(
+        name="null",
+        pipeline="sglang.multimodal_gen.runtime.pipelines.null:NullPipeline",
+        config="sglang.multimodal_gen.configs.pipeline_configs.null:NULL",
+        hub_ids=(NULL_MODEL,),
+        needs_checkpoint=False,
     ),
 )
 _added: dict[str, ModelEntry] = {}
@@ -301,5 +310,5 @@ def _named_by(hub_id: str) -> ModelEntry | None:
 
 def _require_known(model_id: str) -> None:
     if _named_by(model_id) is None:
-        known = [hub_id for entry in entries() for hub_id in entry.hub_ids]
+        known = [hub_id for entry in entries() if entry.needs_checkpoint for hub_id in entry.hub_ids]
         raise InvalidValue("model_id", model_id, "one of " + ", ".join(known) + hint(model_id, known))

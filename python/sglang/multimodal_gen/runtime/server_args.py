@@ -49,6 +49,11 @@ class ModelArgs:
     revision: str | None = arg(
         None, help="Branch, tag or commit of the hub repository.", group="model", unset="the main branch"
     )
+    random_weights: bool = arg(
+        False,
+        help="Random numbers in place of the weights, for benchmarks: a hub id needs no download then.",
+        group="model",
+    )
     served_model_name: str | None = arg(
         None, help="Name in /v1/models and in replies.", group="model", unset="the model's own name", metavar="NAME"
     )

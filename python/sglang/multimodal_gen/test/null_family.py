@@ -1,10 +1,10 @@
-"""A do-nothing family: no checkpoint, no model, every unit returns at once. Measures the engine alone.
+"""The family that does nothing, with faults: words in the prompt cause them in denoising unit 1.
 
-Registered with `register_configs` and nothing else. Words in the prompt cause faults in denoising unit 1:
-`sleep-MS`, `fail`, `fail-shared` (only in company), `bug`, `die`, `die-once-FILE` (while FILE does not exist), `hang`,
-`oom`, `oom-shared` (only in company), `oom-large` (until the request is planned with less). `die-at-K-FILE` dies at
-unit K once. `holds-N` makes the request hold N of the 1,000 GiB that the family says there are. With
-`noise-until-FILE` the frames are noise, which takes room in a file, and the last ones come when FILE exists.
+Registered with `register_configs`, in place of the package's own. `sleep-MS` (in every unit), `fail`, `fail-shared`
+(only in company), `bug`, `die`, `die-once-FILE` (while FILE does not exist), `hang`, `oom`, `oom-shared` (only in
+company), `oom-large` (until the request is planned with less). `die-at-K-FILE` dies at unit K once. `holds-N` makes the
+request hold N of the 1,000 GiB that the family says there are. With `noise-until-FILE` the frames are noise, which
+takes room in a file, and the last ones come when FILE exists.
 """
 
 from __future__ import annotations
@@ -14,29 +14,21 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
+import msgspec
 import torch
 
-from sglang.multimodal_gen.configs.model_info import TaskLimits
-from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
+from sglang.multimodal_gen.configs.pipeline_configs.null import NULL
 from sglang.multimodal_gen.configs.request_plan import Phase
-from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.registry import register_configs
-from sglang.multimodal_gen.runtime.loader.component_loader import ComponentLoader
 from sglang.multimodal_gen.runtime.managers.warm_up import ID_PREFIX
-from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase
+from sglang.multimodal_gen.runtime.pipelines.null import NullDecoding, NullDenoising, NullEncoding, NullPipeline
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 
-NULL_CONFIG = PipelineConfig(
-    tasks=("T2V",),
-    defaults=SamplingParams(width=16, height=16, num_frames=5, fps=8, num_inference_steps=4, guidance_scale=1.0),
-    max_pixels=1 << 20,
-    max_frames=1001,
-)
 FAULT_UNIT = 1
+NULL_CONFIG = NULL
 
 
 def register() -> None:
@@ -44,41 +36,23 @@ def register() -> None:
 
     `fragile-model` is the same family, but every warm-up kills its worker.
     """
-    for name, pipeline in (("null", "NullPipeline"), ("fragile", "FragilePipeline")):
+    for name, pipeline in (("null", "FaultyPipeline"), ("fragile", "FragilePipeline")):
         register_configs(
             name=name,
             pipeline=f"{__name__}:{pipeline}",
             config=f"{__name__}:NULL_CONFIG",
-            pipeline_class_names=(pipeline,),
             hub_ids=(f"{name}-model",),
             needs_checkpoint=False,
         )
-
-
-def one_phase(name: str, lane: str, units: int, held_bytes: int = 0) -> Phase:
-    return Phase(name=name, lane=lane, units=units, batch_key=name, cost=1.0, peak_bytes=1, held_bytes=held_bytes)
 
 
 def words(req: Req, prefix: str) -> list[str]:
     return [word.removeprefix(prefix) for word in req.params.prompt.split() if word.startswith(prefix)]
 
 
-class NullEncoding(Stage):
-    name, reads, writes = "encode", (), ("prompt_embeds",)
-
+class FaultyDenoising(NullDenoising):
     def phase(self, req: Req) -> Phase:
-        return one_phase("encode", "encode", 1)
-
-    def step(self, requests: Sequence[Req]) -> list[OutputBatch]:
-        return []
-
-
-class NullDenoising(Stage):
-    name, reads, writes = "denoise", ("prompt_embeds",), ("latents",)
-
-    def phase(self, req: Req) -> Phase:
-        held_bytes = 2**30 * sum(map(int, words(req, "holds-")))
-        return one_phase("denoise", "denoise", req.params.num_inference_steps or 1, held_bytes)
+        return msgspec.structs.replace(super().phase(req), held_bytes=2**30 * sum(map(int, words(req, "holds-"))))
 
     def shrink(self, req: Req) -> bool:
         if "oom-large" not in req.params.prompt or req.max_forward_rows == 1:
@@ -98,11 +72,7 @@ class NullDenoising(Stage):
             if done == FAULT_UNIT and not (req.max_forward_rows == 1 and "oom-large" in req.params.prompt):
                 for word in req.params.prompt.split():
                     cause_fault(word, len(requests))
-        for req in requests:
-            # One more with every step, so that a resumed request shows how many it has seen.
-            req.latents = torch.zeros(1, 1, 1, 1) if req.latents is None else req.latents
-            req.latents = req.latents + 1
-        return []
+        return super().step(requests)
 
 
 def cause_fault(word: str, batch_size: int) -> None:
@@ -123,58 +93,32 @@ def cause_fault(word: str, batch_size: int) -> None:
         time.sleep(3600)
 
 
-class NullDecoding(Stage):
-    name, reads, writes = "decode", ("latents",), ()
-
-    def phase(self, req: Req) -> Phase | None:
-        return None if req.params.output_type == "latent" else one_phase("decode", "decode", num_chunks(req))
-
-    def step(self, requests: Sequence[Req]) -> list[OutputBatch]:
-        return [chunk_of(req) for req in requests]
-
-
-def chunk_of(req: Req) -> OutputBatch:
-    """The first half of a video's frames, then the rest; each frame's pixels are its number, or noise."""
-    total, index = req.params.num_frames or 1, req.done("decode")
-    last = index == num_chunks(req) - 1
-    numbers = range(index * (total // 2), total if last else total // 2)
-    height, width = req.params.height or 16, req.params.width or 16
-    frames = torch.stack([torch.full((height, width, 3), number % 256, dtype=torch.uint8) for number in numbers])
-    if req.params.prompt.startswith("noise-until-"):
-        frames = torch.randint(0, 256, frames.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
+class NoisyDecoding(NullDecoding):
+    def frames(self, req: Req, numbers: range, last: bool) -> torch.Tensor:
+        frames = super().frames(req, numbers, last)
+        if not req.params.prompt.startswith("noise-until-"):
+            return frames
+        generator = torch.Generator().manual_seed(req.done("decode"))
         while last and not Path(req.params.prompt.removeprefix("noise-until-")).exists():
             time.sleep(0.01)
-    return OutputBatch(request_id=req.request_id, first_frame=numbers.start, last=last, frames=frames)
+        return torch.randint(0, 256, frames.shape, dtype=torch.uint8, generator=generator)
 
 
-def num_chunks(req: Req) -> int:
-    return 1 if req.params.num_frames == 1 else 2
-
-
-class NullPipeline(ComposedPipelineBase):
-    """Three stages that do nothing."""
-
-    components: ClassVar[dict[str, ComponentLoader]] = {}
-
+class FaultyPipeline(NullPipeline):
     def budget_bytes(self) -> int:
         return 1000 * 2**30
 
     def create_pipeline_stages(self) -> list[Stage]:
-        return [NullEncoding(), NullDenoising(), NullDecoding()]
-
-    def limits(self) -> TaskLimits:
-        return TaskLimits(
-            size_multiple=16, max_pixels=1 << 20, frame_stride=4, max_frames=1001, max_sequence_length=512
-        )
+        return [NullEncoding(), FaultyDenoising(), NoisyDecoding()]
 
 
-class FragileDenoising(NullDenoising):
+class FragileDenoising(FaultyDenoising):
     def step(self, requests: Sequence[Req]) -> list[OutputBatch]:
         if any(req.request_id.startswith(ID_PREFIX) for req in requests):
             cause_fault("die", 1)
         return super().step(requests)
 
 
-class FragilePipeline(NullPipeline):
+class FragilePipeline(FaultyPipeline):
     def create_pipeline_stages(self) -> list[Stage]:
-        return [NullEncoding(), FragileDenoising(), NullDecoding()]
+        return [NullEncoding(), FragileDenoising(), NoisyDecoding()]

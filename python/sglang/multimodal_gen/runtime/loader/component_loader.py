@@ -7,9 +7,9 @@ so that a model never lies in memory twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +19,62 @@ from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.errors import CorruptCheckpoint, InvalidRequest, UnsupportedModel
 from sglang.multimodal_gen.registry import read_json_object
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
-from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer, load_tokenizer
+from sglang.multimodal_gen.runtime.loader.tokenizer import TextTokenizer, load_tokenizer
 from sglang.multimodal_gen.runtime.loader.weight_utils import StoredWeights, open_weights, tensors_of
 
 _SHOWN_KEYS = 8
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+DtypeOf = Callable[[str], torch.dtype]
+
+
+class ComponentSource(Protocol):
+    """Where what fills a component comes from."""
+
+    def tensors_for(
+        self, directory: Path, module: nn.Module, *, dtype_of: DtypeOf, device: torch.device
+    ) -> dict[str, Tensor]:
+        """One tensor for each name of the module's state, floating-point ones at `dtype_of(name)`, on the device.
+
+        The module itself has shapes and no memory.
+        """
+        ...
+
+    def tokenizer(self, directory: Path) -> TextTokenizer:
+        """What belongs to the directory of a tokenizer."""
+        ...
+
+
+class Checkpoint:
+    """The files in the directories."""
+
+    def tensors_for(
+        self, directory: Path, module: nn.Module, *, dtype_of: DtypeOf, device: torch.device
+    ) -> dict[str, Tensor]:
+        """See ComponentSource. Raises CorruptCheckpoint naming all keys that do not fit, or what a file lacks."""
+        stored = open_weights(directory)
+        names = _match_keys(module, stored, aliases=getattr(module, "key_aliases", {}))
+        dtype_of_key = {key: dtype_of(name) for name, key in names.items()}
+
+        def place(key: str, tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype_of_key[key]) if tensor.is_floating_point() else tensor.to(device)
+
+        tensors = stored.load(list(names.values()), place)
+        return {name: tensors[key] for name, key in names.items()}
+
+    def tokenizer(self, directory: Path) -> TextTokenizer:
+        """See ComponentSource. Raises CorruptCheckpoint without one."""
+        return load_tokenizer(directory)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadContext:
-    """Where and how components are placed."""
+    """Where and how components are placed, and what fills them."""
 
     device: torch.device
     dtype: torch.dtype
     layers: LayerContext
     fp32_components: Collection[str] = ()
+    source: ComponentSource = field(default_factory=Checkpoint)
 
     def dtype_of(self, component: str) -> torch.dtype:
         """The dtype that a component computes in."""
@@ -53,26 +94,30 @@ class NativeModule:
             raise UnsupportedModel(
                 f"the checkpoint's {directory.name} is a {class_name}; supported is {self.module_class.__name__}"
             )
-        try:
-            config = self.config_class.from_dict(read_json_object(directory / "config.json"))
-        except InvalidRequest as error:
-            raise UnsupportedModel(f"{directory.name}/config.json: {error.message}") from error
         return load_module(
             self.module_class,
-            config,
+            self.config(directory),
             directory,
             dtype=context.dtype_of(directory.name),
             device=context.device,
             context=context.layers,
+            source=context.source,
         )
+
+    def config(self, directory: Path) -> ModelConfig:
+        """What `config.json` says. Raises CorruptCheckpoint without one, UnsupportedModel when we cannot be that."""
+        try:
+            return self.config_class.from_dict(read_json_object(directory / "config.json"))
+        except InvalidRequest as error:
+            raise UnsupportedModel(f"{directory.name}/config.json: {error.message}") from error
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     """A component that turns text into token ids; any class that saves a `tokenizer.json`."""
 
-    def __call__(self, directory: Path, class_name: str, context: LoadContext) -> PromptTokenizer:
-        return load_tokenizer(directory)
+    def __call__(self, directory: Path, class_name: str, context: LoadContext) -> TextTokenizer:
+        return context.source.tokenizer(directory)
 
 
 @dataclass(frozen=True)
@@ -95,29 +140,30 @@ def load_module(
     dtype: torch.dtype,
     device: torch.device,
     context: LayerContext,
+    source: ComponentSource | None = None,
 ) -> ModuleT:
     """A `cls(config, context)` with the weights of `directory`, in evaluation mode and without gradients.
 
     The class may say `keep_in_fp32` (parts of dotted names whose parameters stay in fp32), `keep_in_fp32_with_fp16`
     (the same for fp16 only) and `key_aliases` (a second name under which files store a shared tensor -> its own name).
 
-    Raises: CorruptCheckpoint naming all missing, unexpected and mis-shaped keys, or what is wrong with a file.
+    Raises: what the source (None: the checkpoint's files) raises when it has not all that the module needs.
     """
-    with torch.device("meta"), _NoInitialisation():
-        module = cls(config, context)
-    stored = open_weights(directory)
-    names = _match_keys(module, stored, aliases=getattr(cls, "key_aliases", {}))
+    module = without_memory(cls, config, context)
     kept = _kept_in_fp32(cls, dtype)
-    dtype_of_key = {key: _dtype_for(name, kept, dtype) for name, key in names.items()}
-
-    def place(key: str, tensor: Tensor) -> Tensor:
-        return tensor.to(device, dtype_of_key[key]) if tensor.is_floating_point() else tensor.to(device)
-
-    tensors = stored.load(list(names.values()), place)
-    module.load_state_dict({name: tensors[key] for name, key in names.items()}, strict=True, assign=True)
+    tensors = (source or Checkpoint()).tensors_for(
+        directory, module, dtype_of=lambda name: _dtype_for(name, kept, dtype), device=device
+    )
+    module.load_state_dict(tensors, strict=True, assign=True)
     unset = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     assert not unset, f"{cls.__name__}: buffers that no checkpoint holds must be computed where they are used: {unset}"
     return module.eval().requires_grad_(False)
+
+
+def without_memory(cls: type[ModuleT], config: ModelConfig, context: LayerContext) -> ModuleT:
+    """A `cls(config, context)` whose tensors have shapes and no memory."""
+    with torch.device("meta"), _NoInitialisation():
+        return cls(config, context)
 
 
 class _NoInitialisation(TorchFunctionMode):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import tokenizers
 
@@ -27,6 +28,14 @@ class TokenizedText:
         return len(self.ids) < self.num_tokens
 
 
+class TextTokenizer(Protocol):
+    """What turns a prompt into token ids."""
+
+    def __call__(self, text: str, *, max_length: int) -> TokenizedText:
+        """At most `max_length` ids; a longer text loses its end but keeps the special tokens around it."""
+        ...
+
+
 class PromptTokenizer:
     """One checkpoint's tokenizer."""
 
@@ -37,7 +46,7 @@ class PromptTokenizer:
         tokenizer.no_padding()
 
     def __call__(self, text: str, *, max_length: int) -> TokenizedText:
-        """At most `max_length` ids; a longer text loses its end but keeps the special tokens around it."""
+        """See TextTokenizer."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         num_special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
         num_tokens = len(encoding.ids) + num_special

@@ -15,21 +15,30 @@ import msgspec
 from torch import nn
 
 from sglang.multimodal_gen.configs.model_info import ModelInfo, TaskLimits
+from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, MAX_SEED, SamplingParams
-from sglang.multimodal_gen.errors import CorruptCheckpoint, InsufficientMemory, UnsupportedModel, shown
+from sglang.multimodal_gen.errors import InsufficientMemory, UnsupportedModel, shown
 from sglang.multimodal_gen.registry import ResolvedModel, load_config, read_model_index
 from sglang.multimodal_gen.runtime.layers.attention.registry import device_facts
 from sglang.multimodal_gen.runtime.layers.attention.switch import explain_kernels
 from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerContext
-from sglang.multimodal_gen.runtime.loader.component_loader import ComponentLoader, LoadContext, weight_totals
-from sglang.multimodal_gen.runtime.pipelines_core.memory import USABLE_SHARE, free_bytes
+from sglang.multimodal_gen.runtime.loader.component_loader import (
+    Checkpoint,
+    ComponentLoader,
+    LoadContext,
+    weight_totals,
+)
+from sglang.multimodal_gen.runtime.loader.random_weights import RandomSource
+from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
+from sglang.multimodal_gen.runtime.pipelines_core.memory import USABLE_SHARE, DecoderMemory, free_bytes
 from sglang.multimodal_gen.runtime.pipelines_core.memory_meter import meter_for
 from sglang.multimodal_gen.runtime.pipelines_core.placement import Placement, place
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 from sglang.multimodal_gen.runtime.pipelines_core.state_file import read_state, to_host
+from sglang.multimodal_gen.runtime.pipelines_core.workload import Workload
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
 
 Report = Callable[[str], None]
@@ -48,6 +57,8 @@ class ComposedPipelineBase:
 
     components: ClassVar[Mapping[str, ComponentLoader]] = {}
     """Directory of the checkpoint -> what loads it; empty for a family without a checkpoint."""
+    workloads: ClassVar[Mapping[str, Workload]] = {}
+    """What benchmarks run: `dit`, `vae_decode`, `vae_encode`, `encoder`, as far as the family has them."""
 
     def __init__(
         self,
@@ -84,6 +95,16 @@ class ComposedPipelineBase:
     def check_model_index(cls, index: Mapping[str, Any]) -> None:
         """Refuse checkpoints whose `model_index.json` asks for what the family cannot do yet."""
 
+    @classmethod
+    def geometry_of(cls, configs: Mapping[str, ModelConfig], config: PipelineConfig) -> VideoGeometry:
+        """How pixels map to latents and tokens, from the configs of the native components."""
+        raise NotImplementedError
+
+    @classmethod
+    def decoder_memory_of(cls, configs: Mapping[str, ModelConfig], element_size: int) -> DecoderMemory:
+        """What decoding takes, likewise."""
+        raise NotImplementedError
+
     def check_components(self) -> None:
         """Refuse checkpoints whose components do not fit together."""
 
@@ -105,28 +126,25 @@ class ComposedPipelineBase:
 
     @classmethod
     def load(
-        cls, resolved: ResolvedModel, execution: ExecutionArgs, *, local_rank: int = 0, report: Report = _ignore
+        cls,
+        resolved: ResolvedModel,
+        execution: ExecutionArgs,
+        *,
+        local_rank: int = 0,
+        random_weights: bool = False,
+        report: Report = _ignore,
     ) -> Self:
         """The pipeline of a resolved and downloaded model; each choice made for the user is reported.
+
+        With `random_weights` the directory's configs are all that is read, and its tokenizers if it has them.
 
         Raises: ModelError or InvalidRequest saying what in the checkpoint or the options does not fit.
         """
         assert resolved.entry is not None, "resolved before loading"
         start = time.perf_counter()
         placement = place(execution, local_rank=local_rank)
-        for reason in placement.reasons:
-            report(reason)
         config = load_config(resolved.entry)
-        facts, precision = device_facts(placement.device), placement.precision
-        context = LoadContext(
-            device=placement.device,
-            dtype=placement.dtype,
-            layers=LayerContext(
-                self_attention=AttentionPlan.chosen("self", execution, facts=facts, precision=precision),
-                cross_attention=AttentionPlan.chosen("cross", execution, facts=facts, precision=precision),
-            ),
-            fp32_components=config.fp32_components,
-        )
+        context = cls.load_context(config, placement, execution, random_weights=random_weights, report=report)
         components = {}
         if cls.components:
             assert resolved.local_path is not None, "downloaded before loading"
@@ -143,6 +161,31 @@ class ComposedPipelineBase:
         )
 
     @classmethod
+    def load_context(
+        cls,
+        config: PipelineConfig,
+        placement: Placement,
+        execution: ExecutionArgs,
+        *,
+        random_weights: bool = False,
+        report: Report = _ignore,
+    ) -> LoadContext:
+        """What each component is loaded with. Raises InvalidRequest for options that cannot be had here."""
+        for reason in placement.reasons:
+            report(reason)
+        facts, precision = device_facts(placement.device), placement.precision
+        return LoadContext(
+            device=placement.device,
+            dtype=placement.dtype,
+            layers=LayerContext(
+                self_attention=AttentionPlan.chosen("self", execution, facts=facts, precision=precision),
+                cross_attention=AttentionPlan.chosen("cross", execution, facts=facts, precision=precision),
+            ),
+            fp32_components=config.fp32_components,
+            source=RandomSource() if random_weights else Checkpoint(),
+        )
+
+    @classmethod
     def _load_components(cls, directory: Path, context: LoadContext, report: Report) -> dict[str, Any]:
         index = read_model_index(directory)
         cls.check_model_index(index)
@@ -153,8 +196,6 @@ class ComposedPipelineBase:
                 raise UnsupportedModel(
                     f"model_index.json says {name}: {shown(listed)}; {cls.__name__} wants a [library, class] pair there"
                 )
-            if not (directory / name).is_dir():
-                raise CorruptCheckpoint(f"the checkpoint has no directory {name}; download it again")
             report(f"loading {name}")
             components[name] = load(directory / name, listed[1], context)
         return components

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.errors import EmptyPrompt, InvalidValue
-from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer, TokenizedText
+from sglang.multimodal_gen.runtime.loader.tokenizer import TextTokenizer, TokenizedText
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import Guidance
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
@@ -30,7 +30,7 @@ class TextEncodingStage(Stage):
 
     def __init__(
         self,
-        tokenizer: PromptTokenizer,
+        tokenizer: TextTokenizer,
         text_encoder: nn.Module,
         *,
         clean: Callable[[str], str],

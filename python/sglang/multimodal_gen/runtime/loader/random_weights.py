@@ -1,0 +1,77 @@
+"""Weights without a checkpoint: seeded random numbers at a scale that keeps activations finite, for benchmarks."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.runtime.loader.component_loader import DtypeOf
+from sglang.multimodal_gen.runtime.loader.tokenizer import TextTokenizer, TokenizedText, load_tokenizer
+
+# Drawn once and repeated: real models have billions of numbers, and drawing a billion takes ten seconds of a core. A
+# prime, so that the repeats do not line up with rows.
+_POOL_SIZE = 1_048_573
+_END_TOKEN = 1
+# Behind padding, end and unknown, and within the vocabulary of any text encoder.
+_WORD_TOKENS = range(3, 35)
+
+
+@dataclass(frozen=True)
+class RandomSource:
+    """A ComponentSource that needs configs only. The same seed gives the same numbers on every device."""
+
+    seed: int = 0
+
+    def tensors_for(
+        self, directory: Path, module: nn.Module, *, dtype_of: DtypeOf, device: torch.device
+    ) -> dict[str, Tensor]:
+        """See ComponentSource."""
+        pool = torch.randn(_POOL_SIZE, generator=torch.Generator("cpu").manual_seed(self.seed)).to(device)
+        return {
+            name: self._filled(name, tensor, pool, dtype_of(name) if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in module.state_dict().items()
+        }
+
+    def tokenizer(self, directory: Path) -> TextTokenizer:
+        """The directory's own where there is one, else a StandInTokenizer."""
+        return load_tokenizer(directory) if directory.is_dir() else StandInTokenizer()
+
+    def _filled(self, name: str, like: Tensor, pool: Tensor, dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(like.shape, dtype=dtype, device=pool.device)
+        flat = tensor.view(-1)
+        scale, mean = _scale_and_mean(name, like)
+        start = random.Random(f"{self.seed} {name}").randrange(pool.numel())
+        filled = 0
+        while filled < flat.numel():
+            part = pool[start : start + flat.numel() - filled]
+            torch.mul(part, scale, out=flat[filled : filled + part.numel()])
+            filled, start = filled + part.numel(), 0
+        return tensor.add_(mean) if mean else tensor
+
+
+def _scale_and_mean(name: str, tensor: Tensor) -> tuple[float, float]:
+    """Matrices and kernels by their fan-in, factors of norms around one, all else small around zero."""
+    is_norm = name.endswith("gamma") or (name.endswith("weight") and "norm" in name)
+    if is_norm:
+        return 0.1, 1.0
+    if tensor.ndim < 2:
+        return 0.1, 0.0
+    return (tensor.numel() / tensor.shape[0]) ** -0.5, 0.0
+
+
+class StandInTokenizer:
+    """One token for each word and one for the end, where a model without a checkpoint has no tokenizer either.
+
+    Equal words get equal ids; unequal ones may, since there are 32 ids.
+    """
+
+    def __call__(self, text: str, *, max_length: int) -> TokenizedText:
+        """See PromptTokenizer."""
+        words = [_WORD_TOKENS[crc32(word.encode()) % len(_WORD_TOKENS)] for word in text.split()]
+        ids = (*words[: max(0, max_length - 1)], _END_TOKEN)[:max_length]
+        return TokenizedText(ids=ids, num_tokens=len(words) + 1)
