@@ -214,7 +214,7 @@ def test_smaller_tiles_come_after_single_frames(pipeline: WanPipeline) -> None:
 
 
 def test_the_estimate_of_what_decoding_remembers_is_of_the_right_size(pipeline: WanPipeline) -> None:
-    memory = pipeline._decoder_memory()
+    memory = WanPipeline.decoder_memory_of({"vae": pipeline.vae.config}, element_size=4)
     state = DecoderState(carry=True)
     with torch.inference_mode():
         pipeline.vae.decode_next(torch.randn(1, pipeline.vae.config.z_dim, 2, 10, 6), state)
