@@ -1,10 +1,11 @@
 """A do-nothing family: no checkpoint, no model, every unit returns at once. Measures the engine alone.
 
 Registered with `register_configs` and nothing else. Words in the prompt cause faults in denoising unit 1:
-`sleep-MS`, `fail`, `fail-shared` (only in company), `die`, `die-once-FILE` (while FILE does not exist), `hang`, `oom`,
-`oom-shared` (only in company), `oom-large` (until the request is planned with less). `die-at-K-FILE` dies at unit K
-once. `holds-N` makes the request hold N of the 1,000 GiB that the family says there are. With `noise-until-FILE` the
-frames are noise, which takes room in a file, and the last ones come when FILE exists.
+`sleep-MS`, `fail`, `fail-shared` (only in company), `crash` (an error that is not ours and quotes the prompt), `die`,
+`die-once-FILE` (while FILE does not exist), `hang`, `oom`, `oom-shared` (only in company), `oom-large` (until the
+request is planned with less). `die-at-K-FILE` dies at unit K once. `holds-N` makes the request hold N of the 1,000 GiB
+that the family says there are. With `noise-until-FILE` the frames are noise, which takes room in a file, and the last
+ones come when FILE exists.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ class NullDenoising(Stage):
                     cause_fault(f"die-once-{file}", 1)
             if done == FAULT_UNIT and not (req.max_forward_rows == 1 and "oom-large" in req.params.prompt):
                 for word in req.params.prompt.split():
+                    if word == "crash":
+                        raise RuntimeError(f"cannot tokenise {req.params.prompt!r}")
                     cause_fault(word, len(requests))
         for req in requests:
             # One more with every step, so that a resumed request shows how many it has seen.
