@@ -14,11 +14,12 @@ from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.runtime.bench.options import BENCHMARKS
 from sglang.multimodal_gen.runtime.entrypoints.cli.options import default_in_words
 from sglang.multimodal_gen.runtime.layers.attention.registry import FAMILIES, KERNELS, preference_in_words
+from sglang.multimodal_gen.runtime.observability.metrics import EngineMetrics, EngineSnapshot, HttpMetrics
 from sglang.multimodal_gen.runtime.server_args import option_groups, server_options
 
 PAGES_DIRECTORY = Path(__file__).resolve().parent.parent / "docs" / "reference"
 _NOTICE = "<!-- Written by scripts/generate_reference.py from the declarations. Change those, not this page. -->"
-_WAYS_IN = {"cli": "command line", "python": "Python", "http": "HTTP"}
+_WAYS_IN = {"cli": "command line", "python": "Python", "http": "HTTP", "admin": "HTTP for administrators"}
 
 
 def server_args_page() -> str:
@@ -174,6 +175,35 @@ as `sglang bench BENCHMARK --help` lists; [the page on benchmarks](../bench.md) 
     return _page("Benchmarks", intro, sections)
 
 
+def metrics_page() -> str:
+    """Every metric."""
+    intro = """\
+What `GET /metrics` of `sglang serve` answers. A label stands in the meaning between backticks; none has more than a few
+values, and none holds a request's id or what a user wrote. A histogram `NAME` is `NAME_bucket`, `NAME_count` and
+`NAME_sum`. The scheduler's part is also what `DiffGenerator.metrics()` returns."""
+    nothing = EngineSnapshot(
+        ready=False,
+        num_queued=0,
+        num_running=0,
+        num_workers=0,
+        num_worker_restarts=0,
+        budget_bytes=0,
+        reserved_bytes=0,
+        allocated_bytes=0,
+    )
+    sections = []
+    for title, registry in (
+        ("Scheduler", EngineMetrics(lambda: nothing).registry),
+        ("HTTP server", HttpMetrics().registry),
+    ):
+        rows = [
+            [_code(family.name + ("_total" if family.type == "counter" else "")), family.type, family.documentation]
+            for family in registry.collect()
+        ]
+        sections += [f"## {title}", "", _table(["Metric", "Type", "Meaning"], rows), ""]
+    return _page("Metrics", intro, sections)
+
+
 def pages() -> dict[str, str]:
     """Each page's text by file name."""
     return {
@@ -183,6 +213,7 @@ def pages() -> dict[str, str]:
         "attention.md": attention_page(),
         "errors.md": errors_page(),
         "bench.md": bench_page(),
+        "metrics.md": metrics_page(),
     }
 
 
@@ -212,7 +243,10 @@ def _by_group(options: Mapping[str, Parameter]) -> dict[str, list[Parameter]]:
 
 
 def _ways_in(option: Parameter) -> str:
-    return ", ".join(words for surface, words in _WAYS_IN.items() if surface in option.declaration.exposed)
+    surfaces = set(option.declaration.exposed)
+    if "http" in surfaces:
+        surfaces.discard("admin")
+    return ", ".join(words for surface, words in _WAYS_IN.items() if surface in surfaces)
 
 
 def _summary(owner: type) -> str:

@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 
-_LISTENING = re.compile(r"Listening on (http://\S+)")
+_LISTENING = re.compile(r'Listening on (http://[^\s"]+)')
 START_SECONDS = 30.0
 _READY_SECONDS = 90.0
 STOP_SECONDS = 20.0

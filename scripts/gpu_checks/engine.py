@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import signal
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,6 +42,8 @@ def check_engine(report: Report, device: torch.device) -> None:
             _check_memory(result, generator, _LEFT_BEHIND_BYTES[device.type])
         with report.check("engine cancel") as result:
             _check_cancel(result, generator)
+        with report.check("engine profile") as result:
+            _check_profile(result, generator, device)
         with report.check("engine worker kill") as result:
             _check_kill(result, generator, first)
 
@@ -78,6 +84,21 @@ def _check_cancel(result: Result, generator: DiffGenerator) -> None:
     still = generator.status().ticks - ticks
     good = cancelled and last_step < 40 and still == 0 and left <= 64 * 2**20
     result.expect(good, f"ended at step {last_step} of 400, {still} ticks after it, {left} bytes left", left=left)
+
+
+def _check_profile(result: Result, generator: DiffGenerator, device: torch.device) -> None:
+    """On a GPU its kernels are in the trace, not only what the CPU launched."""
+    with tempfile.TemporaryDirectory() as directory:
+        wish = _WISH | {"profile": True, "num_profiled_timesteps": 2, "perf_dump_path": f"{directory}/perf.json"}
+        path = Path(_only(generator.generate(wish)).metrics["profile_path"])
+        peaks = json.loads(Path(directory, "perf.json").read_text())["memory_checkpoints"]["peak"]
+    with gzip.open(path, "rt", encoding="utf-8") as stream:
+        events = json.load(stream)["traceEvents"]
+    path.unlink()
+    steps = sorted({event["name"] for event in events if event["name"].startswith("denoise ")})
+    kernels = sum(event.get("cat") == "kernel" for event in events)
+    good = steps == ["denoise 1", "denoise 2"] and (kernels > 0) == (device.type == "cuda")
+    result.expect(good, f"{len(events)} events of {steps}, {kernels} kernels, {peaks}", kernels=kernels)
 
 
 def _check_kill(result: Result, generator: DiffGenerator, undisturbed: GenerationResult) -> None:

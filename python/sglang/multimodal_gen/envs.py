@@ -43,6 +43,11 @@ def current() -> Mapping[str, str]:
     return os.environ
 
 
+def silence_profiler_library() -> None:
+    """Keep torch's profiler from writing lines of its own to stderr, unless its variable is set; before torch loads."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+
 def option_variable(name: str) -> str:
     """The variable that sets the server option `name`."""
     return OPTION_PREFIX + name.upper()

@@ -268,6 +268,18 @@ class ProtocolMismatch(ServingError):
     code = "protocol_mismatch"
 
 
+class ProfilerBusy(ServingError):
+    """A worker can profile one request at a time."""
+
+    code = "profiler_busy"
+    http_status = 503
+    retryable = True
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        super().__init__("profile: another request is being profiled; try again when it has ended", param="profile")
+
+
 class StorageError(ServingError):
     """An output cannot be written."""
 
@@ -432,6 +444,20 @@ class RangeNotSatisfiable(InvalidRequest):
     def __init__(self, size: int) -> None:
         self.size = size
         super().__init__(f"range: begins after the last of {size} bytes", param="range")
+
+
+class AdminRequired(InvalidRequest):
+    """A field that only the server's administrator may send."""
+
+    code = "admin_required"
+    http_status = 403
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name}: accepted only from the server's administrator, with `Authorization: Bearer` and the key that "
+            "--admin-api-key sets",
+            param=name,
+        )
 
 
 class IdempotencyMismatch(InvalidRequest):

@@ -18,13 +18,16 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sglang.multimodal_gen.errors import InvalidType, InvalidValue, UnknownParameter
+from sglang.multimodal_gen.errors import FieldError, InvalidType, InvalidValue, UnknownParameter
 
 Surface = Literal["cli", "python", "http", "admin"]
 EVERYWHERE: frozenset[Surface] = frozenset({"cli", "python", "http", "admin"})
 LOCAL_ONLY: frozenset[Surface] = frozenset({"cli", "python"})
 CLI_ONLY: frozenset[Surface] = frozenset({"cli"})
 PYTHON_ONLY: frozenset[Surface] = frozenset({"python"})
+ADMIN: frozenset[Surface] = frozenset({"cli", "python", "admin"})
+HIDDEN = "***"
+"""Stands for the value of a secret parameter wherever values are shown."""
 _KEY = "declaration"
 
 
@@ -44,6 +47,7 @@ class Declaration:
     metavar: str | None = None
     check: Callable[[Any], str | None] | None = None
     recorded: bool = False
+    secret: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +128,13 @@ def arg(
     metavar: str | None = None,
     check: Callable[[Any], str | None] | None = None,
     recorded: bool = False,
+    secret: bool = False,
 ) -> Any:
     """A dataclass field that is a parameter.
 
     `unset` says what happens while the value is None; `exposed` names the ways in that offer the parameter; `code` is
     the error code of a value out of bounds; `check` returns None, or in words what would be accepted instead;
-    `recorded` parameters are written into the files that they made.
+    `recorded` parameters are written into the files that they made; the value of a `secret` one is shown nowhere.
     """
     declaration = Declaration(
         help=help,
@@ -144,8 +149,9 @@ def arg(
         metavar=metavar,
         check=check,
         recorded=recorded,
+        secret=secret,
     )
-    return dataclasses.field(default=default, metadata={_KEY: declaration})
+    return dataclasses.field(default=default, metadata={_KEY: declaration}, repr=not secret)
 
 
 @functools.cache
@@ -192,6 +198,15 @@ def coerce(parameter: Parameter, value: Any) -> Any:
         InvalidType: the value is of another type. Strings are never read as numbers here: see `from_text`.
         InvalidValue: the value is out of bounds, not finite or not one of the choices.
     """
+    if not parameter.declaration.secret:
+        return _coerce(parameter, value)
+    try:
+        return _coerce(parameter, value)
+    except FieldError as error:
+        raise type(error)(error.param or parameter.name, HIDDEN, error.accepted, code=error.code) from None
+
+
+def _coerce(parameter: Parameter, value: Any) -> Any:
     if value is None:
         if parameter.optional:
             return None

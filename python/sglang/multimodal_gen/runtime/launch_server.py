@@ -8,6 +8,7 @@ everything. Neither imports torch.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
@@ -16,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
@@ -34,7 +35,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
 )
 from sglang.multimodal_gen.runtime.managers.run_dir import OwnedRunDir
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
-from sglang.multimodal_gen.runtime.server_args import HttpArgs, ServerArgs
+from sglang.multimodal_gen.runtime.server_args import HttpArgs, LoggingArgs, ServerArgs
 
 # Started with -m, this module's own name is __main__, which is outside the package's logger.
 logger = logging.getLogger("sglang.multimodal_gen.runtime.launch_server")
@@ -156,18 +157,26 @@ class StopSignal:
         return self.requested
 
 
-def launch_server(args: ServerArgs) -> int:
-    """Serve over HTTP until a signal; the exit status.
+def launch_server(args: ServerArgs, *, warnings: Sequence[str] = ()) -> int:
+    """Serve over HTTP until a signal; the exit status. `warnings` about the options go to the log.
 
     Raises:
         PortInUse: before anything is started.
         ModelError: a local path holds no model that we can serve, likewise.
     """
+    args = dataclasses.replace(args, logging=_server_logging(args.logging))
     configure_logging(args.logging)
+    for warning in warnings:
+        logger.warning("%s", warning)
     get_model_info(args.model.model_path, model_id=args.model.model_id)
     stop = StopSignal()
     with _listening_socket(args.http) as http_socket, contextlib.closing(OwnedRunDir()) as run_dir:
         return Supervisor(args, http_socket=http_socket).run(run_dir, stop)
+
+
+def _server_logging(args: LoggingArgs) -> LoggingArgs:
+    """A server tells of every request, unless it was told how much to tell."""
+    return dataclasses.replace(args, log_level=args.log_level or "info")
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "demo"
 _MAX_GPUS = 1024
+_MIN_KEY_CHARACTERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,12 +193,29 @@ class ParallelArgs:
     tp_size: int = arg(1, help="Tensor-parallel ranks.", group="parallel", minimum=1, maximum=_MAX_GPUS)
 
 
+def _weak_key(key: str) -> str | None:
+    """What would be accepted instead of `key`, or None when it can be a header's value and is hard to guess."""
+    if len(key) < _MIN_KEY_CHARACTERS or not key.isascii() or not key.isprintable() or " " in key:
+        return f"at least {_MIN_KEY_CHARACTERS} visible ASCII characters without spaces"
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class HttpArgs:
     """Where the server listens."""
 
     host: str = arg("127.0.0.1", help="Address to listen on.", group="http", metavar="ADDRESS")
     port: int = arg(30000, help="Port to listen on; 0 takes a free one.", group="http", minimum=0, maximum=65535)
+    admin_api_key: str | None = arg(
+        None,
+        help="Whoever sends it as `Authorization: Bearer KEY` may use the fields for administrators, such as "
+        "`profile`. Give it in the environment or a file: other users of the machine can read a command line.",
+        group="http",
+        unset="nobody may",
+        metavar="KEY",
+        check=_weak_key,
+        secret=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +223,13 @@ class StorageArgs:
     """Where files go."""
 
     output_path: str = arg("outputs", help="Directory for results.", group="storage", metavar="DIR")
+    profile_dir: str | None = arg(
+        None,
+        help="Directory for the traces of profiled requests.",
+        group="storage",
+        unset="`profiles` in the output path",
+        metavar="DIR",
+    )
     state_dir: str | None = arg(
         None,
         help="Directory that belongs to this server alone.",
@@ -218,10 +243,19 @@ class StorageArgs:
 class LoggingArgs:
     """What is logged."""
 
-    log_level: str = arg(
-        "info", help="Least severe level to log.", group="logging", choices=("debug", "info", "warning", "error")
+    log_level: str | None = arg(
+        None,
+        help="Least severe level to log.",
+        group="logging",
+        unset="`info` for `sglang serve`, `warning` for `sglang generate` and in Python",
+        choices=("debug", "info", "warning", "error"),
     )
     log_format: str = arg("text", help="Log lines as text or JSON.", group="logging", choices=("text", "json"))
+    log_prompts: bool = arg(
+        False,
+        help="Log prompts, and errors as they are. Without it no line repeats what a user wrote.",
+        group="logging",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,10 @@
 """The family that does nothing, with faults: words in the prompt cause them in denoising unit 1.
 
 Registered with `register_configs`, in place of the package's own. `sleep-MS` (in every unit), `fail`, `fail-shared`
-(only in company), `bug`, `die`, `die-once-FILE` (while FILE does not exist), `hang`, `oom`, `oom-shared` (only in
-company), `oom-large` (until the request is planned with less). `die-at-K-FILE` dies at unit K once. `holds-N` makes the
-request hold N of the 1,000 GiB that the family says there are. With `noise-until-FILE` the frames are noise, which
-takes room in a file, and the last ones come when FILE exists.
+(only in company), `bug`, `crash` (an error that is not ours and quotes the prompt), `die`, `die-once-FILE` (while FILE
+does not exist), `hang`, `oom`, `oom-shared` (only in company), `oom-large` (until the request is planned with less).
+`die-at-K-FILE` dies at unit K once. `holds-N` makes the request hold N of the 1,000 GiB that the family says there are.
+With `noise-until-FILE` the frames are noise, which takes room in a file, and the last ones come when FILE exists.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ class FaultyDenoising(NullDenoising):
                     cause_fault(f"die-once-{file}", 1)
             if done == FAULT_UNIT and not (req.max_forward_rows == 1 and "oom-large" in req.params.prompt):
                 for word in req.params.prompt.split():
+                    if word == "crash":
+                        raise RuntimeError(f"cannot tokenise {req.params.prompt!r}")
                     cause_fault(word, len(requests))
         return super().step(requests)
 

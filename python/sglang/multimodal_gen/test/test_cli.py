@@ -158,6 +158,24 @@ def test_the_printed_configuration_can_be_given_back(capsys: Capture) -> None:
     assert serve.configure(["--config", "again.yaml"]).resolved.args == serve.configure(arguments).resolved.args
 
 
+def test_the_admin_key_is_shown_nowhere(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_DIFFUSION_ADMIN_API_KEY", "zebra-zebra-zebra")
+    assert main(["serve", "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    assert "# admin_api_key: ***" in printed and "# env SGLANG_DIFFUSION_ADMIN_API_KEY" in printed
+    assert "zebra" not in printed
+    Path("again.yaml").write_text(printed, encoding="utf-8")
+    monkeypatch.delenv("SGLANG_DIFFUSION_ADMIN_API_KEY")
+    assert serve.configure(["--config", "again.yaml"]).resolved.args.http.admin_api_key is None
+    args = serve.configure(["--admin-api-key", "zebra-zebra-zebra"]).resolved.args
+    assert args.http.admin_api_key == "zebra-zebra-zebra" and "zebra" not in repr(args)
+    for short in (["--admin-api-key", "zebra"], ["--admin-api-key", "zebra zebra zebra zebra"]):
+        assert main(["serve", *short]) == 2
+        said = capsys.readouterr().err
+        assert "--admin-api-key: got ***, accepted is at least 16 visible ASCII characters" in said
+        assert "zebra" not in said
+
+
 def test_an_unknown_variable_is_reported_and_stops_nothing(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_DIFFUSION_PROT", "1")
     assert main(["serve", "--print-config"]) == 0

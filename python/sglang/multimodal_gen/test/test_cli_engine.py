@@ -29,16 +29,17 @@ def _working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_each_output_is_told_and_one_failure_makes_the_exit_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_output_is_told_and_one_failure_makes_the_exit_status_1(capfd: pytest.CaptureFixture[str]) -> None:
     null_family.register()
     arguments = ["generate", "--model-path", "null-model", "--prompt", "good", "fail", "--seed", "7"]
     assert main(arguments) == 1
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     match = re.fullmatch(r"Pixel data generated successfully in \d+\.\d{4} seconds\nsaved to (.+\.mp4), seed 7\n", out)
     assert match is not None
     assert Path(match[1]).parent == Path("outputs").resolve()
     assert Path(match[1]).stat().st_size > 0
     assert re.search(r"^sglang: error: prompt 2, output 1: .+$", err, re.MULTILINE)
+    assert not re.search(r"INFO|WARNING", err), "the terminal is the user's; a log line would be in the way"
 
 
 def test_ctrl_c_on_a_terminal_stops_quietly_with_130_and_leaves_no_bar() -> None:

@@ -28,7 +28,7 @@ from PIL import Image
 
 from sglang.multimodal_gen.configs.model_info import ModelInfo, TaskLimits
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.errors import NotAModel, OutOfMemory, QueueFull, ServingError
+from sglang.multimodal_gen.errors import EngineStopped, NotAModel, OutOfMemory, QueueFull, ServingError
 from sglang.multimodal_gen.runtime.entrypoints.engine_client import RequestHandle
 from sglang.multimodal_gen.runtime.entrypoints.http_server import create_app, serve
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import HttpSettings
@@ -92,6 +92,10 @@ class ScriptedEngine:
         if task is not None and not task.done():
             task.cancel()
             self._handles[request_id].put(Cancelled(request_id=request_id))
+
+    async def metrics(self, *, open_metrics: bool = False) -> str:
+        """As when there is no scheduler."""
+        raise EngineStopped("the scheduler process died")
 
     def take(self, ref: MappedArray) -> np.ndarray:
         """Once, as the engine's files."""
@@ -942,3 +946,96 @@ def test_the_openapi_page_is_made_of_the_declarations(server: RunningServer) -> 
     assert fields["output_format"]["anyOf"][0]["enum"] == ["mp4", "gif", "webm"]
     assert "422" not in json.dumps(page), "bad input is 400 here"
     assert page["paths"]["/v1/videos/{video_id}"]["get"]["parameters"][0]["name"] == "video_id"
+
+
+# --- fields for administrators, metrics ---
+
+ADMIN_KEY = "correct-horse-battery"
+
+
+@pytest.fixture(scope="module")
+def admin_server(start_server: Start) -> RunningServer:
+    """A server that has an admin key."""
+    return start_server(admin_api_key=ADMIN_KEY)
+
+
+@pytest.mark.parametrize("path", [IMAGES, VIDEOS])
+@pytest.mark.parametrize(
+    "authorization", [None, "Bearer unused", f"Basic {ADMIN_KEY}", f"Bearer {ADMIN_KEY}x", "Bearer"]
+)
+def test_a_field_for_administrators_is_refused_without_the_key(
+    admin_server: RunningServer, path: str, authorization: str | None
+) -> None:
+    headers = {} if authorization is None else {"authorization": authorization}
+    reply = admin_server.client.post(path, json={"prompt": "a", "profile": True}, headers=headers)
+    assert_error(reply, 403, "admin_required", "profile")
+    assert ADMIN_KEY not in reply.text
+    assert admin_server.client.post(path, json={"prompt": "a", "profile": None}, headers=headers).status_code == 200
+
+
+def test_without_a_key_on_the_server_nobody_is_its_administrator(server: RunningServer) -> None:
+    reply = server.client.post(IMAGES, json={"prompt": "a", "profile": True}, headers={"authorization": "Bearer None"})
+    assert_error(reply, 403, "admin_required", "profile")
+
+
+@pytest.mark.parametrize("path", [IMAGES, VIDEOS])
+def test_the_administrator_may_profile_the_first_output(admin_server: RunningServer, path: str) -> None:
+    admin_server.engine.submitted.clear()
+    headers = {"authorization": f"bearer {ADMIN_KEY}"}
+    fields = {"prompt": "a", "profile": True, "num_profiled_timesteps": 2} | ({"n": 2} if path == IMAGES else {})
+    assert admin_server.client.post(path, json=fields, headers=headers).status_code == 200
+    submitted = list(admin_server.engine.submitted.values())
+    assert [(p.profile, p.num_profiled_timesteps) for p in submitted] == [(True, 2), (False, 2)][: len(submitted)]
+    assert_error(
+        admin_server.client.post(path, json={"prompt": "a", "profile_all_stages": True}, headers=headers),
+        *(400, "incompatible_parameters", "profile_all_stages"),
+    )
+
+
+def test_paths_stay_out_of_reach_for_the_administrator_too(admin_server: RunningServer) -> None:
+    headers = {"authorization": f"Bearer {ADMIN_KEY}"}
+    for name in ("perf_dump_path", "output_path", "profile_dir"):
+        reply = admin_server.client.post(IMAGES, json={"prompt": "a", name: "x"}, headers=headers)
+        assert_error(reply, 400, "unknown_parameter", name)
+
+
+def test_the_engines_ids_begin_with_the_requests_id(server: RunningServer) -> None:
+    for _ in range(2):  # the same id again is no collision
+        reply = server.client.post(IMAGES, json={"prompt": "a", "n": 2}, headers={"x-request-id": "trace:1"})
+        assert reply.status_code == 200
+    assert len(server.engine.submitted) == 4
+    assert all(request_id.startswith("trace:1-") for request_id in server.engine.submitted)
+
+
+def test_replies_tell_inference_time_and_memory(server: RunningServer) -> None:
+    image = server.post_image().json()
+    assert (image["inference_time_s"], image["peak_memory_mb"]) == (0.5, 0.0)
+    video = server.post_video().json()
+    assert video["peak_memory_mb"] is None
+    wait_for(lambda: server.client.get(f"/v1/videos/{video['id']}").json()["status"] == "completed")
+    done = server.client.get(f"/v1/videos/{video['id']}").json()
+    assert (done["inference_time_s"], done["peak_memory_mb"], "profile" in done) == (0.5, 0.0, False)
+
+
+def test_metrics_are_answered_without_a_scheduler(server: RunningServer) -> None:
+    """The scripted engine has none: it raises as the client does whose scheduler is gone."""
+    before = scraped(server)
+    assert server.client.get("/no/such/path").status_code == 404
+    assert server.client.request("BREW", "/v1/models").status_code == 405
+    after = scraped(server)
+    assert after["sglang_diffusion_scheduler_up"] == 0.0
+    assert after["sglang_diffusion_http_requests_in_flight"] == 1.0  # the scrape itself
+
+    def rise(method: str, route: str, status: int) -> float:
+        name = f'sglang_diffusion_http_requests_total{{method="{method}",route="{route}",status="{status}"}}'
+        return after.get(name, 0.0) - before.get(name, 0.0)
+
+    assert (rise("GET", "none", 404), rise("other", "/v1/models", 405), rise("GET", "/metrics", 200)) == (1, 1, 1)
+
+
+def scraped(server: RunningServer) -> dict[str, float]:
+    """Each sample's value by its name and labels as they stand in the text."""
+    reply = server.client.get("/metrics")
+    assert (reply.status_code, reply.headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    lines = [line for line in reply.text.splitlines() if not line.startswith("#")]
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}

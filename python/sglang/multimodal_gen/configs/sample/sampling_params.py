@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
-from sglang.multimodal_gen.configs.declare import LOCAL_ONLY, PYTHON_ONLY, arg, build, parameters
+from sglang.multimodal_gen.configs.declare import ADMIN, LOCAL_ONLY, PYTHON_ONLY, arg, build, parameters
 from sglang.multimodal_gen.errors import EmptyPrompt
 
 MAX_SEED = 2**63 - 1
@@ -31,6 +31,7 @@ X264_PRESETS = (
     "veryslow",
     "placebo",
 )
+PROFILED_TIMESTEPS = 5
 _FROM_MODEL = "the model's own"
 
 
@@ -298,7 +299,44 @@ class AttentionParams:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingParams(AttentionParams, OutputParams, DenoisingParams, ShapeParams, ConditioningParams):
+class ObservationParams:
+    """What is measured besides."""
+
+    perf_dump_path: str | None = arg(
+        None,
+        help="JSON file for the times and the memory of the generation; several outputs number it.",
+        group="observation",
+        unset="no file",
+        exposed=LOCAL_ONLY,
+        metavar="FILE",
+    )
+    profile: bool = arg(
+        False,
+        help="Record a torch profile of the first output's denoising as a Chrome trace in the profile directory.",
+        group="observation",
+        exposed=ADMIN,
+    )
+    num_profiled_timesteps: int | None = arg(
+        None,
+        help="Denoising steps to profile, after one that warms up.",
+        group="observation",
+        unset=str(PROFILED_TIMESTEPS),
+        exposed=ADMIN,
+        minimum=1,
+        maximum=1000,
+    )
+    profile_all_stages: bool = arg(
+        False,
+        help="Profile the whole request instead, from the text encoder to the last decoded frame.",
+        group="observation",
+        exposed=ADMIN,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams(
+    ObservationParams, AttentionParams, OutputParams, DenoisingParams, ShapeParams, ConditioningParams
+):
     """Everything a client may say about one generation; see the parents for the fields.
 
     The parents stand in reverse, since a dataclass takes the fields of its last parent first.
@@ -332,6 +370,10 @@ class SamplingParams(AttentionParams, OutputParams, DenoisingParams, ShapeParams
         """Raises EmptyPrompt when there is nothing to generate from."""
         if not self.prompt.strip():
             raise EmptyPrompt()
+
+    def private_texts(self) -> tuple[str, ...]:
+        """What the user wrote, which no log may repeat unasked."""
+        return tuple(text for text in (self.prompt, self.negative_prompt) if text)
 
 
 # Last in the order of precedence: flag > env > YAML > model default > these.

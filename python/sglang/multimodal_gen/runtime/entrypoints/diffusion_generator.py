@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import queue
 import threading
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.errors import EngineStopped, RemoteError, RequestCancelled, ServingError
+from sglang.multimodal_gen.errors import EngineStopped, RemoteError, RequestCancelled, ServingError, StorageError
 from sglang.multimodal_gen.registry import get_model_info
 from sglang.multimodal_gen.runtime.entrypoints.engine_client import EngineClient, RequestHandle
+from sglang.multimodal_gen.runtime.entrypoints.generation_result import GenerationResult
+from sglang.multimodal_gen.runtime.entrypoints.perf_dump import prepare_perf_dump, write_perf_dump
 from sglang.multimodal_gen.runtime.entrypoints.request_builder import expand_prompts
 from sglang.multimodal_gen.runtime.managers.child_process import ChildProcess
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
@@ -36,34 +39,11 @@ from sglang.multimodal_gen.runtime.managers.messages import (
 from sglang.multimodal_gen.runtime.server_args import ServerArgs
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
 T = TypeVar("T")
 _SUPERVISOR = "sglang.multimodal_gen.runtime.launch_server"
 _STOP_GRACE_S = 15.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationResult:
-    """One output. `frames` uint8 [T, H, W, 3] with `return_frames`, `latents` float32 [C, T, H, W] with
-    `return_latents`; `metrics` holds `stage_seconds`, `step_ms` with `step_batch_sizes` (requests that shared the
-    step), `queue_seconds`, `attempts` and `warmup_excluded` (its size had been warmed up before); times are seconds.
-    Paths are absolute, or None where nothing of the kind was saved."""
-
-    prompt: str
-    prompt_index: int
-    output_index: int
-    seed: int
-    size: tuple[int, int, int]
-    output_file_path: str | None
-    generation_time: float
-    peak_memory_mb: float
-    thumbnail_path: str | None = None
-    contact_sheet_path: str | None = None
-    frames: np.ndarray | None = None
-    latents: np.ndarray | None = None
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +177,10 @@ class DiffGenerator:
         """A snapshot of the scheduler."""
         return self._engine.call(self._engine.client.status())
 
+    def metrics(self) -> str:
+        """The scheduler's metrics in Prometheus' text format; docs/reference/metrics.md lists them."""
+        return self._engine.call(self._engine.client.metrics())
+
     def close(self) -> None:
         """End the engine and all its processes; idempotent."""
         self._finalizer()
@@ -282,6 +266,9 @@ class _Engine:
         assert state.model is not None
         by_prompt = expand_prompts(values, model=state.model, surface="python")
         wishes = [params for outputs in by_prompt for params in outputs]
+        for params in wishes:
+            if params.perf_dump_path is not None:
+                prepare_perf_dump(params.perf_dump_path)
         places = [(p, o) for p, outputs in enumerate(by_prompt) for o in range(len(outputs))]
         merged: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         handles = [await self.client.submit(params) for params in wishes]
@@ -291,6 +278,9 @@ class _Engine:
             while open_outputs:
                 index, event = await merged.get()
                 item = self._translate(event, wishes[index], places[index])
+                path = wishes[index].perf_dump_path
+                if path is not None and isinstance(item, GenerationResult):
+                    item = _with_dump(item, path, handles[index].request_id, state.model)
                 if isinstance(item, GenerationResult | ServingError):
                     open_outputs.discard(index)
                 prompt_index, output_index = places[index]
@@ -334,8 +324,11 @@ class _Engine:
                 "step_ms": list(event.step_ms),
                 "step_batch_sizes": list(event.step_batch_sizes),
                 "queue_seconds": event.queue_seconds,
+                "waiting_seconds": event.waiting_seconds,
+                "stage_peak_mb": {stage: peak / 2**20 for stage, peak in event.stage_peak_bytes.items()},
                 "attempts": event.attempts,
                 "warmup_excluded": event.warmup_excluded,
+                **({} if event.profile_path is None else {"profile_path": event.profile_path}),
             },
             notes=event.notes,
         )
@@ -351,6 +344,15 @@ class _Engine:
         self._thread.join(timeout=5)
         self._loop.close()
         self._child.close(grace_s=_STOP_GRACE_S)
+
+
+def _with_dump(result: GenerationResult, path: str, request_id: str, model: ModelInfo) -> GenerationResult:
+    """Write the performance dump. A full disk costs the dump, not the result, which then says so."""
+    try:
+        write_perf_dump(path, result, request_id=request_id, model=model)
+    except StorageError as error:
+        return dataclasses.replace(result, notes=(*result.notes, str(error)))
+    return result
 
 
 async def _forward(index: int, handle: RequestHandle, merged: asyncio.Queue[tuple[int, Any]]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import zmq
@@ -27,6 +27,8 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Hello,
     MappedArray,
     Message,
+    MetricsReply,
+    MetricsRequest,
     Refused,
     RequestEvent,
     Status,
@@ -93,7 +95,7 @@ class EngineClient:
         self._socket: zmq.asyncio.Socket | None = None
         self._codec = Codec(ToClient)
         self._handles: dict[str, RequestHandle] = {}
-        self._queries: dict[str, asyncio.Future[Status]] = {}
+        self._queries: dict[str, asyncio.Future[Any]] = {}
         self._changed = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
 
@@ -147,10 +149,21 @@ class EngineClient:
 
     async def status(self) -> Status:
         """A snapshot of the scheduler."""
+        return cast(Status, await self._ask(lambda query_id: StatusRequest(query_id=query_id)))
+
+    async def metrics(self, *, open_metrics: bool = False) -> str:
+        """The scheduler's metrics in Prometheus' text format, or as OpenMetrics."""
+        reply = await self._ask(lambda query_id: MetricsRequest(query_id=query_id, open_metrics=open_metrics))
+        return cast(MetricsReply, reply).text
+
+    async def _ask(self, question: Callable[[str], Message]) -> Any:
         query_id = secrets.token_hex(8)
-        self._queries[query_id] = asyncio.get_running_loop().create_future()
-        await self._send(StatusRequest(query_id=query_id))
-        return await self._queries[query_id]
+        answer = self._queries[query_id] = asyncio.get_running_loop().create_future()
+        try:
+            await self._send(question(query_id))
+            return await answer
+        finally:
+            self._queries.pop(query_id, None)
 
     def take(self, ref: MappedArray) -> np.ndarray:
         """Map an array that an event names; possible once."""
@@ -186,8 +199,8 @@ class EngineClient:
     def _on_message(self, message: ToClient) -> None:
         if isinstance(message, EngineState):
             self._set_state(message)
-        elif isinstance(message, Status):
-            waiting = self._queries.pop(message.query_id, None)
+        elif isinstance(message, Status | MetricsReply):
+            waiting = self._queries.get(message.query_id)
             if waiting is not None and not waiting.done():
                 waiting.set_result(message)
         elif isinstance(message, Refused):
@@ -212,7 +225,6 @@ class EngineClient:
         for waiting in self._queries.values():
             if not waiting.done():
                 waiting.set_exception(RemoteError(error))
-        self._queries.clear()
 
 
 def new_request_id() -> str:

@@ -30,7 +30,11 @@ from sglang.multimodal_gen.runtime.server_args import model_names
 def _settings(config: EngineConfig) -> HttpSettings:
     state_dir = config.args.storage.state_dir
     files = Path(state_dir) if state_dir is not None else RunDir.at(config.run_dir).private_state
-    return HttpSettings(model_names=model_names(config.args.model), files_dir=files / "files")
+    return HttpSettings(
+        model_names=model_names(config.args.model),
+        files_dir=files / "files",
+        admin_api_key=config.args.http.admin_api_key,
+    )
 
 
 async def _run(config: EngineConfig, connection: Connection, listener: socket.socket) -> None:

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sglang.multimodal_gen.errors import MethodNotAllowed, RouteNotFound, ServingError, VideoNotFound, shown
+from sglang.multimodal_gen.runtime.entrypoints.metrics_api import MetricsApi
 from sglang.multimodal_gen.runtime.entrypoints.openai.connection import Connection
 from sglang.multimodal_gen.runtime.entrypoints.openai.content import MEDIA_TYPES
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, HttpSettings, load_failure
@@ -32,11 +33,15 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.replies import (
     error_response,
 )
 from sglang.multimodal_gen.runtime.entrypoints.openai.video_api import ContentQuery, ListQuery, VideoApi
+from sglang.multimodal_gen.runtime.observability.metrics import HttpMetrics
 
 logger = logging.getLogger(__name__)
 
 _DRAIN_SHARE = 0.6
 _JSON = "application/json"
+_PROMETHEUS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+}
 _MULTIPART = "multipart/form-data"
 _IMAGES = ("image/png", "image/jpeg", "image/webp")
 _VIDEO_VARIANTS = tuple(media for media in MEDIA_TYPES.values() if media != "image/png")
@@ -65,10 +70,12 @@ def create_app(engine: Engine, settings: HttpSettings) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.draining = asyncio.Event()
-    app.add_middleware(RequestFrame)
+    metrics = HttpMetrics()
+    app.add_middleware(RequestFrame, metrics=metrics)
     app.add_exception_handler(ServingError, _on_serving_error)
     app.add_exception_handler(HTTPException, _on_routing_error)
     _add_state_routes(app, engine)
+    app.get("/metrics", response_model=None, responses=_PROMETHEUS)(MetricsApi(engine, metrics).scrape)
     _add_model_routes(app, ModelApi(engine, settings))
     _add_image_routes(app, ImageApi(engine, settings))
     _add_video_routes(app, videos)

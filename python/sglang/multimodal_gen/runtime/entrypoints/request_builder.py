@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,12 +11,7 @@ from typing import Any
 from sglang.multimodal_gen.configs.declare import Surface, check_names, parameters
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, MAX_SEED, SamplingParams
-from sglang.multimodal_gen.errors import (
-    IncompatibleParameters,
-    InvalidType,
-    InvalidValue,
-    MissingParameter,
-)
+from sglang.multimodal_gen.errors import IncompatibleParameters, InvalidType, InvalidValue, MissingParameter
 from sglang.multimodal_gen.runtime.postprocess.formats import choose_format
 
 
@@ -38,11 +34,44 @@ def expand_prompts(values: Mapping[str, Any], *, model: ModelInfo, surface: Surf
     for prompt in _prompts(values):
         wish = SamplingParams.from_values({**values, "prompt": prompt})
         wish.require_prompt()
+        _check_profiling(wish)
         complete = wish.filled_from(model.defaults, GENERAL_DEFAULTS)
         model.limits.check(complete)
         check_output(complete)
         expanded.append(_outputs(complete))
-    return expanded
+    return _observed(expanded)
+
+
+def _check_profiling(wish: SamplingParams) -> None:
+    given = {
+        "num_profiled_timesteps": wish.num_profiled_timesteps is not None,
+        "profile_all_stages": wish.profile_all_stages,
+    }
+    for name in [name for name, is_given in given.items() if is_given]:
+        if not wish.profile:
+            raise IncompatibleParameters(f"{name}: says what to profile, accepted is it with profile", param=name)
+    if all(given.values()):
+        raise IncompatibleParameters(
+            "num_profiled_timesteps: profile_all_stages profiles every step, accepted is one of them",
+            param="num_profiled_timesteps",
+        )
+
+
+def _observed(expanded: list[list[SamplingParams]]) -> list[list[SamplingParams]]:
+    """The first output of all has the profile, each has a performance dump of its own."""
+    count = sum(len(outputs) for outputs in expanded)
+    numbers = itertools.count()
+    return [
+        [
+            dataclasses.replace(
+                params,
+                profile=params.profile and number == 0,
+                perf_dump_path=_numbered(params.perf_dump_path, number, count),
+            )
+            for params, number in zip(outputs, numbers, strict=False)
+        ]
+        for outputs in expanded
+    ]
 
 
 def _prompts(values: Mapping[str, Any]) -> Sequence[Any]:

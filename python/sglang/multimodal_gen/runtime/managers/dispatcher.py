@@ -13,7 +13,7 @@ from sglang.multimodal_gen.runtime.managers.batching import Limits, plan
 from sglang.multimodal_gen.runtime.managers.memory import Budget, LearnedMemory
 from sglang.multimodal_gen.runtime.managers.messages import LaneDone, Tick, TickDone, Unit, UnitFailure
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
-from sglang.multimodal_gen.runtime.managers.timing import LearnedTimes
+from sglang.multimodal_gen.runtime.managers.timing import UNLEARNED_DEADLINE_S, LearnedTimes
 from sglang.multimodal_gen.runtime.managers.worker_group import WorkerGroup
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
 
@@ -25,11 +25,12 @@ Requests = Mapping[str, RequestRecord]
 
 @dataclass(frozen=True)
 class DoneUnit:
-    """One unit of a request that is still wanted."""
+    """One unit of a request that is still wanted; `batch_size` units shared the forward, this one included."""
 
     record: RequestRecord
     phase: Phase
     seconds: float
+    batch_size: int
 
 
 @dataclass
@@ -110,7 +111,10 @@ class Dispatcher:
             if not lanes:
                 return
             tick = Tick(seq=group.next_seq(), epoch=group.epoch, **lanes)
-            group.submit(tick, self.learned.deadline_s(self._advance(tick, requests)))
+            deadline_s = self.learned.deadline_s(self._advance(tick, requests))
+            if any(requests[unit.request_id].params.profile for unit in tick.units):
+                deadline_s = max(deadline_s, UNLEARNED_DEADLINE_S)  # it may begin or write a profile besides
+            group.submit(tick, deadline_s)
             self.num_ticks += 1
             self.batch_sizes[len(tick.denoise)] += bool(tick.denoise)
 
@@ -188,7 +192,7 @@ class Dispatcher:
             if index == 0:
                 self.learned.record(phase.batch_key, seconds, len(units))
             record.record_unit(phase, seconds, peak_bytes, batch_size=len(units))
-            settled.done.append(DoneUnit(record, phase, seconds))
+            settled.done.append(DoneUnit(record, phase, seconds, len(units)))
 
 
 def _lane_units(tick: Tick, lane: Lane) -> tuple[Unit, ...]:

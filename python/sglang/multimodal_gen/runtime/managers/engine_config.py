@@ -45,6 +45,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         path.mkdir(parents=True, mode=0o700, exist_ok=True)
         return path
 
+    def profile_dir(self) -> Path:
+        """Where profiles go; made when the first one is asked for."""
+        storage = self.args.storage
+        return Path(storage.profile_dir or Path(storage.output_path, "profiles")).expanduser()
+
     def to_bytes(self) -> bytes:
         """For the child's pipe."""
         return msgspec.msgpack.encode(self)

@@ -12,10 +12,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, cast
 
+from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.request_plan import LANES, Lane
 from sglang.multimodal_gen.errors import ErrorInfo, InternalError, InvalidState, OutOfMemory, ServingError
 from sglang.multimodal_gen.runtime.managers.child_process import exit_with_parent, inherited_connection
@@ -44,7 +45,8 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     encode,
 )
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
-from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
+from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging, fields, log_refusal
+from sglang.multimodal_gen.runtime.observability.private_texts import PRIVATE_TEXTS
 
 # Started with -m, this module's own name is __main__, which is outside the package's logger.
 logger = logging.getLogger("sglang.multimodal_gen.runtime.managers.gpu_worker")
@@ -84,11 +86,12 @@ class Channel:
 class GPUWorker:
     """Executes what the scheduler says, in the order of the pipe."""
 
-    def __init__(self, config: EngineConfig, channel: Channel, pipeline: Any, states: Any) -> None:
+    def __init__(self, config: EngineConfig, channel: Channel, pipeline: Any, *, states: Any, profiler: Any) -> None:
         self.checkpoint_dir = config.checkpoint_dir()
         self.channel = channel
         self.pipeline = pipeline
         self.states = states
+        self.profiler = profiler
         self.run_dir = RunDir.at(config.run_dir)
         self.requests: dict[str, Any] = {}
         self.min_epoch = 0
@@ -109,12 +112,16 @@ class GPUWorker:
                 return
 
     def _admit(self, message: Admit) -> Message:
+        PRIVATE_TEXTS.keep(message.request_id, message.params.private_texts())
         try:
             req = self.pipeline.admit(message.request_id, message.params)
             if message.state_file is not None:
                 self._restore(req, message.state_file)
+            self.profiler.admit(message.request_id, message.params, req.phases)
         except Exception as error:
-            return AdmitFailed(request_id=message.request_id, error=_error_info(error))
+            failed = AdmitFailed(request_id=message.request_id, error=_error_info(error, [message.request_id]))
+            PRIVATE_TEXTS.forget(message.request_id)
+            return failed
         self.requests[message.request_id] = req
         return Admitted(
             request_id=message.request_id,
@@ -127,7 +134,7 @@ class GPUWorker:
         try:
             self.pipeline.restore(req, self.checkpoint_dir / state_file)
         except InvalidState as error:
-            logger.warning("request %s starts again from its beginning: %s", req.request_id, error)
+            logger.warning("starts again from its beginning: %s", error, extra=fields(request_id=req.request_id))
 
     def _save(self, message: SaveState) -> None:
         req = self.requests.get(message.request_id)
@@ -139,6 +146,8 @@ class GPUWorker:
         req = self.requests.pop(request_id, None)
         if req is not None:
             self.pipeline.release(req)
+        self.profiler.release(request_id)
+        PRIVATE_TEXTS.forget(request_id)
 
     def _tick(self, tick: Tick) -> TickDone:
         failures: list[UnitFailure] = []
@@ -165,11 +174,18 @@ class GPUWorker:
 
     def _run_lane(self, lane: Lane, units: tuple[Unit, ...]) -> tuple[LaneDone, list[UnitFailure]]:
         meter = self.pipeline.meter
+        recording = self.profiler.begin(units)
         meter.begin(self._kind_of(units))
         begin = time.perf_counter()
-        failed = self._run_units(units)
+        with self.profiler.named(units):
+            failed = self._run_units(units)
         ms = (time.perf_counter() - begin) * 1000
-        return LaneDone(lane=lane, ms=ms, peak_bytes=None if failed else meter.peak_bytes()), failed
+        # What is recorded takes memory as well, which says nothing of the next time.
+        peak_bytes = None if failed or recording else meter.peak_bytes()
+        profile = None if failed else self.profiler.end(units)
+        if profile is not None:
+            self.channel.send(profile)
+        return LaneDone(lane=lane, ms=ms, peak_bytes=peak_bytes), failed
 
     def _kind_of(self, units: tuple[Unit, ...]) -> tuple[str, int]:
         """Equal for work that takes equal memory: the batch key and the number of requests."""
@@ -190,7 +206,7 @@ class GPUWorker:
             for unit, req in zip(units, requests, strict=True):
                 self._send_latents(unit, req)
         except Exception as error:
-            info = _error_info(error)
+            info = _error_info(error, [unit.request_id for unit in units])
         else:
             return []
         # Not in the handler, where the exception still holds what the unit had allocated.
@@ -228,15 +244,18 @@ class GPUWorker:
             self.channel.send(LatentsReady(request_id=unit.request_id, latents=latents))
 
 
-def _error_info(error: Exception) -> ErrorInfo:
+def _error_info(error: Exception, request_ids: Sequence[str] = ()) -> ErrorInfo:
+    """What travels of an error; the log gets the rest, with the ids of the requests that it hit."""
+    ids = fields(request_ids=list(request_ids))
     if isinstance(error, ServingError):
+        log_refusal(logger, error, ids)
         return error.info()
     from sglang.multimodal_gen.runtime.pipelines_core.memory import is_out_of_memory  # late: it imports torch
 
     if is_out_of_memory(error):
-        logger.warning("out of memory: %s", error)
+        logger.warning("out of memory: %s", error, extra=ids)
         return OutOfMemory("the device ran out of memory; use a smaller size or fewer frames").info()
-    logger.exception("a unit failed", exc_info=error)
+    logger.exception("an internal error", exc_info=error, extra=ids)
     return InternalError("an internal error; the server's log has the details").info()
 
 
@@ -254,6 +273,8 @@ def main() -> None:
     connection = inherited_connection()
     config = EngineConfig.from_bytes(connection.recv_bytes())
     configure_logging(config.args.logging)
+    if config.args.logging.log_format == "json":
+        envs.silence_profiler_library()  # a JSON log holds nothing else
     channel = Channel(connection)
     channel.start()
     config.apply()
@@ -265,9 +286,11 @@ def main() -> None:
     import torch
 
     from sglang.multimodal_gen.runtime.managers.state_writer import StateWriter
+    from sglang.multimodal_gen.runtime.managers.worker_profiling import WorkerProfiler
 
     channel.allocated_bytes = pipeline.meter.allocated_bytes
-    worker = GPUWorker(config, channel, pipeline, StateWriter(channel.send))
+    profiler = WorkerProfiler(config.profile_dir(), cuda=str(pipeline.device).startswith("cuda"))
+    worker = GPUWorker(config, channel, pipeline, states=StateWriter(channel.send), profiler=profiler)
     channel.send(ModelReady(model=pipeline.model_info(), budget_bytes=pipeline.budget_bytes()))
     with torch.inference_mode():
         worker.run()

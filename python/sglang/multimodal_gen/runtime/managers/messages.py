@@ -70,7 +70,14 @@ class StatusRequest(Message, frozen=True, kw_only=True, tag="status"):
     query_id: str
 
 
-ToScheduler = Hello | GenerateRequest | CancelRequest | StatusRequest
+class MetricsRequest(Message, frozen=True, kw_only=True, tag="metrics"):
+    """Answered at once with a MetricsReply, never behind a generation."""
+
+    query_id: str
+    open_metrics: bool = False
+
+
+ToScheduler = Hello | GenerateRequest | CancelRequest | StatusRequest | MetricsRequest
 
 
 # --- scheduler -> entry point ---
@@ -117,6 +124,13 @@ class Status(Message, frozen=True, kw_only=True, tag="status_reply"):
     mean_batch_size: float
 
 
+class MetricsReply(Message, frozen=True, kw_only=True, tag="metrics_reply"):
+    """The scheduler's metrics in Prometheus' text format, or as OpenMetrics when that was asked for."""
+
+    query_id: str
+    text: str
+
+
 class Queued(Message, frozen=True, kw_only=True, tag="queued"):
     """The request is accepted; `position` others are before it."""
 
@@ -145,8 +159,14 @@ class Progress(Message, frozen=True, kw_only=True, tag="progress"):
 
 
 class Finished(Message, frozen=True, kw_only=True, tag="finished"):
-    """Terminal: the outputs are complete. Seconds are per stage, `step_ms` per denoising step, which as many requests
-    as `step_batch_sizes` says shared; `warmup_excluded`: this size had been warmed up before."""
+    """Terminal: the output is complete.
+
+    `generation_time` is the seconds of the stages but `encode_file`, which runs beside them, plus `waiting_seconds`:
+    others' units, the way between processes and the end of the file. `stage_peak_bytes` is the most memory in use while
+    the stage's units ran, `step_ms` are the denoising steps, each shared by as many requests as `step_batch_sizes`
+    says. `warmup_excluded`: this size had been warmed up before. `profile_path` names the trace of a request that was
+    profiled.
+    """
 
     request_id: str
     seed: int
@@ -168,6 +188,9 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     attempts: int
     notes: tuple[str, ...] = ()
     warmup_excluded: bool = False
+    waiting_seconds: float = 0.0
+    stage_peak_bytes: dict[str, int] = {}
+    profile_path: str | None = None
 
 
 class Failed(Message, frozen=True, kw_only=True, tag="failed"):
@@ -185,7 +208,19 @@ class Cancelled(Message, frozen=True, kw_only=True, tag="cancelled"):
 
 
 RequestEvent = Queued | Started | Progress | Finished | Failed | Cancelled
-ToClient = Welcome | Refused | EngineState | Status | Queued | Started | Progress | Finished | Failed | Cancelled
+ToClient = (
+    Welcome
+    | Refused
+    | EngineState
+    | Status
+    | MetricsReply
+    | Queued
+    | Started
+    | Progress
+    | Finished
+    | Failed
+    | Cancelled
+)
 TERMINAL_EVENTS = (Finished, Failed, Cancelled)
 
 
@@ -305,6 +340,14 @@ class LatentsReady(Message, frozen=True, kw_only=True, tag="latents"):
     latents: MappedArray
 
 
+class ProfileReady(Message, frozen=True, kw_only=True, tag="profile"):
+    """The trace of a profiled request is in the file `path`, or there is none for the reason in `note`."""
+
+    request_id: str
+    path: str | None = None
+    note: str | None = None
+
+
 class UnitFailure(Message, frozen=True, kw_only=True):
     """One request's unit failed; the others of the tick stand.
 
@@ -358,6 +401,7 @@ FromWorker = (
     | AdmitFailed
     | OutputChunk
     | LatentsReady
+    | ProfileReady
     | TickDone
     | StateSaved
 )

@@ -34,7 +34,8 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     encode,
 )
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
-from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
+from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging, fields, log_refusal
+from sglang.multimodal_gen.runtime.observability.private_texts import PRIVATE_TEXTS
 from sglang.multimodal_gen.runtime.postprocess.metadata import file_metadata
 from sglang.multimodal_gen.runtime.postprocess.saving import OutputWriter
 from sglang.multimodal_gen.runtime.server_args import model_names
@@ -155,6 +156,7 @@ class OutputProcess:
 
     def _serve(self, opened: OpenOutput, inbox: queue.SimpleQueue[ToOutput]) -> None:
         """One output, from opening to its one reply."""
+        PRIVATE_TEXTS.keep(opened.request_id, opened.params.private_texts())
         reply: Message | None = None
         job: OutputJob | None = None
         try:
@@ -165,13 +167,15 @@ class OutputProcess:
                     break
                 reply = job.add(cast(OutputFrames, message))
         except ServingError as error:
+            log_refusal(logger, error, fields(request_id=opened.request_id))
             reply = OutputFailed(request_id=opened.request_id, error=error.info())
         except Exception:
-            logger.exception("saving failed")
+            logger.exception("saving failed", extra=fields(request_id=opened.request_id))
             failure = InternalError("the result could not be saved; the server's log has the details")
             reply = OutputFailed(request_id=opened.request_id, error=failure.info())
         if job is not None and not isinstance(reply, OutputDone):
             job.abandon()
+        PRIVATE_TEXTS.forget(opened.request_id)
         self._reply(opened.request_id, reply)
 
     def _reply(self, request_id: str, reply: Message | None) -> None:

@@ -31,6 +31,7 @@ class RequestRecord:
     status: Literal["queued", "admitting", "running", "parking", "saving"] = "queued"
     attempts: int = 1
     started_at: float = 0.0
+    handed_at: float = 0.0
     admitted_at: float = 0.0
     reserved: bool = False
     state_file: str | None = None
@@ -40,9 +41,10 @@ class RequestRecord:
     cursor: UnitCursor | None = None
     notes: tuple[str, ...] = ()
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    stage_peak_bytes: dict[str, int] = field(default_factory=dict)
     step_ms: list[float] = field(default_factory=list)
     step_batch_sizes: list[int] = field(default_factory=list)
-    peak_bytes: int = 0
+    profile_path: str | None = None
     latents: MappedArray | None = None
     output: OutputDone | None = None
 
@@ -52,8 +54,10 @@ class RequestRecord:
         self.cursor = UnitCursor(request_id=self.request_id, phases=phases, order=self.order, issued=done, done=done)
         self.notes = notes
         self.status, self.admitted_at = "running", time.monotonic()
-        for of_steps in (self.step_ms, self.step_batch_sizes):
-            del of_steps[self.steps()[0] :]
+        admission = self.admitted_at - self.handed_at
+        self.stage_seconds["admission"] = self.stage_seconds.get("admission", 0.0) + admission
+        num_steps = self.steps()[0]
+        del self.step_ms[num_steps:], self.step_batch_sizes[num_steps:]
 
     def replan(self, phases: tuple[Phase, ...], notes: tuple[str, ...]) -> None:
         """What is left of the request was planned anew."""
@@ -117,6 +121,12 @@ class RequestRecord:
             and (self.latents is not None or not self.needs_latents)
         )
 
+    @property
+    def mean_batch_size(self) -> float:
+        """Requests that shared its denoising steps, itself included."""
+        sizes = self.step_batch_sizes
+        return sum(sizes) / len(sizes) if sizes else 0.0
+
     def record_unit(self, phase: Phase, seconds: float, peak_bytes: int, *, batch_size: int) -> None:
         """One unit is done, together with those of other requests: `batch_size` in all."""
         assert self.cursor is not None
@@ -125,7 +135,7 @@ class RequestRecord:
         if phase.lane == "denoise":
             self.step_ms.append(round(seconds * 1000, 3))
             self.step_batch_sizes.append(batch_size)
-        self.peak_bytes = max(self.peak_bytes, peak_bytes)
+        self.stage_peak_bytes[phase.name] = max(peak_bytes, self.stage_peak_bytes.get(phase.name, 0))
 
     def progress(self, learned: LearnedTimes, sharing: int) -> Progress:
         """Where the request stands. `sharing` requests run side by side, which the ETA multiplies by."""
@@ -156,6 +166,7 @@ class RequestRecord:
         """The terminal event of a complete request."""
         p, output = self.params, self.output
         assert isinstance(p.seed, int) and p.width and p.height and p.num_frames
+        generation_time = time.monotonic() - self.started_at
         return Finished(
             request_id=self.request_id,
             seed=p.seed,
@@ -168,13 +179,16 @@ class RequestRecord:
             frames=None if output is None else output.frames,
             encoded=None if output is None else output.encoded,
             latents=self.latents,
-            generation_time=time.monotonic() - self.started_at,
+            generation_time=generation_time,
             queue_seconds=self.started_at - self.received_at,
             stage_seconds=self.stage_seconds | ({} if output is None else {"encode_file": output.encode_seconds}),
+            waiting_seconds=max(0.0, generation_time - sum(self.stage_seconds.values())),
             step_ms=tuple(self.step_ms),
             step_batch_sizes=tuple(self.step_batch_sizes),
-            peak_memory_bytes=self.peak_bytes,
+            peak_memory_bytes=max(self.stage_peak_bytes.values(), default=0),
+            stage_peak_bytes=self.stage_peak_bytes,
             attempts=self.attempts,
             notes=self.notes,
             warmup_excluded=self.warmup_excluded,
+            profile_path=self.profile_path,
         )

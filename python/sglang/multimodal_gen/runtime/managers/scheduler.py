@@ -46,6 +46,8 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     LatentsReady,
     LoadFailed,
     Loading,
+    MetricsReply,
+    MetricsRequest,
     ModelReady,
     OpenOutput,
     OutputChunk,
@@ -53,6 +55,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     OutputFailed,
     OutputFrames,
     OutputHello,
+    ProfileReady,
     Queued,
     Release,
     RequestEvent,
@@ -65,12 +68,15 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     ToScheduler,
 )
 from sglang.multimodal_gen.runtime.managers.output_link import Ledger, OutputLink
+from sglang.multimodal_gen.runtime.managers.request_observer import RequestObserver
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 from sglang.multimodal_gen.runtime.managers.state_keeper import StateKeeper
 from sglang.multimodal_gen.runtime.managers.warm_up import WarmUp, shape_of
 from sglang.multimodal_gen.runtime.managers.worker_group import WorkerGroup
-from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
+from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging, fields
+from sglang.multimodal_gen.runtime.observability.metrics import MODEL_FACTS, EngineSnapshot
+from sglang.multimodal_gen.runtime.server_args import model_names
 
 # Started with -m, this module's own name is __main__, which is outside the package's logger.
 logger = logging.getLogger("sglang.multimodal_gen.runtime.managers.scheduler")
@@ -103,6 +109,7 @@ class Scheduler:
         self.context = zmq.Context()
         self.clients = Clients(self._bind(zmq.ROUTER, self.run_dir.scheduler_address))
         self.output = OutputLink(self._bind(zmq.PAIR, self.run_dir.output_address))
+        self.observer = RequestObserver(logger, self._snapshot, log_prompts=config.args.logging.log_prompts)
         self._from_output, self._from_parent = Codec(FromOutput), Codec(SupervisorNote)
         self._handlers = self._handler_table()
 
@@ -123,6 +130,7 @@ class Scheduler:
             AdmitFailed: self._on_failure,
             OutputChunk: self._on_chunk,
             LatentsReady: self._on_latents,
+            ProfileReady: self._on_profile,
             TickDone: self._on_tick_done,
             StateSaved: self._on_state_saved,
             OutputHello: self._on_output_hello,
@@ -206,14 +214,19 @@ class Scheduler:
                 self._end(message.request_id, Cancelled(request_id=message.request_id))
         elif isinstance(message, StatusRequest):
             self.clients.send(client, self._status(message.query_id))
+        elif isinstance(message, MetricsRequest):
+            text = self.observer.metrics.text(open_metrics=message.open_metrics)
+            self.clients.send(client, MetricsReply(query_id=message.query_id, text=text))
 
     def _on_generate(self, client: bytes, message: GenerateRequest) -> None:
         refusal = self._refusal(message)
         if refusal is not None:
+            self.observer.refused(message.request_id, code=refusal.code)
             self.clients.send(client, Failed(request_id=message.request_id, error=refusal))
             return
         self._warm_up_for(message.params)
         record = self._enqueue(message.request_id, client, message.params, max_attempts=message.max_attempts)
+        self.observer.received(record, num_before=len(self.waiting) - 1)
         self._tell(record, Queued(request_id=record.request_id, position=len(self.waiting) - 1))
 
     def _enqueue(
@@ -258,6 +271,20 @@ class Scheduler:
             ledger_bytes=size,
             ticks=self.dispatcher.num_ticks,
             mean_batch_size=self.dispatcher.mean_batch_size,
+        )
+
+    def _snapshot(self) -> EngineSnapshot:
+        model, name = self.state.model, model_names(self.config.args.model)[0]
+        return EngineSnapshot(
+            ready=self.state.state == "ready",
+            num_queued=len(self.waiting),
+            num_running=len(self.requests) - len(self.waiting),
+            num_workers=len(self.workers.ranks),
+            num_worker_restarts=self.num_restarts,
+            budget_bytes=self.workers.budget_bytes,
+            reserved_bytes=self.dispatcher.budget().reserved_bytes(self.dispatcher.holders(self.requests)),
+            allocated_bytes=self.workers.allocated_bytes,
+            model={} if model is None else {"model": name, **{fact: getattr(model, fact) for fact in MODEL_FACTS}},
         )
 
     def _tell(self, record: RequestRecord, event: RequestEvent) -> None:
@@ -332,7 +359,8 @@ class Scheduler:
         blamed |= {r.request_id for r in self.requests.values() if r.status == "admitting"}
         loaded = self.workers.ready
         ended = self.workers.kill()
-        logger.error("worker lost: %s", how or ended)
+        logger.error("worker lost: %s", how or ended, extra=fields(request_ids=sorted(blamed)))
+        self.observer.worker_lost()
         self._requeue_running(blamed, how or "its process died")
         self.load_attempts += 0 if loaded else 1
         if self.load_attempts >= _MAX_LOAD_ATTEMPTS:
@@ -354,6 +382,7 @@ class Scheduler:
                 self._end(record.request_id, Failed(request_id=record.request_id, error=error))
                 continue
             record.attempts += record.request_id in blamed
+            self.observer.requeued(record, reason="worker_lost")
             self._back_to_queue(record)
             self.waiting.appendleft(record.request_id)
 
@@ -380,7 +409,8 @@ class Scheduler:
                 continue
             active += 1
             record.status = "admitting"
-            record.started_at = record.started_at or time.monotonic()
+            record.handed_at = time.monotonic()
+            record.started_at = record.started_at or record.handed_at
             record.warmup_excluded = shape_of(record.params) in self.warm_up.warm
             state_file = record.state_file if record.has_saved_state else None
             self.workers.send(Admit(request_id=record.request_id, params=record.params, state_file=state_file))
@@ -390,6 +420,7 @@ class Scheduler:
         record = self.requests.get(message.request_id)
         if record is None:  # cancelled meanwhile; its Release follows the Admit in the pipe
             return
+        self.observer.started(record)
         record.begin(message.phases, message.notes, message.units_done)
         if record.needs_pixels:
             p = record.params
@@ -419,6 +450,7 @@ class Scheduler:
 
     def _on_tick_done(self, message: TickDone) -> None:
         settled = self.dispatcher.settle(message, self.requests)
+        self.observer.units_done(settled.done, peak_bytes=message.peak_bytes)
         for record, error in settled.failed:
             self._end(record.request_id, Failed(request_id=record.request_id, error=error))
         running = sum(record.status == "running" for record in self.requests.values())
@@ -437,6 +469,7 @@ class Scheduler:
             record.status = "running"
             return
         self.workers.send(Release(request_id=record.request_id))
+        self.observer.requeued(record, reason="preempted")
         self._back_to_queue(record)
         self.waiting.append(record.request_id)
         self._tell(record, Queued(request_id=record.request_id, position=len(self.waiting) - 1))
@@ -464,6 +497,12 @@ class Scheduler:
         self.ledger.add(message.request_id, message.latents)
         record.latents = message.latents
 
+    def _on_profile(self, message: ProfileReady) -> None:
+        record = self.requests.get(message.request_id)
+        if record is not None:
+            record.profile_path = message.path
+            record.notes += () if message.note is None else (message.note,)
+
     def _on_output_hello(self, message: OutputHello) -> None:
         if self.output.greeted():
             error = StorageError("the process that writes results was restarted while it held this one").info()
@@ -487,7 +526,9 @@ class Scheduler:
             record.status = "saving"
             self.workers.send(Release(request_id=record.request_id))
         if record.complete:
-            self._tell(record, record.finished_event())
+            finished = record.finished_event()
+            self.observer.finished(record, finished)
+            self._tell(record, finished)
             del self.requests[record.request_id]
             self._after_end(record, None)
 
@@ -506,6 +547,7 @@ class Scheduler:
             if record.needs_pixels:
                 self.output.send(DropOutput(request_id=request_id))
             self.ledger.drop_request(request_id)
+        self.observer.stopped(record, event)
         self._tell(record, event)
         self._after_end(record, event)
 

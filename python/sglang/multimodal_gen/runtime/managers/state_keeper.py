@@ -12,6 +12,7 @@ from sglang.multimodal_gen.runtime.managers.dispatcher import Dispatcher
 from sglang.multimodal_gen.runtime.managers.messages import SaveState, StateSaved
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.worker_group import WorkerGroup
+from sglang.multimodal_gen.runtime.observability.logging_setup import fields
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,8 @@ class StateKeeper:
             may_go = record.lane != "decode" and record.num_preemptions < _MAX_PREEMPTIONS
             has_more = record.remaining_cost > blocked.remaining_cost
             if may_go and has_more and dispatcher.budget().has_room(blocked, others):
-                logger.info("request %s makes room for %s", record.request_id, blocked.request_id)
+                facts = fields(request_id=record.request_id, request_ids=[blocked.request_id])
+                logger.info("is put aside, to make room for %s", blocked.request_id, extra=facts)
                 record.status = "parking"
                 record.num_preemptions += 1
                 self.save(record)

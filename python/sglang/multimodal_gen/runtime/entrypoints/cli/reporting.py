@@ -78,6 +78,7 @@ class Reporter:
         self.num_failed = 0
         self._display = display
         self._several = several
+        self._told: dict[str, tuple[str, ...]] = {}
 
     def __enter__(self) -> Reporter:
         return self
@@ -97,6 +98,7 @@ class Reporter:
         what = event.event
         if isinstance(what, Started):
             self._display.started(label)
+            self._told[label] = what.notes
             for note in what.notes:
                 self._display.note(f"{label} {note}")
         elif isinstance(what, Progress):
@@ -107,6 +109,8 @@ class Reporter:
             self._display.note(f"sglang: error: {label} {what}" if self._several else f"sglang: error: {what}")
         elif not isinstance(what, Queued):
             self._display.ended(label)
+            for note in what.notes[len(self._told.get(label, ())) :]:
+                self._display.note(f"{label} {note}")
             _tell(what)
 
 
@@ -127,4 +131,6 @@ def _tell(result: GenerationResult) -> None:
     for name, path in (("thumbnail", result.thumbnail_path), ("contact sheet", result.contact_sheet_path)):
         if path is not None:
             sys.stdout.write(f"{name} saved to {path}\n")
+    if "profile_path" in result.metrics:
+        sys.stdout.write(f"profile saved to {result.metrics['profile_path']}\n")
     sys.stdout.flush()

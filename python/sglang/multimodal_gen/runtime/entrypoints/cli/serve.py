@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang.multimodal_gen import envs
-from sglang.multimodal_gen.configs.declare import CLI_ONLY, arg, parameters
+from sglang.multimodal_gen.configs.declare import CLI_ONLY, HIDDEN, Parameter, arg, parameters
 from sglang.multimodal_gen.runtime.entrypoints.cli.options import CommandArgs, OptionParser, read_config, warn
 from sglang.multimodal_gen.runtime.server_args import (
     ResolvedServerArgs,
@@ -41,12 +41,13 @@ class ServeJob:
     def run(self) -> int:
         """Serve until stopped; returns the exit status."""
         if self.print_config:
+            warn(self.resolved.warnings)
             sys.stdout.write(config_listing(self.resolved))
             return 0
         # Late: the options are checked and shown before anything heavy loads.
         from sglang.multimodal_gen.runtime.launch_server import launch_server
 
-        return launch_server(self.resolved.args)
+        return launch_server(self.resolved.args, warnings=self.resolved.warnings)
 
 
 def parser() -> OptionParser:
@@ -62,7 +63,6 @@ def configure(arguments: Sequence[str]) -> ServeJob:
     config_file = read_config(flags.pop("config", None))
     print_config = flags.pop("print_config", False)
     resolved = resolve_server_args(flags, environ=envs.current(), config_file=config_file)
-    warn(resolved.warnings)
     return ServeJob(resolved=resolved, print_config=print_config)
 
 
@@ -72,10 +72,17 @@ def config_listing(resolved: ResolvedServerArgs) -> str:
     for group, owner in option_groups().items():
         lines.append(f"# {group}")
         values = getattr(resolved.args, group)
-        for name in parameters(owner):
-            lines.append(f"{f'{name}: {_yaml(getattr(values, name))}':<40}  # {resolved.sources[name]}")
+        for name, option in parameters(owner).items():
+            lines.append(f"{_setting(option, getattr(values, name)):<40}  # {resolved.sources[name]}")
         lines.append("")
     return "\n".join(lines)
+
+
+def _setting(option: Parameter, value: Any) -> str:
+    """A secret that is set becomes a comment, so that nobody reads back its stand-in as the secret."""
+    if option.declaration.secret and value is not None:
+        return f"# {option.name}: {HIDDEN}"
+    return f"{option.name}: {_yaml(value)}"
 
 
 def _yaml(value: Any) -> str:

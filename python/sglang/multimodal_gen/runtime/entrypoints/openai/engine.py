@@ -48,6 +48,9 @@ class Engine(Protocol):
     async def cancel(self, request_id: str) -> None:
         """Stop a request; ids that are unknown or ended are ignored."""
 
+    async def metrics(self, *, open_metrics: bool = False) -> str:
+        """The scheduler's metrics in Prometheus' text format or as OpenMetrics. Raises ServingError."""
+
     def take(self, ref: MappedArray) -> np.ndarray:
         """The array of a result; its file is unlinked."""
 
@@ -69,6 +72,7 @@ class HttpSettings:
     image_lifetime_s: float = 3600.0
     idempotency_lifetime_s: float = 3600.0
     delete_timeout_s: float = 10.0
+    admin_api_key: str | None = field(default=None, repr=False)
 
 
 def require_model(engine: Engine, settings: HttpSettings, name: str | None) -> ModelInfo:

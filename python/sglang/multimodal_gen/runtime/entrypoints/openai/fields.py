@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from sglang.multimodal_gen.configs.declare import Parameter, arg, coerce, from_text, hint, parameters
+from sglang.multimodal_gen.configs.declare import Parameter, Surface, arg, coerce, from_text, hint, parameters
 from sglang.multimodal_gen.configs.sample.sampling_params import (
     IMAGE_FORMATS,
     VIDEO_FORMATS,
     SamplingParams,
 )
 from sglang.multimodal_gen.errors import (
+    AdminRequired,
     IncompatibleParameters,
     InvalidType,
     MissingParameter,
@@ -90,34 +91,42 @@ class VideoFields(CommonFields):
 
 @dataclass(frozen=True, kw_only=True)
 class CallFields:
-    """Every field of one call; `unsupported` are OpenAI's fields that this server cannot honour, with the reason."""
+    """Every field of one call; `admin_only` are taken from an administrator alone, `unsupported` are OpenAI's fields
+    that this server cannot honour, with the reason."""
 
     accepted: Mapping[str, Parameter]
+    admin_only: Mapping[str, Parameter]
     unsupported: Mapping[str, str]
 
     def refuse(self, name: str) -> None:
-        """Raises UnsupportedParameter or UnknownParameter for a field that the call does not have."""
+        """Raises UnsupportedParameter, AdminRequired or UnknownParameter for a field that is not accepted."""
         if name in self.unsupported:
             raise UnsupportedParameter(name, self.unsupported[name])
+        if name in self.admin_only:
+            raise AdminRequired(name)
         raise UnknownParameter(name, what="field", hint=hint(name, self.accepted))
 
     def refuse_file(self, name: str) -> None:
         """Raises for an uploaded file; no field takes one."""
-        if name in self.accepted:
-            raise InvalidType(name, "a file", self.accepted[name].accepted())
+        known = {**self.accepted, **self.admin_only}
+        if name in known:
+            raise InvalidType(name, "a file", known[name].accepted())
         self.refuse(name)
 
-    def checked(self, body: Body) -> dict[str, Any]:
+    def checked(self, body: Body, *, surface: Surface = "http") -> dict[str, Any]:
         """The given fields, each of its declared type and within its bounds. Null means: not given.
 
         Raises:
-            ServingError: a field that is unknown, unsupported, of the wrong type or out of bounds; no prompt.
+            ServingError: a field that is unknown, unsupported, for administrators, of the wrong type or out of bounds;
+                no prompt.
         """
+        accepted = {**self.accepted, **(self.admin_only if surface == "admin" else {})}
+        absent = {*self.unsupported, *self.admin_only}
         for name in body.values:
-            if name not in self.accepted and not (name in self.unsupported and body.values[name] is None):
+            if name not in accepted and not (name in absent and body.values[name] is None):
                 self.refuse(name)
         values = {
-            name: _checked_value(self.accepted[name], value, spelled=name in body.spelled)
+            name: _checked_value(accepted[name], value, spelled=name in body.spelled)
             for name, value in body.values.items()
             if value is not None
         }
@@ -166,11 +175,22 @@ def _declared(own: type, *, without: Collection[str], formats: tuple[str, ...]) 
     return found
 
 
+def _admin_only() -> Mapping[str, Parameter]:
+    return MappingProxyType(
+        {
+            name: parameter
+            for name, parameter in parameters(SamplingParams).items()
+            if "admin" in parameter.declaration.exposed and "http" not in parameter.declaration.exposed
+        }
+    )
+
+
 def _image_call() -> CallFields:
     accepted = _declared(ImageFields, without=("num_frames", "fps", "x264_preset"), formats=IMAGE_FORMATS)
     accepted["n"] = dataclasses.replace(accepted["num_outputs_per_prompt"], name="n")
     return CallFields(
         accepted=MappingProxyType(accepted),
+        admin_only=_admin_only(),
         unsupported=MappingProxyType(
             {
                 "style": "write the style into the prompt",
@@ -186,6 +206,7 @@ def _image_call() -> CallFields:
 def _video_call() -> CallFields:
     return CallFields(
         accepted=MappingProxyType(_declared(VideoFields, without=("num_outputs_per_prompt",), formats=VIDEO_FORMATS)),
+        admin_only=_admin_only(),
         unsupported=MappingProxyType(
             {
                 "input_reference": "the served model makes videos from text alone",
@@ -194,6 +215,11 @@ def _video_call() -> CallFields:
             }
         ),
     )
+
+
+def private_texts(body: Body) -> list[str]:
+    """What the client wrote, as far as it is text; see `SamplingParams.private_texts`."""
+    return [text for name in ("prompt", "negative_prompt") if isinstance(text := body.values.get(name), str)]
 
 
 IMAGE_CALL = _image_call()

@@ -1,4 +1,4 @@
-"""What every request gets whatever its route: an id, a log line, and JSON when something goes wrong."""
+"""What every request gets whatever its route: an id, a log line, a count, and JSON when something goes wrong."""
 
 from __future__ import annotations
 
@@ -6,27 +6,33 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sglang.multimodal_gen.errors import BadHttp, InternalError, ServingError
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import error_response
+from sglang.multimodal_gen.runtime.observability.logging_setup import fields
+from sglang.multimodal_gen.runtime.observability.metrics import HttpMetrics
+from sglang.multimodal_gen.runtime.observability.private_texts import PRIVATE_TEXTS
 
 logger = logging.getLogger("sglang.multimodal_gen.http")
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_QUIET_PATHS = frozenset({"/liveness", "/health"})
+_QUIET_PATHS = frozenset({"/liveness", "/health", "/metrics"})
 _CLIENT_GONE = 499
+_REQUEST_ID, _ENGINE_IDS = "request_id", "engine_request_ids"
 
 
 class RequestFrame:
     """Outermost layer of the application."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: HttpMetrics) -> None:
         self._app = app
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -34,6 +40,7 @@ class RequestFrame:
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(scope, send)
+        self._metrics.in_flight.inc()
         try:
             _refuse_smuggling(scope)
             await self._app(scope, receive, exchange.send)
@@ -42,10 +49,11 @@ class RequestFrame:
         except ServingError as error:
             await exchange.answer(error, receive)
         except Exception:  # the one broad catch of the HTTP side: the traceback goes to the log, a plain 500 out
-            logger.exception("request %s failed", exchange.request_id)
+            logger.exception("the request failed", extra=fields(request_id=exchange.request_id))
             await exchange.answer(InternalError("an internal error; the server's log has the details"), receive)
         finally:
-            exchange.log()
+            self._metrics.in_flight.dec()
+            exchange.end(self._metrics)
 
 
 class _Exchange:
@@ -59,6 +67,8 @@ class _Exchange:
         given = self._headers.get("x-request-id", "")
         self.request_id = given if _CLIENT_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
         self.status = 0
+        self._state = scope.setdefault("state", {})
+        self._state[_REQUEST_ID] = self.request_id
 
     async def send(self, message: Message) -> None:
         """Pass a part of the reply on; its head gets the headers that every reply has."""
@@ -74,20 +84,45 @@ class _Exchange:
         if self.status == 0:
             await error_response(error)(self._scope, receive, self.send)
 
-    def log(self) -> None:
-        """One line without query, headers or body: those may hold what users wrote."""
-        fields: dict[str, Any] = {
-            "method": self._scope["method"],
+    def end(self, metrics: HttpMetrics) -> None:
+        """Count the request and write its line, without query, headers or body: those may hold what users wrote."""
+        PRIVATE_TEXTS.forget(_owner(self._scope))
+        seconds = time.perf_counter() - self._began
+        route = getattr(self._scope.get("route"), "path", None)
+        metrics.answered(self._scope["method"], route=route, status=self.status, seconds=seconds)
+        facts: dict[str, Any] = {
+            "method": self._scope["method"][:20],
             "path": self._scope["raw_path"].decode("ascii", "replace")[:200],
             "status": self.status,
-            "ms": round((time.perf_counter() - self._began) * 1000, 1),
-            "request_id": self.request_id,
+            "ms": round(seconds * 1000, 1),
         }
         retries = self._headers.get("x-stainless-retry-count", "0")
         if retries.isdigit() and retries != "0":
-            fields["retry"] = int(retries[:3])
+            facts["retry"] = int(retries[:3])
+        message = " ".join(f"{name}=%s" for name in facts)
         level = logging.DEBUG if self._scope["path"] in _QUIET_PATHS else logging.INFO
-        logger.log(level, " ".join(f"{name}=%s" for name in fields), *fields.values())
+        ids = {"request_id": self.request_id, "request_ids": self._state.get(_ENGINE_IDS, [])}
+        logger.log(level, message, *facts.values(), extra=fields(**ids, **facts))
+
+
+def http_request_id(request: Request) -> str:
+    """The id that the reply's `x-request-id` will hold: the client's own, or one drawn for it."""
+    return str(request.scope["state"][_REQUEST_ID])
+
+
+def link_engine_requests(request: Request, ids: Iterable[str]) -> None:
+    """Name the engine's requests that this HTTP request started, in its log line."""
+    request.scope["state"].setdefault(_ENGINE_IDS, []).extend(ids)
+
+
+def keep_private(request: Request, texts: Iterable[str]) -> None:
+    """Keep what the client wrote out of errors and tracebacks in the log, until the reply has been sent."""
+    PRIVATE_TEXTS.keep(_owner(request.scope), texts)
+
+
+def _owner(scope: Scope) -> str:
+    """Not the request id: two clients may send the same one."""
+    return str(id(scope["state"]))
 
 
 def _refuse_smuggling(scope: Scope) -> None:

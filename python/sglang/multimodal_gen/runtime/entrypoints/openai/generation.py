@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,7 +12,6 @@ from starlette.requests import ClientDisconnect, Request
 
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import EngineStopped, InternalError, ServingError
-from sglang.multimodal_gen.runtime.entrypoints.engine_client import new_request_id
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine
 from sglang.multimodal_gen.runtime.managers.messages import Finished
 
@@ -27,13 +26,13 @@ class EncodedResult:
     data: bytes
 
 
-async def generate_all(engine: Engine, requests: Sequence[SamplingParams]) -> list[EncodedResult]:
-    """One result per request, in order. When one fails, or the caller is cancelled, the others are cancelled.
+async def generate_all(engine: Engine, requests: Mapping[str, SamplingParams]) -> list[EncodedResult]:
+    """One result per request (id -> parameters), in order. When one fails or the caller is cancelled, all are.
 
     Raises:
         ServingError: the first failure.
     """
-    tasks = [asyncio.create_task(_generate(engine, params)) for params in requests]
+    tasks = [asyncio.create_task(_generate(engine, params, request_id)) for request_id, params in requests.items()]
     try:
         return list(await asyncio.gather(*tasks))
     finally:
@@ -42,8 +41,7 @@ async def generate_all(engine: Engine, requests: Sequence[SamplingParams]) -> li
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _generate(engine: Engine, params: SamplingParams) -> EncodedResult:
-    request_id = new_request_id()
+async def _generate(engine: Engine, params: SamplingParams, request_id: str) -> EncodedResult:
     handle = await engine.submit(params, request_id=request_id)
     try:
         finished = await handle.result()

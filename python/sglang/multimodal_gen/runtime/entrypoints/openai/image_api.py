@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import secrets
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from sglang.multimodal_gen.configs.declare import Surface
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import (
@@ -20,9 +23,20 @@ from sglang.multimodal_gen.errors import (
     InvalidValue,
     UnsupportedParameter,
 )
+from sglang.multimodal_gen.runtime.entrypoints.openai.admin import surface_of
 from sglang.multimodal_gen.runtime.entrypoints.openai.content import content_response
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, HttpSettings, require_model
-from sglang.multimodal_gen.runtime.entrypoints.openai.fields import IMAGE_CALL, ImageFields, sampling_values
+from sglang.multimodal_gen.runtime.entrypoints.openai.fields import (
+    IMAGE_CALL,
+    ImageFields,
+    private_texts,
+    sampling_values,
+)
+from sglang.multimodal_gen.runtime.entrypoints.openai.frame import (
+    http_request_id,
+    keep_private,
+    link_engine_requests,
+)
 from sglang.multimodal_gen.runtime.entrypoints.openai.generation import (
     EncodedResult,
     generate_all,
@@ -49,13 +63,17 @@ class ImageApi:
     async def generate(self, request: Request) -> Response:
         """Generate images from a text."""
         body = await read_json(request, self._settings.body)
-        wish, sampling = sampling_values(IMAGE_CALL.checked(body), ImageFields)
+        keep_private(request, private_texts(body))
+        surface = surface_of(request, self._settings)
+        wish, sampling = sampling_values(IMAGE_CALL.checked(body, surface=surface), ImageFields)
         _check_combinations(wish, sampling)
         model = require_model(self._engine, self._settings, wish.model)
-        requests = _image_requests(sampling, model)
+        requests = _image_requests(sampling, model, surface)
 
         async def run() -> bytes:
-            results = await generate_all(self._engine, requests)
+            by_id = {f"{http_request_id(request)}-{secrets.token_hex(4)}": params for params in requests}
+            link_engine_requests(request, by_id)
+            results = await generate_all(self._engine, by_id)
             return to_json(await self._images_response(request, wish, requests, results))
 
         return JsonResponse(await unless_disconnected(request, self._replies.once(request, body, run)))
@@ -84,6 +102,8 @@ class ImageApi:
             "size": f"{first.width}x{first.height}",
             "safety_identifier": wish.safety_identifier,
             "usage": None,
+            "inference_time_s": round(max(result.finished.generation_time for result in results), 3),
+            "peak_memory_mb": round(max(result.finished.peak_memory_bytes for result in results) / 2**20, 1),
         }
 
     async def _image(
@@ -97,6 +117,8 @@ class ImageApi:
             "generation_time": round(result.finished.generation_time, 3),
             "notes": list(result.finished.notes),
         }
+        if result.finished.profile_path is not None:
+            found["profile"] = Path(result.finished.profile_path).name
         if wish.response_format == "b64_json":
             found["b64_json"] = (await asyncio.to_thread(base64.b64encode, result.data)).decode("ascii")
         else:
@@ -122,7 +144,7 @@ def _check_combinations(wish: ImageFields, sampling: Mapping[str, Any]) -> None:
         raise InvalidValue("seed", f"{len(seed)} seeds", f"at most {int(most)}", code="invalid_seed")
 
 
-def _image_requests(sampling: Mapping[str, Any], model: ModelInfo) -> list[SamplingParams]:
+def _image_requests(sampling: Mapping[str, Any], model: ModelInfo, surface: Surface) -> list[SamplingParams]:
     """One complete request per image, which comes back encoded instead of being saved."""
     return [
         dataclasses.replace(
@@ -131,5 +153,5 @@ def _image_requests(sampling: Mapping[str, Any], model: ModelInfo) -> list[Sampl
             return_encoded=True,
             save_output=False,
         )
-        for params in expand({**sampling, "num_frames": 1}, model=model, surface="http")
+        for params in expand({**sampling, "num_frames": 1}, model=model, surface=surface)
     ]

@@ -38,7 +38,10 @@ def request_body(call: CallFields, media_types: Iterable[str]) -> dict[str, Any]
         "type": "object",
         "required": ["prompt"],
         "additionalProperties": False,
-        "properties": {name: field_schema(parameter) for name, parameter in call.accepted.items()},
+        "properties": {
+            **{name: field_schema(parameter) for name, parameter in call.accepted.items()},
+            **{name: _admin_schema(parameter) for name, parameter in call.admin_only.items()},
+        },
     }
     return {"requestBody": {"required": True, "content": {media: {"schema": schema} for media in media_types}}}
 
@@ -71,6 +74,11 @@ def field_schema(parameter: Parameter) -> dict[str, Any]:
     if parameter.default is not None:
         schema["default"] = parameter.default
     return schema
+
+
+def _admin_schema(parameter: Parameter) -> dict[str, Any]:
+    schema = field_schema(parameter)
+    return schema | {"description": f"{schema['description']} For administrators: needs the server's admin key."}
 
 
 def _scalar(parameter: Parameter, kind: type) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sglang.multimodal_gen.configs.declare import arg, from_text, hint, parameters
+from sglang.multimodal_gen.configs.declare import Surface, arg, from_text, hint, parameters
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, SamplingParams
 from sglang.multimodal_gen.errors import (
@@ -25,9 +25,16 @@ from sglang.multimodal_gen.errors import (
     VideoNotFound,
     VideoNotReady,
 )
+from sglang.multimodal_gen.runtime.entrypoints.openai.admin import surface_of
 from sglang.multimodal_gen.runtime.entrypoints.openai.content import content_response
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, HttpSettings, require_model
-from sglang.multimodal_gen.runtime.entrypoints.openai.fields import VIDEO_CALL, VideoFields, sampling_values
+from sglang.multimodal_gen.runtime.entrypoints.openai.fields import (
+    VIDEO_CALL,
+    VideoFields,
+    private_texts,
+    sampling_values,
+)
+from sglang.multimodal_gen.runtime.entrypoints.openai.frame import keep_private, link_engine_requests
 from sglang.multimodal_gen.runtime.entrypoints.openai.idempotency import IdempotentReplies
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse, error_object, to_json
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import read_json_or_multipart
@@ -77,15 +84,18 @@ class VideoApi:
     async def create(self, request: Request) -> Response:
         """Start a video from a text; poll it until its status is `completed` or `failed`."""
         body = await read_json_or_multipart(request, self._settings.body, refuse_file=VIDEO_CALL.refuse_file)
-        wish, sampling = sampling_values(VIDEO_CALL.checked(body), VideoFields)
+        keep_private(request, private_texts(body))
+        surface = surface_of(request, self._settings)
+        wish, sampling = sampling_values(VIDEO_CALL.checked(body, surface=surface), VideoFields)
         model = require_model(self._engine, self._settings, wish.model)
         if wish.seconds is not None:
             sampling["num_frames"] = frames_for(wish.seconds, sampling, model)
-        params = _video_request(sampling, model)
+        params = _video_request(sampling, model, surface)
         name = wish.model or self._settings.model_names[0]
 
         async def start() -> bytes:
             job = await self.jobs.create(params, model=name, safety_identifier=wish.safety_identifier)
+            link_engine_requests(request, [job.id])
             return to_json(video_object(job))
 
         return JsonResponse(await self._replies.once(request, body, start), headers=_poll_headers(done=False))
@@ -160,9 +170,9 @@ def frames_for(seconds: str | int | float, sampling: Mapping[str, Any], model: M
     return math.floor(number * fps / stride) * stride + 1
 
 
-def _video_request(sampling: Mapping[str, Any], model: ModelInfo) -> SamplingParams:
+def _video_request(sampling: Mapping[str, Any], model: ModelInfo, surface: Surface) -> SamplingParams:
     values = {"output_format": "mp4", **sampling}
-    requests = expand(values, model=model, surface="http")
+    requests = expand(values, model=model, surface=surface)
     if len(requests) != 1:
         raise InvalidValue("seed", sampling.get("seed"), "one integer: a job makes one video", code="invalid_seed")
     saved = dataclasses.replace(requests[0], save_output=True)
@@ -193,10 +203,10 @@ def _poll_headers(*, done: bool) -> dict[str, str]:
 
 
 def video_object(job: VideoJob) -> dict[str, Any]:
-    """The job in OpenAI's form, with our own facts beside: frames, fps, seed, remaining seconds, notes."""
+    """The job in OpenAI's form, with our own facts beside: frames, fps, seed, seconds, memory, notes."""
     params = job.params
     assert params.num_frames is not None and params.fps is not None, "the request is complete"
-    return {
+    found = {
         "id": job.id,
         "object": "video",
         "created_at": job.created_at,
@@ -213,11 +223,18 @@ def video_object(job: VideoJob) -> dict[str, Any]:
         "num_frames": params.num_frames,
         "fps": params.fps,
         "seed": params.seed,
-        "eta_seconds": None if job.eta_s is None else round(job.eta_s, 1),
-        "generation_time": None if job.generation_time is None else round(job.generation_time, 3),
+        "eta_seconds": _rounded(job.eta_s, 1),
+        "generation_time": _rounded(job.generation_time, 3),
+        "inference_time_s": _rounded(job.generation_time, 3),
+        "peak_memory_mb": _rounded(job.peak_memory_mb, 1),
         "notes": list(job.notes),
         "safety_identifier": job.safety_identifier,
     }
+    return found if job.profile is None else found | {"profile": job.profile}
+
+
+def _rounded(number: float | None, digits: int) -> float | None:
+    return None if number is None else round(number, digits)
 
 
 def _plain(number: float) -> str:

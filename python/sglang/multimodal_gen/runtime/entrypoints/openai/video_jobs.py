@@ -38,7 +38,8 @@ Order = Literal["asc", "desc"]
 
 @dataclass(frozen=True, kw_only=True)
 class VideoJob:
-    """One video as clients see it. Times in unix seconds; `progress` in percent, 100 only when it is complete."""
+    """One video as clients see it. Times in unix seconds; `progress` in percent, 100 only when it is complete.
+    `profile` is the bare name of the trace file."""
 
     id: str
     model: str
@@ -50,6 +51,8 @@ class VideoJob:
     eta_s: float | None = None
     completed_at: int | None = None
     generation_time: float | None = None
+    peak_memory_mb: float | None = None
+    profile: str | None = None
     error: ErrorInfo | None = None
     notes: tuple[str, ...] = ()
     safety_identifier: str | None = None
@@ -196,6 +199,8 @@ class VideoJobs:
             eta_s=None,
             completed_at=int(time.time()),
             generation_time=event.generation_time,
+            peak_memory_mb=event.peak_memory_bytes / 2**20,
+            profile=None if event.profile_path is None else Path(event.profile_path).name,
             notes=event.notes or job.notes,
         )
 
