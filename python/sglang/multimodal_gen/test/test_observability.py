@@ -205,7 +205,7 @@ def test_the_metrics_agree_with_what_was_asked_of_the_engine(engine: DiffGenerat
     assert (after["workers", ()], after["worker_restarts_total", ()]) == (1, 0)
     assert after["memory_peak_bytes", ()] >= results[-1].peak_memory_mb * 2**20 > 0
     assert (after["memory_budget_bytes", ()], after["memory_reserved_bytes", ()]) == (1000 * 2**30, 0)
-    assert after["model_info", ("cpu", "null-model", "NullPipeline", "fp32")] == 1
+    assert after["model_info", ("cpu", "null-model", "FaultyPipeline", "fp32")] == 1
 
 
 def test_the_memory_that_the_worker_holds_is_told(engine: DiffGenerator) -> None:
