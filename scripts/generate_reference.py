@@ -11,6 +11,7 @@ import error_reference
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.declare import Parameter, parameters
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.runtime.bench.options import BENCHMARKS
 from sglang.multimodal_gen.runtime.entrypoints.cli.options import default_in_words
 from sglang.multimodal_gen.runtime.layers.attention.registry import FAMILIES, KERNELS, preference_in_words
 from sglang.multimodal_gen.runtime.server_args import option_groups, server_options
@@ -148,6 +149,31 @@ While a server's model cannot be loaded, every request for a generation is answe
     return _page("Errors", intro, sections)
 
 
+def bench_page() -> str:
+    """Every benchmark with its own options."""
+    intro = """\
+The options that only `sglang bench` has. Each benchmark also takes those of the engine and of requests that concern it,
+as `sglang bench BENCHMARK --help` lists; [the page on benchmarks](../bench.md) says what is measured and how."""
+    sections = []
+    for name, benchmark in BENCHMARKS.items():
+        rows = [
+            [_code(o.flag), o.accepted(), default_in_words(o), o.declaration.help]
+            for o in benchmark.own_options().values()
+        ]
+        shared = [_code(o.flag) for o in (*benchmark.request_options().values(), *benchmark.engine_options().values())]
+        sections += [
+            f"## {name}",
+            "",
+            f"Measures {benchmark.summary}.",
+            "",
+            _table(["Flag", "Accepted", "Default", "Meaning"], rows),
+            "",
+            f"Shared with other commands: {', '.join(shared)}.",
+            "",
+        ]
+    return _page("Benchmarks", intro, sections)
+
+
 def pages() -> dict[str, str]:
     """Each page's text by file name."""
     return {
@@ -156,6 +182,7 @@ def pages() -> dict[str, str]:
         "environment.md": environment_page(),
         "attention.md": attention_page(),
         "errors.md": errors_page(),
+        "bench.md": bench_page(),
     }
 
 

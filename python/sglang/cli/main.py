@@ -15,6 +15,7 @@ import sglang
 _COMMANDS = {
     "generate": "sglang.multimodal_gen.runtime.entrypoints.cli.generate",
     "serve": "sglang.multimodal_gen.runtime.entrypoints.cli.serve",
+    "bench": "sglang.multimodal_gen.runtime.entrypoints.cli.bench",
 }
 _HELP = """\
 usage: sglang COMMAND [options]
@@ -24,6 +25,7 @@ Image and video generation with diffusion models.
 commands:
   generate   make images or videos from prompts, then exit
   serve      start an HTTP server with an OpenAI-compatible interface
+  bench      measure how fast this machine runs a model, part by part
   version    print the version
 
 `sglang COMMAND --help` lists the options of a command.

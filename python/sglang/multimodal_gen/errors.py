@@ -464,3 +464,15 @@ class InvalidConfigFile(InvalidRequest):
     """A file of options that cannot be read or is not a mapping of names to values."""
 
     code = "invalid_config_file"
+
+
+class MissingPackage(InvalidRequest):
+    """An option needs a package that is not installed."""
+
+    code = "missing_package"
+
+
+class BenchmarkFailed(ServingError):
+    """A benchmark's process ended without a result."""
+
+    code = "benchmark_failed"

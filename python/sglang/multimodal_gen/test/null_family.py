@@ -3,8 +3,8 @@
 Registered with `register_configs`, in place of the package's own. `sleep-MS` (in every unit), `fail`, `fail-shared`
 (only in company), `bug`, `die`, `die-once-FILE` (while FILE does not exist), `hang`, `oom`, `oom-shared` (only in
 company), `oom-large` (until the request is planned with less). `die-at-K-FILE` dies at unit K once. `holds-N` makes the
-request hold N of the 1,000 GiB that the family says there are. With `noise-until-FILE` the frames are noise, which takes
-room in a file, and the last ones come when FILE exists.
+request hold N of the 1,000 GiB that the family says there are. With `noise-until-FILE` the frames are noise, which
+takes room in a file, and the last ones come when FILE exists.
 """
 
 from __future__ import annotations

@@ -101,6 +101,7 @@ def test_one_output_gives_one_result_with_all_that_was_asked_for(engine: DiffGen
     assert (result.seed, result.size, result.output_file_path) == (7, (16, 16, 5), None)
     assert set(result.metrics["stage_seconds"]) >= {"encode", "denoise", "decode"}
     assert len(result.metrics["step_ms"]) == 4
+    assert result.metrics["step_batch_sizes"] == [1, 1, 1, 1]
     assert result.peak_memory_mb > 0
 
 

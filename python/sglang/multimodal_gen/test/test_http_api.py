@@ -141,6 +141,7 @@ class ScriptedEngine:
             queue_seconds=0.0,
             stage_seconds={},
             step_ms=(),
+            step_batch_sizes=(),
             peak_memory_bytes=0,
             attempts=1,
         )

@@ -46,9 +46,9 @@ _STOP_GRACE_S = 15.0
 @dataclass(frozen=True, kw_only=True)
 class GenerationResult:
     """One output. `frames` uint8 [T, H, W, 3] with `return_frames`, `latents` float32 [C, T, H, W] with
-    `return_latents`; `metrics` holds `stage_seconds`, `step_ms`, `queue_seconds`, `attempts` and `warmup_excluded`
-    (its size had been warmed up before); times are seconds. Paths are absolute, or None where nothing of the kind was
-    saved."""
+    `return_latents`; `metrics` holds `stage_seconds`, `step_ms` with `step_batch_sizes` (requests that shared the
+    step), `queue_seconds`, `attempts` and `warmup_excluded` (its size had been warmed up before); times are seconds.
+    Paths are absolute, or None where nothing of the kind was saved."""
 
     prompt: str
     prompt_index: int
@@ -332,6 +332,7 @@ class _Engine:
             metrics={
                 "stage_seconds": dict(event.stage_seconds),
                 "step_ms": list(event.step_ms),
+                "step_batch_sizes": list(event.step_batch_sizes),
                 "queue_seconds": event.queue_seconds,
                 "attempts": event.attempts,
                 "warmup_excluded": event.warmup_excluded,

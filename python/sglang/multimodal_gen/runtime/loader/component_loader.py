@@ -94,19 +94,22 @@ class NativeModule:
             raise UnsupportedModel(
                 f"the checkpoint's {directory.name} is a {class_name}; supported is {self.module_class.__name__}"
             )
-        try:
-            config = self.config_class.from_dict(read_json_object(directory / "config.json"))
-        except InvalidRequest as error:
-            raise UnsupportedModel(f"{directory.name}/config.json: {error.message}") from error
         return load_module(
             self.module_class,
-            config,
+            self.config(directory),
             directory,
             dtype=context.dtype_of(directory.name),
             device=context.device,
             context=context.layers,
             source=context.source,
         )
+
+    def config(self, directory: Path) -> ModelConfig:
+        """What `config.json` says. Raises CorruptCheckpoint without one, UnsupportedModel when we cannot be that."""
+        try:
+            return self.config_class.from_dict(read_json_object(directory / "config.json"))
+        except InvalidRequest as error:
+            raise UnsupportedModel(f"{directory.name}/config.json: {error.message}") from error
 
 
 @dataclass(frozen=True)

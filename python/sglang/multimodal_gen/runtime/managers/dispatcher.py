@@ -187,7 +187,7 @@ class Dispatcher:
         for index, (record, phase) in enumerate(zip(records, phases, strict=True)):
             if index == 0:
                 self.learned.record(phase.batch_key, seconds, len(units))
-            record.record_unit(phase, seconds, peak_bytes)
+            record.record_unit(phase, seconds, peak_bytes, batch_size=len(units))
             settled.done.append(DoneUnit(record, phase, seconds))
 
 

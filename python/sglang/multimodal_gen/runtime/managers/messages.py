@@ -145,8 +145,8 @@ class Progress(Message, frozen=True, kw_only=True, tag="progress"):
 
 
 class Finished(Message, frozen=True, kw_only=True, tag="finished"):
-    """Terminal: the outputs are complete. Seconds are per stage, `step_ms` per denoising step; `warmup_excluded`: this
-    size had been warmed up before."""
+    """Terminal: the outputs are complete. Seconds are per stage, `step_ms` per denoising step, which as many requests
+    as `step_batch_sizes` says shared; `warmup_excluded`: this size had been warmed up before."""
 
     request_id: str
     seed: int
@@ -163,6 +163,7 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     queue_seconds: float
     stage_seconds: dict[str, float]
     step_ms: tuple[float, ...]
+    step_batch_sizes: tuple[int, ...]
     peak_memory_bytes: int
     attempts: int
     notes: tuple[str, ...] = ()

@@ -41,6 +41,7 @@ class RequestRecord:
     notes: tuple[str, ...] = ()
     stage_seconds: dict[str, float] = field(default_factory=dict)
     step_ms: list[float] = field(default_factory=list)
+    step_batch_sizes: list[int] = field(default_factory=list)
     peak_bytes: int = 0
     latents: MappedArray | None = None
     output: OutputDone | None = None
@@ -51,7 +52,8 @@ class RequestRecord:
         self.cursor = UnitCursor(request_id=self.request_id, phases=phases, order=self.order, issued=done, done=done)
         self.notes = notes
         self.status, self.admitted_at = "running", time.monotonic()
-        del self.step_ms[self.steps()[0] :]
+        for of_steps in (self.step_ms, self.step_batch_sizes):
+            del of_steps[self.steps()[0] :]
 
     def replan(self, phases: tuple[Phase, ...], notes: tuple[str, ...]) -> None:
         """What is left of the request was planned anew."""
@@ -115,13 +117,14 @@ class RequestRecord:
             and (self.latents is not None or not self.needs_latents)
         )
 
-    def record_unit(self, phase: Phase, seconds: float, peak_bytes: int) -> None:
-        """One unit is done."""
+    def record_unit(self, phase: Phase, seconds: float, peak_bytes: int, *, batch_size: int) -> None:
+        """One unit is done, together with those of other requests: `batch_size` in all."""
         assert self.cursor is not None
         self.cursor.done += 1
         self.stage_seconds[phase.name] = self.stage_seconds.get(phase.name, 0.0) + seconds
         if phase.lane == "denoise":
             self.step_ms.append(round(seconds * 1000, 3))
+            self.step_batch_sizes.append(batch_size)
         self.peak_bytes = max(self.peak_bytes, peak_bytes)
 
     def progress(self, learned: LearnedTimes, sharing: int) -> Progress:
@@ -169,6 +172,7 @@ class RequestRecord:
             queue_seconds=self.started_at - self.received_at,
             stage_seconds=self.stage_seconds | ({} if output is None else {"encode_file": output.encode_seconds}),
             step_ms=tuple(self.step_ms),
+            step_batch_sizes=tuple(self.step_batch_sizes),
             peak_memory_bytes=self.peak_bytes,
             attempts=self.attempts,
             notes=self.notes,

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from sglang.multimodal_gen.configs.model_info import TaskLimits
+from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits import WanTransformerConfig
 from sglang.multimodal_gen.configs.models.encoders import UMT5EncoderConfig
 from sglang.multimodal_gen.configs.models.vaes import WanVAEConfig
+from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.errors import UnsupportedModel, shown
 from sglang.multimodal_gen.runtime.loader.component_loader import (
     ComponentLoader,
@@ -20,6 +22,7 @@ from sglang.multimodal_gen.runtime.loader.tokenizer import TextTokenizer
 from sglang.multimodal_gen.runtime.models.dits.wan import WanTransformer3DModel
 from sglang.multimodal_gen.runtime.models.encoders.umt5 import UMT5EncoderModel
 from sglang.multimodal_gen.runtime.models.vaes.wan_vae import AutoencoderKLWan, DecoderState
+from sglang.multimodal_gen.runtime.pipelines.wan_workloads import WAN_WORKLOADS
 from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import ClassifierFreeGuidance
@@ -31,6 +34,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import Denois
 from sglang.multimodal_gen.runtime.pipelines_core.stages.latent_preparation import LatentPreparationStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding import TextEncodingStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.timestep_preparation import TimestepPreparationStage
+from sglang.multimodal_gen.runtime.pipelines_core.workload import Workload
 
 # Options of Wan2.2's model_index.json and the value with which it says what Wan2.1 is.
 _ABSENT_IN_WAN21 = {"transformer_2": (None, [None, None]), "boundary_ratio": (None,), "expand_timesteps": (None, False)}
@@ -46,6 +50,7 @@ class WanPipeline(ComposedPipelineBase):
         "vae": NativeModule(AutoencoderKLWan, WanVAEConfig),
         "scheduler": SchedulerConfig(),
     }
+    workloads: ClassVar[Mapping[str, Workload]] = WAN_WORKLOADS
     tokenizer: TextTokenizer
     text_encoder: UMT5EncoderModel
     transformer: WanTransformer3DModel
@@ -79,7 +84,7 @@ class WanPipeline(ComposedPipelineBase):
                 self.vae,
                 new_state=DecoderState,
                 geometry=geometry,
-                memory=self._decoder_memory(),
+                memory=self.decoder_memory_of({"vae": self.vae.config}, self.vae.post_quant_conv.weight.element_size()),
                 free_bytes=self.free_bytes,
                 dtype=self.vae.post_quant_conv.weight.dtype,
             ),
@@ -107,15 +112,20 @@ class WanPipeline(ComposedPipelineBase):
 
     def geometry(self) -> VideoGeometry:
         """How pixels map to latents and tokens."""
-        transformer, vae = self.transformer.config, self.vae.config
+        return self.geometry_of({"transformer": self.transformer.config, "vae": self.vae.config}, self.config)
+
+    @classmethod
+    def geometry_of(cls, configs: Mapping[str, ModelConfig], config: PipelineConfig) -> VideoGeometry:
+        transformer, vae = configs["transformer"], configs["vae"]
+        assert isinstance(transformer, WanTransformerConfig) and isinstance(vae, WanVAEConfig), "as `components` says"
         longest = (transformer.rope_max_seq_len * transformer.patch_size[0] - 1) * vae.temporal_ratio + 1
         return VideoGeometry(
             channels=vae.z_dim,
             spatial_ratio=vae.spatial_ratio,
             temporal_ratio=vae.temporal_ratio,
             patch_size=transformer.patch_size,
-            max_pixels=self.config.max_pixels,
-            max_frames=min(self.config.max_frames, longest),
+            max_pixels=config.max_pixels,
+            max_frames=min(config.max_frames, longest),
         )
 
     def limits(self) -> TaskLimits:
@@ -136,8 +146,10 @@ class WanPipeline(ComposedPipelineBase):
             hidden_size=config.hidden_size, ffn_dim=config.ffn_dim, element_size=self.dtype.itemsize
         )
 
-    def _decoder_memory(self) -> DecoderMemory:
-        config = self.vae.config
+    @classmethod
+    def decoder_memory_of(cls, configs: Mapping[str, ModelConfig], element_size: int) -> DecoderMemory:
+        config = configs["vae"]
+        assert isinstance(config, WanVAEConfig), "as `components` says"
         # The last stage brings `dim_mult[1]` times the base width to full size before it narrows to the base width.
         base = config.decoder_base_dim or config.base_dim
         # Each block of a stage has two causal convolutions that remember two frames, and the last one of all too. Every
@@ -147,5 +159,5 @@ class WanPipeline(ComposedPipelineBase):
             channels=base * max(config.dim_mult[:2]),
             carried_channels=2 * 2 * convolutions * base,
             patch_size=config.patch_size or 1,
-            element_size=self.vae.post_quant_conv.weight.element_size(),
+            element_size=element_size,
         )

@@ -12,7 +12,7 @@ from sglang.multimodal_gen.runtime.loader.hub import ensure_local
 from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs, ModelArgs
 
-__all__ = ["ComposedPipelineBase", "build_pipeline"]
+__all__ = ["ComposedPipelineBase", "build_pipeline", "find_pipeline"]
 
 
 def build_pipeline(
@@ -29,20 +29,10 @@ def build_pipeline(
     Raises: ModelError or InvalidRequest with one sentence on what cannot be found, read or done.
     """
     model_args = ModelArgs(model_path=model) if isinstance(model, str) else model
-    revision, random_weights = None, False
-    if isinstance(model_args, ModelArgs):
-        revision, random_weights = model_args.revision, model_args.random_weights
-        resolved = get_model_info(model_args.model_path, model_id=model_args.model_id)
-    else:
-        resolved = model_args
-    if resolved.needs_download:
-        resolved = with_checkpoint(resolved, _directory(resolved, revision, random_weights, report))
-    assert resolved.entry is not None, "a checkpoint on disk has an entry or was refused"
-    pipeline_class = load_object(resolved.entry.pipeline)
-    if not (isinstance(pipeline_class, type) and issubclass(pipeline_class, ComposedPipelineBase)):
-        raise UnsupportedModel(f"{resolved.entry.pipeline} is registered but no ComposedPipelineBase")
+    random_weights = isinstance(model_args, ModelArgs) and model_args.random_weights
+    resolved, pipeline_class = find_pipeline(model_args, report=report)
     if random_weights:
-        report("the weights are random numbers, so what is generated means nothing")
+        report("weights: random numbers, so what is generated means nothing")
     return pipeline_class.load(
         resolved,
         execution or ExecutionArgs(),
@@ -50,6 +40,27 @@ def build_pipeline(
         random_weights=random_weights,
         report=report,
     )
+
+
+def find_pipeline(
+    model: ModelArgs | ResolvedModel, *, report: Callable[[str], None] = lambda _: None
+) -> tuple[ResolvedModel, type[ComposedPipelineBase]]:
+    """The model with its directory, downloaded first when it is a hub id with weights, and the class that loads it.
+
+    Raises: as `build_pipeline`.
+    """
+    revision, random_weights, resolved = None, False, model
+    if isinstance(model, ModelArgs):
+        revision, random_weights = model.revision, model.random_weights
+        resolved = get_model_info(model.model_path, model_id=model.model_id)
+    assert isinstance(resolved, ResolvedModel)
+    if resolved.needs_download:
+        resolved = with_checkpoint(resolved, _directory(resolved, revision, random_weights, report))
+    assert resolved.entry is not None, "a checkpoint on disk has an entry or was refused"
+    pipeline_class = load_object(resolved.entry.pipeline)
+    if not (isinstance(pipeline_class, type) and issubclass(pipeline_class, ComposedPipelineBase)):
+        raise UnsupportedModel(f"{resolved.entry.pipeline} is registered but no ComposedPipelineBase")
+    return resolved, pipeline_class
 
 
 def _directory(

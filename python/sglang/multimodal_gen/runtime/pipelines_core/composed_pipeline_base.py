@@ -15,6 +15,7 @@ import msgspec
 from torch import nn
 
 from sglang.multimodal_gen.configs.model_info import ModelInfo, TaskLimits
+from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, MAX_SEED, SamplingParams
@@ -30,12 +31,14 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
     weight_totals,
 )
 from sglang.multimodal_gen.runtime.loader.random_weights import RandomSource
-from sglang.multimodal_gen.runtime.pipelines_core.memory import USABLE_SHARE, free_bytes
+from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
+from sglang.multimodal_gen.runtime.pipelines_core.memory import USABLE_SHARE, DecoderMemory, free_bytes
 from sglang.multimodal_gen.runtime.pipelines_core.memory_meter import meter_for
 from sglang.multimodal_gen.runtime.pipelines_core.placement import Placement, place
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 from sglang.multimodal_gen.runtime.pipelines_core.state_file import read_state, to_host
+from sglang.multimodal_gen.runtime.pipelines_core.workload import Workload
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
 
 Report = Callable[[str], None]
@@ -54,6 +57,8 @@ class ComposedPipelineBase:
 
     components: ClassVar[Mapping[str, ComponentLoader]] = {}
     """Directory of the checkpoint -> what loads it; empty for a family without a checkpoint."""
+    workloads: ClassVar[Mapping[str, Workload]] = {}
+    """What benchmarks run: `dit`, `vae_decode`, `vae_encode`, `encoder`, as far as the family has them."""
 
     def __init__(
         self,
@@ -89,6 +94,16 @@ class ComposedPipelineBase:
     @classmethod
     def check_model_index(cls, index: Mapping[str, Any]) -> None:
         """Refuse checkpoints whose `model_index.json` asks for what the family cannot do yet."""
+
+    @classmethod
+    def geometry_of(cls, configs: Mapping[str, ModelConfig], config: PipelineConfig) -> VideoGeometry:
+        """How pixels map to latents and tokens, from the configs of the native components."""
+        raise NotImplementedError
+
+    @classmethod
+    def decoder_memory_of(cls, configs: Mapping[str, ModelConfig], element_size: int) -> DecoderMemory:
+        """What decoding takes, likewise."""
+        raise NotImplementedError
 
     def check_components(self) -> None:
         """Refuse checkpoints whose components do not fit together."""
@@ -128,20 +143,8 @@ class ComposedPipelineBase:
         assert resolved.entry is not None, "resolved before loading"
         start = time.perf_counter()
         placement = place(execution, local_rank=local_rank)
-        for reason in placement.reasons:
-            report(reason)
         config = load_config(resolved.entry)
-        facts, precision = device_facts(placement.device), placement.precision
-        context = LoadContext(
-            device=placement.device,
-            dtype=placement.dtype,
-            layers=LayerContext(
-                self_attention=AttentionPlan.chosen("self", execution, facts=facts, precision=precision),
-                cross_attention=AttentionPlan.chosen("cross", execution, facts=facts, precision=precision),
-            ),
-            fp32_components=config.fp32_components,
-            source=RandomSource() if random_weights else Checkpoint(),
-        )
+        context = cls.load_context(config, placement, execution, random_weights=random_weights, report=report)
         components = {}
         if cls.components:
             assert resolved.local_path is not None, "downloaded before loading"
@@ -155,6 +158,31 @@ class ComposedPipelineBase:
             placement=placement,
             components=components,
             load_seconds=time.perf_counter() - start,
+        )
+
+    @classmethod
+    def load_context(
+        cls,
+        config: PipelineConfig,
+        placement: Placement,
+        execution: ExecutionArgs,
+        *,
+        random_weights: bool = False,
+        report: Report = _ignore,
+    ) -> LoadContext:
+        """What each component is loaded with. Raises InvalidRequest for options that cannot be had here."""
+        for reason in placement.reasons:
+            report(reason)
+        facts, precision = device_facts(placement.device), placement.precision
+        return LoadContext(
+            device=placement.device,
+            dtype=placement.dtype,
+            layers=LayerContext(
+                self_attention=AttentionPlan.chosen("self", execution, facts=facts, precision=precision),
+                cross_attention=AttentionPlan.chosen("cross", execution, facts=facts, precision=precision),
+            ),
+            fp32_components=config.fp32_components,
+            source=RandomSource() if random_weights else Checkpoint(),
         )
 
     @classmethod

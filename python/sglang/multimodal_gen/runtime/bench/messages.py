@@ -1,0 +1,163 @@
+"""What a benchmark and its child processes tell each other: frozen structs, msgpack on the pipe."""
+
+from __future__ import annotations
+
+import msgspec
+
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.errors import ErrorInfo
+from sglang.multimodal_gen.runtime.bench.statistics import Ratio, Summary
+from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
+
+
+class BenchMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all of them."""
+
+
+# --- benchmark -> child, as its configuration ---
+
+
+class ComponentTask(BenchMessage, frozen=True, kw_only=True):
+    """Time one workload of the model that the engine's options name. Answered by ComponentResult or TaskFailed.
+
+    Sizes that are None are the model's own defaults.
+    """
+
+    engine: EngineConfig
+    workload: str
+    width: int | None
+    height: int | None
+    num_frames: int | None
+    max_sequence_length: int | None
+    chunk_frames: int | None
+    batch_size: int
+    warmup_runs: int
+    repeats: int
+    min_seconds: float
+    compare: str | None
+
+
+class CostTask(BenchMessage, frozen=True, kw_only=True):
+    """Count the FLOPs of a request of this size through the model that the engine's options name; see CostResult."""
+
+    engine: EngineConfig
+    width: int | None
+    height: int | None
+    num_frames: int | None
+    max_sequence_length: int | None
+
+
+class ReferenceTask(BenchMessage, frozen=True, kw_only=True):
+    """Load the model's pipeline of diffusers. Answered by ReferenceReady, then each ReferenceCall by a ReferenceDone.
+
+    `directory` is where frames may be left.
+    """
+
+    engine: EngineConfig
+    directory: str
+
+
+class ReferenceCall(BenchMessage, frozen=True, kw_only=True):
+    """Generate one output. `params` is complete."""
+
+    params: SamplingParams
+
+
+class StartupTask(BenchMessage, frozen=True, kw_only=True):
+    """Start an engine, generate twice, and tell when what happened. Answered by StartupTimes."""
+
+    engine: EngineConfig
+    num_inference_steps: int
+
+
+# --- child -> benchmark ---
+
+
+class Doing(BenchMessage, frozen=True, kw_only=True, tag="doing"):
+    """What goes on, for whoever waits."""
+
+    detail: str
+
+
+class TaskFailed(BenchMessage, frozen=True, kw_only=True, tag="failed"):
+    """The child gives up."""
+
+    error: ErrorInfo
+
+
+class Side(BenchMessage, frozen=True, kw_only=True):
+    """One implementation's part of a comparison. `peak_bytes` is what a warm run takes above the weights."""
+
+    seconds: Summary
+    peak_bytes: int | None
+    flops_per_second: float
+    matmul_ratio: float
+
+
+class ComponentResult(BenchMessage, frozen=True, kw_only=True, tag="component"):
+    """What was measured of a module. FLOPs count 2 for a multiply-add, of matrix products and convolutions alone.
+
+    `matmul_flops_per_second` is the best rate of a large square product in the same precision, in the same run;
+    `max_relative_difference` the largest difference of the outputs over the reference's largest value.
+    """
+
+    component: str
+    module: str
+    device: str
+    device_name: str
+    precision: str
+    num_threads: int
+    num_parameters: int
+    weight_bytes: int
+    load_seconds: float
+    input_shapes: tuple[tuple[int, ...], ...]
+    output_shape: tuple[int, ...]
+    flops: int
+    matmul_flops_per_second: float
+    ours: Side
+    reference: Side | None
+    reference_module: str | None
+    ratio: Ratio | None
+    max_relative_difference: float | None
+    notes: tuple[str, ...]
+
+
+class CostResult(BenchMessage, frozen=True, kw_only=True, tag="cost"):
+    """FLOPs of one row of one denoising step, which has `num_tokens`, and of decoding one output.
+
+    `matmul_flops_per_second` is the best rate of a large square product in the precision of a phase, by phase.
+    """
+
+    num_tokens: int
+    step_flops: int
+    decode_flops: int
+    matmul_flops_per_second: dict[str, float]
+
+
+class ReferenceReady(BenchMessage, frozen=True, kw_only=True, tag="reference_ready"):
+    """The pipeline is loaded."""
+
+    pipeline: str
+    load_seconds: float
+
+
+class ReferenceDone(BenchMessage, frozen=True, kw_only=True, tag="reference_done"):
+    """One output is made; its frames, uint8 [T, H, W, 3], lie in a NumPy file that the reader removes."""
+
+    seconds: float
+    step_ms: tuple[float, ...]
+    frames_file: str
+
+
+class StartupTimes(BenchMessage, frozen=True, kw_only=True, tag="startup"):
+    """Moments of the monotonic clock, which all processes of a machine share, by what happened then, in order."""
+
+    moments: tuple[tuple[str, float], ...]
+
+
+FromChild = Doing | TaskFailed | ComponentResult | CostResult | ReferenceReady | ReferenceDone | StartupTimes
+
+
+def encode(message: BenchMessage) -> bytes:
+    """For the pipe."""
+    return msgspec.msgpack.encode(message)

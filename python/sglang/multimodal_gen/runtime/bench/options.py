@@ -1,0 +1,205 @@
+"""Options of the benchmarks, each declared once; those of the engine and of requests come from their declarations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from sglang.multimodal_gen.configs.declare import CLI_ONLY, Parameter, arg, parameters
+from sglang.multimodal_gen.configs.sample.sampling_params import MAX_SEED, SamplingParams
+from sglang.multimodal_gen.runtime.server_args import server_options
+
+REFERENCES = ("diffusers",)
+_MODULE_OPTIONS = ("model_path", "model_id", "revision", "random_weights", "device", "precision")
+_MODULE_OPTION_ENDING = "attention_backend"
+_SIZE = ("width", "height", "num_frames")
+_REQUEST_GROUPS = ("prompt", "size", "denoising")
+# One benchmark has one seed; results are kept only as long as they are looked at.
+_NOT_OF_A_BENCHMARK = ("seed", "num_outputs_per_prompt")
+_NOT_OF_ITS_ENGINE = ("output_path",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimingArgs:
+    """How often what is measured runs, and where the result goes."""
+
+    warmup_runs: int = arg(
+        1, help="Runs that are not counted, before the others.", group="bench", minimum=0, exposed=CLI_ONLY
+    )
+    repeats: int = arg(5, help="Runs that are counted, at least.", group="bench", minimum=1, exposed=CLI_ONLY)
+    min_seconds: float = arg(
+        0.0, help="Go on until the counted runs together took this long.", group="bench", minimum=0, exposed=CLI_ONLY
+    )
+    json: str | None = arg(
+        None,
+        help="Write everything that was measured, every sample included, as JSON; `-` writes it to the terminal "
+        "in place of the table.",
+        group="bench",
+        unset="the table alone",
+        exposed=CLI_ONLY,
+        metavar="FILE",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedArgs(TimingArgs):
+    """What can be compared with another implementation."""
+
+    compare: str | None = arg(
+        None,
+        help="Run the same work through this library, in turns with ours.",
+        group="bench",
+        unset="nothing",
+        choices=REFERENCES,
+        exposed=CLI_ONLY,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentArgs(ComparedArgs):
+    """One module of a model."""
+
+    batch_size: int = arg(
+        1, help="Rows of the forward; a request with guidance has two.", group="bench", minimum=1, exposed=CLI_ONLY
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEArgs(ComponentArgs):
+    """The autoencoder."""
+
+    direction: str = arg("decode", help="Which half.", group="bench", choices=("decode", "encode"), exposed=CLI_ONLY)
+    chunk_frames: int | None = arg(
+        None,
+        help="Latent frames that go through at a time.",
+        group="bench",
+        unset="as many as half of the free memory takes",
+        minimum=1,
+        exposed=CLI_ONLY,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineArgs(ComparedArgs):
+    """Whole requests."""
+
+    seed: int = arg(
+        0, help="Seed of the first request; each other has the next.", group="denoising", minimum=0,
+        maximum=MAX_SEED, exposed=CLI_ONLY,
+    )  # fmt: skip
+    concurrency: int = arg(
+        1,
+        help="Requests at a time. With more than 1, their shared steps are compared with one after another.",
+        group="bench",
+        minimum=1,
+        maximum=1024,
+        exposed=CLI_ONLY,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineArgs(TimingArgs):
+    """The engine without a model."""
+
+    steps: int = arg(
+        200, help="Steps of the request that shows what a step costs.", group="bench", minimum=2, maximum=1000,
+        exposed=CLI_ONLY,
+    )  # fmt: skip
+    concurrency: int | tuple[int, ...] = arg(
+        (1, 8, 32),
+        help="How many requests at a time, one or several numbers.",
+        group="bench",
+        minimum=1,
+        maximum=1024,
+        exposed=CLI_ONLY,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartupArgs(TimingArgs):
+    """From the process's start to the first result."""
+
+    entry_point: str = arg(
+        "python",
+        help="What is started: `DiffGenerator` in a fresh interpreter, or `sglang serve`.",
+        group="bench",
+        choices=("python", "serve"),
+        exposed=CLI_ONLY,
+    )
+    num_inference_steps: int = arg(
+        2, help="Denoising steps of the first results.", group="bench", minimum=1, maximum=1000, exposed=CLI_ONLY
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """One of the benchmarks: what it measures, its own options, and which of the shared ones it takes."""
+
+    summary: str
+    own: type
+    of_requests: Callable[[Parameter], bool] = lambda option: False
+    of_engine: Callable[[Parameter], bool] = lambda option: False
+
+    def request_options(self) -> Mapping[str, Parameter]:
+        """Those that SamplingParams declares."""
+        return {
+            name: option
+            for name, option in parameters(SamplingParams).items()
+            if "cli" in option.declaration.exposed and name not in _NOT_OF_A_BENCHMARK and self.of_requests(option)
+        }
+
+    def engine_options(self) -> Mapping[str, Parameter]:
+        """Those that ServerArgs declares."""
+        return {name: option for name, option in server_options().items() if self.of_engine(option)}
+
+    def own_options(self) -> Mapping[str, Parameter]:
+        """Those that no other command has."""
+        return parameters(self.own)
+
+
+def _of_module(option: Parameter) -> bool:
+    return option.name in _MODULE_OPTIONS or option.name.endswith(_MODULE_OPTION_ENDING)
+
+
+def _of_whole_engine(option: Parameter) -> bool:
+    return option.declaration.group != "http" and option.name not in _NOT_OF_ITS_ENGINE
+
+
+def _of_engine_alone(option: Parameter) -> bool:
+    return _of_whole_engine(option) and option.declaration.group != "model" and not _of_module(option)
+
+
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "dit": Benchmark(
+        summary="one forward of the transformer",
+        own=ComponentArgs,
+        of_requests=lambda option: option.name in (*_SIZE, "max_sequence_length"),
+        of_engine=_of_module,
+    ),
+    "vae": Benchmark(
+        summary="decoding or encoding one clip",
+        own=VAEArgs,
+        of_requests=lambda option: option.name in _SIZE,
+        of_engine=_of_module,
+    ),
+    "encoder": Benchmark(
+        summary="one forward of the text encoder",
+        own=ComponentArgs,
+        of_requests=lambda option: option.name == "max_sequence_length",
+        of_engine=_of_module,
+    ),
+    "pipeline": Benchmark(
+        summary="whole requests: latency of each stage, throughput, sharing of steps",
+        own=PipelineArgs,
+        of_requests=lambda option: option.declaration.group in _REQUEST_GROUPS,
+        of_engine=_of_whole_engine,
+    ),
+    "engine": Benchmark(
+        summary="the engine without a model: what a step and a request cost", own=EngineArgs, of_engine=_of_engine_alone
+    ),
+    "startup": Benchmark(
+        summary="from the process's start to the first result",
+        own=StartupArgs,
+        of_engine=_of_whole_engine,
+    ),
+}

@@ -1,0 +1,191 @@
+"""`bench pipeline`: whole requests through an engine, one by one, together, and beside the reference's pipeline."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from sglang.multimodal_gen.configs.model_info import ModelInfo
+from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, SamplingParams
+from sglang.multimodal_gen.errors import RemoteError, ServingError, UnsupportedModel, UnsupportedParameter
+from sglang.multimodal_gen.runtime.bench.child import BenchChild, tell
+from sglang.multimodal_gen.runtime.bench.messages import (
+    CostResult,
+    CostTask,
+    ReferenceCall,
+    ReferenceDone,
+    ReferenceReady,
+    ReferenceTask,
+)
+from sglang.multimodal_gen.runtime.bench.pipeline_result import (
+    Batch,
+    PipelineResult,
+    Turn,
+    alone,
+    beside_reference,
+    frame_difference,
+    phase_rates,
+    together,
+)
+from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator, GenerationResult
+from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
+from sglang.multimodal_gen.runtime.managers.messages import Started
+from sglang.multimodal_gen.runtime.server_args import ServerArgs
+
+_REFERENCE = "sglang.multimodal_gen.runtime.bench.worker.reference_pipeline"
+_COST = "sglang.multimodal_gen.runtime.bench.worker.cost"
+_PROMPT = "a red circle moving to the right over a blue background"
+# What the pipelines of diffusers have no argument for.
+_OURS_ALONE = ("guidance_rescale", "scheduler")
+_NOT_OF_REQUESTS = ("warmup_runs", "repeats", "min_seconds", "json", "compare", "concurrency", "seed")
+
+
+def measure_pipeline(options: Mapping[str, Any], args: ServerArgs) -> PipelineResult:
+    """The result of one engine of its own.
+
+    Raises: ServingError saying what in the options, the model or the machine does not fit.
+    """
+    if options["compare"] is not None:
+        for name in _OURS_ALONE:
+            if options[name] is not None:
+                raise UnsupportedParameter(name, "a pipeline of diffusers has no such argument to compare with")
+    config = EngineConfig.of_this_process(args, run_dir="")
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="sglang-bench-"))
+        generator = stack.enter_context(DiffGenerator.from_server_args(args))
+        reference = None
+        if options["compare"] is not None:
+            reference = stack.enter_context(BenchChild(_REFERENCE, ReferenceTask(engine=config, directory=directory)))
+        tell("starting the engine")
+        model = generator.wait_ready()
+        ready = None if reference is None else reference.receive(ReferenceReady)
+        bench = PipelineBench(options, model, generator, reference, directory)
+        turns = bench.turns()
+    cost = _cost(config, bench)
+    return bench.result(turns, ready, cost)
+
+
+def _cost(config: EngineConfig, bench: PipelineBench) -> CostResult | None:
+    """Counted once the engine is gone, so that matrix products have the machine for themselves.
+
+    None for a model without components to count.
+    """
+    params = bench.params
+    task = CostTask(
+        engine=config,
+        width=params.width,
+        height=params.height,
+        num_frames=params.num_frames,
+        max_sequence_length=params.max_sequence_length,
+    )
+    with BenchChild(_COST, task) as child:
+        try:
+            return child.receive(CostResult)
+        except RemoteError as error:
+            if error.code != UnsupportedModel.code:
+                raise
+            return None
+
+
+class PipelineBench:
+    """An engine that is ready, and what is asked of it."""
+
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        model: ModelInfo,
+        generator: DiffGenerator,
+        reference: BenchChild | None,
+        directory: str,
+    ) -> None:
+        self.options = options
+        self.model = model
+        self.generator = generator
+        self.reference = reference
+        wish = {name: value for name, value in options.items() if name not in _NOT_OF_REQUESTS and value is not None}
+        self.request = wish | {"prompt": wish.get("prompt") or _PROMPT}
+        if reference is None:
+            self.request |= {"save_output": True, "output_path": directory}
+        else:
+            self.request |= {"return_frames": True}
+        self.params = SamplingParams.from_values(self.request).filled_from(model.defaults, GENERAL_DEFAULTS)
+        self.step_cost = 0.0
+        self.notes: tuple[str, ...] = ()
+
+    def turns(self) -> list[Turn]:
+        """Every repeat after the warm-up."""
+        for number in range(self.options["warmup_runs"]):
+            tell(f"warm-up {number + 1} of {self.options['warmup_runs']}")
+            self._turn()
+        turns: list[Turn] = []
+        begin = time.perf_counter()
+        while len(turns) < self.options["repeats"] or time.perf_counter() - begin < self.options["min_seconds"]:
+            tell(f"repeat {len(turns) + 1}")
+            turns.append(self._turn())
+        return turns
+
+    def _turn(self) -> Turn:
+        first, concurrency = self.options["seed"], self.options["concurrency"]
+        seeds = list(range(first, first + concurrency))
+        alone = tuple(self._run([seed]) for seed in seeds)
+        done = None if self.reference is None else self._run_reference(first)
+        return Turn(
+            alone=alone,
+            together=self._run(seeds) if concurrency > 1 else None,
+            reference=done,
+            frame_difference=None if done is None else self._difference(alone[0].results[0], done),
+        )
+
+    def _run(self, seeds: list[int]) -> Batch:
+        """One request for each seed, all submitted at once."""
+        begin = time.perf_counter()
+        ends, results = [], []
+        for event in self.generator.stream({**self.request, "seed": seeds}):
+            if isinstance(event.event, ServingError):
+                raise event.event
+            if isinstance(event.event, Started):
+                self._note_started(event.event)
+            if isinstance(event.event, GenerationResult):
+                ends.append(time.perf_counter() - begin)
+                results.append(event.event)
+        return Batch(results=tuple(results), ends=tuple(ends))
+
+    def _note_started(self, started: Started) -> None:
+        self.notes = tuple(dict.fromkeys((*self.notes, *started.notes)))
+        # A phase's cost counts the tokens of all its rows.
+        self.step_cost = sum(phase.cost for phase in started.phases if phase.lane == "denoise")
+
+    def _run_reference(self, seed: int) -> ReferenceDone:
+        assert self.reference is not None, "there is something to compare with"
+        self.reference.send(ReferenceCall(params=dataclasses.replace(self.params, seed=seed)))
+        return self.reference.receive(ReferenceDone)
+
+    def _difference(self, ours: GenerationResult, done: ReferenceDone) -> tuple[int, float]:
+        assert ours.frames is not None, "frames were asked for"
+        theirs = np.load(done.frames_file)
+        Path(done.frames_file).unlink()
+        return frame_difference(ours.frames, theirs)
+
+    def result(self, turns: list[Turn], ready: ReferenceReady | None, cost: CostResult | None) -> PipelineResult:
+        """What the repeats say together."""
+        one_by_one = alone(turns)
+        num_steps = self.params.num_inference_steps
+        assert num_steps is not None, "a request has run"
+        asked = msgspec.to_builtins(dataclasses.replace(self.params, output_path=None))  # which is gone
+        return PipelineResult(
+            model=self.model,
+            request={name: value for name, value in asked.items() if value is not None},
+            alone=one_by_one,
+            rates=phase_rates(one_by_one, cost, num_steps=num_steps, step_cost=self.step_cost),
+            together=together(turns),
+            reference=beside_reference(turns, ready),
+            notes=self.notes,
+        )

@@ -1,0 +1,249 @@
+"""A benchmark's result for people: sections of rows, as aligned text, with colour where somebody looks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from sglang.multimodal_gen.runtime.bench.engine import EngineResult
+from sglang.multimodal_gen.runtime.bench.machine import Machine
+from sglang.multimodal_gen.runtime.bench.messages import ComponentResult, Side
+from sglang.multimodal_gen.runtime.bench.pipeline_result import PipelineResult
+from sglang.multimodal_gen.runtime.bench.startup import StartupResult
+from sglang.multimodal_gen.runtime.bench.statistics import Ratio, Summary
+
+_SHORTEST_SHOWN_S = 0.0005
+Row = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with a title; the first row is its header where `header` is not empty."""
+
+    title: str
+    rows: Sequence[Row]
+    header: Row = ()
+
+
+def show(name: str, machine: Machine, result: ComponentResult | PipelineResult | EngineResult | StartupResult) -> None:
+    """Print the tables on stdout."""
+    tables = [_machine(machine), *_sections(name, result)]
+    if sys.stdout.isatty():
+        _show_with_colour(tables)
+        return
+    sys.stdout.write("\n".join(as_text(table) for table in tables))
+
+
+def as_text(section: Section) -> str:
+    """The section as lines with aligned columns."""
+    rows = [section.header, *section.rows] if section.header else list(section.rows)
+    widths = [max((len(row[column]) for row in rows if column < len(row)), default=0) for column in range(len(rows[0]))]
+    lines = [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows
+    ]
+    return "\n".join([section.title, *lines]) + "\n"
+
+
+def _show_with_colour(sections: Sequence[Section]) -> None:
+    # Late: a result that goes to a file or a pipe does without it.
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    for section in sections:
+        table = Table(
+            title=section.title,
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE,
+            show_header=bool(section.header),
+        )
+        for index in range(len(section.rows[0])):
+            table.add_column(section.header[index] if section.header else "", style="cyan" if index == 0 else "")
+        for row in section.rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def _sections(name: str, result: object) -> Iterator[Section]:
+    if isinstance(result, ComponentResult):
+        return _component(name, result)
+    if isinstance(result, PipelineResult):
+        return _pipeline(result)
+    if isinstance(result, EngineResult):
+        return _engine(result)
+    assert isinstance(result, StartupResult), "the four kinds of results"
+    return _startup(result)
+
+
+def _machine(machine: Machine) -> Section:
+    packages = ", ".join(f"{name} {version}" for name, version in machine.packages.items())
+    rows = [
+        ("processor", f"{machine.processor}, {machine.num_cores} cores, {_size(machine.memory_bytes)}"),
+        ("load", f"{machine.load_average:.2f} in the minute before"),
+        ("packages", packages),
+    ]
+    if machine.gpus:
+        rows.insert(1, ("GPUs", ", ".join(machine.gpus)))
+    return Section("machine", rows)
+
+
+def _component(name: str, result: ComponentResult) -> Iterator[Section]:
+    shapes = ", ".join("x".join(map(str, shape)) for shape in result.input_shapes)
+    device = result.device + (f" ({result.device_name})" if result.device_name else f", {result.num_threads} threads")
+    yield Section(
+        f"{name}: {result.module}",
+        [
+            ("device", device),
+            ("precision", result.precision),
+            ("parameters", _parameters(result.num_parameters, result.weight_bytes, result.load_seconds)),
+            ("inputs", shapes),
+            ("work", _flops(result.flops)),
+            ("matrix products", _flops(result.matmul_flops_per_second) + "/s"),
+            *(("note", note) for note in result.notes),
+        ],
+    )
+    rows = [_side("sglang", result.ours)]
+    if result.reference is not None:
+        rows.append(_side(result.reference_module or "", result.reference))
+    header = ("", "median", "p10", "p90", "runs", "rate", "of matrix products", "peak memory")
+    yield Section("time of a run", rows, header)
+    if result.ratio is not None and result.max_relative_difference is not None:
+        yield Section(
+            "sglang against it",
+            [("times as fast", _ratio(result.ratio)), ("largest difference", f"{result.max_relative_difference:.2e}")],
+        )
+
+
+def _side(name: str, side: Side) -> Row:
+    return (
+        name,
+        *_summary(side.seconds),
+        str(len(side.seconds.samples)),
+        _flops(side.flops_per_second) + "/s",
+        f"{side.matmul_ratio:.1%}",
+        "unknown" if side.peak_bytes is None else _size(side.peak_bytes),
+    )
+
+
+def _pipeline(result: PipelineResult) -> Iterator[Section]:
+    model, request, alone = result.model, result.request, result.alone
+    yield Section(
+        f"pipeline: {model.name} ({model.pipeline_class})",
+        [
+            ("device", f"{model.device}, {model.precision}"),
+            ("parameters", _parameters(model.num_parameters, model.weight_bytes, model.load_seconds)),
+            ("request", f"{request['width']}x{request['height']}, {request['num_frames']} frames, "
+                        f"{request['num_inference_steps']} steps, guidance {request['guidance_scale']:g}"),
+            ("throughput", f"{alone.requests_per_second:.3g} requests/s"),
+            ("peak memory", _size(alone.peak_memory_bytes)),
+            *(("note", note) for note in result.notes),
+        ],
+    )  # fmt: skip
+    rows = [("request", *_summary(alone.seconds), "", "")]
+    for stage, seconds in alone.stage_seconds.items():
+        rate = result.rates.get(stage)
+        rates = ("", "") if rate is None else (_flops(rate.flops_per_second) + "/s", f"{rate.matmul_ratio:.1%}")
+        rows.append((f"  {stage}", *_summary(seconds), *rates))
+    rows.append(("step", *_summary(alone.step_ms, scale=1e-3), "", ""))
+    yield Section("one request at a time", rows, ("", "median", "p10", "p90", "rate", "of matrix products"))
+    yield from _together(result)
+    if result.reference is not None:
+        other = result.reference
+        compared: list[Row] = [("sglang", *_summary(other.ours_seconds)), (other.pipeline, *_summary(other.seconds))]
+        if other.step_ms is not None:
+            compared.append(("  step", *_summary(other.step_ms, scale=1e-3)))
+        yield Section(f"beside {other.pipeline}", compared, ("", "median", "p10", "p90"))
+        yield Section(
+            "sglang against it",
+            [
+                ("times as fast", _ratio(other.ratio)),
+                ("largest difference", f"{other.max_frame_difference} of 255"),
+                ("mean difference", f"{other.mean_frame_difference:.4f} of 255"),
+            ],
+        )
+
+
+def _together(result: PipelineResult) -> Iterator[Section]:
+    shared = result.together
+    if shared is None:
+        return
+    yield Section(
+        f"{shared.concurrency} requests",
+        [
+            ("all", *_pair(shared.seconds, shared.seconds_one_by_one, shared.ratio)),
+            ("  denoising", *_pair(shared.denoise_seconds, shared.denoise_seconds_one_by_one, shared.denoise_ratio)),
+            ("requests/s", f"{shared.requests_per_second:.3g}", f"{result.alone.requests_per_second:.3g}", ""),
+            ("one request", _time(shared.request_seconds.median), _time(result.alone.seconds.median), ""),
+            ("peak memory", _size(shared.peak_memory_bytes), _size(result.alone.peak_memory_bytes), ""),
+            ("requests in a step", f"{shared.mean_batch_size:.2f}", "1", ""),
+        ],
+        ("", "together", "one by one", "times as fast"),
+    )
+
+
+def _pair(ours: Summary, other: Summary, ratio: Ratio) -> Row:
+    return _time(ours.median), _time(other.median), _ratio(ratio)
+
+
+def _engine(result: EngineResult) -> Iterator[Section]:
+    yield Section(
+        "engine without a model",
+        [
+            ("a request of one step", *_summary(result.request_ms, scale=1e-3)),
+            ("each further step", *_summary(result.step_ms, scale=1e-3)),
+        ],
+        ("", "median", "p10", "p90"),
+    )
+    yield Section(
+        "throughput, requests/s",
+        [
+            (str(t.concurrency), *(f"{v:.4g}" for v in (t.requests_per_second.median, t.requests_per_second.p10,
+                                                        t.requests_per_second.p90)))
+            for t in result.throughput
+        ],
+        ("at a time", "median", "p10", "p90"),
+    )  # fmt: skip
+
+
+def _startup(result: StartupResult) -> Iterator[Section]:
+    rows = [
+        (name, *_summary(seconds)) for name, seconds in result.intervals.items() if seconds.maximum >= _SHORTEST_SHOWN_S
+    ]
+    header = ("", "median", "p10", "p90")
+    yield Section(f"start of {result.entry_point}, {len(result.ready_seconds.samples)} times", rows, header)
+    totals = [("ready", *_summary(result.ready_seconds))]
+    if result.first_result_seconds is not None:
+        totals.append(("first result", *_summary(result.first_result_seconds)))
+    yield Section("since the process's start", totals, header)
+    yield Section("most of the time until ready", [(result.dominant, f"{result.dominant_share:.0%}")])
+
+
+def _summary(summary: Summary, *, scale: float = 1.0) -> tuple[str, str, str]:
+    """Median, p10 and p90, as times."""
+    return _time(scale * summary.median), _time(scale * summary.p10), _time(scale * summary.p90)
+
+
+def _parameters(number: int, num_bytes: int, load_seconds: float) -> str:
+    return f"{number:,}, {_size(num_bytes)}, loaded in {_time(load_seconds)}"
+
+
+def _ratio(ratio: Ratio) -> str:
+    return f"{ratio.value:.2f} ({ratio.p10:.2f} to {ratio.p90:.2f})"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds >= 1 else f"{seconds * 1000:.2f} ms"
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _flops(flops: float) -> str:
+    for unit, scale in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if flops >= scale:
+            return f"{flops / scale:.3g} {unit}"
+    return f"{flops / 1e6:.3g} MFLOP"

@@ -1,0 +1,154 @@
+"""Times one component in a process of its own: `python -m sglang.multimodal_gen.runtime.bench.worker.component FD`."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.runtime.bench.messages import ComponentResult, ComponentTask, Side
+from sglang.multimodal_gen.runtime.bench.statistics import compare, summarise
+from sglang.multimodal_gen.runtime.bench.worker.flops import matmul_rate
+from sglang.multimodal_gen.runtime.bench.worker.memory import peak_bytes
+from sglang.multimodal_gen.runtime.bench.worker.model import find_model, work_size
+from sglang.multimodal_gen.runtime.bench.worker.reference_module import reference_module, require_reference
+from sglang.multimodal_gen.runtime.bench.worker.reporting import Parent, failures_told, take_task, watch_parent
+from sglang.multimodal_gen.runtime.bench.worker.timing import Run, time_in_turns, timer_for
+from sglang.multimodal_gen.runtime.layers.attention.switch import explain_kernels
+from sglang.multimodal_gen.runtime.loader.component_loader import weight_totals
+from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
+from sglang.multimodal_gen.runtime.pipelines_core.memory import free_bytes
+from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, VideoDecoding, VideoEncoding, Workload
+
+
+class ComponentBench:
+    """One module, ready to be timed."""
+
+    def __init__(self, task: ComponentTask, parent: Parent) -> None:
+        self.task = task
+        self.parent = parent
+        self.notes: list[str] = []
+        self.model = find_model(task.engine.args.model, task.workload, parent)
+        self.workload: Workload = self.model.pipeline_class.workloads[task.workload]
+        self.context = self.model.load_context(task.engine.args, self.notes.append)
+        self.device, self.dtype = self.context.device, self.context.dtype_of(self.workload.component)
+        self.size = work_size(task, self.model, dtype=self.dtype, free_bytes=free_bytes(self.device))
+        if isinstance(self.workload, VideoDecoding | VideoEncoding):
+            self.notes.append(f"{self.size.chunk_frames} of {self.size.latent_shape[1]} latent frames at a time")
+        self.module, self.load_seconds = self._load()
+        self.inputs = self.workload.inputs(self.model.configs, self.size, Drawing(self.device, self.dtype))
+
+    def _load(self) -> tuple[nn.Module, float]:
+        component = self.workload.component
+        self.parent.tell(f"loading {component}")
+        begin = time.perf_counter()
+        load = self.model.native(component)
+        module = load(self.model.directory / component, self.model.listed(component)[1], self.context)
+        self.notes.extend(explain_kernels([module]))
+        return module, time.perf_counter() - begin
+
+    def reference(self) -> nn.Module | None:
+        """The module to compare with, where there is one."""
+        if self.task.compare is None:
+            return None
+        self.parent.tell(f"importing {self.task.compare}")
+        require_reference()
+        return reference_module(
+            self.model.directory / self.workload.component,
+            self.model.listed(self.workload.component),
+            self.module,
+        )
+
+    def result(self) -> ComponentResult:
+        """Measure everything."""
+        reference = self.reference()
+        self.parent.tell("counting FLOPs")
+        flops, rate = self.model.flops(self.workload, self.size), self._matmul_rate()
+        sides: list[Run] = [self._forward]
+        output, difference = self._forward(), None
+        if reference is not None:
+            sides.append(lambda: self.workload.reference_forward(reference, self.inputs))
+            difference = relative_difference(output, self.workload.reference_forward(reference, self.inputs))
+        output_shape = tuple(output.shape)
+        del output  # so that the peak of a run is a run's alone
+        self.parent.tell(f"timing {type(self.module).__name__}")
+        samples = time_in_turns(
+            sides,
+            timer_for(self.device),
+            warmup_runs=self.task.warmup_runs,
+            repeats=self.task.repeats,
+            min_seconds=self.task.min_seconds,
+        )
+        peaks = [peak_bytes(side, self.device) for side in sides]
+        rate = max(rate, self._matmul_rate())
+        measured = [_side(own, peak, flops, rate) for own, peak in zip(samples, peaks, strict=True)]
+        return self._result(flops, rate, output_shape, measured, reference, difference)
+
+    def _result(
+        self,
+        flops: int,
+        rate: float,
+        output_shape: tuple[int, ...],
+        measured: list[Side],
+        reference: nn.Module | None,
+        difference: float | None,
+    ) -> ComponentResult:
+        num_parameters, weight_bytes = weight_totals([self.module])
+        other = None if reference is None else measured[1]
+        return ComponentResult(
+            component=self.workload.component,
+            module=type(self.module).__name__,
+            device=str(self.device),
+            device_name=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "",
+            precision=str(self.dtype).removeprefix("torch."),
+            num_threads=torch.get_num_threads(),
+            num_parameters=num_parameters,
+            weight_bytes=weight_bytes,
+            load_seconds=self.load_seconds,
+            input_shapes=tuple(tuple(tensor.shape) for tensor in self.inputs),
+            output_shape=output_shape,
+            flops=flops,
+            matmul_flops_per_second=rate,
+            ours=measured[0],
+            reference=other,
+            reference_module=None
+            if reference is None
+            else f"{self.model.listed(self.workload.component)[0]}.{type(reference).__name__}",
+            ratio=None if other is None else compare(measured[0].seconds, other.seconds),
+            max_relative_difference=difference,
+            notes=tuple(self.notes),
+        )
+
+    def _forward(self) -> Tensor:
+        return self.workload.forward(self.module, self.inputs, self.size)
+
+    def _matmul_rate(self) -> float:
+        self.parent.tell("measuring how fast matrices multiply")
+        return matmul_rate(self.device, self.dtype)
+
+
+def _side(samples: list[float], peak: int | None, flops: int, rate: float) -> Side:
+    seconds = summarise(samples)
+    achieved = flops / seconds.median
+    return Side(seconds=seconds, peak_bytes=peak, flops_per_second=achieved, matmul_ratio=achieved / rate)
+
+
+def relative_difference(ours: Tensor, reference: Tensor) -> float:
+    """The largest difference of two outputs over the reference's largest value."""
+    scale = reference.float().abs().max().item()
+    return (ours.float() - reference.float()).abs().max().item() / scale
+
+
+def main() -> None:
+    """Entry point of the process."""
+    connection, task = take_task(ComponentTask)
+    parent = watch_parent(connection)
+    configure_logging(task.engine.args.logging)
+    task.engine.apply()
+    with failures_told(parent), torch.inference_mode():
+        parent.send(ComponentBench(task, parent).result())
+
+
+if __name__ == "__main__":
+    main()

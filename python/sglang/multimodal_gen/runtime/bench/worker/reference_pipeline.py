@@ -1,0 +1,179 @@
+"""A model's pipeline of diffusers, driven call by call, in a process of its own.
+
+`python -m sglang.multimodal_gen.runtime.bench.worker.reference_pipeline FD`
+"""
+
+from __future__ import annotations
+
+import inspect
+import queue
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import nn
+
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.registry import load_object, read_json_object, read_model_index
+from sglang.multimodal_gen.runtime.bench.messages import ReferenceCall, ReferenceDone, ReferenceReady, ReferenceTask
+from sglang.multimodal_gen.runtime.bench.worker.model import BenchModel, find_model
+from sglang.multimodal_gen.runtime.bench.worker.reference_module import reference_module, require_reference
+from sglang.multimodal_gen.runtime.bench.worker.reporting import Parent, failures_told, take_task, watch_parent
+from sglang.multimodal_gen.runtime.loader.component_loader import LoadContext, NativeModule
+from sglang.multimodal_gen.runtime.loader.tokenizer import TextTokenizer
+from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
+
+_DENOISING_WORKLOAD = "dit"
+# SamplingParams that a call of diffusers' takes under the same name.
+_ARGUMENTS = (
+    "prompt", "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale",
+    "max_sequence_length",
+)  # fmt: skip
+_SHIFTS = ("flow_shift", "shift")
+
+
+class TransformersTokenizer:
+    """One of our tokenizers with the call of transformers', as far as pipelines use it."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, texts: Sequence[str], *, max_length: int, **_: Any) -> Any:
+        """Ids and mask [B, max_length], padded with zeros."""
+        ids = torch.zeros(len(texts), max_length, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, text in enumerate(texts):
+            tokens = self._tokenizer(text, max_length=max_length).ids
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        return load_object("transformers:BatchEncoding")({"input_ids": ids, "attention_mask": mask})
+
+
+def load_pipeline(task: ReferenceTask, model: BenchModel, context: LoadContext) -> Any:
+    """The pipeline that model_index.json names, with the checkpoint's weights or with our random ones."""
+    for library in ("diffusers", "transformers"):
+        load_object(f"{library}.utils.logging:disable_progress_bar")()
+    pipeline_class = load_object(f"diffusers:{read_model_index(model.directory)['_class_name']}")
+    if task.engine.args.model.random_weights:
+        pipeline = pipeline_class(**_random_components(model, context))
+    else:
+        dtypes = {name: context.dtype_of(name) for name in model.configs}
+        pipeline = pipeline_class.from_pretrained(
+            model.directory, dtype={"default": context.dtype, **dtypes}, local_files_only=True
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(context.device)
+
+
+def _random_components(model: BenchModel, context: LoadContext) -> dict[str, Any]:
+    """Each component of ours, then its counterpart with the same tensors."""
+    components: dict[str, Any] = {}
+    for name, load in model.pipeline_class.components.items():
+        directory, listed = model.directory / name, model.listed(name)
+        ours = load(directory, listed[1], context)
+        if isinstance(load, NativeModule):
+            assert isinstance(ours, nn.Module)
+            components[name] = reference_module(directory, listed, ours)
+        elif isinstance(ours, dict):
+            scheduler_class = load_object(f"{listed[0]}:{listed[1]}")
+            components[name] = scheduler_class.from_config(read_json_object(directory / "scheduler_config.json"))
+        else:
+            components[name] = TransformersTokenizer(ours)
+    return components
+
+
+class ReferenceRunner:
+    """The pipeline, called with a request's parameters."""
+
+    def __init__(self, pipeline: Any, device: torch.device, directory: str) -> None:
+        self.pipeline = pipeline
+        self.device = device
+        self.directory = directory
+        self.scheduler_config = dict(pipeline.scheduler.config)
+        self._accepted = inspect.signature(pipeline.__call__).parameters
+
+    def run(self, params: SamplingParams) -> ReferenceDone:
+        """Generate one output."""
+        self._set_shift(params.flow_shift)
+        steps = StepClock(self.device)
+        arguments = {name: getattr(params, name) for name in _ARGUMENTS if name in self._accepted}
+        assert isinstance(params.seed, int), "each output has one seed"
+        begin = time.perf_counter()
+        output = self.pipeline(
+            **{name: value for name, value in arguments.items() if value is not None},
+            generator=torch.Generator("cpu").manual_seed(params.seed),
+            output_type="np",
+            callback_on_step_end=steps.step_ended,
+        )
+        frames = np.asarray((output.frames if hasattr(output, "frames") else output.images)[0])
+        pixels = np.rint(frames * 255).astype(np.uint8)
+        seconds = time.perf_counter() - begin
+        with tempfile.NamedTemporaryFile(dir=self.directory, suffix=".npy", delete=False) as file:
+            np.save(file, pixels if pixels.ndim == 4 else pixels[None])
+        return ReferenceDone(seconds=seconds, step_ms=steps.milliseconds(), frames_file=str(Path(file.name)))
+
+    def _set_shift(self, shift: float | None) -> None:
+        changes = {} if shift is None else {name: shift for name in _SHIFTS if name in self.scheduler_config}
+        scheduler_class = type(self.pipeline.scheduler)
+        self.pipeline.scheduler = scheduler_class.from_config(self.scheduler_config, **changes)
+
+
+class StepClock:
+    """When each step ended; the first one's begin is not told, so a call of n steps has n - 1 times."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._ends: list[Any] = []
+
+    def step_ended(self, pipeline: Any, step: int, timestep: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Called by the pipeline, which does not wait for the GPU then; an event does."""
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._ends.append(event)
+        else:
+            self._ends.append(time.perf_counter())
+        return {}
+
+    def milliseconds(self) -> tuple[float, ...]:
+        """Of every step but the first; the call is over."""
+        pairs = zip(self._ends, self._ends[1:], strict=False)
+        if self._on_gpu:
+            return tuple(before.elapsed_time(after) for before, after in pairs)
+        return tuple((after - before) * 1000 for before, after in pairs)
+
+
+def _serve(task: ReferenceTask, parent: Parent, calls: queue.SimpleQueue[ReferenceCall]) -> None:
+    parent.tell("importing diffusers")
+    require_reference()
+    model = find_model(task.engine.args.model, _DENOISING_WORKLOAD, parent)
+    context = model.load_context(task.engine.args, lambda _: None)
+    begin = time.perf_counter()
+    pipeline = load_pipeline(task, model, context)
+    parent.send(
+        ReferenceReady(pipeline=f"diffusers.{type(pipeline).__name__}", load_seconds=time.perf_counter() - begin)
+    )
+    runner = ReferenceRunner(pipeline, context.device, task.directory)
+    while True:
+        parent.send(runner.run(calls.get().params))
+
+
+def main() -> None:
+    """Entry point of the process; it ends when the benchmark closes the pipe."""
+    connection, task = take_task(ReferenceTask)
+    calls: queue.SimpleQueue[ReferenceCall] = queue.SimpleQueue()
+    decoder = msgspec.msgpack.Decoder(ReferenceCall)
+    parent = watch_parent(connection, lambda payload: calls.put(decoder.decode(payload)))
+    configure_logging(task.engine.args.logging)
+    task.engine.apply()
+    with failures_told(parent), torch.inference_mode():
+        _serve(task, parent, calls)
+
+
+if __name__ == "__main__":
+    main()

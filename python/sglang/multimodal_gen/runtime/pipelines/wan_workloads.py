@@ -1,0 +1,51 @@
+"""What benchmarks run of a Wan checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.configs.models.base import ModelConfig
+from sglang.multimodal_gen.configs.models.dits import WanTransformerConfig
+from sglang.multimodal_gen.runtime.pipelines_core.workload import (
+    Drawing,
+    Inputs,
+    TextEncoding,
+    VideoDecoding,
+    VideoEncoding,
+    Workload,
+    WorkSize,
+)
+
+_MIDDLE_TIMESTEP = 500.0
+
+
+class WanDenoising(Workload):
+    """One velocity prediction for each row."""
+
+    def inputs(self, configs: Mapping[str, ModelConfig], size: WorkSize, draw: Drawing) -> Inputs:
+        """Latents [B, C, T, H, W], timesteps [B], text [B, L, text_dim]."""
+        config = configs[self.component]
+        assert isinstance(config, WanTransformerConfig), "the component of a Wan pipeline"
+        return (
+            draw.normal(size.batch_size, *size.latent_shape),
+            draw.full(_MIDDLE_TIMESTEP, size.batch_size),
+            draw.normal(size.batch_size, size.num_text_tokens, config.text_dim),
+        )
+
+    def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
+        """[B, C, T, H, W]."""
+        return module(*inputs)
+
+    def reference_forward(self, module: nn.Module, inputs: Inputs) -> Tensor:
+        """[B, C, T, H, W]."""
+        return module(*inputs, return_dict=False)[0]
+
+
+WAN_WORKLOADS: Mapping[str, Workload] = {
+    "dit": WanDenoising("transformer"),
+    "vae_decode": VideoDecoding("vae"),
+    "vae_encode": VideoEncoding("vae"),
+    "encoder": TextEncoding("text_encoder"),
+}
