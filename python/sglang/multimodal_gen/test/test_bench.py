@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
@@ -50,6 +50,16 @@ SMALL = ["--width", "32", "--height", "32", "--num-frames", "5", "--warmup-runs"
 @pytest.fixture(autouse=True)
 def _working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Threads that wait for each other on a busy machine take many times as long as one does for work this small."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def report_of(capsys: Capture, *arguments: str) -> dict[str, Any]:
@@ -103,7 +113,7 @@ def test_a_run_s_peak_is_what_it_held_at_once() -> None:
             torch.ones(2**22)  # 16 MiB, freed before the next
 
     peak = peak_bytes(run, CPU)
-    assert peak is not None and 15 << 20 < peak < 26 << 20
+    assert peak is not None and 15 << 20 < peak < 20 << 20
 
 
 def test_starts_are_cut_where_their_moments_lie_and_the_longest_interval_is_named() -> None:
