@@ -442,6 +442,12 @@ def test_a_server_that_cannot_load_ends_the_benchmark(capsys: Capture) -> None:
     assert "sglang: error: the server ended with status 1 before it was ready" in capsys.readouterr().err
 
 
+def test_tables_for_a_terminal_show_every_cell_as_it_is(capsys: Capture) -> None:
+    report.show_with_colour([report.Section("title", [("a", "prompt cut [short]")], ("", "median"))])
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("title", "median", "prompt cut [short]"))
+
+
 def test_tables_align_their_columns() -> None:
     text = report.as_text(report.Section("title", [("a", "1.00 s"), ("long name", "2 s")], ("", "median")))
     assert text == "title\n             median\n  a          1.00 s\n  long name  2 s\n"

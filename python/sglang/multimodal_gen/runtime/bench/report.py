@@ -30,7 +30,7 @@ def show(name: str, machine: Machine, result: ComponentResult | PipelineResult |
     """Print the tables on stdout."""
     tables = [_machine(machine), *_sections(name, result)]
     if sys.stdout.isatty():
-        _show_with_colour(tables)
+        show_with_colour(tables)
         return
     sys.stdout.write("\n".join(as_text(table) for table in tables))
 
@@ -45,11 +45,13 @@ def as_text(section: Section) -> str:
     return "\n".join([section.title, *lines]) + "\n"
 
 
-def _show_with_colour(sections: Sequence[Section]) -> None:
+def show_with_colour(sections: Sequence[Section]) -> None:
+    """Print the sections for a terminal."""
     # Late: a result that goes to a file or a pipe does without it.
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(highlight=False)
     for section in sections:
@@ -63,7 +65,7 @@ def _show_with_colour(sections: Sequence[Section]) -> None:
         for index in range(len(section.rows[0])):
             table.add_column(section.header[index] if section.header else "", style="cyan" if index == 0 else "")
         for row in section.rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # not as markup, which takes words in brackets away
         console.print(table)
 
 
