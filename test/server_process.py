@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 _LISTENING = re.compile(r'Listening on (http://[^\s"]+)')
@@ -52,3 +55,27 @@ class ServerProcess:
             alive = self.process.poll() is None
             assert alive and time.monotonic() < deadline, "the server did not get ready:\n" + "".join(self.log)
             time.sleep(0.1)
+
+
+@contextmanager
+def running_server(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> Iterator[ServerProcess]:
+    """The server that `command` starts, once it takes requests; it must end in order when it is told to."""
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
+    running = ServerProcess(process, started)
+    reader = threading.Thread(target=running.follow_log)
+    reader.start()
+    try:
+        assert running.listening.wait(START_SECONDS), "the server announced no address:\n" + "".join(running.log)
+        assert running.answers("/liveness")
+        running.live_after_s = time.monotonic() - started
+        running.wait_ready()
+        yield running
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(STOP_SECONDS) == 0, "".join(running.log)
+    finally:
+        process.kill()
+        process.wait()
+        reader.join()
+        assert process.stderr is not None
+        process.stderr.close()

@@ -5,10 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +16,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server_process import START_SECONDS, STOP_SECONDS, ServerProcess
+from server_process import ServerProcess, running_server
 
 ADMIN_KEY = "zebra-zebra-zebra-zebra"
 # The family that does nothing, served as `sglang serve` serves a model.
@@ -43,22 +40,8 @@ def server(outputs: Path) -> Iterator[ServerProcess]:
     """One server for all tests here."""
     variables = {"SGLANG_DIFFUSION_ADMIN_API_KEY": ADMIN_KEY, "SGLANG_DIFFUSION_PROT": "1"}
     command = [sys.executable, "-c", SERVE, "--output-path", str(outputs)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | variables)
-    running = ServerProcess(process, time.monotonic())
-    reader = threading.Thread(target=running.follow_log)
-    reader.start()
-    try:
-        assert running.listening.wait(START_SECONDS), "".join(running.log)
-        running.wait_ready()
+    with running_server(command, env=os.environ | variables) as running:
         yield running
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(STOP_SECONDS) == 0, "".join(running.log)
-    finally:
-        process.kill()
-        process.wait()
-        reader.join()
-        assert process.stderr is not None
-        process.stderr.close()
 
 
 @pytest.fixture(scope="module")

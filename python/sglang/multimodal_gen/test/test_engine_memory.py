@@ -95,6 +95,29 @@ def test_a_long_request_makes_room_for_a_short_one_and_goes_on_where_it_was(engi
     assert result.metrics["attempts"] == 1
 
 
+def test_a_request_put_aside_during_its_last_step_still_gives_all_that_was_asked_for(engine: DiffGenerator) -> None:
+    """Its latents had left already, and go with what is dropped; its frames had not.
+
+    The short request is admitted after the long one's second step, so its patience ends during the third.
+    """
+    wish = {"prompt": "holds-900 sleep-900", "num_inference_steps": 3, "return_latents": True, "return_frames": True}
+    long, requeued, result = engine.stream(wish), 0, None
+    for item in long:
+        if isinstance(item.event, Progress) and item.event.step == 1:
+            break
+    short = engine.generate({"prompt": "holds-900", "num_inference_steps": 1, "output_type": "latent"})
+    assert isinstance(short, GenerationResult)
+    for item in long:
+        requeued += isinstance(item.event, Queued)
+        if isinstance(item.event, GenerationResult):
+            result = item.event
+    assert requeued == 1
+    assert result is not None and result.latents is not None and result.frames is not None
+    assert result.latents.item() == 3
+    assert result.frames[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
+    assert engine.status().num_running == 0
+
+
 def test_equal_requests_do_not_push_each_other_out(engine: DiffGenerator) -> None:
     events = list(
         engine.stream({"prompt": ["holds-900 sleep-10 a", "holds-900 sleep-10 b"], "num_inference_steps": 60})

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sglang.multimodal_gen.configs.request_plan import Lane, Phase
+from sglang.multimodal_gen.configs.request_plan import LANES, Lane, Phase
 from sglang.multimodal_gen.errors import ErrorInfo
 from sglang.multimodal_gen.runtime.managers.batching import Limits, plan
 from sglang.multimodal_gen.runtime.managers.memory import Budget, LearnedMemory
@@ -155,7 +155,7 @@ class Dispatcher:
 
     def _retry(self, tick: Tick, failures: Mapping[str, UnitFailure], requests: Requests, settled: Settled) -> None:
         """What becomes of requests whose unit failed; the others of the tick stand."""
-        for lane in ("encode", "denoise", "decode"):
+        for lane in LANES if failures else ():
             units = _lane_units(tick, lane)
             for record in self._wanted(units, requests):
                 failure, cursor = failures.get(record.request_id), record.cursor

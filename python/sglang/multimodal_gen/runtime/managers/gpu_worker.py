@@ -117,6 +117,7 @@ class GPUWorker:
             req = self.pipeline.admit(message.request_id, message.params)
             if message.state_file is not None:
                 self._restore(req, message.state_file)
+                self._send_latents(req)  # its last step may have been before the state was saved
             self.profiler.admit(message.request_id, message.params, req.phases)
         except Exception as error:
             failed = AdmitFailed(request_id=message.request_id, error=_error_info(error, [message.request_id]))
@@ -178,7 +179,7 @@ class GPUWorker:
         meter.begin(self._kind_of(units))
         begin = time.perf_counter()
         with self.profiler.named(units):
-            failed = self._run_units(units)
+            failed = self._run_units(lane, units)
         ms = (time.perf_counter() - begin) * 1000
         # What is recorded takes memory as well, which says nothing of the next time.
         peak_bytes = None if failed or recording else meter.peak_bytes()
@@ -192,7 +193,7 @@ class GPUWorker:
         phases = self.requests[units[0].request_id].phases
         return next(phase.batch_key for phase in phases if phase.name == units[0].phase), len(units)
 
-    def _run_units(self, units: tuple[Unit, ...]) -> list[UnitFailure]:
+    def _run_units(self, lane: Lane, units: tuple[Unit, ...]) -> list[UnitFailure]:
         """One unit of each request; on any error none of them has advanced."""
         requests = [self.requests[unit.request_id] for unit in units]
         try:
@@ -203,8 +204,8 @@ class GPUWorker:
                         request_id=batch.request_id, first_frame=batch.first_frame, last=batch.last, frames=frames
                     )
                 )
-            for unit, req in zip(units, requests, strict=True):
-                self._send_latents(unit, req)
+            for req in requests if lane == "denoise" else ():
+                self._send_latents(req)
         except Exception as error:
             info = _error_info(error, [unit.request_id for unit in units])
         else:
@@ -233,15 +234,14 @@ class GPUWorker:
             )
         ]
 
-    def _send_latents(self, unit: Unit, req: Any) -> None:
-        """After the last denoising unit, when the request wants its latents."""
+    def _send_latents(self, req: Any) -> None:
+        """When denoising is complete and the request wants its latents."""
         asked = req.params.return_latents or req.params.output_type == "latent"
         denoising = [phase for phase in req.phases if phase.lane == "denoise"]
-        if not asked or not denoising or req.latents is None:
-            return
-        if unit.phase == denoising[-1].name and unit.index == denoising[-1].units - 1:
+        complete = denoising and all(req.done(phase.name) == phase.units for phase in denoising)
+        if asked and complete and req.latents is not None:
             latents = self.run_dir.put(req.latents.float().cpu().numpy())
-            self.channel.send(LatentsReady(request_id=unit.request_id, latents=latents))
+            self.channel.send(LatentsReady(request_id=req.request_id, latents=latents))
 
 
 def _error_info(error: Exception, request_ids: Sequence[str] = ()) -> ErrorInfo:

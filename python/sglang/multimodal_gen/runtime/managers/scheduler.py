@@ -522,7 +522,7 @@ class Scheduler:
 
     def _finish_if_complete(self, record: RequestRecord) -> None:
         assert record.cursor is not None
-        if record.cursor.finished and record.status == "running":
+        if record.cursor.finished and record.status in ("running", "parking"):
             record.status = "saving"
             self.workers.send(Release(request_id=record.request_id))
         if record.complete:

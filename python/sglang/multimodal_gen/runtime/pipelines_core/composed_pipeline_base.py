@@ -255,9 +255,14 @@ class ComposedPipelineBase:
     def restore(self, req: Req, path: Path) -> None:
         """Put an admitted request where it was when its state was saved; it goes on with the same bits on the CPU.
 
+        Decoding begins anew: what it remembers is not saved, and frames that had left are dropped with their output.
+
         Raises: InvalidState, with the request as admission left it.
         """
         req.load_state_dict(read_state(path, identity=self.state_identity(req), device=self.device))
+        for phase in req.phases:
+            if phase.lane == "decode":
+                req.units_done.pop(phase.name, None)
 
     def state_identity(self, req: Req) -> str:
         """What a saved state must agree on to be this request's: the model and the parameters."""
