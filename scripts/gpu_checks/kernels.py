@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from sglang.multimodal_gen.runtime.layers.attention.registry import load_kernel
-from sglang.multimodal_gen.runtime.layers.attention.traits import LayerNeeds
 from torch import Tensor
 
 from gpu_checks.report import Report
 from sglang.multimodal_gen.runtime.layers.attention.dispatch import KernelReport, describe_kernels
 from sglang.multimodal_gen.runtime.layers.attention.kernels import TorchReference
+from sglang.multimodal_gen.runtime.layers.attention.registry import load_kernel
+from sglang.multimodal_gen.runtime.layers.attention.traits import LayerNeeds
 
 # [B, S, L, H, E]: video self-attention, cross-attention to text, odd lengths, the demo model's head.
 _SHAPES = ((1, 4096, 4096, 12, 128), (2, 1560, 512, 12, 128), (2, 577, 77, 3, 64))
