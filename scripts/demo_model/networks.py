@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from sglang.multimodal_gen.configs.models.dits import WanTransformerConfig
-from sglang.multimodal_gen.configs.models.vaes import WanVAEConfig
+from sglang.multimodal_gen.configs.models.dits.wan import WanTransformerConfig
+from sglang.multimodal_gen.configs.models.vaes.wan import WanVAEConfig
 from sglang.multimodal_gen.runtime.layers.attention.dispatch import FixedKernel
 from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerContext
 from sglang.multimodal_gen.runtime.models.dits.wan import WanTransformer3DModel

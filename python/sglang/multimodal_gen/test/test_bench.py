@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sglang.cli.main import main
-from sglang.multimodal_gen.configs.models.dits import WanTransformerConfig
+from sglang.multimodal_gen.configs.models.dits.wan import WanTransformerConfig
 from sglang.multimodal_gen.configs.models.encoders import UMT5EncoderConfig
 from sglang.multimodal_gen.configs.published import published_directory
 from sglang.multimodal_gen.errors import BenchmarkFailed, MissingPackage, UnsupportedModel

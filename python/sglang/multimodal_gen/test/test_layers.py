@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from sglang.multimodal_gen.configs.models.base import ModelConfig
-from sglang.multimodal_gen.configs.models.dits import WanTransformerConfig
-from sglang.multimodal_gen.configs.models.vaes import WanVAEConfig
+from sglang.multimodal_gen.configs.models.dits.wan import WanTransformerConfig
+from sglang.multimodal_gen.configs.models.vaes.wan import WanVAEConfig
 from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.runtime.distributed.collectives import all_reduce
 from sglang.multimodal_gen.runtime.distributed.parallel_state import SINGLE, ProcessAxis

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from sglang.multimodal_gen.configs.models.dits import WanTransformerConfig
+from sglang.multimodal_gen.configs.models.dits.wan import WanTransformerConfig
 from sglang.multimodal_gen.errors import CorruptCheckpoint, ModelError, PickleRefused, UnsupportedModel
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.loader.component_loader import LoadContext, NativeModule, load_module

@@ -11,9 +11,9 @@ import torch
 import transformers
 from torch import nn
 
-from sglang.multimodal_gen.configs.models.dits import WanTransformerConfig
+from sglang.multimodal_gen.configs.models.dits.wan import WanTransformerConfig
 from sglang.multimodal_gen.configs.models.encoders import UMT5EncoderConfig
-from sglang.multimodal_gen.configs.models.vaes import WanVAEConfig
+from sglang.multimodal_gen.configs.models.vaes.wan import WanVAEConfig
 from sglang.multimodal_gen.configs.published import published_directory, published_ids
 from sglang.multimodal_gen.errors import NotAModel
 from sglang.multimodal_gen.registry import read_json_object

@@ -12,7 +12,7 @@ import torch
 from diffusers.models.transformers import transformer_wan
 from torch import Tensor, nn
 
-from sglang.multimodal_gen.configs.models.dits import WanTransformerConfig
+from sglang.multimodal_gen.configs.models.dits.wan import WanTransformerConfig
 from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.runtime.layers.attention.dispatch import FixedKernel
 from sglang.multimodal_gen.runtime.layers.attention.kernels import TorchSDPA

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sglang.multimodal_gen.configs.models.vaes import WanVAEConfig
+from sglang.multimodal_gen.configs.models.vaes.wan import WanVAEConfig
 from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.runtime.models.vaes.tiling import Tiling
 from sglang.multimodal_gen.runtime.models.vaes.wan_vae import AutoencoderKLWan, DecoderState, LatentDistribution

@@ -8,8 +8,8 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from sglang.multimodal_gen.configs.models.dits import WanTransformerConfig
-from sglang.multimodal_gen.configs.models.vaes import WanVAEConfig
+from sglang.multimodal_gen.configs.models.dits.wan import WanTransformerConfig
+from sglang.multimodal_gen.configs.models.vaes.wan import WanVAEConfig
 from sglang.multimodal_gen.runtime.models.dits.wan import WanTransformer3DModel
 from sglang.multimodal_gen.runtime.models.vaes.wan_vae import AutoencoderKLWan
 

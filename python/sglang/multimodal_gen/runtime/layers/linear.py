@@ -28,12 +28,26 @@ class ColumnParallelLinear(nn.Linear):
 
 
 class RowParallelLinear(nn.Linear):
-    """Each rank holds its own input features and the sum is reduced: [..., I/P] -> [..., O]. The bias is whole."""
+    """Each rank holds its own input features and the sum is reduced: [..., I/P] -> [..., O]. The bias is whole.
+
+    `blocks`: the input is several parts side by side, of these widths, each of them split over the ranks.
+    """
 
     shard_dim = 1
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, axis: ProcessAxis = ALONE) -> None:
-        super().__init__(axis.share(in_features, "input features"), out_features, bias=bias)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        axis: ProcessAxis = ALONE,
+        blocks: tuple[int, ...] | None = None,
+    ) -> None:
+        self.blocks = (in_features,) if blocks is None else blocks
+        assert sum(self.blocks) == in_features, "the blocks are the input"
+        share = sum(axis.share(width, "input features") for width in self.blocks)
+        super().__init__(share, out_features, bias=bias)
         self.axis = axis
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
+from sglang.multimodal_gen.runtime.layers.norm import FP32LayerNorm
 
 
 class Modulation(NamedTuple):
@@ -18,6 +22,11 @@ class Modulation(NamedTuple):
     def __call__(self, normed: Tensor) -> Tensor:
         """Scale and shift [B, S, D], in fp32."""
         return modulate(normed, self.shift, self.scale)
+
+    def normed(self, hidden_states: Tensor, *, eps: float = 1e-6) -> Tensor:
+        """Layer norm without weights, then scale and shift: [B, S, D] in the dtype that came in, computed in fp32."""
+        normed = F.layer_norm(hidden_states.float(), hidden_states.shape[-1:], eps=eps)
+        return self(normed).to(hidden_states.dtype)
 
     def add_gated(self, residual: Tensor, update: Tensor) -> Tensor:
         """residual + gate · update, [B, S, D] each, summed in fp32 and returned in the residual's dtype."""
@@ -33,3 +42,44 @@ def split_modulations(table: Tensor, temb: Tensor) -> tuple[Modulation, ...]:
     """The learnt table [1, 3·N, D] plus the embedding [B, 1 or S, 3·N, D] -> N modulations, in fp32."""
     parts = (table.float() + temb.float()).unbind(2)
     return tuple(Modulation(*parts[first : first + 3]) for first in range(0, len(parts), 3))
+
+
+class AdaLayerNormZero(nn.Module):
+    """The modulations of a block's sub-layers, made of the timestep embedding. Key: `linear`.
+
+    Source: arXiv:2212.09748.
+    """
+
+    def __init__(self, hidden_size: int, *, num_modulations: int) -> None:
+        super().__init__()
+        self.num_modulations = num_modulations
+        self.linear = ReplicatedLinear(hidden_size, 3 * num_modulations * hidden_size)
+
+    def forward(self, temb: Tensor) -> tuple[Modulation, ...]:
+        """The embedding [B, D], or [B, S, D] per token -> as many modulations as sub-layers, in fp32."""
+        return modulations_of(self.linear(F.silu(temb)), self.num_modulations)
+
+
+class AdaLayerNormContinuous(nn.Module):
+    """The last norm before the output projection: scale, then shift, from the timestep embedding. Key: `linear`."""
+
+    def __init__(self, hidden_size: int, conditioning_size: int, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.linear = ReplicatedLinear(conditioning_size, 2 * hidden_size)
+        self.norm = FP32LayerNorm(hidden_size, eps, elementwise_affine=False)
+
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        """[B, S, D] and [B, D] (or [B, S, D] per token) -> [B, S, D]."""
+        scale, shift = per_token(self.linear(F.silu(temb))).float().chunk(2, dim=-1)
+        return modulate(self.norm(hidden_states.float()), shift, scale).to(hidden_states.dtype)
+
+
+def modulations_of(values: Tensor, count: int) -> tuple[Modulation, ...]:
+    """[B, 3·N·D], or [B, S, 3·N·D] per token -> N modulations (shift, scale, gate), in fp32."""
+    parts = per_token(values).float().chunk(3 * count, dim=-1)
+    return tuple(Modulation(*parts[first : first + 3]) for first in range(0, len(parts), 3))
+
+
+def per_token(values: Tensor) -> Tensor:
+    """[B, D] -> [B, 1, D]; [B, S, D] stays."""
+    return values.unsqueeze(1) if values.ndim == 2 else values

@@ -5,6 +5,7 @@ A table holds cosine and sine of each rotation in fp32, [1, S, 1, E/2, 2] for S 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -38,6 +39,30 @@ def rotary_table_3d(grid: tuple[int, int, int], head_dim: int, device: torch.dev
             dim=-1,
         ).reshape(1, frames * height * width, 1, -1)
         return torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device)
+
+
+def rotary_table(
+    positions: Tensor, axes_dim: Sequence[int], *, theta: float = 10000.0, precision: torch.dtype = torch.float64
+) -> Tensor:
+    """Table for tokens at any positions [S, A] or [B, S, A], one for each of A axes -> [1 or B, S, 1, E/2, 2], fp32.
+
+    `axes_dim` are the channels of each axis, together head_dim E. `precision` is that of the angles: models were
+    trained with rounded ones, and equality wants the same rounding.
+    """
+    if positions.ndim == 2:
+        positions = positions.unsqueeze(0)
+    angles = []
+    for axis, dim in enumerate(axes_dim):
+        exponents = torch.arange(0, dim, 2, dtype=precision, device=positions.device) / dim
+        angles.append(positions[..., axis, None].to(precision) * (1.0 / theta**exponents))
+    joined = torch.cat(angles, dim=-1).unsqueeze(2)
+    return torch.stack((joined.cos(), joined.sin()), dim=-1).float()
+
+
+def grid_positions(*sizes: int, device: torch.device | None = None) -> Tensor:
+    """Positions of the cells of a grid in raster order: [product of sizes, number of axes], int64."""
+    axes = [torch.arange(size, device=device) for size in sizes]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
 
 
 def apply_rotary_emb(hidden_states: Tensor, freqs_cis: Tensor) -> Tensor:

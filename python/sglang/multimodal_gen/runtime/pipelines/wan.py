@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from sglang.multimodal_gen.configs.model_info import TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
-from sglang.multimodal_gen.configs.models.dits import WanTransformerConfig
+from sglang.multimodal_gen.configs.models.dits.wan import WanTransformerConfig
 from sglang.multimodal_gen.configs.models.encoders import UMT5EncoderConfig
-from sglang.multimodal_gen.configs.models.vaes import WanVAEConfig
+from sglang.multimodal_gen.configs.models.vaes.wan import WanVAEConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.errors import UnsupportedModel, shown
 from sglang.multimodal_gen.runtime.loader.component_loader import (

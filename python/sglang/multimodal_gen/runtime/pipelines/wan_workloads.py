@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.base import ModelConfig
-from sglang.multimodal_gen.configs.models.dits import WanTransformerConfig
+from sglang.multimodal_gen.configs.models.dits.wan import WanTransformerConfig
 from sglang.multimodal_gen.runtime.pipelines_core.workload import (
     Drawing,
     Inputs,

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from sglang.multimodal_gen.configs.models.dits import WanTransformerConfig
+from sglang.multimodal_gen.configs.models.dits.wan import WanTransformerConfig
 from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.runtime.layers.attention.attention import Attention
 from sglang.multimodal_gen.runtime.layers.attention.padding import fold_padding

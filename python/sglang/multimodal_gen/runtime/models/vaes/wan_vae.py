@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sglang.multimodal_gen.configs.models.vaes import WanVAEConfig
+from sglang.multimodal_gen.configs.models.vaes.wan import WanVAEConfig
 from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.models.vaes.causal_conv import CausalConv3d, TemporalState

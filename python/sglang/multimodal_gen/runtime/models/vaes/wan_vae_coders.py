@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sglang.multimodal_gen.configs.models.vaes import WanVAEConfig
+from sglang.multimodal_gen.configs.models.vaes.wan import WanVAEConfig
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.models.vaes.causal_conv import CausalConv3d, ChannelRMSNorm, TemporalState
 from sglang.multimodal_gen.runtime.models.vaes.wan_vae_blocks import (

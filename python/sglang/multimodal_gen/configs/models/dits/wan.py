@@ -1,4 +1,4 @@
-"""Architectures of the diffusion transformers, as published in `transformer/config.json`."""
+"""Architecture of the Wan video transformer, as published in `transformer/config.json`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Architectures of the latent autoencoders, as published in `vae/config.json`."""
+"""Architecture of the Wan video autoencoder, as published in `vae/config.json`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,126 @@
+"""Attention of one token stream to itself, and of two streams, image and text, to both of them together.
+
+Parameter names are those of published diffusers checkpoints. Source: arXiv:2403.03206 (joint attention).
+
+Shapes: B batch, S tokens, L text tokens, D hidden_size, N heads of this rank, E head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
+from sglang.multimodal_gen.runtime.layers.norm import RMSNorm
+from sglang.multimodal_gen.runtime.layers.rotary import apply_rotary_emb
+
+
+class SelfAttention(nn.Module):
+    """Every token attends to every other; queries and keys are normed by head and rotated.
+
+    With `projects_out=False` the heads come back side by side, for blocks with an output projection of their own. With
+    `mask=True` calls may have a mask; those without one are served by kernels that could not take it.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        context: LayerContext,
+        *,
+        eps: float = 1e-6,
+        bias: bool = True,
+        projects_out: bool = True,
+        mask: bool = False,
+    ) -> None:
+        super().__init__()
+        axis = context.parallel.tp
+        inner = num_heads * head_dim
+        self.num_heads = axis.share(num_heads, "attention heads")
+        self.to_q = ColumnParallelLinear(hidden_size, inner, bias=bias, axis=axis)
+        self.to_k = ColumnParallelLinear(hidden_size, inner, bias=bias, axis=axis)
+        self.to_v = ColumnParallelLinear(hidden_size, inner, bias=bias, axis=axis)
+        self.norm_q = RMSNorm(head_dim, eps)
+        self.norm_k = RMSNorm(head_dim, eps)
+        if projects_out:
+            self.to_out = nn.ModuleList([RowParallelLinear(inner, hidden_size, bias=bias, axis=axis)])
+        self.attention = context.self_attention.build(head_dim)
+        self.masked_attention = context.self_attention.build(head_dim, mask=True) if mask else None
+
+    def split_heads(self, hidden_states: Tensor) -> Tensor:
+        """[B, S, N·E] -> [B, S, N, E]."""
+        return hidden_states.unflatten(-1, (self.num_heads, -1))
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, freqs_cis: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """Three times [B, S, N, E], the table of all S tokens, a mask [B, 1, 1, S] -> [B, S, N·E]."""
+        if freqs_cis is not None:
+            query, key = apply_rotary_emb(query, freqs_cis), apply_rotary_emb(key, freqs_cis)
+        if mask is None:
+            return self.attention(query, key, value).flatten(2)
+        assert self.masked_attention is not None, "a layer that is given masks is built with mask=True"
+        return self.masked_attention(query, key, value, mask).flatten(2)
+
+    def forward(self, hidden_states: Tensor, freqs_cis: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        """[B, S, D] -> [B, S, D], or [B, S, N·E] without an output projection."""
+        query = self.norm_q(self.split_heads(self.to_q(hidden_states)))
+        key = self.norm_k(self.split_heads(self.to_k(hidden_states)))
+        value = self.split_heads(self.to_v(hidden_states))
+        attended = self.attend(query, key, value, freqs_cis, mask)
+        return self.to_out[0](attended) if hasattr(self, "to_out") else attended
+
+
+class JointAttention(SelfAttention):
+    """Image and text tokens attend to the sequence of both; each stream has its own projections and norms.
+
+    `text_first` says which stream stands first in that sequence, and so in `freqs_cis` and the mask.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        context: LayerContext,
+        *,
+        eps: float = 1e-6,
+        text_first: bool = True,
+        mask: bool = False,
+    ) -> None:
+        super().__init__(hidden_size, num_heads, head_dim, context, eps=eps, mask=mask)
+        axis = context.parallel.tp
+        inner = num_heads * head_dim
+        self.text_first = text_first
+        self.add_q_proj = ColumnParallelLinear(hidden_size, inner, axis=axis)
+        self.add_k_proj = ColumnParallelLinear(hidden_size, inner, axis=axis)
+        self.add_v_proj = ColumnParallelLinear(hidden_size, inner, axis=axis)
+        self.norm_added_q = RMSNorm(head_dim, eps)
+        self.norm_added_k = RMSNorm(head_dim, eps)
+        self.to_add_out = RowParallelLinear(inner, hidden_size, axis=axis)
+
+    def joint_forward(
+        self, hidden_states: Tensor, text: Tensor, freqs_cis: Tensor | None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[B, S, D], [B, L, D], the table of S + L tokens, a mask [B, 1, 1, S + L] -> [B, S, D], [B, L, D]."""
+        query = self._joined(
+            self.norm_added_q(self.split_heads(self.add_q_proj(text))),
+            self.norm_q(self.split_heads(self.to_q(hidden_states))),
+        )
+        key = self._joined(
+            self.norm_added_k(self.split_heads(self.add_k_proj(text))),
+            self.norm_k(self.split_heads(self.to_k(hidden_states))),
+        )
+        value = self._joined(self.split_heads(self.add_v_proj(text)), self.split_heads(self.to_v(hidden_states)))
+        attended = self.attend(query, key, value, freqs_cis, mask)
+        sizes = (text.shape[1], hidden_states.shape[1])
+        if self.text_first:
+            of_text, of_image = attended.split(sizes, dim=1)
+        else:
+            of_image, of_text = attended.split(sizes[::-1], dim=1)
+        return self.to_out[0](of_image), self.to_add_out(of_text)
+
+    def _joined(self, text: Tensor, image: Tensor) -> Tensor:
+        return torch.cat((text, image) if self.text_first else (image, text), dim=1)

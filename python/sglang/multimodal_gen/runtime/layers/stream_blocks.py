@@ -1,0 +1,111 @@
+"""Transformer blocks over an image and a text stream, and over both as one sequence, under AdaLN-zero.
+
+Parameter names are those of published diffusers checkpoints. Source: arXiv:2403.03206,
+https://github.com/black-forest-labs/flux
+
+Shapes: B batch, S image or video tokens, L text tokens, D hidden_size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.joint_attention import JointAttention, SelfAttention
+from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
+from sglang.multimodal_gen.runtime.layers.mlp import FeedForward
+from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormZero, Modulation
+
+
+class Stream(NamedTuple):
+    """One stream in a dual-stream block: tokens [B, S, D], the modulations of attention and MLP, and the MLP."""
+
+    hidden_states: Tensor
+    attn_mod: Modulation
+    mlp_mod: Modulation
+    mlp: nn.Module
+
+    def after_attention(self, update: Tensor) -> Tensor:
+        """The tokens with the attention's update and then the MLP's."""
+        hidden_states = self.attn_mod.add_gated(self.hidden_states, update)
+        return self.mlp_mod.add_gated(hidden_states, self.mlp(self.mlp_mod.normed(hidden_states)))
+
+
+def joint_update(
+    attn: JointAttention, image: Stream, text: Stream, freqs_cis: Tensor | None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Both streams attend to both, then each to its own MLP -> image [B, S, D], text [B, L, D]."""
+    of_image, of_text = attn.joint_forward(
+        image.attn_mod.normed(image.hidden_states), text.attn_mod.normed(text.hidden_states), freqs_cis, mask
+    )
+    return image.after_attention(of_image), text.after_attention(of_text)
+
+
+class DualStreamBlock(nn.Module):
+    """Image and text tokens with weights of their own, joined in attention."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        context: LayerContext,
+        *,
+        ffn_dim: int,
+        text_first: bool = True,
+        mask: bool = False,
+    ) -> None:
+        super().__init__()
+        axis = context.parallel.tp
+        self.norm1 = AdaLayerNormZero(hidden_size, num_modulations=2)
+        self.norm1_context = AdaLayerNormZero(hidden_size, num_modulations=2)
+        self.attn = JointAttention(hidden_size, num_heads, head_dim, context, text_first=text_first, mask=mask)
+        self.ff = FeedForward(hidden_size, ffn_dim, hidden_size, axis=axis)
+        self.ff_context = FeedForward(hidden_size, ffn_dim, hidden_size, axis=axis)
+
+    def forward(
+        self, hidden_states: Tensor, text: Tensor, temb: Tensor, freqs_cis: Tensor | None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[B, S, D], [B, L, D], [B, D], the table and mask [B, 1, 1, S + L] of both -> [B, S, D], [B, L, D]."""
+        return joint_update(
+            self.attn,
+            Stream(hidden_states, *self.norm1(temb), self.ff),
+            Stream(text, *self.norm1_context(temb), self.ff_context),
+            freqs_cis,
+            mask,
+        )
+
+
+class SingleStreamBlock(nn.Module):
+    """One sequence of image and text tokens; attention and MLP side by side."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        context: LayerContext,
+        *,
+        ffn_dim: int,
+        mask: bool = False,
+    ) -> None:
+        super().__init__()
+        axis, inner = context.parallel.tp, num_heads * head_dim
+        self.norm = AdaLayerNormZero(hidden_size, num_modulations=1)
+        self.attn = SelfAttention(hidden_size, num_heads, head_dim, context, projects_out=False, mask=mask)
+        self.proj_mlp = ColumnParallelLinear(hidden_size, ffn_dim, axis=axis)
+        self.proj_out = RowParallelLinear(inner + ffn_dim, hidden_size, axis=axis, blocks=(inner, ffn_dim))
+
+    def forward(
+        self, hidden_states: Tensor, temb: Tensor, freqs_cis: Tensor | None, mask: Tensor | None = None
+    ) -> Tensor:
+        """[B, S, D], [B, D] (or [B, S, D] per token), table and mask [B, 1, 1, S] of these tokens -> [B, S, D]."""
+        [modulation] = self.norm(temb)
+        normed = modulation.normed(hidden_states)
+        mlp = F.gelu(self.proj_mlp(normed), approximate="tanh")
+        update = self.proj_out(torch.cat((self.attn(normed, freqs_cis, mask), mlp), dim=-1))
+        return modulation.add_gated(hidden_states, update)

@@ -1,0 +1,71 @@
+"""FLUX.1 transformer: text to image, and image to image through more channels or more tokens.
+
+Source: https://github.com/black-forest-labs/flux. Parameter names are those of the published diffusers checkpoints.
+
+Shapes: B batch, S image tokens (one per 2x2 latent cells), L text tokens, C token channels, D hidden_size, E head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.configs.models.dits.flux import FluxTransformerConfig
+from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.embeddings import TimestepTextEmbedding
+from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
+from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormContinuous
+from sglang.multimodal_gen.runtime.layers.stream_blocks import DualStreamBlock, SingleStreamBlock
+
+_MLP_RATIO = 4
+
+
+class FluxTransformer2DModel(nn.Module):
+    """Predicts the flow velocity of packed image latents."""
+
+    def __init__(self, config: FluxTransformerConfig, context: LayerContext | None = None) -> None:
+        super().__init__()
+        context = LayerContext() if context is None else context
+        self.config = config
+        dim, heads, head_dim = config.hidden_size, config.num_attention_heads, config.attention_head_dim
+        self.time_text_embed = TimestepTextEmbedding(
+            dim, pooled_dim=config.pooled_projection_dim, guidance=config.guidance_embeds
+        )
+        self.context_embedder = ReplicatedLinear(config.joint_attention_dim, dim)
+        self.x_embedder = ReplicatedLinear(config.in_channels, dim)
+        self.transformer_blocks = nn.ModuleList(
+            [DualStreamBlock(dim, heads, head_dim, context, ffn_dim=_MLP_RATIO * dim) for _ in range(config.num_layers)]
+        )
+        self.single_transformer_blocks = nn.ModuleList(
+            [
+                SingleStreamBlock(dim, heads, head_dim, context, ffn_dim=_MLP_RATIO * dim)
+                for _ in range(config.num_single_layers)
+            ]
+        )
+        self.norm_out = AdaLayerNormContinuous(dim, dim)
+        self.proj_out = ReplicatedLinear(dim, config.patch_size**2 * config.num_output_channels)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        freqs_cis: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens [B, S, C], timesteps [B] in 0 … 1000, text [B, L, D_text], pooled [B, P] -> velocity [B, S, C_out].
+
+        `freqs_cis` [1, L + S, 1, E/2, 2] is the table of the text tokens and then the image tokens. `guidance` [B] is
+        the scale times 1000, for models that are told it.
+        """
+        temb = self.time_text_embed(timestep, pooled_projections, guidance)
+        text = self.context_embedder(encoder_hidden_states)
+        hidden_states = self.x_embedder(hidden_states)
+        for block in self.transformer_blocks:
+            hidden_states, text = block(hidden_states, text, temb, freqs_cis)
+        num_text_tokens = text.shape[1]
+        hidden_states = torch.cat((text, hidden_states), dim=1)
+        for block in self.single_transformer_blocks:
+            hidden_states = block(hidden_states, temb, freqs_cis)
+        return self.proj_out(self.norm_out(hidden_states[:, num_text_tokens:], temb))
