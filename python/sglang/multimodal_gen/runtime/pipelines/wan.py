@@ -70,7 +70,9 @@ class WanPipeline(ComposedPipelineBase):
                 dtype=self.dtype,
             ),
             LatentPreparationStage(geometry, self.device),
-            TimestepPreparationStage(self.scheduler),
+            TimestepPreparationStage(
+                self.scheduler, schedulers=self.config.schedulers, default=self.defaults.scheduler
+            ),
             DenoisingStage(
                 self.transformer,
                 guidance=guidance,

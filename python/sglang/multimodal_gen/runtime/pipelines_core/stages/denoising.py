@@ -80,7 +80,7 @@ class DenoisingStage(Stage):
         return Phase(
             name=self.name,
             lane="denoise",
-            units=req.sampler_state.schedule.num_inference_steps,
+            units=req.sampler_state.num_steps,
             batch_key=f"{self.name}:{shape}:text{num_text_tokens}:{self.dtype}:{kernels}",
             cost=float(rows * self.geometry.num_tokens(req.latent_shape)),
             peak_bytes=(req.max_forward_rows or rows) * self._row_bytes(req),
@@ -106,16 +106,20 @@ class DenoisingStage(Stage):
         branches = [self.guidance.branches(req) for req in requests]
         with self.attention.using(requests[0].params):
             predictions = iter(self._predict(requests, branches))
-        advanced: list[tuple[Tensor, SamplerState]] = []
+        advanced: list[tuple[Tensor, SamplerState, torch.Generator | None]] = []
         for req, texts in zip(requests, branches, strict=True):
             noise_pred = self.guidance.combine([next(predictions) for _ in texts], req.params)
             assert req.sampler is not None and req.latents is not None, "prepared before the first step"
             # Samplers replace tensors and never write into them, so a shallow copy leaves the request as it is.
             state = copy.copy(req.sampler_state)
             assert state is not None, "prepared at admission"
-            advanced.append((req.sampler.step(noise_pred, req.latents, state), state))
-        for req, (latents, state) in zip(requests, advanced, strict=True):
-            req.latents, req.sampler_state = latents, state
+            generator = req.generator
+            if req.sampler.draws_noise and generator is not None:
+                generator = generator.clone_state()
+            latents = req.sampler.step(noise_pred, req.latents, state, generator=generator)
+            advanced.append((latents, state, generator))
+        for req, (latents, state, generator) in zip(requests, advanced, strict=True):
+            req.latents, req.sampler_state, req.generator = latents, state, generator
         return []
 
     def _predict(self, requests: Sequence[Req], branches: Sequence[tuple[TextCondition, ...]]) -> list[Tensor]:
