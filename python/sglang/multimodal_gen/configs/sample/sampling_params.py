@@ -12,6 +12,7 @@ from typing import Any
 
 from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
 from sglang.multimodal_gen.configs.declare import ADMIN, LOCAL_ONLY, PYTHON_ONLY, arg, build, parameters
+from sglang.multimodal_gen.configs.schedulers import SCHEDULER_NAMES
 from sglang.multimodal_gen.errors import EmptyPrompt
 
 MAX_SEED = 2**63 - 1
@@ -168,8 +169,8 @@ class DenoisingParams:
         None,
         help="Sampler.",
         group="denoising",
-        unset="the checkpoint's own",
-        choices=("euler", "unipc", "dpmpp_2m"),
+        unset="the server's, else the checkpoint's own",
+        choices=SCHEDULER_NAMES,
         recorded=True,
     )
     seed: int | tuple[int, ...] | None = arg(

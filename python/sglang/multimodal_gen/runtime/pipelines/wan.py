@@ -75,7 +75,9 @@ class WanPipeline(ComposedPipelineBase):
         return [
             TextEncodingStage(self._prompt_encoder(), guidance=guidance, cache=self.conditioning_cache),
             LatentPreparationStage(geometry, self.device),
-            TimestepPreparationStage(self.scheduler),
+            TimestepPreparationStage(
+                self.scheduler, schedulers=self.config.schedulers, default=self.defaults.scheduler
+            ),
             DenoisingStage(self._denoiser(), guidance=guidance, free_bytes=self.free_bytes),
             DecodingStage(
                 self.vae,

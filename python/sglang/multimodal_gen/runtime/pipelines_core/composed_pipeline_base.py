@@ -157,10 +157,13 @@ class ComposedPipelineBase:
             components = cls._load_components(resolved.local_path, context, report)
         for reason in explain_kernels(c for c in components.values() if isinstance(c, nn.Module)):
             report(reason)
+        defaults = resolved.defaults
+        if execution.scheduler is not None:
+            defaults = dataclasses.replace(defaults, scheduler=execution.scheduler)
         return cls(
             name=resolved.name,
             config=config,
-            defaults=resolved.defaults,
+            defaults=defaults,
             placement=placement,
             components=components,
             conditioning_cache=ConditioningCache(execution.conditioning_cache_mib << 20),
