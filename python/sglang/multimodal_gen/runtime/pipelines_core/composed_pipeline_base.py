@@ -35,6 +35,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.memory import USABLE_SHARE, DecoderMemory, free_bytes
 from sglang.multimodal_gen.runtime.pipelines_core.memory_meter import meter_for
 from sglang.multimodal_gen.runtime.pipelines_core.placement import Placement, place
+from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 from sglang.multimodal_gen.runtime.pipelines_core.state_file import read_state, to_host
@@ -226,7 +227,7 @@ class ComposedPipelineBase:
         """What all requests together may take above the weights."""
         return int(USABLE_SHARE * self.free_bytes())
 
-    def admit(self, request_id: str, params: SamplingParams) -> Req:
+    def admit(self, request_id: str, params: SamplingParams, inputs: RequestInputs = EMPTY) -> Req:
         """The running state of a new request, with its phases and notes; nothing has run yet.
 
         Raises: InvalidRequest when this checkpoint or machine cannot do it.
@@ -236,7 +237,8 @@ class ComposedPipelineBase:
             params = dataclasses.replace(params, seed=secrets.randbelow(MAX_SEED + 1))
         elif isinstance(params.seed, tuple):
             params = dataclasses.replace(params, seed=params.seed[0])
-        req = Req(request_id=request_id, params=params)
+        self.limits().inputs.check(inputs.given)
+        req = Req(request_id=request_id, params=params, inputs=inputs)
         for stage in self.stages:
             stage.admit(req)
         req.phases = self._phases(req)
@@ -265,9 +267,9 @@ class ComposedPipelineBase:
                 req.units_done.pop(phase.name, None)
 
     def state_identity(self, req: Req) -> str:
-        """What a saved state must agree on to be this request's: the model and the parameters."""
+        """What a saved state must agree on to be this request's: the model, the parameters and the inputs."""
         model = (self.name, type(self).__name__, str(self.dtype))
-        return hashlib.sha256(msgspec.json.encode([model, req.params])).hexdigest()
+        return hashlib.sha256(msgspec.json.encode([model, req.params, req.inputs.digest()])).hexdigest()
 
     def _check_memory(self, req: Req) -> None:
         needed = max((phase.peak_bytes + phase.held_bytes for phase in req.phases), default=0)

@@ -13,6 +13,7 @@ from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.runtime.loader.tokenizer import TokenizedText
 from sglang.multimodal_gen.runtime.models.schedulers import Sampler, SamplerState
+from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
 
 
 @dataclass(kw_only=True)
@@ -26,6 +27,7 @@ class Req:
 
     request_id: str
     params: SamplingParams
+    inputs: RequestInputs = EMPTY
     phases: tuple[Phase, ...] = ()
     notes: list[str] = field(default_factory=list)
     units_done: dict[str, int] = field(default_factory=dict)
@@ -74,7 +76,8 @@ class Req:
         self.sampler_state = None if state is None else SamplerState.from_state_dict(state)
 
     def drop_tensors(self) -> None:
-        """Free what the request holds on the device."""
+        """Free what the request holds on the device, and its inputs."""
+        self.inputs = EMPTY
         self.prompt_embeds = self.negative_prompt_embeds = self.latents = self.generator = None
         self.sampler_state = self.decoder_state = self.conditioning = None
 
