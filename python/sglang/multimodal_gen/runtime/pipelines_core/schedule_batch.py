@@ -115,7 +115,7 @@ class Req:
         self.sampler_state = None if state is None else SamplerState.from_state_dict(state)
 
     def drop_tensors(self) -> None:
-        """Free what the request holds on the device."""
+        """Free what the request holds on the device, and its inputs."""
         self.text = self.negative_text = self.latents = self.generator = None
         self.sampler_state = self.decoder_state = None
         self.conditioning = {}
