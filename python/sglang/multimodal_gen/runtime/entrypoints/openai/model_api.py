@@ -49,7 +49,10 @@ class ModelApi:
                 "pipeline_class": model.pipeline_class,
                 "tasks": list(model.tasks),
                 "precision": model.precision,
+                "family": model.family,
+                "licence": model.licence,
                 "num_parameters": model.num_parameters,
+                "weight_bytes": model.weight_bytes,
                 "limits": {name: getattr(model.limits, name) for name in model.limits.__struct_fields__},
                 "defaults": _public_defaults(model.defaults),
             }
