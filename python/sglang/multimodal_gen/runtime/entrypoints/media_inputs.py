@@ -16,6 +16,10 @@ from sglang.multimodal_gen.errors import InvalidType
 if TYPE_CHECKING:
     import numpy as np
 
+MAX_IMAGE_BYTES = 50_000_000
+MAX_VIDEO_BYTES = 200_000_000
+MAX_MASK_BYTES = 4_000_000
+"""Of a mask whose transparency is read, which is OpenAI's form."""
 _FIELDS = ("image_path", "mask_path", "last_image_path", "video_path")
 
 

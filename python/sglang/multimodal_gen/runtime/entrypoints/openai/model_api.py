@@ -6,6 +6,7 @@ import dataclasses
 import time
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -50,7 +51,7 @@ class ModelApi:
                 "tasks": list(model.tasks),
                 "precision": model.precision,
                 "num_parameters": model.num_parameters,
-                "limits": {name: getattr(model.limits, name) for name in model.limits.__struct_fields__},
+                "limits": msgspec.to_builtins(model.limits),
                 "defaults": _public_defaults(model.defaults),
             }
         return card

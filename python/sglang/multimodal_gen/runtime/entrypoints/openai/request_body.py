@@ -94,7 +94,7 @@ async def read_json_or_multipart(
     uploads = Uploads(files)
     try:
         values, spelled = await _read_fields(request, limits, uploads, refuse_file)
-        rest = await asyncio.to_thread(uploads.take, values) if uploads.fields.keys() & values.keys() else values
+        rest = await asyncio.to_thread(uploads.take, values) if uploads.are_among(values) else values
     except BaseException:
         uploads.close()
         raise

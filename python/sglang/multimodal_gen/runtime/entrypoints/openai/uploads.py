@@ -7,7 +7,7 @@ import binascii
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, cast
 
@@ -26,8 +26,9 @@ from sglang.multimodal_gen.errors import (
     UrlNotAllowed,
     VideoTooLarge,
 )
+from sglang.multimodal_gen.runtime.entrypoints.media_inputs import MAX_IMAGE_BYTES, MAX_MASK_BYTES, MAX_VIDEO_BYTES
 
-MAX_FILE_BYTES = {"image": 50_000_000, "mask": 4_000_000, "video": 200_000_000}
+MAX_FILE_BYTES = {"image": MAX_IMAGE_BYTES, "mask": MAX_MASK_BYTES, "video": MAX_VIDEO_BYTES}
 _SPOOLED_BYTES = 2**20
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _DATA_URL = re.compile(r"data:([^;,]*)(;[^,]*)?,")
@@ -95,6 +96,10 @@ class Uploads:
         self.fields = fields
         self.files: list[Upload] = []
 
+    def are_among(self, names: Collection[str]) -> bool:
+        """Whether one of these is a file field, or another name of it."""
+        return any(field.name in names or field.alias in names for field in self.fields.values())
+
     def begin(self, name: str) -> Upload:
         """A file of this field follows. Raises TooManyImages, DuplicateParameter."""
         field = self.fields[name]
@@ -106,7 +111,7 @@ class Uploads:
         return self.files[-1]
 
     def take(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of other fields; those of file fields are data URLs, which become files.
+        """The values of other fields; those of file fields are data URLs, which become files. May take a while.
 
         Raises:
             InvalidRequest: UrlNotAllowed for an address, else what is wrong with the value.
