@@ -139,7 +139,7 @@ def test_writing_into_an_input_stays_in_the_process_that_does(engine: DiffGenera
         ({"image_path": [picture(1)] * 3}, "too_many_images", "image_path: got 3 images, accepted is up to 2 images"),
         ({"image_path": None, "mask_path": MASK}, "incompatible_parameters", "accepted is mask_path with image_path"),
         ({"image_path": None, "strength": 0.5}, "incompatible_parameters", "accepted is strength with image_path"),
-        ({"strength": 0}, "out_of_range", "strength: got 0.0, accepted is a number above 0, up to 1"),
+        ({"strength": 0}, "out_of_range", "strength: got 0.0, accepted is a number from 0.001 to 1"),
         ({"mask_path": MASK[:, :16]}, "invalid_mask", "mask_path: has 16x16 pixels, accepted are the 32x16 of image"),
         ({"image_path": "no/such.png"}, "invalid_image", "image_path: no/such.png: cannot be read: No such file"),
         ({"image_path": [picture(1), "."]}, "invalid_image", "image_path 2: .: cannot be read: Is a directory"),

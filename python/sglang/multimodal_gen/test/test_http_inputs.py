@@ -23,7 +23,7 @@ from sglang.multimodal_gen.test.scripted_server import (
     READY,
     RunningServer,
     Start,
-    assert_error,
+    error_of,
     servers,
 )
 from sglang.multimodal_gen.test.test_media_inputs import clip, encoded, png_header
@@ -65,6 +65,12 @@ def server(shared_server: RunningServer) -> RunningServer:
 def animating(server: RunningServer) -> RunningServer:
     server.engine.state = ANIMATOR
     return server
+
+
+def assert_error(reply: httpx.Response, status: int, code: str, param: str | None = None) -> None:
+    """The whole error contract of one reply."""
+    error = error_of(reply, status)
+    assert (error["code"], error["param"]) == (code, param), error["message"]
 
 
 def png(value: int = 7, *, width: int = 32, height: int = 16, **options: Any) -> bytes:
