@@ -6,6 +6,7 @@ import dataclasses
 import time
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -53,7 +54,7 @@ class ModelApi:
                 "licence": model.licence,
                 "num_parameters": model.num_parameters,
                 "weight_bytes": model.weight_bytes,
-                "limits": {name: getattr(model.limits, name) for name in model.limits.__struct_fields__},
+                "limits": msgspec.to_builtins(model.limits),
                 "defaults": _public_defaults(model.defaults),
             }
         return card
