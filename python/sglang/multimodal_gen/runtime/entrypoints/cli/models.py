@@ -100,20 +100,22 @@ def _row(card: ModelCard) -> tuple[str, ...]:
         card.id,
         card.family,
         "+".join(card.tasks),
-        _count(card.transformer_parameters),
-        _gigabytes(card.weight_bytes),
-        _gigabytes(card.gpu_bytes),
+        count(card.transformer_parameters),
+        gigabytes(card.weight_bytes),
+        gigabytes(card.gpu_bytes),
         card.licence or _UNKNOWN,
     )
 
 
-def _count(number: int | None) -> str:
+def count(number: int | None) -> str:
+    """Parameters in words: 1.4B."""
     if number is None:
         return _UNKNOWN
     return f"{number / 1e9:.1f}B" if number >= 1e9 else f"{number / 1e6:.0f}M"
 
 
-def _gigabytes(number: int | None) -> str:
+def gigabytes(number: int | None) -> str:
+    """Bytes in words: 14.7 GB."""
     if number is None:
         return _UNKNOWN
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
