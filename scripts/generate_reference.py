@@ -210,7 +210,7 @@ def models_page() -> str:
     """Every model with a native pipeline, as `sglang models` lists it, with its defaults and limits."""
     intro = (
         "What runs natively. Fine-tunes with the same `_class_name` and other weights run as the model that they are "
-        "made from; any other diffusers pipeline runs through diffusers itself . Weights are in "
+        "made from; any other diffusers pipeline runs through diffusers itself. Weights are in "
         "bf16, all components; GPU is the least memory that holds them and one request of the default size."
     )
     header = ["Id", "Tasks", "Transformer", "Weights", "GPU", "Licence"]
@@ -244,7 +244,7 @@ def models_page() -> str:
 
 
 def _defaults_in_words(card: ModelCard) -> str:
-    config, defaults = card.config, card.config.defaults
+    config, defaults = card.config, card.defaults
     frames = "" if config.max_frames == 1 else f", {defaults.num_frames} frames (up to {config.max_frames})"
     guidance = {
         name: value

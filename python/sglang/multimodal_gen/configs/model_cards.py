@@ -12,6 +12,7 @@ from typing import Any
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.published import SIZES_FILE
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.registry import EMBEDDED_MODEL, entries, get_model_info, load_config
 
 _BYTES_PER_PARAMETER = 2  # bf16, as GPUs compute
@@ -38,6 +39,7 @@ class ModelCard:
     weight_bytes: int | None
     gpu_bytes: int | None
     licence: str
+    defaults: SamplingParams
     config: PipelineConfig
 
     def as_dict(self) -> dict[str, Any]:
@@ -82,6 +84,7 @@ def _embedded() -> ModelCard:
         weight_bytes=weight_bytes,
         gpu_bytes=weight_bytes + _WORKING_BYTES // 2,
         licence="Apache-2.0",
+        defaults=resolved.defaults,
         config=config,
     )
 
@@ -104,6 +107,7 @@ def _card(hub_id: str, entry: ModelEntry) -> ModelCard:
         weight_bytes=weight_bytes,
         gpu_bytes=None if weight_bytes is None else weight_bytes + _WORKING_BYTES,
         licence=entry.licence,
+        defaults=config.defaults,
         config=config,
     )
 

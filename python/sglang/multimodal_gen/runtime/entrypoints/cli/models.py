@@ -124,7 +124,7 @@ def gigabytes(number: int | None) -> str:
 def _defaults(card: ModelCard) -> dict[str, Any]:
     """What the model sets itself of the parameters of a request."""
     declared = parameters(SamplingParams)
-    values = dataclasses.asdict(card.config.defaults)
+    values = dataclasses.asdict(card.defaults)
     return {name: value for name, value in values.items() if value != declared[name].default}
 
 
