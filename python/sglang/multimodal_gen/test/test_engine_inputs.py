@@ -272,6 +272,15 @@ def test_stored_inputs_are_linked_once_per_request_and_go_with_the_block(tmp_pat
             assert len(list(tmp_path.glob("m-*"))) == 6
         return own
 
+    async def give_up() -> None:
+        storing = asyncio.create_task(client.stored(decoded).__aenter__())
+        await asyncio.sleep(0)
+        storing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await storing
+
+    asyncio.run(give_up())
+    assert list(tmp_path.iterdir()) == [], "what was cancelled in the middle left nothing"
     own = asyncio.run(use())
     assert {p.name for p in tmp_path.iterdir()} == {a.file for a in own.arrays}
     assert (paths.map(own.images[0])[0, 0, 0], own.video_fps) == (3, 8.0)
