@@ -36,6 +36,9 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     encode,
 )
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
+from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
+from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
+from sglang.multimodal_gen.runtime.server_args import ExecutionArgs, ModelArgs
 from sglang.multimodal_gen.test import null_family
 
 null_family.register()
@@ -233,6 +236,23 @@ def test_a_scheduler_that_dies_leaves_no_inputs(engine: DiffGenerator) -> None:
     assert saw(engine.generate(wish())) == [[7, 0, 0, 0, 0, 0]]
 
 
+def test_a_saved_state_belongs_to_the_inputs_that_it_was_made_with() -> None:
+    images = [RequestInputs(images=(picture(value),)) for value in (1, 1, 2)]
+    masked = RequestInputs(images=(picture(1),), mask=MASK)
+    last = RequestInputs(last_image=picture(1))
+    video = [RequestInputs(video=picture(1)[None], video_fps=fps) for fps in (8.0, 16.0)]
+    digests = [inputs.digest() for inputs in (*images, masked, last, *video, EMPTY)]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == len(digests) - 1
+    pipeline = build_pipeline(ModelArgs(model_path="image-model"), ExecutionArgs())
+    params = SamplingParams(prompt="x", seed=1)
+    identities = {pipeline.state_identity(pipeline.admit("r", params, inputs)) for inputs in images}
+    assert len(identities) == 2
+    assert pipeline.admit("r", params, masked).inputs is masked
+    with pytest.raises(ServingError, match="got 3 images, accepted is up to 2 images"):
+        pipeline.admit("r", params, RequestInputs(images=(picture(1),) * 3))
+
+
 # --- the client ---
 
 
@@ -252,6 +272,15 @@ def test_stored_inputs_are_linked_once_per_request_and_go_with_the_block(tmp_pat
             assert len(list(tmp_path.glob("m-*"))) == 6
         return own
 
+    async def give_up() -> None:
+        storing = asyncio.create_task(client.stored(decoded).__aenter__())
+        await asyncio.sleep(0)
+        storing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await storing
+
+    asyncio.run(give_up())
+    assert list(tmp_path.iterdir()) == [], "what was cancelled in the middle left nothing"
     own = asyncio.run(use())
     assert {p.name for p in tmp_path.iterdir()} == {a.file for a in own.arrays}
     assert (paths.map(own.images[0])[0, 0, 0], own.video_fps) == (3, 8.0)
