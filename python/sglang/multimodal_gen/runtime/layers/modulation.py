@@ -33,6 +33,38 @@ class Modulation(NamedTuple):
         return torch.addcmul(residual.float(), update.float(), self.gate).to(residual.dtype)
 
 
+class GroupedEmbedding(NamedTuple):
+    """Two embeddings [B, D] for one sequence: `first` for its first `num_first` tokens, `rest` for the others."""
+
+    first: Tensor
+    rest: Tensor
+    num_first: int
+
+
+class GroupedModulation(NamedTuple):
+    """The modulations [B, 1, D] that a `GroupedEmbedding` gives.
+
+    Kept apart, because a value for each token would take as much memory as the tokens.
+    """
+
+    first: Modulation
+    rest: Modulation
+    num_first: int
+
+    def normed(self, hidden_states: Tensor, *, eps: float = 1e-6) -> Tensor:
+        """See `Modulation.normed`."""
+        first, rest = self._groups(hidden_states)
+        return torch.cat((self.first.normed(first, eps=eps), self.rest.normed(rest, eps=eps)), dim=1)
+
+    def add_gated(self, residual: Tensor, update: Tensor) -> Tensor:
+        """See `Modulation.add_gated`."""
+        (first, rest), (of_first, of_rest) = self._groups(residual), self._groups(update)
+        return torch.cat((self.first.add_gated(first, of_first), self.rest.add_gated(rest, of_rest)), dim=1)
+
+    def _groups(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return tokens[:, : self.num_first], tokens[:, self.num_first :]
+
+
 def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """normed · (1 + scale) + shift; [B, S, D] with shift and scale [B, 1 or S, D]."""
     return torch.addcmul(shift, normed.float(), 1 + scale)
@@ -55,8 +87,14 @@ class AdaLayerNormZero(nn.Module):
         self.num_modulations = num_modulations
         self.linear = ReplicatedLinear(hidden_size, 3 * num_modulations * hidden_size)
 
-    def forward(self, temb: Tensor) -> tuple[Modulation, ...]:
-        """The embedding [B, D], or [B, S, D] per token -> as many modulations as sub-layers, in fp32."""
+    def forward(self, temb: Tensor | GroupedEmbedding) -> tuple[Modulation | GroupedModulation, ...]:
+        """[B, D], or [B, S, D] per token, or one for each of two groups -> a modulation per sub-layer, in fp32."""
+        if isinstance(temb, GroupedEmbedding):
+            pairs = zip(self._modulations(temb.first), self._modulations(temb.rest), strict=True)
+            return tuple(GroupedModulation(*pair, temb.num_first) for pair in pairs)
+        return self._modulations(temb)
+
+    def _modulations(self, temb: Tensor) -> tuple[Modulation, ...]:
         return modulations_of(self.linear(F.silu(temb)), self.num_modulations)
 
 

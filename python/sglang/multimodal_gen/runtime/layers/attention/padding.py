@@ -1,4 +1,4 @@
-"""Text padding that models were trained to attend to, computed once instead of once for each padding token.
+"""Text padding: left out where models do not attend to it, computed once where they were trained to.
 
 Padding tokens are all alike, so their keys and values are too, and n equal keys take n times the share of one:
 softmax sees that as one key whose score is larger by log n. Exact but for rounding.
@@ -11,6 +11,19 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def trim_padding(text: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """[B, L, D], where nothing attends to row b's tokens from `lengths[b]` on -> as many as the longest row has.
+
+    The mask [B, 1, 1, l] is True at the tokens that count; None where every row has as many.
+    """
+    assert len(lengths) == text.shape[0] and min(lengths) > 0, "each row has a length, and a token to attend to"
+    kept = min(max(lengths), text.shape[1])
+    if min(lengths) >= kept:
+        return text[:, :kept], None
+    mask = torch.arange(kept) < torch.tensor(lengths).unsqueeze(1)
+    return text[:, :kept], mask[:, None, None].to(text.device)
 
 
 def fold_padding(text: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
