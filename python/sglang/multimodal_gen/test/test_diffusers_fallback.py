@@ -210,6 +210,14 @@ def test_further_arguments_reach_the_call(
     assert not np.array_equal(changed, plain)
 
 
+def test_lists_become_tuples_where_the_call_wants_them() -> None:
+    signature = CallSignature.of(diffusers.StableDiffusionXLPipeline)
+    params = SamplingParams(prompt="x", diffusers_kwargs={"original_size": [64, 48], "sigmas": [1.0, 0.5]})
+    given = signature.call_arguments(params, SamplingParams())
+    assert given["original_size"] == (64, 48)
+    assert given["sigmas"] == [1.0, 0.5]
+
+
 def test_a_schedule_of_ones_own_says_how_many_units_there_are(loaded: Callable[[str], DiffusersPipeline]) -> None:
     req = admitted(loaded("sd3"), "r", wish_for("sd3", diffusers_kwargs={"sigmas": [1.0, 0.8, 0.5, 0.2]}))
     assert req.phases[0].units == 4
@@ -599,14 +607,15 @@ def result_of(engine: DiffGenerator, wish: dict[str, Any]) -> GenerationResult:
 def test_the_engine_shows_progress_and_gives_diffusers_pixels(
     engine: DiffGenerator, fallback_checkpoint: Checkpoint
 ) -> None:
-    wish = wish_for("sdxl", diffusers_kwargs={"clip_skip": 1}) | {"num_inference_steps": 4}
+    extra = {"clip_skip": 1, "original_size": [64, 48]}
+    wish = wish_for("sdxl", diffusers_kwargs=extra, num_inference_steps=4)
     events = [item.event for item in engine.stream(wish | {"return_frames": True, "return_latents": True})]
     assert sorted({event.step for event in events if isinstance(event, Progress)}) == [1, 2, 3, 4]
     result = events[-1]
     assert isinstance(result, GenerationResult)
     assert result.notes == ("run by diffusers' StableDiffusionXLPipeline: no native pipeline",)
     plain = {name: value for name, value in wish.items() if name != "diffusers_kwargs"}
-    expected = reference(fallback_checkpoint("sdxl"), plain, clip_skip=1)
+    expected = reference(fallback_checkpoint("sdxl"), plain, clip_skip=1, original_size=(64, 48))
     assert np.array_equal(result.frames, as_pixels(expected))
     assert result.latents is not None and result.latents.shape == (4, 8, 12)
 

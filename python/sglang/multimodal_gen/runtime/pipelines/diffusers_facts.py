@@ -140,7 +140,12 @@ class CallSignature:
             if name not in accepted:
                 names = f"an argument of {self.class_name}: {', '.join(accepted)}"
                 raise InvalidValue("diffusers_kwargs", name, names + hint(name, accepted))
-        return dict(extra)
+        return {name: self._as_wanted(name, value) for name, value in extra.items()}
+
+    def _as_wanted(self, name: str, value: Any) -> Any:
+        """A list as a tuple where the call wants one, which JSON does not have."""
+        kinds = str(self.arguments[name].annotation).lower()
+        return tuple(value) if isinstance(value, list) and "tuple" in kinds and "list" not in kinds else value
 
     def num_steps(self, given: Mapping[str, Any]) -> int:
         """Steps that a call with these arguments is asked for; 1 where a call is not told how many."""

@@ -210,7 +210,7 @@ class LibraryDecoding(Stage):
 def _phase(req: Req, name: str, lane: Lane, units: int) -> Phase:
     """What a unit takes is not estimated: with one byte, the scheduler goes by what it measures.
 
-    The key holds what changes a unit's time, since a unit that takes much longer than others of its key counts as stuck.
+    The key holds what changes a unit's time: one that takes much longer than others of its key counts as stuck.
     """
     p = req.params
     assert p.width and p.height and p.num_frames, "completed by the pipeline's defaults"
