@@ -129,8 +129,10 @@ class LibraryNotes(Stage):
         self.reason = reason
 
     def admit(self, req: Req) -> None:
-        """Raises: EmptyPrompt."""
+        """Raises: EmptyPrompt, or UnsupportedParameter for a profile, which would be empty."""
         req.params.require_prompt()
+        if req.params.profile:
+            raise UnsupportedParameter("profile", "diffusers runs in a thread of its own, where torch records nothing")
         req.notes.append(self.reason)
         asked = req.params.max_sequence_length if self.takes_length else None
         for name, tokenizer in self.tokenizers.items():
