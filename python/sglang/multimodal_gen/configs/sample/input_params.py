@@ -71,9 +71,17 @@ class InputParams:
         maximum=1.0,
         recorded=True,
     )
+    auto_resize: bool | None = arg(
+        None,
+        help="Whether the image is first brought to the nearest size that the model was trained on.",
+        group="inputs",
+        unset=FROM_MODEL,
+        recorded=True,
+    )
     max_area: int | None = arg(
         None,
-        help="Pixels of a result whose size follows from the image.",
+        help="Pixels of a result whose size follows from the image, or of models that make one area at any aspect "
+        "ratio.",
         group="inputs",
         unset=FROM_MODEL,
         minimum=256,

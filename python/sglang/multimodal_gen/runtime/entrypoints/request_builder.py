@@ -43,7 +43,7 @@ def expand_prompts(
         _check_profiling(wish)
         inputs.check(model.limits.inputs, strength=wish.strength is not None)
         wish = _sized(wish, model, inputs)
-        complete = wish.filled_from(model.defaults, GENERAL_DEFAULTS)
+        complete = model.limits.sized(wish.filled_from(model.defaults, GENERAL_DEFAULTS))
         _check_interval(complete)
         model.limits.check(complete)
         check_output(complete)

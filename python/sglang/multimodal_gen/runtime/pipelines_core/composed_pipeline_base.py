@@ -250,7 +250,9 @@ class ComposedPipelineBase:
             params = dataclasses.replace(params, seed=secrets.randbelow(MAX_SEED + 1))
         elif isinstance(params.seed, tuple):
             params = dataclasses.replace(params, seed=params.seed[0])
-        self.limits().inputs.check(inputs.given)
+        limits = self.limits()
+        limits.inputs.check(inputs.given)
+        params = limits.sized(params)
         req = Req(request_id=request_id, params=params, inputs=inputs)
         for stage in self.stages:
             stage.admit(req)
