@@ -22,8 +22,11 @@ from PIL import Image
 from torch import Tensor
 
 from sglang.multimodal_gen.configs.model_info import SizeFromImage
-from sglang.multimodal_gen.errors import InvalidRequest
-from sglang.multimodal_gen.runtime.pipelines import qwen_image_edit
+from sglang.multimodal_gen.configs.published import published_directory
+from sglang.multimodal_gen.errors import CorruptCheckpoint, InvalidRequest
+from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.loader.component_loader import LoadContext
+from sglang.multimodal_gen.runtime.loader.picture_processor import PictureProcessor
 from sglang.multimodal_gen.runtime.pipelines.qwen_image_edit import (
     ONE_PICTURE,
     SEVERAL_PICTURES,
@@ -265,7 +268,18 @@ def test_patches_are_those_of_an_explicit_computation(pipeline_of: Callable[[str
     np.testing.assert_allclose(found["pixel_values"].numpy(), np.stack(patches), rtol=1e-4, atol=1e-5)
 
 
-def test_pixels_lie_where_diffusers_puts_them() -> None:
-    pixels = qwen_image_edit.to_pixels(Image.fromarray(SQUARE))
-    assert pixels.shape == (1, 3, 1, 33, 33)
-    np.testing.assert_allclose(pixels[0, :, 0].permute(1, 2, 0).numpy(), SQUARE / 127.5 - 1, atol=1e-6)
+def test_a_prompt_with_the_token_of_pictures_is_refused(pipeline_of: Callable[[str], Any]) -> None:
+    with pytest.raises(InvalidRequest, match=r"<\|image_pad\|>.*without the token"):
+        run(pipeline_of("edit"), BASE | {"prompt": "a <|image_pad|>"}, RequestInputs(images=(TALL,)))
+
+
+def test_published_processor_settings_are_read(tmp_path: Path) -> None:
+    """Hub files name a class that wants torchvision; what is read does not."""
+    directory = published_directory("Qwen/Qwen-Image-Edit") / "processor"
+    context = LoadContext(device=torch.device("cpu"), dtype=torch.float32, layers=LayerContext())
+    found = PictureProcessor()(directory, "Qwen2VLProcessor", context)
+    assert isinstance(found, transformers.Qwen2VLImageProcessorPil)
+    # 1024x1024 becomes 1036x1036: 74 patches of 14 pixels along each side, of which 2x2 are a token.
+    assert found.get_number_of_image_patches(1024, 1024, {}) == 74 * 74
+    with pytest.raises(CorruptCheckpoint, match="holds no settings of an image processor"):
+        PictureProcessor()(tmp_path, "Qwen2VLProcessor", context)

@@ -28,6 +28,7 @@ from sglang.multimodal_gen.runtime.models.dits.qwen_image import ImageShapes, Qw
 from sglang.multimodal_gen.runtime.models.schedulers.shifting import spaced_to_last
 from sglang.multimodal_gen.runtime.models.vaes.qwen_image_vae import AutoencoderKLQwenImage
 from sglang.multimodal_gen.runtime.pipelines.qwen_image_prompts import TEXT_TO_IMAGE, QwenPrompts
+from sglang.multimodal_gen.runtime.pipelines.qwen_image_workloads import QWEN_IMAGE_WORKLOADS
 from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row, pack, unpack
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
@@ -41,6 +42,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import Denois
 from sglang.multimodal_gen.runtime.pipelines_core.stages.latent_preparation import LatentPreparationStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding import TextEncodingStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.timestep_preparation import TimestepPreparationStage
+from sglang.multimodal_gen.runtime.pipelines_core.workload import Workload
 
 PICTURES = "pictures"
 """Name of the conditioning [S, C]: packed latents of the pictures that the image is made from."""
@@ -98,7 +100,7 @@ class QwenImageDenoiser(Denoiser):
 
     def predict(self, rows: Sequence[Row]) -> Sequence[Tensor]:
         """See Denoiser."""
-        if self.num_tokens(rows[0].req) < _MASKED_BELOW:
+        if self.output_tokens(rows[0].req) < _MASKED_BELOW:
             return self._predict_together(rows)
         found: dict[int, Tensor] = {}
         for length in {row.text.length for row in rows}:
@@ -126,10 +128,13 @@ class QwenImageDenoiser(Denoiser):
         lengths = [len(prompt.ids) for prompt in (req.prompt, req.negative_prompt) if prompt is not None]
         return max(lengths) - self.num_dropped
 
-    def row_bytes(self, req: Req) -> int:
+    def num_tokens(self, req: Req) -> int:
         """See Denoiser."""
-        num_tokens = self.num_tokens(req) + sum(map(prod, self.pictures(req)))
-        return self.memory.row_bytes(num_tokens + self.num_text_tokens(req))
+        return self.output_tokens(req) + sum(map(prod, self.pictures(req)))
+
+    def row_bytes(self, req: Req) -> int:
+        """See Denoiser; text passes through the same blocks."""
+        return self.memory.row_bytes(self.num_tokens(req) + self.num_text_tokens(req))
 
 
 class QwenImagePipeline(ComposedPipelineBase):
@@ -142,6 +147,7 @@ class QwenImagePipeline(ComposedPipelineBase):
         "vae": NativeModule(AutoencoderKLQwenImage, QwenImageVAEConfig),
         "scheduler": SchedulerConfig(),
     }
+    workloads: ClassVar[Mapping[str, Workload]] = QWEN_IMAGE_WORKLOADS
     num_dropped: ClassVar[int] = TEXT_TO_IMAGE.num_dropped
     tokenizer: PromptTokenizer
     text_encoder: Any
@@ -156,7 +162,7 @@ class QwenImagePipeline(ComposedPipelineBase):
             TextEncodingStage(self.prompt_encoder(), guidance=guidance, cache=self.conditioning_cache),
             *self.picture_stages(),
             LatentPreparationStage(geometry, self.device),
-            TimestepPreparationStage(self.scheduler, spacing=spaced_to_last, num_tokens=denoiser.num_tokens),
+            TimestepPreparationStage(self.scheduler, spacing=spaced_to_last, num_tokens=denoiser.output_tokens),
             DenoisingStage(denoiser, guidance=guidance, free_bytes=self.free_bytes),
             DecodingStage(
                 self.vae,

@@ -9,10 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import msgspec
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from sglang.multimodal_gen.configs.model_info import InputLimits, SizeFromImage, TaskLimits
@@ -23,10 +21,11 @@ from sglang.multimodal_gen.runtime.loader.picture_processor import PictureProces
 from sglang.multimodal_gen.runtime.models.dits.qwen_image import ImageShapes
 from sglang.multimodal_gen.runtime.models.vaes.qwen_image_vae import AutoencoderKLQwenImage
 from sglang.multimodal_gen.runtime.pipelines.qwen_image import PICTURES, QwenImagePipeline
-from sglang.multimodal_gen.runtime.pipelines.qwen_image_prompts import EDITING, QwenPicturePrompts, resized, size_of
+from sglang.multimodal_gen.runtime.pipelines.qwen_image_prompts import EDITING, QwenPicturePrompts, size_of
 from sglang.multimodal_gen.runtime.pipelines_core.conditioning_cache import ConditioningCache
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import pack
 from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory
+from sglang.multimodal_gen.runtime.pipelines_core.pictures import clip_of
 from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import PromptEncoder
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
@@ -70,12 +69,6 @@ SEVERAL_PICTURES = EditingRules(
     shown=SizeFromImage(area=384 * 384, multiple=_SIZE_MULTIPLE, source="last"),
     latents=SizeFromImage(area=_MILLION_PIXELS, multiple=_SIZE_MULTIPLE, source="last"),
 )
-
-
-def to_pixels(picture: Image.Image) -> Tensor:
-    """[1, 3, 1, H, W] in [-1, 1]."""
-    values = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0)
-    return (2.0 * values - 1.0).permute(2, 0, 1)[None, :, None]
 
 
 class PictureEncodingStage(Stage):
@@ -122,8 +115,9 @@ class PictureEncodingStage(Stage):
 
     def _tokens(self, image: np.ndarray) -> Tensor:
         """[H, W, 3] -> [S, C]."""
-        pixels = to_pixels(resized(image, size_of(image, self.rules.latents)))
-        return pack(self.vae.to_latents(pixels.to(self.device, self.dtype)))[0]
+        width, height = size_of(image, self.rules.latents)
+        pixels = clip_of([image], height, width).to(self.device, self.dtype)
+        return pack(self.vae.to_latents(pixels))[0]
 
 
 class QwenImageEditPipeline(QwenImagePipeline):
@@ -139,8 +133,8 @@ class QwenImageEditPipeline(QwenImagePipeline):
     processor: Any
 
     def limits(self) -> TaskLimits:
-        return msgspec.structs.replace(
-            super().limits(),
+        return self.geometry().limits(
+            max_sequence_length=self.config.max_sequence_length,
             inputs=InputLimits(min_images=1, max_images=self.rules.max_images),
             size_from_image=self.rules.latents,
         )

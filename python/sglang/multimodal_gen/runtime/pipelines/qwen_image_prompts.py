@@ -12,8 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from sglang.multimodal_gen.configs.model_info import SizeFromImage
+from sglang.multimodal_gen.errors import InvalidValue
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
+from sglang.multimodal_gen.runtime.pipelines_core.pictures import resized
 from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import encoder_memory, key_mask, padded_ids
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import RequestInputs
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Prompt, TextCondition
@@ -122,7 +124,12 @@ class QwenPicturePrompts(QwenPrompts):
         self.patches_per_token: int = vision.spatial_merge_size**2
 
     def prepare(self, text: str, *, max_length: int, inputs: RequestInputs) -> Prompt:
-        """See PromptEncoder. `max_length` counts neither the dropped tokens nor the pictures'."""
+        """See PromptEncoder. `max_length` counts neither the dropped tokens nor the pictures'.
+
+        Raises: InvalidValue for a text with the token that stands for pictures, of which there are no more.
+        """
+        if PICTURE_TOKEN in text:
+            raise InvalidValue("prompt", PICTURE_TOKEN, "a text without the token that stands for pictures")
         counts = [self._num_tokens(image) for image in inputs.images]
         pictures = "".join(
             f"{self.label.format(index)}<|vision_start|>{PICTURE_TOKEN * count}<|vision_end|>"
@@ -146,9 +153,11 @@ class QwenPicturePrompts(QwenPrompts):
 
     def _features(self, images: Sequence[np.ndarray]) -> tuple[Any, Tensor]:
         """What the vision tower makes of the pictures, and their grids of patches [pictures, 3]."""
-        patches = self.processor(
-            images=[resized(image, size_of(image, self.shown)) for image in images], return_tensors="pt"
-        )
+        sizes = [size_of(image, self.shown) for image in images]
+        shown = [
+            Image.fromarray(resized(image, height, width)) for image, (width, height) in zip(images, sizes, strict=True)
+        ]
+        patches = self.processor(images=shown, return_tensors="pt")
         grids = patches["image_grid_thw"].to(self.device)
         features = self.text_encoder.get_image_features(
             patches["pixel_values"].to(self.device), grids, return_dict=True
@@ -182,8 +191,3 @@ def counted(states: Tensor, num_dropped: int, dtype: torch.dtype) -> TextConditi
 def size_of(image: np.ndarray, rule: SizeFromImage) -> tuple[int, int]:
     """(width, height) that a picture [H, W, 3] gets."""
     return rule.size(image.shape[1], image.shape[0])
-
-
-def resized(image: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """A picture [H, W, 3] uint8 in this (width, height)."""
-    return Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
