@@ -30,7 +30,6 @@ from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import PromptE
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 
-_PIXELS_PER_TOKEN = 16
 _SIZE_MULTIPLE = 32
 _MILLION_PIXELS = 1024 * 1024
 
@@ -50,11 +49,6 @@ class EditingRules:
     shown: SizeFromImage
     latents: SizeFromImage
     spatial_positions: bool = True
-
-    def grid(self, image: np.ndarray) -> tuple[int, int, int]:
-        """(frames, height, width) in tokens of a picture's latents."""
-        width, height = size_of(image, self.latents)
-        return 1, height // _PIXELS_PER_TOKEN, width // _PIXELS_PER_TOKEN
 
 
 ONE_PICTURE = EditingRules(
@@ -156,7 +150,9 @@ class QwenImageEditPipeline(QwenImagePipeline):
         return [PictureEncodingStage(self.vae, rules=self.rules, memory=memory, cache=self.conditioning_cache)]
 
     def picture_shapes(self, req: Req) -> ImageShapes:
-        return tuple(self.rules.grid(image) for image in req.inputs.images)
+        side = self.geometry().size_multiple
+        sizes = (size_of(image, self.rules.latents) for image in req.inputs.images)
+        return tuple((1, height // side, width // side) for width, height in sizes)
 
 
 class QwenImageEditPlusPipeline(QwenImageEditPipeline):
