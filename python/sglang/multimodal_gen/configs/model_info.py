@@ -193,6 +193,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """What only the checkpoint knows, told by a worker once it has loaded. `defaults` fill unset SamplingParams."""
 
     name: str
+    family: str = ""
+    licence: str = ""
     pipeline_class: str
     tasks: tuple[str, ...]
     precision: str

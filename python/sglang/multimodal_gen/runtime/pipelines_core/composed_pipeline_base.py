@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 import msgspec
 from torch import nn
 
+from sglang.multimodal_gen.configs.model_entry import ModelEntry
 from sglang.multimodal_gen.configs.model_info import ModelInfo, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
@@ -73,6 +74,7 @@ class ComposedPipelineBase:
         placement: Placement,
         components: Mapping[str, Any],
         conditioning_cache: ConditioningCache | None = None,
+        entry: ModelEntry | None = None,
         load_seconds: float = 0.0,
     ) -> None:
         """Raises UnsupportedModel or CorruptCheckpoint when the components do not fit together."""
@@ -83,6 +85,7 @@ class ComposedPipelineBase:
         self.device = placement.device
         self.dtype = placement.dtype
         self.load_seconds = load_seconds
+        self.entry = entry
         self.conditioning_cache = ConditioningCache(0) if conditioning_cache is None else conditioning_cache
         self.modules: dict[str, nn.Module] = {n: c for n, c in components.items() if isinstance(c, nn.Module)}
         for component, value in components.items():
@@ -167,6 +170,7 @@ class ComposedPipelineBase:
             placement=placement,
             components=components,
             conditioning_cache=ConditioningCache(execution.conditioning_cache_mib << 20),
+            entry=resolved.entry,
             load_seconds=time.perf_counter() - start,
         )
 
@@ -218,6 +222,8 @@ class ComposedPipelineBase:
         num_parameters, weight_bytes = weight_totals(list(self.modules.values()))
         return ModelInfo(
             name=self.name,
+            family="" if self.entry is None else self.entry.name,
+            licence="" if self.entry is None else self.entry.licence,
             pipeline_class=type(self).__name__,
             tasks=self.config.tasks,
             precision=self.placement.precision,
