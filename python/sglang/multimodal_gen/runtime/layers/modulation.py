@@ -33,36 +33,45 @@ class Modulation(NamedTuple):
         return torch.addcmul(residual.float(), update.float(), self.gate).to(residual.dtype)
 
 
-class GroupedEmbedding(NamedTuple):
-    """Two embeddings [B, D] for one sequence: `first` for its first `num_first` tokens, `rest` for the others."""
+class PartedEmbedding(NamedTuple):
+    """An embedding [B, D] for the first `size` tokens and one for those behind them."""
 
     first: Tensor
-    rest: Tensor
-    num_first: int
+    second: Tensor
+    size: int
 
 
-class GroupedModulation(NamedTuple):
-    """The modulations [B, 1, D] that a `GroupedEmbedding` gives.
+class PartedModulation(NamedTuple):
+    """A modulation for the first `size` tokens and one for those behind them.
 
-    Kept apart, because a value for each token would take as much memory as the tokens.
+    Half the memory traffic of one value per token, which would be as large as the tokens themselves, in fp32.
     """
 
     first: Modulation
-    rest: Modulation
-    num_first: int
+    second: Modulation
+    size: int
+
+    @classmethod
+    def of_rows(cls, modulation: Modulation, size: int) -> PartedModulation:
+        """Of values [2·B, 1, D]: B rows for the tokens in front, then B rows for the others."""
+        first, second = zip(*(part.chunk(2) for part in modulation), strict=True)
+        return cls(Modulation(*first), Modulation(*second), size)
 
     def normed(self, hidden_states: Tensor, *, eps: float = 1e-6) -> Tensor:
-        """See `Modulation.normed`."""
-        first, rest = self._groups(hidden_states)
-        return torch.cat((self.first.normed(first, eps=eps), self.rest.normed(rest, eps=eps)), dim=1)
+        """See Modulation."""
+        parts = (
+            self.first.normed(hidden_states[:, : self.size], eps=eps),
+            self.second.normed(hidden_states[:, self.size :], eps=eps),
+        )
+        return torch.cat(parts, dim=1)
 
     def add_gated(self, residual: Tensor, update: Tensor) -> Tensor:
-        """See `Modulation.add_gated`."""
-        (first, rest), (of_first, of_rest) = self._groups(residual), self._groups(update)
-        return torch.cat((self.first.add_gated(first, of_first), self.rest.add_gated(rest, of_rest)), dim=1)
-
-    def _groups(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return tokens[:, : self.num_first], tokens[:, self.num_first :]
+        """See Modulation."""
+        parts = (
+            self.first.add_gated(residual[:, : self.size], update[:, : self.size]),
+            self.second.add_gated(residual[:, self.size :], update[:, self.size :]),
+        )
+        return torch.cat(parts, dim=1)
 
 
 def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -87,11 +96,11 @@ class AdaLayerNormZero(nn.Module):
         self.num_modulations = num_modulations
         self.linear = ReplicatedLinear(hidden_size, 3 * num_modulations * hidden_size)
 
-    def forward(self, temb: Tensor | GroupedEmbedding) -> tuple[Modulation | GroupedModulation, ...]:
-        """[B, D], or [B, S, D] per token, or one for each of two groups -> a modulation per sub-layer, in fp32."""
-        if isinstance(temb, GroupedEmbedding):
-            pairs = zip(self._modulations(temb.first), self._modulations(temb.rest), strict=True)
-            return tuple(GroupedModulation(*pair, temb.num_first) for pair in pairs)
+    def forward(self, temb: Tensor | PartedEmbedding) -> tuple[Modulation | PartedModulation, ...]:
+        """[B, D], or [B, S, D] per token, or one for each of two parts -> a modulation per sub-layer, in fp32."""
+        if isinstance(temb, PartedEmbedding):
+            pairs = zip(self._modulations(temb.first), self._modulations(temb.second), strict=True)
+            return tuple(PartedModulation(*pair, temb.size) for pair in pairs)
         return self._modulations(temb)
 
     def _modulations(self, temb: Tensor) -> tuple[Modulation, ...]:

@@ -19,9 +19,9 @@ from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, Ro
 from sglang.multimodal_gen.runtime.layers.mlp import FeedForward
 from sglang.multimodal_gen.runtime.layers.modulation import (
     AdaLayerNormZero,
-    GroupedEmbedding,
-    GroupedModulation,
     Modulation,
+    PartedEmbedding,
+    PartedModulation,
 )
 
 
@@ -29,8 +29,8 @@ class Stream(NamedTuple):
     """One stream in a dual-stream block: tokens [B, S, D], the modulations of attention and MLP, and the MLP."""
 
     hidden_states: Tensor
-    attn_mod: Modulation | GroupedModulation
-    mlp_mod: Modulation | GroupedModulation
+    attn_mod: Modulation | PartedModulation
+    mlp_mod: Modulation | PartedModulation
     mlp: nn.Module
 
     def after_attention(self, update: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class DualStreamBlock(nn.Module):
         self,
         hidden_states: Tensor,
         text: Tensor,
-        temb: Tensor | GroupedEmbedding,
+        temb: Tensor | PartedEmbedding,
         freqs_cis: Tensor | None,
         mask: Tensor | None = None,
         *,
@@ -119,7 +119,7 @@ class SingleStreamBlock(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        temb: Tensor | GroupedEmbedding,
+        temb: Tensor | PartedEmbedding,
         freqs_cis: Tensor | None,
         mask: Tensor | None = None,
     ) -> Tensor:

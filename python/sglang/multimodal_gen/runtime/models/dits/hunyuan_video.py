@@ -22,7 +22,7 @@ from sglang.multimodal_gen.runtime.layers.attention.padding import trim_padding
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.embeddings import TimestepTextEmbedding, sinusoidal_embedding
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
-from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormContinuous, GroupedEmbedding
+from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormContinuous, PartedEmbedding
 from sglang.multimodal_gen.runtime.layers.rotary import grid_positions, rotary_table
 from sglang.multimodal_gen.runtime.layers.stream_blocks import DualStreamBlock, SingleStreamBlock
 from sglang.multimodal_gen.runtime.layers.token_refiner import TokenRefiner
@@ -102,10 +102,10 @@ class HunyuanVideoTransformer3DModel(nn.Module):
         mask = None if text_mask is None else nn.functional.pad(text_mask, (num_tokens, 0), value=True)
         freqs_cis = with_unrotated(self.rotary_table(grid, hidden_states.device), num_text_tokens)
         temb = self.time_text_embed(timestep, pooled_projections, guidance)
-        video_temb: Tensor | GroupedEmbedding = temb
+        video_temb: Tensor | PartedEmbedding = temb
         if self.config.image_condition_type == TOKEN_REPLACE:
             first_frame = self.time_text_embed.first_frame(timestep, pooled_projections)
-            video_temb = GroupedEmbedding(first_frame, temb, num_first=num_tokens // grid[0])
+            video_temb = PartedEmbedding(first_frame, temb, size=num_tokens // grid[0])
         text = self.context_embedder(text, timestep, text_mask)
         hidden_states = self.x_embedder(hidden_states)
         for block in self.transformer_blocks:
