@@ -147,6 +147,25 @@ class DenoisingParams:
         maximum=1.0,
         recorded=True,
     )
+    cfg_normalization: float | None = arg(
+        None,
+        help="How long the guided prediction may be, in lengths of the conditional one; 0 is no limit. For models that "
+        "say so.",
+        group="denoising",
+        unset=FROM_MODEL,
+        minimum=0.0,
+        maximum=1000.0,
+        recorded=True,
+    )
+    cfg_truncation: float | None = arg(
+        None,
+        help="Time, from 0 at noise to 1 at the result, behind which steps are not guided. For models that say so.",
+        group="denoising",
+        unset=FROM_MODEL,
+        minimum=0.0,
+        maximum=1.0,
+        recorded=True,
+    )
     flow_shift: float | None = arg(
         None,
         help="Timestep shift of the sampler; a larger one spends more steps at high noise.",
