@@ -18,7 +18,7 @@ from typing import Any
 
 from sglang.multimodal_gen.configs.declare import hint
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
-from sglang.multimodal_gen.configs.pipeline_configs import flux, wan, zimage
+from sglang.multimodal_gen.configs.pipeline_configs import flux, sd3, wan, zimage
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import (
@@ -74,6 +74,7 @@ _NULL = ModelEntry(
 _BUILTIN: tuple[ModelEntry, ...] = (
     *wan.ENTRIES,
     *flux.ENTRIES,
+    *sd3.ENTRIES,
     *zimage.ENTRIES,
     _NULL,
 )

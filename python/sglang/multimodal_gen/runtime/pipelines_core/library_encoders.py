@@ -33,6 +33,18 @@ class PooledCLIP:
         return self.text_encoder(torch.tensor(rows, device=self.device)).pooler_output
 
 
+class ProjectedCLIP(PooledCLIP):
+    """CLIP's text encoder where its tokens' states count too; the vector is projected. Source: arXiv:2307.01952."""
+
+    def states(self, rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        """The states before the last layer [B, L, D], and the vectors [B, P]. L is `max_length`.
+
+        `text_encoder` is transformers' CLIPTextModelWithProjection.
+        """
+        found = self.text_encoder(torch.tensor(rows, device=self.device), output_hidden_states=True)
+        return found.hidden_states[-2], found.text_embeds
+
+
 class T5Sequence:
     """T5's encoder: one hidden state for each token. Source: arXiv:1910.10683.
 
