@@ -6,7 +6,7 @@ Unset fields are filled from the model's defaults, then from `GENERAL_DEFAULTS` 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,25 +141,6 @@ class DenoisingParams:
         None,
         help="How far to pull the guided prediction's standard deviation back to the conditional one's "
         "(arXiv:2305.08891).",
-        group="denoising",
-        unset=FROM_MODEL,
-        minimum=0.0,
-        maximum=1.0,
-        recorded=True,
-    )
-    cfg_normalization: float | None = arg(
-        None,
-        help="How long the guided prediction may be, in lengths of the conditional one; 0 is no limit. For models that "
-        "say so.",
-        group="denoising",
-        unset=FROM_MODEL,
-        minimum=0.0,
-        maximum=1000.0,
-        recorded=True,
-    )
-    cfg_truncation: float | None = arg(
-        None,
-        help="Time, from 0 at noise to 1 at the result, behind which steps are not guided. For models that say so.",
         group="denoising",
         unset=FROM_MODEL,
         minimum=0.0,
@@ -320,6 +301,20 @@ class AttentionParams:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LibraryParams:
+    """What goes past us to the library that runs a model without a pipeline of ours."""
+
+    diffusers_kwargs: Mapping[str, Any] | None = arg(
+        None,
+        help="Further arguments of the diffusers pipeline that runs the model, by name; see the page on the fallback.",
+        group="fallback",
+        unset="the pipeline's own defaults",
+        exposed=LOCAL_ONLY,
+        recorded=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ObservationParams:
     """What is measured besides."""
 
@@ -357,6 +352,7 @@ class ObservationParams:
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams(
     ObservationParams,
+    LibraryParams,
     AttentionParams,
     OutputParams,
     GuidanceParams,
@@ -401,7 +397,16 @@ class SamplingParams(
 
     def private_texts(self) -> tuple[str, ...]:
         """What the user wrote, which no log may repeat unasked."""
-        return tuple(text for text in (self.prompt, self.negative_prompt) if text)
+        return tuple(text for text in (self.prompt, self.negative_prompt, *_texts_in(self.diffusers_kwargs)) if text)
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Every text of a JSON value but the keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts_in(item)
 
 
 # Last in the order of precedence: flag > env > YAML > model default > these.
