@@ -58,3 +58,16 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.net(hidden_states)
+
+
+class SwiGLU(nn.Module):
+    """w2(SiLU(w1 x) · w3 x), [..., D] -> [..., D], without biases. Source: arXiv:2002.05202."""
+
+    def __init__(self, hidden_size: int, inner_dim: int, *, axis: ProcessAxis = ALONE) -> None:
+        super().__init__()
+        self.w1 = ColumnParallelLinear(hidden_size, inner_dim, bias=False, axis=axis)
+        self.w2 = RowParallelLinear(inner_dim, hidden_size, bias=False, axis=axis)
+        self.w3 = ColumnParallelLinear(hidden_size, inner_dim, bias=False, axis=axis)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(hidden_states)) * self.w3(hidden_states))
