@@ -1,4 +1,4 @@
-"""Text padding that models were trained to attend to, computed once instead of once for each padding token.
+"""Text padding: left away where models do not attend to it, computed once where they were trained to.
 
 Padding tokens are all alike, so their keys and values are too, and n equal keys take n times the share of one:
 softmax sees that as one key whose score is larger by log n. Exact but for rounding.
@@ -27,3 +27,15 @@ def fold_padding(text: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
             mask[row, ..., length] = math.log(num_tokens - length)
             mask[row, ..., length + 1 :] = -math.inf
     return text[:, :kept], mask.to(text.device)
+
+
+def drop_padding(text: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """[B, L, D], where row b's tokens from `lengths[b]` on are nothing to attend to -> as few as hold all, and a mask.
+
+    The mask [B, 1, 1, l] is True at a row's own tokens, and None where all rows are equally long.
+    """
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return text[:, :longest], None
+    mask = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
+    return text[:, :longest], mask[:, None, None].to(text.device)
