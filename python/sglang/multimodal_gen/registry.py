@@ -18,7 +18,7 @@ from typing import Any
 
 from sglang.multimodal_gen.configs.declare import hint
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
-from sglang.multimodal_gen.configs.pipeline_configs import flux, wan
+from sglang.multimodal_gen.configs.pipeline_configs import flux, ltx, wan
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import (
@@ -74,6 +74,7 @@ _NULL = ModelEntry(
 _BUILTIN: tuple[ModelEntry, ...] = (
     *wan.ENTRIES,
     *flux.ENTRIES,
+    *ltx.ENTRIES,
     _NULL,
 )
 _added: dict[str, ModelEntry] = {}

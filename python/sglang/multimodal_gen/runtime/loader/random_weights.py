@@ -55,9 +55,9 @@ class RandomSource:
 
 
 def _scale_and_mean(name: str, tensor: Tensor) -> tuple[float, float]:
-    """Matrices and kernels by their fan-in, factors of norms around one, all else small around zero."""
+    """Matrices and kernels by their fan-in, factors and spreads around one, all else small around zero."""
     is_norm = name.endswith("gamma") or (name.endswith("weight") and "norm" in name)
-    if is_norm:
+    if is_norm or name.endswith("_std"):
         return 0.1, 1.0
     if tensor.ndim < 2:
         return 0.1, 0.0
@@ -69,6 +69,8 @@ class StandInTokenizer:
 
     Equal words get equal ids; unequal ones may, since there are 32 ids.
     """
+
+    pad_id = 0
 
     def __call__(self, text: str, *, max_length: int) -> TokenizedText:
         """See PromptTokenizer."""
