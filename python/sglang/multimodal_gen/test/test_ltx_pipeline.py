@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from PIL import Image
 from torch import Tensor, nn
 
@@ -63,6 +65,8 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
 CLIP = np.random.default_rng(1).integers(0, 256, (7, 32, 64, 3), dtype=np.uint8)
 ONE_IMAGE = RequestInputs(images=(PICTURE,))
 VIDEO = RequestInputs(video=CLIP)
+ENDS = RequestInputs(images=(PICTURE,), last_image=PICTURE[::-1, ::-1])
+LAST = RequestInputs(last_image=PICTURE)
 # By checkpoint: sizes, lengths, steps, guidance, frame rates, prompt lengths and what the clip begins with.
 REQUESTS: dict[str, list[tuple[dict[str, Any], RequestInputs]]] = {
     "first": [
@@ -82,6 +86,8 @@ REQUESTS: dict[str, list[tuple[dict[str, Any], RequestInputs]]] = {
         ({"num_inference_steps": 4, "guidance_rescale": 0.5, "decode_noise_scale": 0.025}, ONE_IMAGE),
         ({"num_frames": 13, "negative_prompt": "small", "image_cond_noise_scale": 0.4}, VIDEO),
         ({"num_frames": 5, "image_cond_noise_scale": 0.0}, VIDEO),
+        ({"num_frames": 13, "guidance_rescale": 0.6, "fps": 10, "decode_timestep": 0.2}, ENDS),
+        ({"image_cond_noise_scale": 0.0, "guidance_scale": 1.0}, LAST),
     ],
 }
 CASES = [(name, number) for name, requests in REQUESTS.items() for number in range(len(requests))]
@@ -126,10 +132,10 @@ def reference(
     pipeline = cls.from_pretrained(directory, local_files_only=True, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     arguments = {key: value for key, value in values.items() if key not in ("seed", "fps")}
-    if inputs.images:
+    if cls is diffusers.LTXImageToVideoPipeline:
         arguments["image"] = Image.fromarray(inputs.images[0])
-    if inputs.video is not None:
-        arguments["video"] = [[Image.fromarray(frame) for frame in inputs.video]]
+    elif inputs is not EMPTY:
+        arguments["conditions"] = conditions(inputs, values["num_frames"])
     packed: list[Tensor] = []
 
     def keep(_: Any, step: int, timestep: Any, found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -148,7 +154,18 @@ def reference(
         ).frames[0]
     space, time = pipeline.vae_spatial_compression_ratio, pipeline.vae_temporal_compression_ratio
     grid = ((values["num_frames"] - 1) // time + 1, values["height"] // space, values["width"] // space)
-    return unpack(packed[0], grid, 1)[0], as_uint8(frames)
+    own = packed[0][:, -math.prod(grid) :]  # behind the tokens of a last picture
+    return unpack(own, grid, 1)[0], as_uint8(frames)
+
+
+def conditions(inputs: RequestInputs, num_frames: int) -> list[Any]:
+    """As diffusers is told them."""
+    found = [LTXVideoCondition(image=Image.fromarray(image)) for image in inputs.images]
+    if inputs.video is not None:
+        found.append(LTXVideoCondition(video=[Image.fromarray(frame) for frame in inputs.video]))
+    if inputs.last_image is not None:
+        found.append(LTXVideoCondition(image=Image.fromarray(inputs.last_image), frame_index=num_frames - 1))
+    return found
 
 
 @pytest.mark.parametrize(("name", "number"), CASES)
@@ -240,13 +257,13 @@ def test_a_request_goes_on_from_a_saved_state_with_the_same_bits(
     """Noise for given frames is drawn before every step, and for the decoder after the last one."""
     pipeline = pipeline_of("condition")
     changes = {"num_inference_steps": 4, "decode_noise_scale": 0.3}
-    whole, expected = run(pipeline, BASE | changes, VIDEO)
-    req = admitted(pipeline, changes, VIDEO)
+    whole, expected = run(pipeline, BASE | changes, ENDS)
+    req = admitted(pipeline, changes, ENDS)
     for phase, units in (("text_encode", 1), ("image_encode", 1), ("denoise", 2)):
         for _ in range(units):
             pipeline.run_unit(phase, [req])
     write_state(tmp_path / "state", pipeline.saved_state(req), identity=pipeline.state_identity(req))
-    again = admitted(pipeline, changes, VIDEO)
+    again = admitted(pipeline, changes, ENDS)
     pipeline.restore(again, tmp_path / "state")
     [output] = finish(pipeline, again)
     assert whole.latents is not None and again.latents is not None
@@ -257,7 +274,7 @@ def test_a_request_goes_on_from_a_saved_state_with_the_same_bits(
 def test_a_unit_that_fails_draws_nothing_twice(pipeline_of: Callable[[str], Any]) -> None:
     pipeline = pipeline_of("condition")
     changes = {"decode_noise_scale": 0.3}
-    whole, expected = run(pipeline, BASE | changes, ONE_IMAGE)
+    whole, expected = run(pipeline, BASE | changes, ENDS)
     failures = [pipeline.vae.encoder, pipeline.transformer, pipeline.transformer, pipeline.vae.decoder]
 
     def fail(module: nn.Module, _: Any) -> None:
@@ -266,7 +283,7 @@ def test_a_unit_that_fails_draws_nothing_twice(pipeline_of: Callable[[str], Any]
             raise MemoryError
 
     hooks = [module.register_forward_pre_hook(fail) for module in set(failures)]
-    req = admitted(pipeline, changes, ONE_IMAGE)
+    req = admitted(pipeline, changes, ENDS)
     outputs: list[Any] = []
     while not outputs:
         try:
@@ -335,7 +352,8 @@ def test_bf16_is_as_close_to_fp32_as_diffusers_is(
         ("image", {}, EMPTY, MissingParameter, "got nothing, accepted is one image"),
         ("first", {}, VIDEO, UnsupportedParameter, "the model works from text and one image"),
         ("first", {}, RequestInputs(images=(PICTURE, PICTURE)), TooManyImages, "got 2 images, accepted is one image"),
-        ("condition", {}, RequestInputs(last_image=PICTURE), UnsupportedParameter, "text, one image and a video"),
+        ("first", {}, LAST, UnsupportedParameter, "the model works from text and one image"),
+        ("condition", {}, RequestInputs(mask=PICTURE[..., 0]), UnsupportedParameter, "image, a last image and a video"),
         ("condition", {}, RequestInputs(images=(PICTURE,), video=CLIP), IncompatibleParameters, "got both"),
         ("first", {"num_frames": 10}, EMPTY, FramesNotSupported, "num_frames"),
         ("first", {"width": 36}, EMPTY, SizeNotDivisible, "36x32"),

@@ -37,9 +37,9 @@ from sglang.multimodal_gen.runtime.pipelines.ltx_conditioning import (
     GivenFramesStage,
     LTXAutoencoder,
     LTXClip,
+    after_step,
     decode_timestep,
     with_decode_noise,
-    with_given_frames,
 )
 from sglang.multimodal_gen.runtime.pipelines.ltx_denoiser import LTXConditionDenoiser, LTXDenoiser
 from sglang.multimodal_gen.runtime.pipelines.ltx_workloads import LTX_WORKLOADS
@@ -142,7 +142,7 @@ class LTXPipeline(ComposedPipelineBase):
                 denoiser,
                 guidance=ClassifierFreeGuidance(),
                 free_bytes=self.free_bytes,
-                constraint=with_given_frames,
+                constraint=after_step,
             ),
             *self.decoding_stages(autoencoder),
         ]
@@ -273,12 +273,12 @@ class LTXImageToVideoPipeline(LTXPipeline):
 
 
 class LTXConditionPipeline(LTXPipeline):
-    """Releases from 0.9.5 on: the clip may also go on from a video, and its beginning is made a little noisy.
+    """Releases from 0.9.5 on: the clip may also go on from a video, and end with a picture.
 
-    Pictures and videos at later frames are not implemented.
+    What is given gets some noise. Pictures and videos at other frames are not implemented.
     """
 
-    inputs: ClassVar[InputLimits] = InputLimits(max_images=1, takes_video=True)
+    inputs: ClassVar[InputLimits] = InputLimits(max_images=1, takes_last_image=True, takes_video=True)
     denoiser_class: ClassVar[type[LTXDenoiser]] = LTXConditionDenoiser
     masks_text: ClassVar[bool] = True
 

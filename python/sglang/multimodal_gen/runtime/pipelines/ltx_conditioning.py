@@ -2,6 +2,9 @@
 
 Source: arXiv:2501.00103, https://github.com/Lightricks/LTX-Video
 
+A picture that the clip ends with stands before all others as a frame of its own while the transformer works, with the
+position of the last; so what is given always comes first.
+
 Shapes: C latent channels, T, h, w latent frames, height, width, t given latent frames.
 """
 
@@ -11,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,9 +29,9 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.latent_preparation import request_generator
 
 GIVEN = "given_frames"
-"""Latents [C, t, h, w] fp32 of what the clip begins with."""
+"""Latents [C, t, h, w] fp32 of a last picture, if there is one, and of what the clip begins with."""
 HELD = "held_frames"
-"""The same as the present step has them, where noise is added to them."""
+"""The same as the present step has them, with noise in them."""
 _HELD_AT = "held_at"
 _DECODE_NOISE = "decode_noise"
 
@@ -78,7 +82,9 @@ class LTXAutoencoder(LibraryAutoencoder):
 
 
 class GivenFramesStage(Stage):
-    """Encodes the picture, or the beginning of a video, that a clip begins with: a sample of what it encodes to.
+    """Encodes the picture, or the beginning of a video, that a clip begins with, and the picture that it ends with.
+
+    What counts is a sample of what they encode to.
 
     Whether the noise or this sample is drawn first is the stages' order, which is a part of what a seed means.
     """
@@ -107,7 +113,7 @@ class GivenFramesStage(Stage):
 
     def phase(self, req: Req) -> Phase | None:
         """One unit; None for a clip from a text alone."""
-        num_frames = self.num_frames(req)
+        num_frames = max(self.num_frames(req), num_leading_frames(req))
         if num_frames == 0:
             return None
         height, width = req.params.height, req.params.width
@@ -122,7 +128,7 @@ class GivenFramesStage(Stage):
         )
 
     def num_frames(self, req: Req) -> int:
-        """Frames that are given: of a video as many as fit and make whole latent frames."""
+        """Frames that the clip begins with: of a video as many as fit and make whole latent frames."""
         if req.inputs.video is None:
             return len(req.inputs.images)
         assert req.params.num_frames is not None, "checked by the stages before"
@@ -137,28 +143,38 @@ class GivenFramesStage(Stage):
         return []
 
     def _encoded(self, req: Req) -> tuple[Tensor, torch.Generator]:
-        """Latents [C, t, h, w], and the generator after the draw; the request's own stays as it is."""
+        """Latents [C, t, h, w], and the generator after the draws; the request's own stays as it is."""
         generator = torch.Generator("cpu")
         generator.set_state((req.generator or request_generator(req)).get_state())
-        return self.autoencoder.to_latents(self._video(req), generator=generator)[0], generator
+        parts: list[Tensor] = []
+        if self.num_frames(req):
+            frames = req.inputs.images if req.inputs.video is None else req.inputs.video[: self.num_frames(req)]
+            parts.append(self._sample(list(frames), req, generator))
+        if req.inputs.last_image is not None:
+            parts.insert(0, self._sample([req.inputs.last_image], req, generator))
+            # Noise that a weaker last picture would be mixed with; at full strength only the draw is left of it.
+            torch.randn((1, *parts[0].shape), generator=generator)
+        return torch.cat(parts, dim=1), generator
 
-    def _video(self, req: Req) -> Tensor:
-        """[1, 3, T, H, W] in [-1, 1]."""
+    def _sample(self, frames: list[np.ndarray], req: Req, generator: torch.Generator) -> Tensor:
+        """T pictures uint8 [H, W, 3] -> latents [C, t, h, w]."""
         width, height = req.params.width, req.params.height
         assert width is not None and height is not None, "checked by the stages before"
-        frames = req.inputs.images if req.inputs.video is None else req.inputs.video[: self.num_frames(req)]
-        return clip_of(list(frames), height, width)
+        return self.autoencoder.to_latents(clip_of(frames, height, width), generator=generator)[0]
 
 
 class FirstFramesStage(Stage):
-    """Puts the given frames in the place of their noise."""
+    """Puts the given frames in the place of their noise, and a last picture before all."""
 
     name: str = "first_frames"
     reads: ClassVar[tuple[str, ...]] = ("conditioning", "latents")
     writes: ClassVar[tuple[str, ...]] = ("latents",)
 
     def begin(self, req: Req) -> None:
-        assert req.latents is not None, "drawn by the stages before"
+        assert req.latents is not None and req.latent_shape is not None, "drawn by the stages before"
+        if req.latents.shape[1] == req.latent_shape[1]:
+            leading = req.latents[:, : num_leading_frames(req)]  # replaced right away
+            req.latents = torch.cat((leading, req.latents), dim=1)
         req.latents = with_given_frames(req, req.latents)
 
 
@@ -198,10 +214,22 @@ def num_given_frames(req: Req) -> int:
     return req.conditioning[GIVEN].shape[1] if GIVEN in req.conditioning else 0
 
 
+def num_leading_frames(req: Req) -> int:
+    """Latent frames that stand before the clip's own: one where a last picture is given."""
+    return int(req.inputs.last_image is not None)
+
+
 def with_given_frames(req: Req, latents: Tensor) -> Tensor:
     """Latents [C, T, h, w] whose first frames are the given ones."""
     given = req.conditioning.get(HELD, req.conditioning.get(GIVEN))
     return latents if given is None else torch.cat((given, latents[:, given.shape[1] :]), dim=1)
+
+
+def after_step(req: Req, latents: Tensor) -> Tensor:
+    """The same after a step; after the last one without what stands before the clip."""
+    assert req.sampler_state is not None, "prepared at admission"
+    latents = with_given_frames(req, latents)
+    return latents[:, num_leading_frames(req) :] if req.sampler_state.finished else latents
 
 
 def add_noise_to_given_frames(req: Req) -> None:

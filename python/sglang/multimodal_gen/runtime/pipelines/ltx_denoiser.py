@@ -5,16 +5,21 @@ Source: arXiv:2501.00103, https://github.com/Lightricks/LTX-Video
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sglang.multimodal_gen.runtime.layers.rotary import fractional_rotary_table, grid_positions
 from sglang.multimodal_gen.runtime.models.dits.ltx import LTXVideoTransformer3DModel
-from sglang.multimodal_gen.runtime.pipelines.ltx_conditioning import add_noise_to_given_frames, num_given_frames
+from sglang.multimodal_gen.runtime.pipelines.ltx_conditioning import (
+    add_noise_to_given_frames,
+    num_given_frames,
+    num_leading_frames,
+)
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row, pack, unpack
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 
@@ -43,7 +48,12 @@ class LTXDenoiser(Denoiser):
 
     def batch_key(self, req: Req) -> str:
         """The frame rate is where frames stand in time; texts may differ in length."""
-        return f"fps{req.params.fps}"
+        return f"fps{req.params.fps}:leading{num_leading_frames(req)}"
+
+    def num_tokens(self, req: Req) -> int:
+        """See Denoiser; a last picture has tokens of its own."""
+        assert req.latent_shape is not None, "planned by the stages before"
+        return super().num_tokens(req) + num_leading_frames(req) * math.prod(req.latent_shape[2:])
 
     def frame_timesteps(self, rows: Sequence[Row], num_frames: int) -> Tensor:
         """[B] where all frames are noise, else [B, T] with 0 for given frames."""
@@ -61,9 +71,13 @@ class LTXDenoiser(Denoiser):
         config, geometry = self.transformer.config, self.geometry
         strides = (geometry.temporal_ratio, geometry.spatial_ratio, geometry.spatial_ratio)
         positions = causal_positions if self.counts_causally else latent_positions
-        return clip_rotary_table(
-            positions, grid, strides, req.params.fps, config.hidden_size, config.num_attention_heads, self.device
-        )
+        clip = ClipGrid(grid, strides, req.params.fps, self.leading(req))
+        return clip_rotary_table(positions, clip, config.hidden_size, config.num_attention_heads, self.device)
+
+    def leading(self, req: Req) -> tuple[int, ...]:
+        """The numbers of the frames that stand before the clip's own."""
+        assert req.params.num_frames is not None, "checked at admission"
+        return (req.params.num_frames - 1,) * num_leading_frames(req)
 
 
 class LTXConditionDenoiser(LTXDenoiser):
@@ -78,34 +92,43 @@ class LTXConditionDenoiser(LTXDenoiser):
         return super().predict(rows)
 
 
-def latent_positions(grid: tuple[int, int, int], strides: tuple[int, int, int], fps: int) -> Positions:
+class ClipGrid(NamedTuple):
+    """Latent cells along time, height and width, how many frames and pixels one has on each axis, and the frame rate.
+
+    `leading`: of the latent frames, the first ones are these frames of the clip; the others count from 0.
+    """
+
+    grid: tuple[int, int, int]
+    strides: tuple[int, int, int]
+    fps: int
+    leading: tuple[int, ...] = ()
+
+
+def latent_positions(clip: ClipGrid) -> Positions:
     """Those of latent cells, where all frames are equally far apart."""
-    scales = (strides[0] / fps, *strides[1:])
-    return [axis.float() * scale for axis, scale in zip(grid_positions(*grid).unbind(-1), scales, strict=True)]
+    assert not clip.leading, "such models take no picture but the first"
+    scales = (clip.strides[0] / clip.fps, *clip.strides[1:])
+    return [axis.float() * scale for axis, scale in zip(grid_positions(*clip.grid).unbind(-1), scales, strict=True)]
 
 
-def causal_positions(grid: tuple[int, int, int], strides: tuple[int, int, int], fps: int) -> Positions:
+def causal_positions(clip: ClipGrid) -> Positions:
     """The same, where the first latent frame holds one frame only and so comes right before the second's first."""
-    frames, rows, columns = grid_positions(*grid).unbind(-1)
-    first_frames = (frames * strides[0] + 1 - strides[0]).clamp(min=0)
-    return [first_frames.float() * (1.0 / fps), (rows * strides[1]).float(), (columns * strides[2]).float()]
+    cells, rows, columns = grid_positions(*clip.grid).unbind(-1)
+    own = torch.arange(clip.grid[0] - len(clip.leading))
+    first_frames = (own * clip.strides[0] + 1 - clip.strides[0]).clamp(min=0)
+    frames = torch.cat((torch.tensor(clip.leading, dtype=own.dtype), first_frames))[cells]
+    return [frames.float() * (1.0 / clip.fps), (rows * clip.strides[1]).float(), (columns * clip.strides[2]).float()]
 
 
 # A clip of 121 frames at 704x1216 takes 219 MB with the 13B model's width; two shapes are alive at a time.
 @lru_cache(maxsize=2)
 def clip_rotary_table(
-    positions: Callable[[tuple[int, int, int], tuple[int, int, int], int], Positions],
-    grid: tuple[int, int, int],
-    strides: tuple[int, int, int],
-    fps: int,
-    hidden_size: int,
-    num_heads: int,
-    device: torch.device,
+    positions: Callable[[ClipGrid], Positions], clip: ClipGrid, hidden_size: int, num_heads: int, device: torch.device
 ) -> Tensor:
-    """Table [1, S, N, E/2, 2] of a clip of (frames, height, width) latent cells, made on the CPU."""
+    """Table [1, S, N, E/2, 2] of a clip, made on the CPU."""
     # A table made under inference mode could never again take part in training.
     with torch.inference_mode(False):
-        return table_of(positions(grid, strides, fps), hidden_size, num_heads).to(device)
+        return table_of(positions(clip), hidden_size, num_heads).to(device)
 
 
 def table_of(positions: Positions, hidden_size: int, num_heads: int) -> Tensor:

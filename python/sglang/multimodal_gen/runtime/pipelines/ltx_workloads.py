@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.ltx import LTXVideoTransformerConfig
-from sglang.multimodal_gen.runtime.pipelines.ltx_denoiser import causal_positions, table_of
+from sglang.multimodal_gen.runtime.pipelines.ltx_denoiser import ClipGrid, causal_positions, table_of
 from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, Inputs, Workload, WorkSize
 
 _MIDDLE_TIMESTEP = 500.0
@@ -26,7 +26,7 @@ class LTXDenoising(Workload):
         channels, frames, height, width = size.latent_shape
         stride = size.height // height
         strides = (max(1, (size.num_frames - 1) // max(1, frames - 1)), stride, stride)
-        positions = causal_positions((frames, height, width), strides, _FPS)
+        positions = causal_positions(ClipGrid((frames, height, width), strides, _FPS))
         table = table_of(positions, config.hidden_size, config.num_attention_heads)
         return (
             draw.normal(size.batch_size, frames * height * width, channels),
