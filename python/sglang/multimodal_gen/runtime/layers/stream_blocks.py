@@ -17,15 +17,15 @@ from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.joint_attention import JointAttention, SelfAttention
 from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
 from sglang.multimodal_gen.runtime.layers.mlp import FeedForward
-from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormZero, Modulation
+from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormZero, Modulation, PartedModulation
 
 
 class Stream(NamedTuple):
     """One stream in a dual-stream block: tokens [B, S, D], the modulations of attention and MLP, and the MLP."""
 
     hidden_states: Tensor
-    attn_mod: Modulation
-    mlp_mod: Modulation
+    attn_mod: Modulation | PartedModulation
+    mlp_mod: Modulation | PartedModulation
     mlp: nn.Module
 
     def after_attention(self, update: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Text padding: left away where models do not attend to it, computed once where they were trained to.
+"""Padding of text: left out by a mask, or folded into one token where models were trained to attend to it.
 
-Padding tokens are all alike, so their keys and values are too, and n equal keys take n times the share of one:
+Folding: padding tokens are all alike, so their keys and values are too, and n equal keys take n times the share of one:
 softmax sees that as one key whose score is larger by log n. Exact but for rounding.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -29,13 +30,24 @@ def fold_padding(text: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     return text[:, :kept], mask.to(text.device)
 
 
-def drop_padding(text: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """[B, L, D], where row b's tokens from `lengths[b]` on are nothing to attend to -> as few as hold all, and a mask.
+@lru_cache(maxsize=32)
+def text_mask(
+    lengths: tuple[int, ...], num_text_tokens: int, num_image_tokens: int, device: torch.device
+) -> Tensor | None:
+    """Mask [B, 1, 1, L + S] of text and then image tokens, False at padding: text tokens from `lengths[b]` on.
 
-    The mask [B, 1, 1, l] is True at a row's own tokens, and None where all rows are equally long.
+    None when no row is padded, because kernels without a mask are faster.
     """
+    if min(lengths) == num_text_tokens:
+        return None
+    # A mask made under inference mode could never again take part in training.
+    with torch.inference_mode(False):
+        positions = torch.arange(num_text_tokens + num_image_tokens, device="cpu")
+        padded = (positions >= torch.tensor(lengths).unsqueeze(-1)) & (positions < num_text_tokens)
+        return ~padded[:, None, None].to(device)
+
+
+def drop_padding(text: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """[B, L, D], padding from `lengths[b]` on in row b -> as few tokens as hold all others, and their `text_mask`."""
     longest = max(lengths)
-    if min(lengths) == longest:
-        return text[:, :longest], None
-    mask = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
-    return text[:, :longest], mask[:, None, None].to(text.device)
+    return text[:, :longest], text_mask(tuple(lengths), longest, 0, text.device)
