@@ -18,7 +18,7 @@ from typing import Any
 
 from sglang.multimodal_gen.configs.declare import hint
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
-from sglang.multimodal_gen.configs.pipeline_configs import flux, ltx, qwen_image, wan
+from sglang.multimodal_gen.configs.pipeline_configs import flux, hunyuan_video, ltx, qwen_image, wan
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import (
@@ -80,6 +80,7 @@ _BUILTIN: tuple[ModelEntry, ...] = (
     *flux.ENTRIES,
     *ltx.ENTRIES,
     *qwen_image.ENTRIES,
+    *hunyuan_video.ENTRIES,
     _NULL,
 )
 _FALLBACK = ModelEntry(

@@ -130,7 +130,7 @@ def reference(
     values: dict[str, Any],
     images: tuple[np.ndarray, ...],
     *,
-    spatial_positions: bool = True,
+    spatial_positions: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, np.ndarray]:
     """diffusers' final latents [C, 1, H, W] and frames [1, H, W, 3] of the same request.
@@ -165,18 +165,18 @@ def sized(pipeline: Any, values: dict[str, Any], images: tuple[np.ndarray, ...])
     return {"width": width, "height": height} | values
 
 
-def test_without_spatial_positions_the_result_is_that_of_diffusers_as_it_is(
+def test_with_spatial_positions_the_result_is_that_of_diffusers_when_it_tells_them(
     checkpoint: Callable[[str], Path], pipeline_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = (TALL, SQUARE)
     values = BASE | {"width": 48, "height": 48}
-    spatial, _ = run(pipeline_of("edit_plus"), values, RequestInputs(images=images))
-    assert spatial.latents is not None
-    rules = replace(QwenImageEditPlusPipeline.rules, spatial_positions=False)
+    usual, _ = run(pipeline_of("edit_plus"), values, RequestInputs(images=images))
+    assert usual.latents is not None
+    rules = replace(QwenImageEditPlusPipeline.rules, spatial_positions=True)
     monkeypatch.setattr(QwenImageEditPlusPipeline, "rules", rules)
     found = run(load(checkpoint("edit_plus")), values, RequestInputs(images=images))
-    assert_same(found, *reference("edit_plus", values, images, spatial_positions=False))
-    assert relative_error(found[0].latents, spatial.latents) > 1e-3, "positions must matter"
+    assert_same(found, *reference("edit_plus", values, images, spatial_positions=True))
+    assert relative_error(found[0].latents, usual.latents) > 1e-3, "positions must matter"
 
 
 def test_unequal_requests_share_forwards_and_stay_as_they_are(pipeline_of: Callable[[str], Any]) -> None:
@@ -243,7 +243,7 @@ def test_published_releases_look_at_pictures_as_diffusers_does() -> None:
     assert SEVERAL_PICTURES.latents.area == pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE
     assert SEVERAL_PICTURES.latents.source == "last"
     assert (SEVERAL_PICTURES.label, SEVERAL_PICTURES.max_images) == ("Picture {}: ", 3)
-    assert ONE_PICTURE.spatial_positions and SEVERAL_PICTURES.spatial_positions, "as the text encoder was trained"
+    assert not ONE_PICTURE.spatial_positions and not SEVERAL_PICTURES.spatial_positions
 
 
 @pytest.mark.parametrize(

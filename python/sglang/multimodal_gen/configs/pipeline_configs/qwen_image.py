@@ -17,7 +17,7 @@ _NEGATIVE_2512 = (
 )
 
 QWEN_IMAGE = PipelineConfig(
-    tasks=("T2I",),
+    tasks=("T2I", "I2I"),
     defaults=SamplingParams(
         width=1024,
         height=1024,
@@ -32,7 +32,7 @@ QWEN_IMAGE = PipelineConfig(
 )
 
 QWEN_IMAGE_2512 = PipelineConfig(
-    tasks=("T2I",),
+    tasks=("T2I", "I2I"),
     defaults=SamplingParams(
         width=1024,
         height=1024,

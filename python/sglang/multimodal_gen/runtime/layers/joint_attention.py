@@ -17,7 +17,7 @@ from sglang.multimodal_gen.runtime.layers.rotary import apply_rotary_emb
 
 
 class SelfAttention(nn.Module):
-    """Every token attends to every other; queries and keys are normed by head and rotated.
+    """Every token attends to every other; queries and keys are normed by head (`qk_norm`) and rotated.
 
     With `projects_out=False` the heads come back side by side, for blocks with an output projection of their own. With
     `mask=True` calls may have a mask; those without one are served by kernels that could not take it.
@@ -32,6 +32,7 @@ class SelfAttention(nn.Module):
         *,
         eps: float = 1e-6,
         bias: bool = True,
+        qk_norm: bool = True,
         projects_out: bool = True,
         mask: bool = False,
     ) -> None:
@@ -42,8 +43,8 @@ class SelfAttention(nn.Module):
         self.to_q = ColumnParallelLinear(hidden_size, inner, bias=bias, axis=axis)
         self.to_k = ColumnParallelLinear(hidden_size, inner, bias=bias, axis=axis)
         self.to_v = ColumnParallelLinear(hidden_size, inner, bias=bias, axis=axis)
-        self.norm_q = RMSNorm(head_dim, eps)
-        self.norm_k = RMSNorm(head_dim, eps)
+        self.norm_q = RMSNorm(head_dim, eps) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(head_dim, eps) if qk_norm else nn.Identity()
         if projects_out:
             self.to_out = nn.ModuleList([RowParallelLinear(inner, hidden_size, bias=bias, axis=axis)])
         self.attention = context.self_attention.build(head_dim)

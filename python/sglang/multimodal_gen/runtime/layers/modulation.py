@@ -34,6 +34,14 @@ class Modulation(NamedTuple):
         return torch.addcmul(residual.float(), update.float(), self.gate).to(residual.dtype)
 
 
+class PartedEmbedding(NamedTuple):
+    """An embedding [B, D] for the first `size` tokens and one for those behind them."""
+
+    first: Tensor
+    second: Tensor
+    size: int
+
+
 class PartedModulation(NamedTuple):
     """A modulation for the first `size` tokens and one for those behind them.
 
@@ -92,8 +100,14 @@ class AdaLayerNormZero(nn.Module):
         self.num_modulations = num_modulations
         self.linear = ReplicatedLinear(hidden_size, 3 * num_modulations * hidden_size)
 
-    def forward(self, temb: Tensor) -> tuple[Modulation, ...]:
-        """The embedding [B, D], or [B, S, D] per token -> as many modulations as sub-layers, in fp32."""
+    def forward(self, temb: Tensor | PartedEmbedding) -> tuple[Modulation | PartedModulation, ...]:
+        """[B, D], or [B, S, D] per token, or one for each of two parts -> a modulation per sub-layer, in fp32."""
+        if isinstance(temb, PartedEmbedding):
+            pairs = zip(self._modulations(temb.first), self._modulations(temb.second), strict=True)
+            return tuple(PartedModulation(*pair, temb.size) for pair in pairs)
+        return self._modulations(temb)
+
+    def _modulations(self, temb: Tensor) -> tuple[Modulation, ...]:
         return modulations_of(self.linear(F.silu(temb)), self.num_modulations)
 
 

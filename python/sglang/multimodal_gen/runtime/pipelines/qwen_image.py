@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sglang.multimodal_gen.configs.model_info import TaskLimits
+from sglang.multimodal_gen.configs.model_info import InputLimits, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.qwen_image import QwenImageTransformerConfig
 from sglang.multimodal_gen.configs.models.vaes.qwen_image import QwenImageVAEConfig
@@ -39,6 +39,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.decoding import DecodingStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import DenoisingStage
+from sglang.multimodal_gen.runtime.pipelines_core.stages.initial_image import InitialImageStage, hold_outside_mask
 from sglang.multimodal_gen.runtime.pipelines_core.stages.latent_preparation import LatentPreparationStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding import TextEncodingStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.timestep_preparation import TimestepPreparationStage
@@ -162,8 +163,14 @@ class QwenImagePipeline(ComposedPipelineBase):
             TextEncodingStage(self.prompt_encoder(), guidance=guidance, cache=self.conditioning_cache),
             *self.picture_stages(),
             LatentPreparationStage(geometry, self.device),
-            TimestepPreparationStage(self.scheduler, spacing=spaced_to_last, num_tokens=denoiser.output_tokens),
-            DenoisingStage(denoiser, guidance=guidance, free_bytes=self.free_bytes),
+            TimestepPreparationStage(
+                self.scheduler,
+                schedulers=self.config.schedulers,
+                default=self.defaults.scheduler,
+                spacing=spaced_to_last,
+                num_tokens=denoiser.output_tokens,
+            ),
+            DenoisingStage(denoiser, guidance=guidance, free_bytes=self.free_bytes, constraint=hold_outside_mask),
             DecodingStage(
                 self.vae,
                 geometry=geometry,
@@ -180,8 +187,10 @@ class QwenImagePipeline(ComposedPipelineBase):
         )
 
     def picture_stages(self) -> list[Stage]:
-        """What encodes the pictures that the image is made from."""
-        return []
+        """What encodes the picture that the image starts from, or those that it is made from."""
+        weight = self.vae.quant_conv.weight
+        memory = self.decoder_memory_of({"vae": self.vae.config}, weight.element_size())
+        return [InitialImageStage(self.vae, memory=memory, device=self.device, dtype=weight.dtype, samples=True)]
 
     def picture_shapes(self, req: Req) -> ImageShapes:
         """Tokens of those pictures."""
@@ -237,7 +246,10 @@ class QwenImagePipeline(ComposedPipelineBase):
         )
 
     def limits(self) -> TaskLimits:
-        return self.geometry().limits(max_sequence_length=self.config.max_sequence_length)
+        return self.geometry().limits(
+            max_sequence_length=self.config.max_sequence_length,
+            inputs=InputLimits(max_images=1, takes_mask=True, takes_strength=True),
+        )
 
     @classmethod
     def decoder_memory_of(cls, configs: Mapping[str, ModelConfig], element_size: int) -> DecoderMemory:

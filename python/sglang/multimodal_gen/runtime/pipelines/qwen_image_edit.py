@@ -39,16 +39,16 @@ class EditingRules:
     """How a release looks at pictures.
 
     `shown`: the size in which the text encoder sees them. `latents`: the size in which they become latents, and that of
-    a result for which none is asked. `spatial_positions` False: the text encoder is told nothing of a picture's rows
-    and columns, as diffusers 0.42 does with transformers 5
-    (https://github.com/huggingface/diffusers/issues/14194).
+    a result for which none is asked. `spatial_positions`: whether the text encoder is told a picture's rows and
+    columns. It was trained with them, but diffusers 0.42 with transformers 5, which results are to equal, does not
+    (https://github.com/huggingface/diffusers/issues/14194); decision 0008.
     """
 
     max_images: int
     label: str
     shown: SizeFromImage
     latents: SizeFromImage
-    spatial_positions: bool = True
+    spatial_positions: bool = False
 
 
 ONE_PICTURE = EditingRules(

@@ -96,7 +96,7 @@ class QwenPicturePrompts(QwenPrompts):
     """Prompts that show pictures before the text. See PromptEncoder.
 
     `label` comes before each picture, with its number; `shown` is the size in which it is shown. With
-    `spatial_positions` a picture's tokens have rows and columns, as the encoder was trained.
+    `spatial_positions` a picture's tokens have rows and columns.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class QwenPicturePrompts(QwenPrompts):
         shown: SizeFromImage,
         max_sequence_length: int,
         dtype: torch.dtype,
-        spatial_positions: bool = True,
+        spatial_positions: bool,
     ) -> None:
         """`text_encoder` is transformers' Qwen2_5_VLModel, `processor` its image processor."""
         super().__init__(tokenizer, text_encoder, max_sequence_length=max_sequence_length, dtype=dtype)

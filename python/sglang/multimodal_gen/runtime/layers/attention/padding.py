@@ -1,4 +1,4 @@
-"""Padding of text: left out by a mask, or folded into one token where models were trained to attend to it.
+"""Padding of text: left out, alone or by a mask, or folded into one token where models were trained to attend to it.
 
 Folding: padding tokens are all alike, so their keys and values are too, and n equal keys take n times the share of one:
 softmax sees that as one key whose score is larger by log n. Exact but for rounding.
@@ -12,6 +12,16 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+
+def trim_padding(text: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """[B, L, D], where nothing attends to row b's tokens from `lengths[b]` on -> as many as the longest row has.
+
+    The mask [B, 1, 1, l] is True at the tokens that count; None where every row has as many.
+    """
+    assert len(lengths) == text.shape[0] and min(lengths) > 0, "each row has a length, and a token to attend to"
+    kept = min(max(lengths), text.shape[1])
+    return text[:, :kept], text_mask(tuple(lengths), kept, 0, text.device)
 
 
 def fold_padding(text: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
