@@ -113,6 +113,7 @@ class LTXPrompts:
 class LTXPipeline(ComposedPipelineBase):
     """Text to video; with a picture, which becomes the first frame, image to video."""
 
+    own_parameters: ClassVar[frozenset[str]] = frozenset({"decode_timestep", "decode_noise_scale"})
     components: ClassVar[Mapping[str, ComponentLoader]] = {
         "tokenizer": Tokenizer(),
         "text_encoder": transformers_module("T5EncoderModel"),
@@ -277,6 +278,10 @@ class LTXConditionPipeline(LTXPipeline):
 
     What is given gets some noise. Pictures and videos at other frames are not implemented.
     """
+
+    own_parameters: ClassVar[frozenset[str]] = frozenset(
+        {"decode_timestep", "decode_noise_scale", "image_cond_noise_scale"}
+    )
 
     inputs: ClassVar[InputLimits] = InputLimits(max_images=1, takes_last_image=True, takes_video=True)
     denoiser_class: ClassVar[type[LTXDenoiser]] = LTXConditionDenoiser
