@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sglang.multimodal_gen.configs.declare import hint
+from sglang.multimodal_gen.configs.model_entry import ModelEntry
+from sglang.multimodal_gen.configs.pipeline_configs import flux, wan
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import (
@@ -40,23 +42,6 @@ _REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelEntry:
-    """One model, or one family of models that share defaults.
-
-    `pipeline` and `config` are "module:Name" strings; `config` names a PipelineConfig or a class that makes one.
-    `pipeline_class_names` are the `_class_name`s of `model_index.json` that the pipeline loads. A family with
-    `needs_checkpoint=False` is found by its `hub_ids` alone and gets no directory.
-    """
-
-    name: str
-    pipeline: str
-    config: str
-    pipeline_class_names: tuple[str, ...] = ()
-    hub_ids: tuple[str, ...] = ()
-    needs_checkpoint: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
 class ResolvedModel:
     """What a model path means.
 
@@ -77,34 +62,18 @@ class ResolvedModel:
         return self.local_path is None and (self.entry is None or self.entry.needs_checkpoint)
 
 
-_WAN = "sglang.multimodal_gen.runtime.pipelines.wan:WanPipeline"
-_WAN_CONFIGS = "sglang.multimodal_gen.configs.pipeline_configs.wan"
-# The first entry of a pipeline class is the one for checkpoints that no other entry names.
-_BUILTIN = (
-    ModelEntry(
-        name="wan2.1-t2v", pipeline=_WAN, config=f"{_WAN_CONFIGS}:WAN21_T2V", pipeline_class_names=("WanPipeline",)
-    ),
-    ModelEntry(
-        name="wan2.1-t2v-1.3b",
-        pipeline=_WAN,
-        config=f"{_WAN_CONFIGS}:WAN21_T2V_1_3B",
-        pipeline_class_names=("WanPipeline",),
-        hub_ids=("Wan-AI/Wan2.1-T2V-1.3B-Diffusers",),
-    ),
-    ModelEntry(
-        name="wan2.1-t2v-14b",
-        pipeline=_WAN,
-        config=f"{_WAN_CONFIGS}:WAN21_T2V_14B",
-        pipeline_class_names=("WanPipeline",),
-        hub_ids=("Wan-AI/Wan2.1-T2V-14B-Diffusers",),
-    ),
-    ModelEntry(
-        name="null",
-        pipeline="sglang.multimodal_gen.runtime.pipelines.null:NullPipeline",
-        config="sglang.multimodal_gen.configs.pipeline_configs.null:NULL",
-        hub_ids=(NULL_MODEL,),
-        needs_checkpoint=False,
-    ),
+_NULL = ModelEntry(
+    name="null",
+    pipeline="sglang.multimodal_gen.runtime.pipelines.null:NullPipeline",
+    config="sglang.multimodal_gen.configs.pipeline_configs.null:NULL",
+    hub_ids=(NULL_MODEL,),
+    needs_checkpoint=False,
+)
+# One line for each family. The first entry of a pipeline class is the one for checkpoints that no other entry names.
+_BUILTIN: tuple[ModelEntry, ...] = (
+    *wan.ENTRIES,
+    *flux.ENTRIES,
+    _NULL,
 )
 _added: dict[str, ModelEntry] = {}
 
@@ -115,7 +84,9 @@ def register_configs(
     pipeline: str,
     config: str,
     pipeline_class_names: Iterable[str] = (),
+    requires: Iterable[str] = (),
     hub_ids: Iterable[str] = (),
+    licence: str = "",
     needs_checkpoint: bool = True,
 ) -> ModelEntry:
     """Add a model at run time; the arguments are ModelEntry's. The same name again replaces the earlier entry.
@@ -128,7 +99,9 @@ def register_configs(
         pipeline=pipeline,
         config=config,
         pipeline_class_names=tuple(pipeline_class_names),
+        requires=tuple(requires),
         hub_ids=tuple(hub_ids),
+        licence=licence,
         needs_checkpoint=needs_checkpoint,
     )
     for field in ("pipeline", "config"):
@@ -182,7 +155,7 @@ def get_model_info(model_path: str, *, model_id: str | None = None) -> ResolvedM
         reason = "does not exist" if path is None else "is a file"
         raise NotAModel(
             f"model_path: {shown(model_path)} {reason}; accepted are a diffusers directory with {MODEL_INDEX}, "
-            f"a hub id such as {_BUILTIN[1].hub_ids[0]}, or {EMBEDDED_MODEL}",
+            f"a hub id such as {wan.ENTRIES[1].hub_ids[0]}, or {EMBEDDED_MODEL}",
             param="model_path",
         )
     named = _named_by(model_id or model_path)
@@ -257,8 +230,10 @@ def _existing(model_path: str) -> Path | None:
 
 
 def _of_directory(directory: Path, *, name: str, model_id: str | None) -> ResolvedModel:
-    class_name = read_model_index(directory).get("_class_name")
+    index = read_model_index(directory)
+    class_name = index.get("_class_name")
     candidates = [e for e in entries() if e.needs_checkpoint and class_name in e.pipeline_class_names]
+    candidates = [e for e in candidates if all(_is_set(index.get(key)) for key in e.requires)]
     if not candidates:
         supported = sorted({c for e in entries() for c in e.pipeline_class_names})
         raise UnsupportedModel(
@@ -266,7 +241,8 @@ def _of_directory(directory: Path, *, name: str, model_id: str | None) -> Resolv
             + hint(str(class_name), supported),
             param="model_path",
         )
-    entry = _most_specific(candidates, model_id, directory)
+    most = max(len(entry.requires) for entry in candidates)
+    entry = _most_specific([e for e in candidates if len(e.requires) == most], model_id, directory)
     own = _checkpoint_defaults(directory)
     return ResolvedModel(
         name=name,
@@ -276,6 +252,11 @@ def _of_directory(directory: Path, *, name: str, model_id: str | None) -> Resolv
         defaults=own.filled_from(load_config(entry).defaults),
         model_id=model_id,
     )
+
+
+def _is_set(value: Any) -> bool:
+    """Whether a line of `model_index.json` says more than that there is none."""
+    return value not in (None, False, [None, None])
 
 
 def _most_specific(candidates: list[ModelEntry], model_id: str | None, directory: Path) -> ModelEntry:

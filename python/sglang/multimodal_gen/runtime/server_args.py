@@ -113,6 +113,13 @@ class ExecutionArgs:
         help="One request per forward, so that results are equal to the byte whatever else runs.",
         group="execution",
     )
+    conditioning_cache_mib: int = arg(
+        256,
+        help="Memory for the embeddings of texts and pictures seen before, in MiB; 0 keeps none.",
+        group="execution",
+        minimum=0,
+        maximum=1 << 20,
+    )
     max_batch_size: int = arg(8, help="Most requests that share a forward.", group="execution", minimum=1, maximum=64)
     max_queued_requests: int = arg(
         1024, help="Requests waiting before new ones are refused.", group="execution", minimum=1, maximum=1_000_000

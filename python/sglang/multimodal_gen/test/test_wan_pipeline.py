@@ -288,10 +288,15 @@ def test_decoding_in_chunks_gives_the_same_frames(
 class FailsOnce(nn.Module):
     """Wraps a model whose call number `failing` raises after the work is done, as memory runs out."""
 
+    decodes_whole_clips = False
+
     def __init__(self, inner: Any, failing: int) -> None:
         super().__init__()
         self.inner = inner
         self.calls_left = failing
+
+    def new_state(self, tiling: Any, *, carry: bool) -> Any:
+        return self.inner.new_state(tiling, carry=carry)
 
     def denormalise(self, latents: Tensor) -> Tensor:
         return self.inner.denormalise(latents)
@@ -341,7 +346,8 @@ def test_failed_step_leaves_every_request_where_it_was(pipeline: WanPipeline, pl
     before = [(req.latents, state_of(req)) for req in reqs]
     if place == "transformer":
         reqs[1].max_forward_rows = 1
-        stage = stage_with(stage, transformer=FailsOnce(pipeline.transformer, failing=4))
+        failing = FailsOnce(pipeline.transformer, failing=4)
+        stage = stage_with(stage, denoiser=stage_with(stage.denoiser, transformer=failing))
     else:
         reqs[2].sampler = OutOfMemorySampler()  # type: ignore[assignment]
     with pytest.raises(MemoryError):
@@ -376,8 +382,8 @@ def test_cut_prompt_is_noted(pipeline: WanPipeline) -> None:
 
 def test_negative_prompt_costs_nothing_without_guidance(pipeline: WanPipeline) -> None:
     req, _ = run(pipeline, SamplingParams.from_values(BASE | {"guidance_scale": 1.0}))
-    assert req.negative_prompt_tokens is None
-    assert req.negative_prompt_embeds is None
+    assert req.negative_prompt is None
+    assert req.negative_text is None
 
 
 def test_seed_left_open_is_drawn_and_kept_in_the_parameters(pipeline: WanPipeline) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sglang.multimodal_gen.configs.model_entry import ModelEntry
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 
@@ -67,4 +68,32 @@ WAN21_T2V = PipelineConfig(
     max_pixels=_MAX_PIXELS,
     max_frames=_MAX_FRAMES,
     fp32_components=("vae",),
+)
+
+_PIPELINE = "sglang.multimodal_gen.runtime.pipelines.wan:WanPipeline"
+_LICENCE = "Apache-2.0"
+
+ENTRIES = (
+    ModelEntry(
+        name="wan2.1-t2v",
+        pipeline=_PIPELINE,
+        config=f"{__name__}:WAN21_T2V",
+        pipeline_class_names=("WanPipeline",),
+    ),
+    ModelEntry(
+        name="wan2.1-t2v-1.3b",
+        pipeline=_PIPELINE,
+        config=f"{__name__}:WAN21_T2V_1_3B",
+        pipeline_class_names=("WanPipeline",),
+        hub_ids=("Wan-AI/Wan2.1-T2V-1.3B-Diffusers",),
+        licence=_LICENCE,
+    ),
+    ModelEntry(
+        name="wan2.1-t2v-14b",
+        pipeline=_PIPELINE,
+        config=f"{__name__}:WAN21_T2V_14B",
+        pipeline_class_names=("WanPipeline",),
+        hub_ids=("Wan-AI/Wan2.1-T2V-14B-Diffusers",),
+        licence=_LICENCE,
+    ),
 )

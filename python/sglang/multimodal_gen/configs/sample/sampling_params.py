@@ -135,6 +135,16 @@ class DenoisingParams:
         maximum=1000.0,
         recorded=True,
     )
+    true_cfg_scale: float | None = arg(
+        None,
+        help="Classifier-free guidance of models whose guidance scale means something else; above 1 it doubles the "
+        "work.",
+        group="denoising",
+        unset=_FROM_MODEL,
+        minimum=0.0,
+        maximum=1000.0,
+        recorded=True,
+    )
     guidance_rescale: float | None = arg(
         None,
         help="How far to pull the guided prediction's standard deviation back to the conditional one's "
@@ -360,7 +370,7 @@ class SamplingParams(
     def recorded(self) -> dict[str, Any]:
         """What made the result, by declaration: equal for equal requests, unset and unused fields left out."""
         found = {name: getattr(self, name) for name, p in parameters(SamplingParams).items() if p.declaration.recorded}
-        if self.guidance_scale is None or self.guidance_scale <= 1:
+        if max(self.guidance_scale or 0.0, self.true_cfg_scale or 0.0) <= 1:
             del found["negative_prompt"]
         if self.num_frames == 1:
             del found["fps"]

@@ -1,7 +1,6 @@
 """Transformer blocks over an image and a text stream, and over both as one sequence, under AdaLN-zero.
 
-Parameter names are those of published diffusers checkpoints. Source: arXiv:2403.03206,
-https://github.com/black-forest-labs/flux
+Parameter names are those of published diffusers checkpoints. Source: arXiv:2403.03206, arXiv:2302.05442 (parallel MLP).
 
 Shapes: B batch, S image or video tokens, L text tokens, D hidden_size.
 """
@@ -71,10 +70,12 @@ class DualStreamBlock(nn.Module):
         self, hidden_states: Tensor, text: Tensor, temb: Tensor, freqs_cis: Tensor | None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """[B, S, D], [B, L, D], [B, D], the table and mask [B, 1, 1, S + L] of both -> [B, S, D], [B, L, D]."""
+        image_attn, image_mlp = self.norm1(temb)
+        text_attn, text_mlp = self.norm1_context(temb)
         return joint_update(
             self.attn,
-            Stream(hidden_states, *self.norm1(temb), self.ff),
-            Stream(text, *self.norm1_context(temb), self.ff_context),
+            Stream(hidden_states, image_attn, image_mlp, self.ff),
+            Stream(text, text_attn, text_mlp, self.ff_context),
             freqs_cis,
             mask,
         )

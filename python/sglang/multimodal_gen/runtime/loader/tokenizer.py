@@ -39,8 +39,10 @@ class TextTokenizer(Protocol):
 class PromptTokenizer:
     """One checkpoint's tokenizer."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, *, pad_id: int = 0) -> None:
+        """`pad_id` is the id of padding, where a model sees any."""
         self._tokenizer = tokenizer
+        self.pad_id = pad_id
         # A file may carry the settings of its last use.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -61,10 +63,23 @@ def load_tokenizer(directory: Path) -> PromptTokenizer:
         content = read_json_object(path)
         if not isinstance(content.get("model"), dict):
             raise CorruptCheckpoint(f"{directory.name}/tokenizer.json has no model; download the checkpoint again")
-        return PromptTokenizer(tokenizers.Tokenizer.from_file(str(path)))
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        return PromptTokenizer(tokenizer, pad_id=_pad_id(directory, tokenizer))
     if not (directory / "tokenizer_config.json").is_file():
         raise CorruptCheckpoint(f"{directory.name} holds no tokenizer.json; download the checkpoint again")
-    return PromptTokenizer(_converted(directory))
+    converted = _converted(directory)
+    return PromptTokenizer(converted, pad_id=_pad_id(directory, converted))
+
+
+def _pad_id(directory: Path, tokenizer: tokenizers.Tokenizer) -> int:
+    """The id of the `pad_token` that the checkpoint's files name; 0, the usual one, when they name none."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (directory / name).is_file():
+            token = read_json_object(directory / name).get("pad_token")
+            content = token.get("content") if isinstance(token, dict) else token
+            if isinstance(content, str) and (found := tokenizer.token_to_id(content)) is not None:
+                return found
+    return 0
 
 
 def _converted(directory: Path) -> tokenizers.Tokenizer:

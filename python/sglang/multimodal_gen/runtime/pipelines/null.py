@@ -23,8 +23,8 @@ def one_phase(lane: Lane, units: int) -> Phase:
 class NullEncoding(Stage):
     """One unit that encodes nothing."""
 
-    name: ClassVar[str] = "encode"
-    writes: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
+    name: str = "encode"
+    writes: ClassVar[tuple[str, ...]] = ("text",)
 
     def phase(self, req: Req) -> Phase:
         return one_phase("encode", 1)
@@ -36,8 +36,8 @@ class NullEncoding(Stage):
 class NullDenoising(Stage):
     """As many units as the request has steps; the one latent number says how many are done."""
 
-    name: ClassVar[str] = "denoise"
-    reads: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
+    name: str = "denoise"
+    reads: ClassVar[tuple[str, ...]] = ("text",)
     writes: ClassVar[tuple[str, ...]] = ("latents",)
 
     def phase(self, req: Req) -> Phase:
@@ -52,7 +52,7 @@ class NullDenoising(Stage):
 class NullDecoding(Stage):
     """A video in two chunks, an image in one; each frame's pixels are its number."""
 
-    name: ClassVar[str] = "decode"
+    name: str = "decode"
     reads: ClassVar[tuple[str, ...]] = ("latents",)
 
     def phase(self, req: Req) -> Phase | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from sglang.multimodal_gen.configs.model_info import TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
@@ -21,13 +23,15 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
 from sglang.multimodal_gen.runtime.loader.tokenizer import TextTokenizer
 from sglang.multimodal_gen.runtime.models.dits.wan import WanTransformer3DModel
 from sglang.multimodal_gen.runtime.models.encoders.umt5 import UMT5EncoderModel
-from sglang.multimodal_gen.runtime.models.vaes.wan_vae import AutoencoderKLWan, DecoderState
+from sglang.multimodal_gen.runtime.models.vaes.wan_vae import AutoencoderKLWan
 from sglang.multimodal_gen.runtime.pipelines.wan_workloads import WAN_WORKLOADS
 from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase
+from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import ClassifierFreeGuidance
 from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory, TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.prompt_cleaning import repair_and_collapse
+from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import ZeroPaddedPrompts
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.decoding import DecodingStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import DenoisingStage
@@ -38,6 +42,15 @@ from sglang.multimodal_gen.runtime.pipelines_core.workload import Workload
 
 # Options of Wan2.2's model_index.json and the value with which it says what Wan2.1 is.
 _ABSENT_IN_WAN21 = {"transformer_2": (None, [None, None]), "boundary_ratio": (None,), "expand_timesteps": (None, False)}
+
+
+class WanDenoiser(Denoiser):
+    """The velocity of video latents, steered by text."""
+
+    def predict(self, rows: Sequence[Row]) -> Sequence[Tensor]:
+        """See Denoiser."""
+        text, lengths = self.stacked_text(rows)
+        return self.transformer(self.stacked_latents(rows), self.timesteps(rows), text, text_lengths=lengths)
 
 
 class WanPipeline(ComposedPipelineBase):
@@ -58,37 +71,49 @@ class WanPipeline(ComposedPipelineBase):
     scheduler: dict[str, Any]
 
     def create_pipeline_stages(self) -> list[Stage]:
-        guidance, geometry, length = ClassifierFreeGuidance(), self.geometry(), self.config.max_sequence_length
+        guidance, geometry = ClassifierFreeGuidance(), self.geometry()
         return [
-            TextEncodingStage(
-                self.tokenizer,
-                self.text_encoder,
-                clean=repair_and_collapse,
-                guidance=guidance,
-                max_sequence_length=length,
-                memory=self._text_encoder_memory(),
-                dtype=self.dtype,
-            ),
+            TextEncodingStage(self._prompt_encoder(), guidance=guidance, cache=self.conditioning_cache),
             LatentPreparationStage(geometry, self.device),
             TimestepPreparationStage(self.scheduler),
-            DenoisingStage(
-                self.transformer,
-                guidance=guidance,
-                geometry=geometry,
-                max_sequence_length=length,
-                memory=self._transformer_memory(),
-                free_bytes=self.free_bytes,
-                dtype=self.dtype,
-            ),
+            DenoisingStage(self._denoiser(), guidance=guidance, free_bytes=self.free_bytes),
             DecodingStage(
                 self.vae,
-                new_state=DecoderState,
                 geometry=geometry,
                 memory=self.decoder_memory_of({"vae": self.vae.config}, self.vae.post_quant_conv.weight.element_size()),
                 free_bytes=self.free_bytes,
                 dtype=self.vae.post_quant_conv.weight.dtype,
             ),
         ]
+
+    def _prompt_encoder(self) -> ZeroPaddedPrompts:
+        config = self.text_encoder.config
+        memory = TransformerMemory(
+            hidden_size=config.d_model,
+            ffn_dim=config.d_ff,
+            element_size=self.dtype.itemsize,
+            score_heads=config.num_heads,
+        )
+        return ZeroPaddedPrompts(
+            self.tokenizer,
+            self.text_encoder,
+            clean=repair_and_collapse,
+            max_sequence_length=self.config.max_sequence_length,
+            memory=memory,
+            dtype=self.dtype,
+        )
+
+    def _denoiser(self) -> WanDenoiser:
+        config = self.transformer.config
+        return WanDenoiser(
+            self.transformer,
+            geometry=self.geometry(),
+            memory=TransformerMemory(
+                hidden_size=config.hidden_size, ffn_dim=config.ffn_dim, element_size=self.dtype.itemsize
+            ),
+            max_sequence_length=self.config.max_sequence_length,
+            dtype=self.dtype,
+        )
 
     @classmethod
     def check_model_index(cls, index: Mapping[str, Any]) -> None:
@@ -130,21 +155,6 @@ class WanPipeline(ComposedPipelineBase):
 
     def limits(self) -> TaskLimits:
         return self.geometry().limits(max_sequence_length=self.config.max_sequence_length)
-
-    def _text_encoder_memory(self) -> TransformerMemory:
-        config = self.text_encoder.config
-        return TransformerMemory(
-            hidden_size=config.d_model,
-            ffn_dim=config.d_ff,
-            element_size=self.dtype.itemsize,
-            score_heads=config.num_heads,
-        )
-
-    def _transformer_memory(self) -> TransformerMemory:
-        config = self.transformer.config
-        return TransformerMemory(
-            hidden_size=config.hidden_size, ffn_dim=config.ffn_dim, element_size=self.dtype.itemsize
-        )
 
     @classmethod
     def decoder_memory_of(cls, configs: Mapping[str, ModelConfig], element_size: int) -> DecoderMemory:

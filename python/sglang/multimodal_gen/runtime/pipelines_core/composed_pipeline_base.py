@@ -31,10 +31,12 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
     weight_totals,
 )
 from sglang.multimodal_gen.runtime.loader.random_weights import RandomSource
+from sglang.multimodal_gen.runtime.pipelines_core.conditioning_cache import ConditioningCache
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.memory import USABLE_SHARE, DecoderMemory, free_bytes
 from sglang.multimodal_gen.runtime.pipelines_core.memory_meter import meter_for
 from sglang.multimodal_gen.runtime.pipelines_core.placement import Placement, place
+from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 from sglang.multimodal_gen.runtime.pipelines_core.state_file import read_state, to_host
@@ -57,6 +59,8 @@ class ComposedPipelineBase:
 
     components: ClassVar[Mapping[str, ComponentLoader]] = {}
     """Directory of the checkpoint -> what loads it; empty for a family without a checkpoint."""
+    optional_components: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that are None where `model_index.json` has null."""
     workloads: ClassVar[Mapping[str, Workload]] = {}
     """What benchmarks run: `dit`, `vae_decode`, `vae_encode`, `encoder`, as far as the family has them."""
 
@@ -68,6 +72,7 @@ class ComposedPipelineBase:
         defaults: SamplingParams,
         placement: Placement,
         components: Mapping[str, Any],
+        conditioning_cache: ConditioningCache | None = None,
         load_seconds: float = 0.0,
     ) -> None:
         """Raises UnsupportedModel or CorruptCheckpoint when the components do not fit together."""
@@ -78,6 +83,7 @@ class ComposedPipelineBase:
         self.device = placement.device
         self.dtype = placement.dtype
         self.load_seconds = load_seconds
+        self.conditioning_cache = ConditioningCache(0) if conditioning_cache is None else conditioning_cache
         self.modules: dict[str, nn.Module] = {n: c for n, c in components.items() if isinstance(c, nn.Module)}
         for component, value in components.items():
             setattr(self, component, value)
@@ -157,6 +163,7 @@ class ComposedPipelineBase:
             defaults=resolved.defaults,
             placement=placement,
             components=components,
+            conditioning_cache=ConditioningCache(execution.conditioning_cache_mib << 20),
             load_seconds=time.perf_counter() - start,
         )
 
@@ -189,9 +196,12 @@ class ComposedPipelineBase:
     def _load_components(cls, directory: Path, context: LoadContext, report: Report) -> dict[str, Any]:
         index = read_model_index(directory)
         cls.check_model_index(index)
-        components = {}
+        components: dict[str, Any] = {}
         for name, load in cls.components.items():
             listed = index.get(name)
+            if name in cls.optional_components and listed in (None, [None, None]):
+                components[name] = None
+                continue
             if not isinstance(listed, list) or len(listed) != 2 or not isinstance(listed[1], str):
                 raise UnsupportedModel(
                     f"model_index.json says {name}: {shown(listed)}; {cls.__name__} wants a [library, class] pair there"
@@ -220,13 +230,14 @@ class ComposedPipelineBase:
 
     def free_bytes(self) -> int:
         """Memory on the device that is free now or held by requests: what there is for requests in all."""
-        return free_bytes(self.device) + max(0, self.meter.allocated_bytes() - self._loaded_bytes)
+        held = self.meter.allocated_bytes() - self._loaded_bytes - self.conditioning_cache.held_bytes
+        return free_bytes(self.device) + max(0, held)
 
     def budget_bytes(self) -> int:
         """What all requests together may take above the weights."""
         return int(USABLE_SHARE * self.free_bytes())
 
-    def admit(self, request_id: str, params: SamplingParams) -> Req:
+    def admit(self, request_id: str, params: SamplingParams, inputs: RequestInputs = EMPTY) -> Req:
         """The running state of a new request, with its phases and notes; nothing has run yet.
 
         Raises: InvalidRequest when this checkpoint or machine cannot do it.
@@ -236,7 +247,7 @@ class ComposedPipelineBase:
             params = dataclasses.replace(params, seed=secrets.randbelow(MAX_SEED + 1))
         elif isinstance(params.seed, tuple):
             params = dataclasses.replace(params, seed=params.seed[0])
-        req = Req(request_id=request_id, params=params)
+        req = Req(request_id=request_id, params=params, inputs=inputs)
         for stage in self.stages:
             stage.admit(req)
         req.phases = self._phases(req)
@@ -267,7 +278,7 @@ class ComposedPipelineBase:
     def state_identity(self, req: Req) -> str:
         """What a saved state must agree on to be this request's: the model and the parameters."""
         model = (self.name, type(self).__name__, str(self.dtype))
-        return hashlib.sha256(msgspec.json.encode([model, req.params])).hexdigest()
+        return hashlib.sha256(msgspec.json.encode([model, req.params, req.inputs.digest()])).hexdigest()
 
     def _check_memory(self, req: Req) -> None:
         needed = max((phase.peak_bytes + phase.held_bytes for phase in req.phases), default=0)
@@ -301,6 +312,7 @@ class ComposedPipelineBase:
 
         False when there is no less.
         """
+        self.conditioning_cache.clear()
         self.reclaim()
         if not self.stages[self._stage_order[phase_name]].shrink(req):
             return False

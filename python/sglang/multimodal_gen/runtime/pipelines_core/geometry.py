@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Self
 
 from sglang.multimodal_gen.configs.model_info import TaskLimits
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
@@ -20,6 +21,18 @@ class VideoGeometry:
     patch_size: tuple[int, int, int]
     max_pixels: int
     max_frames: int
+
+    @classmethod
+    def of_pictures(cls, *, channels: int, spatial_ratio: int, patch_size: int, max_pixels: int) -> Self:
+        """For models that make one picture at a time."""
+        return cls(
+            channels=channels,
+            spatial_ratio=spatial_ratio,
+            temporal_ratio=1,
+            patch_size=(1, patch_size, patch_size),
+            max_pixels=max_pixels,
+            max_frames=1,
+        )
 
     @property
     def size_multiple(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 
@@ -90,6 +91,13 @@ class DecoderMemory:
     carried_channels: int
     patch_size: int
     element_size: int
+
+    @classmethod
+    def of_pictures(cls, config: Any, element_size: int) -> Self:
+        """For an AutoencoderKL: its last stage gets the second width at full size and narrows it to the first."""
+        return cls(
+            channels=max(config.block_out_channels[:2]), carried_channels=0, patch_size=1, element_size=element_size
+        )
 
     def carried_bytes(self, height: int, width: int) -> int:
         """What is remembered between the chunks of a clip."""

@@ -4,35 +4,71 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.runtime.loader.tokenizer import TokenizedText
 from sglang.multimodal_gen.runtime.models.schedulers import Sampler, SamplerState
+from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A text on its way to the encoders, as token ids; equal prompts have equal embeddings, so it is a cache's key.
+
+    `ids` are those of the encoder of the token sequence, `pooled_ids` those of an encoder that gives one vector, both
+    without padding. `num_tokens` is how many ids the whole text would have. `images` are pictures that the encoder sees
+    beside the text, known by their `digest`.
+    """
+
+    ids: tuple[int, ...]
+    num_tokens: int
+    pooled_ids: tuple[tuple[int, ...], ...] = ()
+    max_length: int = 0
+    digest: str = ""
+    images: tuple[Any, ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether the text did not fit."""
+        return len(self.ids) < self.num_tokens
+
+
+class TextCondition(NamedTuple):
+    """What a guidance branch is steered by: token embeddings [L, D], where those from `length` on are padding, and the
+    vector [P] of encoders that give one."""
+
+    embeds: Tensor
+    length: int
+    pooled: Tensor | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As a tree of tensors and numbers."""
+        return self._asdict()
 
 
 @dataclass(kw_only=True)
 class Req:
-    """One output in the making. Stages read and write the fields; `conditioning` holds a family's own object.
+    """One output in the making. Stages read and write the fields; `conditioning` holds a family's own tensors, by name.
 
-    `latent_shape` is (C, T, H, W); latents [C, T, H, W] fp32 and the embeddings [L, D] lie on the device.
+    `latent_shape` is (C, T, H, W); latents [C, T, H, W] fp32, texts and conditioning lie on the device.
     `max_forward_rows` None: all guidance branches in one forward; `max_text_rows` None: all texts in one. `units_done`
     counts by phase. `generator` draws the request's noise, on the CPU.
     """
 
     request_id: str
     params: SamplingParams
+    inputs: RequestInputs = EMPTY
     phases: tuple[Phase, ...] = ()
     notes: list[str] = field(default_factory=list)
     units_done: dict[str, int] = field(default_factory=dict)
-    prompt_tokens: TokenizedText | None = None
-    negative_prompt_tokens: TokenizedText | None = None
-    prompt_embeds: Tensor | None = None
-    negative_prompt_embeds: Tensor | None = None
+    prompt: Prompt | None = None
+    negative_prompt: Prompt | None = None
+    text: TextCondition | None = None
+    negative_text: TextCondition | None = None
     latent_shape: tuple[int, int, int, int] | None = None
     generator: torch.Generator | None = None
     latents: Tensor | None = None
@@ -42,7 +78,7 @@ class Req:
     max_forward_rows: int | None = None
     decode_plan: Any = None
     decoder_state: Any = None
-    conditioning: Any = None
+    conditioning: dict[str, Tensor] = field(default_factory=dict)
 
     def done(self, phase: str) -> int:
         """Units of a phase that are finished."""
@@ -52,8 +88,9 @@ class Req:
         """All that cannot be computed again from the parameters: tensors, ints, and dicts and lists of them."""
         return {
             "units_done": dict(self.units_done),
-            "prompt_embeds": self.prompt_embeds,
-            "negative_prompt_embeds": self.negative_prompt_embeds,
+            "text": None if self.text is None else self.text.state_dict(),
+            "negative_text": None if self.negative_text is None else self.negative_text.state_dict(),
+            "conditioning": dict(self.conditioning),
             "max_forward_rows": self.max_forward_rows,
             "generator": None if self.generator is None else self.generator.get_state(),
             "latents": self.latents,
@@ -63,8 +100,10 @@ class Req:
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Go on, with equal bits, from what `state_dict` returned of a request with the same parameters."""
         self.units_done = dict(values["units_done"])
-        self.prompt_embeds = values["prompt_embeds"]
-        self.negative_prompt_embeds = values["negative_prompt_embeds"]
+        self.text, self.negative_text = (
+            None if values[name] is None else TextCondition(**values[name]) for name in ("text", "negative_text")
+        )
+        self.conditioning = dict(values["conditioning"])
         self.max_forward_rows = values["max_forward_rows"]
         if values["generator"] is not None:
             self.generator = torch.Generator("cpu")
@@ -75,8 +114,10 @@ class Req:
 
     def drop_tensors(self) -> None:
         """Free what the request holds on the device."""
-        self.prompt_embeds = self.negative_prompt_embeds = self.latents = self.generator = None
-        self.sampler_state = self.decoder_state = self.conditioning = None
+        self.text = self.negative_text = self.latents = self.generator = None
+        self.sampler_state = self.decoder_state = None
+        self.conditioning = {}
+        self.inputs = EMPTY
 
 
 @dataclass(frozen=True, kw_only=True)

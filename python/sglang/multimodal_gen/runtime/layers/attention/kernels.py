@@ -46,7 +46,7 @@ class LseKernel(AttentionKernel, Protocol):
 class TorchSDPA:
     """`scaled_dot_product_attention` of torch, which picks its own flash, memory-efficient or plain kernel."""
 
-    name: ClassVar[str] = "torch_sdpa"
+    name: str = "torch_sdpa"
     package: ClassVar[str] = "torch"
     traits: ClassVar[KernelTraits] = KernelTraits(takes_mask=True)
 
@@ -65,7 +65,7 @@ class TorchCudnnSDPA:
     cuDNN plans each new shape once, which takes some tenths of a second.
     """
 
-    name: ClassVar[str] = "torch_cudnn_sdpa"
+    name: str = "torch_cudnn_sdpa"
     package: ClassVar[str] = "torch"
     traits: ClassVar[KernelTraits] = KernelTraits(
         precisions=("bf16", "fp16"),
@@ -93,7 +93,7 @@ class TorchCudnnSDPA:
 class TorchReference:
     """Softmax in fp32, written out; the other kernels are tested against it. Memory grows with S·L."""
 
-    name: ClassVar[str] = "torch_reference"
+    name: str = "torch_reference"
     package: ClassVar[str] = "torch"
     traits: ClassVar[KernelTraits] = KernelTraits(takes_mask=True, gives_lse=True)
 

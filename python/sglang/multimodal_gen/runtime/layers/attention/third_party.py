@@ -108,7 +108,7 @@ class SageAttention:
     Release 1 of the package gives no log-sum-exp, so none is promised.
     """
 
-    name: ClassVar[str] = "sage_attn"
+    name: str = "sage_attn"
     package: ClassVar[str] = "sageattention"
     traits: ClassVar[KernelTraits] = KernelTraits(
         precisions=("bf16", "fp16"),

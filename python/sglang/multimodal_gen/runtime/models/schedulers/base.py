@@ -96,6 +96,8 @@ class Sampler(ABC):
     """A way from noise to the clean sample in N network evaluations. Holds options only, so all requests share it."""
 
     short_name: ClassVar[str]
+    takes_spacing: ClassVar[bool] = False
+    """Whether pipelines hand it noise levels of their own; the other samplers always space the steps themselves."""
 
     @classmethod
     @abstractmethod

@@ -53,6 +53,7 @@ class FlowMatchEulerSampler(Sampler):
     """First order; equal to diffusers' `FlowMatchEulerDiscreteScheduler` to the bit."""
 
     short_name: ClassVar[str] = "euler"
+    takes_spacing: ClassVar[bool] = True
 
     def __init__(self, options: FlowMatchEulerOptions) -> None:
         check_choice("FlowMatchEulerDiscreteScheduler", "time_shift_type", options.time_shift_type, TIME_SHIFT_TYPES)

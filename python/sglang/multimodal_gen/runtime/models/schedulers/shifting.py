@@ -6,6 +6,8 @@ Arrays are float64 unless the caller's are not; nothing here casts, so that the 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -59,3 +61,24 @@ def check_shift_request(*, use_dynamic_shifting: bool, shift: float | None, mu: 
         raise InvalidRequest("mu: missing; the scheduler config says use_dynamic_shifting", param="mu")
     if not use_dynamic_shifting and mu is not None:
         raise InvalidRequest(f"mu: got {mu}, but the scheduler config does not say use_dynamic_shifting", param="mu")
+
+
+def resolution_mu(num_tokens: int, config: Mapping[str, Any]) -> float:
+    """The dynamic shift's `mu` for a picture of so many tokens: a line through two points of the scheduler's config.
+
+    Source: https://github.com/black-forest-labs/flux
+    """
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (high - low) / (many - few)
+    return num_tokens * slope + (low - slope * few)
+
+
+def spaced_to_last(num_steps: int) -> np.ndarray:
+    """1, …, 1/N: N noise levels, of which the last is one step away from the end."""
+    return np.linspace(1.0, 1 / num_steps, num_steps)
+
+
+def spaced_to_end(num_steps: int) -> np.ndarray:
+    """1, …, 1/N: the first N of N + 1 noise levels that are evenly spaced down to 0."""
+    return np.linspace(1.0, 0.0, num_steps + 1)[:-1]

@@ -62,6 +62,7 @@ class AutoencoderKLWan(nn.Module):
     """Encodes video in [-1, 1] to latents and back. All chunkings of a clip give the same result."""
 
     keep_in_fp32: ClassVar[tuple[str, ...]] = ()
+    decodes_whole_clips: ClassVar[bool] = False
 
     def __init__(self, config: WanVAEConfig, context: LayerContext | None = None) -> None:
         super().__init__()
@@ -83,6 +84,18 @@ class AutoencoderKLWan(nn.Module):
         return latents * self._per_channel(self.config.latents_std, latents) + self._per_channel(
             self.config.latents_mean, latents
         )
+
+    def new_state(self, tiling: Tiling | None, *, carry: bool) -> DecoderState:
+        """For a new clip; without `carry` its first chunk is all there is."""
+        return DecoderState(tiling, carry=carry)
+
+    def to_latents(self, video: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Video [B, 3, T, H, W] in [-1, 1] -> latents [B, Z, t, h, w] as the transformer has them.
+
+        The most likely ones, or with a generator of the CPU a sample.
+        """
+        distribution = self.encode(video)
+        return self.normalise(distribution.mean if generator is None else distribution.sample(generator))
 
     def encode(
         self, video: Tensor, *, chunk_frames: int | None = None, tiling: Tiling | None = None

@@ -16,7 +16,7 @@ class Stage:
     a phase does its work in `begin`, right before the first unit of the next phase.
     """
 
-    name: ClassVar[str]
+    name: str
     """Also the name of the stage's phase."""
     reads: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[tuple[str, ...]] = ()

@@ -23,7 +23,16 @@ _TILED = "decoded in tiles to save memory; seams may show"
 
 
 class StreamingDecoder(Protocol):
-    """An autoencoder that decodes a clip in pieces, in order, with a state that each clip has its own of."""
+    """An autoencoder that decodes a clip in pieces, in order, with a state that each clip has its own of.
+
+    One that `decodes_whole_clips` is given no pieces.
+    """
+
+    decodes_whole_clips: ClassVar[bool]
+
+    def new_state(self, tiling: Tiling | None, *, carry: bool) -> Any:
+        """For a new clip; without `carry` its first chunk is all there is."""
+        ...
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """[B, C, T, H, W] of the transformer -> of the decoder."""
@@ -66,7 +75,7 @@ class DecodePlan:
 class DecodingStage(Stage):
     """Frames [T, H, W, 3] uint8 of each chunk; the whole clip is one chunk where memory allows."""
 
-    name: ClassVar[str] = "decode"
+    name: str = "decode"
     reads: ClassVar[tuple[str, ...]] = ("latents",)
     writes: ClassVar[tuple[str, ...]] = ("decode_plan", "decoder_state")
 
@@ -74,15 +83,15 @@ class DecodingStage(Stage):
         self,
         vae: StreamingDecoder,
         *,
-        new_state: Callable[..., Any],
         geometry: VideoGeometry,
         memory: DecoderMemory,
         free_bytes: Callable[[], int],
         dtype: torch.dtype,
+        prepare: Callable[[Req, Tensor], Tensor] | None = None,
     ) -> None:
-        """`new_state(tiling, carry=...)` starts a clip; without `carry` its first chunk is all there is."""
+        """`prepare`: what a family does to the final latents [C, T, H, W] before the first chunk is decoded."""
         self.vae = vae
-        self.new_state = new_state
+        self.prepare = prepare
         self.geometry = geometry
         self.memory = memory
         self.free_bytes = free_bytes
@@ -120,22 +129,22 @@ class DecodingStage(Stage):
         budget = _MEMORY_SHARE * self.free_bytes()
         tilings = (None, Tiling()) if _is_cut(Tiling(), req) else (None,)
         for tiling in tilings:
-            for chunk_frames in range(latent_frames, 0, -1):
+            for chunk_frames in range(latent_frames, latent_frames - 1 if self.vae.decodes_whole_clips else 0, -1):
                 if self._peak_bytes(req, chunk_frames, tiling) <= budget:
                     return whole.recut(0, chunk_frames, tiling)
         # Admission refuses this, with these numbers, unless the memory gets free until then.
-        return whole.recut(0, 1, tilings[-1])
+        return whole.recut(0, latent_frames if self.vae.decodes_whole_clips else 1, tilings[-1])
 
     def shrink(self, req: Req) -> bool:
         plan: DecodePlan = req.decode_plan
         done = req.done(self.name)
-        if plan.chunk_frames > 1:
+        if plan.chunk_frames > 1 and not self.vae.decodes_whole_clips:
             req.decode_plan = plan.recut(done, plan.chunk_frames // 2, plan.tiling)
             return True
         tiling = Tiling() if plan.tiling is None else plan.tiling.halved()
         if min(tiling.tile_height, tiling.tile_width) < _SMALLEST_TILE or not _is_cut(tiling, req):
             return False
-        req.decode_plan = plan.recut(done, 1, tiling)
+        req.decode_plan = plan.recut(done, plan.chunk_frames, tiling)
         if _TILED not in req.notes:
             req.notes.append(_TILED)
         return True
@@ -160,7 +169,7 @@ class DecodingStage(Stage):
         plan: DecodePlan = req.decode_plan
         index = req.done(self.name)
         if state is None:
-            state = self.new_state(plan.tiling, carry=plan.num_chunks > 1)
+            state = self.vae.new_state(plan.tiling, carry=plan.num_chunks > 1)
             for earlier in range(index):
                 self._video(req, earlier, state)
         video = self._video(req, index, state)
@@ -171,7 +180,8 @@ class DecodingStage(Stage):
 
     def _video(self, req: Req, index: int, state: Any) -> Tensor:
         assert req.latents is not None, "denoising comes before decoding"
-        latents = req.latents[None, :, req.decode_plan.chunk(index)].to(self.dtype)
+        latents = req.latents if self.prepare is None else self.prepare(req, req.latents)
+        latents = latents[None, :, req.decode_plan.chunk(index)].to(self.dtype)
         return self.vae.decode_next(self.vae.denormalise(latents), state)
 
 

@@ -14,7 +14,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 class LatentPreparationStage(Stage):
     """Latents [C, T, H, W] fp32 drawn from the request's own seed: on the CPU, so that every device starts alike."""
 
-    name: ClassVar[str] = "latents"
+    name: str = "latents"
     reads: ClassVar[tuple[str, ...]] = ("params",)
     writes: ClassVar[tuple[str, ...]] = ("latent_shape", "generator", "latents")
 
@@ -29,8 +29,17 @@ class LatentPreparationStage(Stage):
 
     def begin(self, req: Req) -> None:
         assert req.latent_shape is not None, "planned at admission"
-        assert isinstance(req.params.seed, int), "each output has one seed"
-        req.generator = torch.Generator("cpu").manual_seed(req.params.seed)
+        if req.latents is not None:
+            return
+        # A stage before this one may have drawn already, such as a sample of what a picture encodes to.
+        generator = request_generator(req) if req.generator is None else req.generator
         # With the batch axis, as diffusers draws: the shape is part of what a seed means.
-        noise = torch.randn((1, *req.latent_shape), generator=req.generator, dtype=torch.float32)
+        noise = torch.randn((1, *req.latent_shape), generator=generator, dtype=torch.float32)
+        req.generator = generator
         req.latents = noise[0].to(self.device)
+
+
+def request_generator(req: Req) -> torch.Generator:
+    """The request's generator as it is before anything was drawn."""
+    assert isinstance(req.params.seed, int), "each output has one seed"
+    return torch.Generator("cpu").manual_seed(req.params.seed)

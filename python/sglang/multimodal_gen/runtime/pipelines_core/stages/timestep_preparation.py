@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
+
+import numpy as np
 
 from sglang.multimodal_gen.errors import MissingParameter
 from sglang.multimodal_gen.runtime.models.schedulers import Sampler, build_sampler, sampler_with_name
+from sglang.multimodal_gen.runtime.models.schedulers.shifting import resolution_mu
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 
@@ -17,12 +20,24 @@ class TimestepPreparationStage(Stage):
     All of it happens at admission, on the CPU, so that a step count or shift the sampler cannot do is refused there.
     """
 
-    name: ClassVar[str] = "timesteps"
+    name: str = "timesteps"
     reads: ClassVar[tuple[str, ...]] = ("params",)
     writes: ClassVar[tuple[str, ...]] = ("sampler", "sampler_state")
 
-    def __init__(self, scheduler_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        scheduler_config: Mapping[str, Any],
+        *,
+        spacing: Callable[[int], np.ndarray] | None = None,
+        num_tokens: Callable[[Req], int] | None = None,
+    ) -> None:
+        """`spacing`: the noise levels before the shift, by the number of steps, for samplers that take them.
+
+        `num_tokens`: the picture's or clip's tokens, on which a dynamic shift depends.
+        """
         self.scheduler_config = scheduler_config
+        self.spacing = spacing
+        self.num_tokens = num_tokens
         self.own_sampler = build_sampler(scheduler_config)
 
     def admit(self, req: Req) -> None:
@@ -31,7 +46,21 @@ class TimestepPreparationStage(Stage):
         if params.num_inference_steps is None:
             raise MissingParameter("num_inference_steps: missing", param="num_inference_steps")
         req.sampler = self._sampler(params.scheduler)
-        req.sampler_state = req.sampler.begin(req.sampler.schedule(params.num_inference_steps, shift=params.flow_shift))
+        schedule = req.sampler.schedule(
+            params.num_inference_steps, shift=params.flow_shift, mu=self._mu(req), sigmas=self._sigmas(req)
+        )
+        req.sampler_state = req.sampler.begin(schedule)
+
+    def _mu(self, req: Req) -> float | None:
+        if self.num_tokens is None or not self.scheduler_config.get("use_dynamic_shifting", False):
+            return None
+        return resolution_mu(self.num_tokens(req), self.scheduler_config)
+
+    def _sigmas(self, req: Req) -> Sequence[float] | None:
+        assert req.sampler is not None and req.params.num_inference_steps is not None, "checked before"
+        if self.spacing is None or not req.sampler.takes_spacing:
+            return None
+        return self.spacing(req.params.num_inference_steps).tolist()
 
     def _sampler(self, name: str | None) -> Sampler:
         return self.own_sampler if name is None else sampler_with_name(name, self.scheduler_config)

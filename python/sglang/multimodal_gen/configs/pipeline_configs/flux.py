@@ -1,0 +1,61 @@
+"""Sampling defaults of the published FLUX.1 checkpoints. Source: https://github.com/black-forest-labs/flux"""
+
+from __future__ import annotations
+
+from sglang.multimodal_gen.configs.model_entry import ModelEntry
+from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+
+_MAX_PIXELS = 2048 * 2048
+
+FLUX1_DEV = PipelineConfig(
+    tasks=("T2I",),
+    defaults=SamplingParams(
+        width=1024,
+        height=1024,
+        num_frames=1,
+        num_inference_steps=28,
+        guidance_scale=3.5,
+        true_cfg_scale=1.0,
+        max_sequence_length=512,
+    ),
+    max_pixels=_MAX_PIXELS,
+    max_sequence_length=512,
+)
+
+FLUX1_SCHNELL = PipelineConfig(
+    tasks=("T2I",),
+    defaults=SamplingParams(
+        width=1024,
+        height=1024,
+        num_frames=1,
+        num_inference_steps=4,
+        guidance_scale=0.0,
+        true_cfg_scale=1.0,
+        max_sequence_length=256,
+    ),
+    max_pixels=_MAX_PIXELS,
+    max_sequence_length=512,
+)
+
+_PIPELINE = "sglang.multimodal_gen.runtime.pipelines.flux:FluxPipeline"
+_DEV_LICENCE = "FLUX.1 [dev] Non-Commercial"
+
+ENTRIES = (
+    ModelEntry(
+        name="flux.1-dev",
+        pipeline=_PIPELINE,
+        config=f"{__name__}:FLUX1_DEV",
+        pipeline_class_names=("FluxPipeline",),
+        hub_ids=("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Krea-dev"),
+        licence=_DEV_LICENCE,
+    ),
+    ModelEntry(
+        name="flux.1-schnell",
+        pipeline=_PIPELINE,
+        config=f"{__name__}:FLUX1_SCHNELL",
+        pipeline_class_names=("FluxPipeline",),
+        hub_ids=("black-forest-labs/FLUX.1-schnell",),
+        licence="Apache-2.0",
+    ),
+)

@@ -1,0 +1,110 @@
+"""Components that a library builds: text and image encoders of transformers, autoencoders of diffusers.
+
+Importing this module imports both libraries, which takes seconds: only pipelines that need them do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+
+from sglang.multimodal_gen.errors import CorruptCheckpoint, UnsupportedModel
+from sglang.multimodal_gen.runtime.loader.component_loader import Checkpoint, LoadContext
+
+_SHOWN_KEYS = 8
+# Their bars and advice belong into no server's log; what is wrong with a checkpoint is said here.
+for _library in (transformers, diffusers):
+    _library.utils.logging.disable_progress_bar()
+    _library.utils.logging.set_verbosity_error()
+
+
+@dataclass(frozen=True)
+class LibraryModule:
+    """A component of one of these classes, looked up in the library by name; the first is the usual one."""
+
+    class_names: tuple[str, ...]
+    library: Any
+    optional_keys: tuple[str, ...] = ()
+    """Parts of names of weights that a file may lack, since no forward of ours reads them."""
+
+    def __call__(self, directory: Path, class_name: str, context: LoadContext) -> nn.Module:
+        """Raises UnsupportedModel for another class, CorruptCheckpoint when config or weights do not fit."""
+        if class_name not in self.class_names:
+            raise UnsupportedModel(
+                f"the checkpoint's {directory.name} is a {class_name}; supported is {' or '.join(self.class_names)}"
+            )
+        cls, dtype = getattr(self.library, class_name), context.dtype_of(directory.name)
+        module = (
+            self._stored(cls, directory, dtype)
+            if isinstance(context.source, Checkpoint)
+            else self._filled(cls, directory, dtype, context)
+        )
+        return module.to(context.device).eval().requires_grad_(False)
+
+    def _stored(self, cls: Any, directory: Path, dtype: torch.dtype) -> nn.Module:
+        """With the checkpoint's weights."""
+        if not (directory / "config.json").is_file():
+            raise CorruptCheckpoint(f"{directory.name}/config.json is missing; download or export the checkpoint again")
+        try:
+            module, found = cls.from_pretrained(
+                directory,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                dtype=dtype,
+            )
+        except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
+            raise CorruptCheckpoint(_explained(directory, error)) from error
+        missing = [key for key in found["missing_keys"] if not any(part in key for part in self.optional_keys)]
+        _refuse_misfits(directory, {"missing": missing, "mis-shaped": [str(key) for key in found["mismatched_keys"]]})
+        return module
+
+    def _filled(self, cls: Any, directory: Path, dtype: torch.dtype, context: LoadContext) -> nn.Module:
+        """With what the source gives in place of weights; only the config is read."""
+        if self.library is transformers:
+            module = cls(cls.config_class.from_pretrained(directory, local_files_only=True))
+        else:
+            module = cls.from_config(cls.load_config(directory, local_files_only=True))
+        module = module.to(context.device, dtype)
+        # Tied weights are one tensor under several names: the last one filled stays.
+        tensors = context.source.tensors_for(directory, module, dtype_of=lambda _: dtype, device=context.device)
+        module.load_state_dict(tensors, strict=False)
+        return module
+
+
+def transformers_module(*class_names: str, optional_keys: tuple[str, ...] = ()) -> LibraryModule:
+    """A component of one of these classes of transformers."""
+    return LibraryModule(class_names, transformers, optional_keys)
+
+
+def diffusers_module(*class_names: str) -> LibraryModule:
+    """A component of one of these classes of diffusers."""
+    return LibraryModule(class_names, diffusers)
+
+
+def _explained(directory: Path, error: Exception) -> str:
+    if not any(directory.glob("*.safetensors")):
+        pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt"))
+        reason = "has pickled weights, which are not read; save them as safetensors" if pickled else "has no weights"
+        return f"{directory.name} {reason}"
+    return f"{directory.name} cannot be read ({type(error).__name__}); download or export the checkpoint again"
+
+
+def _refuse_misfits(directory: Path, problems: dict[str, Sequence[str]]) -> None:
+    sentences = [
+        f"{len(keys)} {kind}: {', '.join(keys[:_SHOWN_KEYS])}{', …' if len(keys) > _SHOWN_KEYS else ''}"
+        for kind, keys in problems.items()
+        if keys
+    ]
+    if sentences:
+        raise CorruptCheckpoint(
+            f"the weights in {directory.name} do not fit {directory.name}/config.json: {'; '.join(sentences)}"
+        )

@@ -1,0 +1,100 @@
+"""Autoencoders of the diffusers library behind the interface of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sglang.multimodal_gen.runtime.models.vaes.tiling import Tiling
+
+
+@dataclass(frozen=True)
+class WholeClip:
+    """A clip that is decoded at once has nothing to remember but how it is cut into tiles."""
+
+    tiling: Tiling | None
+
+
+class LibraryAutoencoder:
+    """A diffusers autoencoder of pictures or clips, with latents [B, C, T, h, w] on the transformer's side.
+
+    `mean` and `std` say where the decoder's latents lie, in all or by channel: scaled ones have mean `shift_factor` and
+    std 1 / `scaling_factor`. `is_video` False: the library's class takes [B, C, H, W], and T is 1.
+    """
+
+    decodes_whole_clips: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        vae: Any,
+        *,
+        mean: float | Sequence[float] | Tensor = 0.0,
+        std: float | Sequence[float] | Tensor = 1.0,
+        spatial_ratio: int,
+        is_video: bool,
+    ) -> None:
+        self.vae = vae
+        parameter = next(vae.parameters())
+        self.dtype, self.device = parameter.dtype, parameter.device
+        self.mean, self.std = (torch.as_tensor(value).float().reshape(-1, 1, 1, 1) for value in (mean, std))
+        self.spatial_ratio = spatial_ratio
+        self.is_video = is_video
+
+    @classmethod
+    def of_scaled_pictures(cls, vae: Any) -> LibraryAutoencoder:
+        """An AutoencoderKL with its config's `scaling_factor` and `shift_factor`."""
+        config: Any = vae.config
+        return cls(
+            vae,
+            mean=config.shift_factor or 0.0,
+            std=1 / config.scaling_factor,
+            spatial_ratio=spatial_ratio_of(config),
+            is_video=False,
+        )
+
+    def new_state(self, tiling: Tiling | None, *, carry: bool) -> WholeClip:
+        """For a new clip."""
+        assert not carry, "such an autoencoder is given whole clips"
+        return WholeClip(tiling)
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Latents of the encoder -> what the transformer works on."""
+        return (latents - self.mean.to(latents)) / self.std.to(latents)
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+        return latents * self.std.to(latents) + self.mean.to(latents)
+
+    def to_latents(self, video: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """[B, 3, T, H, W] in [-1, 1] -> latents [B, C, t, h, w] as the transformer has them.
+
+        The most likely ones, or with a generator of the CPU a sample.
+        """
+        video = video.to(self.device, self.dtype)
+        distribution: Any = self.vae.encode(video if self.is_video else video.squeeze(2)).latent_dist
+        latents = distribution.mode() if generator is None else distribution.sample(generator)
+        return self.normalise(latents if self.is_video else latents.unsqueeze(2))
+
+    def decode_next(self, latents: Tensor, state: WholeClip) -> Tensor:
+        """The whole clip [B, C, t, h, w] of the decoder -> [B, 3, T, H, W] in about [-1, 1]."""
+        if state.tiling is None:
+            return self.decode(latents)
+        height, width = latents.shape[-2:]
+        tiling = state.tiling.scaled(self.spatial_ratio)
+        tiles = [self.decode(latents[..., rows, columns]) for rows, columns in tiling.split(height, width)]
+        return state.tiling.join(tiles, height * self.spatial_ratio, width * self.spatial_ratio)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """One tile, or all: [B, C, t, h, w] -> [B, 3, T, H, W]."""
+        if self.is_video:
+            return self.vae.decode(latents, return_dict=False)[0]
+        return self.vae.decode(latents.squeeze(2), return_dict=False)[0].unsqueeze(2)
+
+
+def spatial_ratio_of(config: Any) -> int:
+    """Pixels per latent cell along each side, for an AutoencoderKL."""
+    return 2 ** (len(config.block_out_channels) - 1)

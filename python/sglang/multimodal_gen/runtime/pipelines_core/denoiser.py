@@ -1,0 +1,123 @@
+"""`Denoiser`: a family's transformer behind the one call that the denoising stage makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
+from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
+from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req, TextCondition
+
+
+class Row(NamedTuple):
+    """One row of a forward: one guidance branch of one request, which stands at a step of its own."""
+
+    req: Req
+    text: TextCondition
+
+    @property
+    def latents(self) -> Tensor:
+        """[C, T, H, W] fp32."""
+        assert self.req.latents is not None, "prepared before the first step"
+        return self.req.latents
+
+    @property
+    def timestep(self) -> float:
+        """What the sampler tells the network at this step."""
+        assert self.req.sampler_state is not None, "prepared at admission"
+        return self.req.sampler_state.timestep
+
+
+class Denoiser:
+    """What a family says of its transformer; a family overrides `predict`, and the rest where it differs.
+
+    Rows of one call have equal `batch_key`s, and so equal latent shapes.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        *,
+        geometry: VideoGeometry,
+        memory: TransformerMemory,
+        max_sequence_length: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.transformer = transformer
+        self.geometry = geometry
+        self.memory = memory
+        self.max_sequence_length = max_sequence_length
+        self.dtype = dtype
+        self.device = next(transformer.parameters()).device
+
+    def predict(self, rows: Sequence[Row]) -> Sequence[Tensor]:
+        """The network's prediction [C, T, H, W] for each row, from one forward, as the sampler wants it."""
+        raise NotImplementedError
+
+    def batch_key(self, req: Req) -> str:
+        """What must be equal, besides latent shape, kernels and dtype, for requests to share a forward."""
+        return f"text{self.num_text_tokens(req)}"
+
+    def num_text_tokens(self, req: Req) -> int:
+        """Text tokens of one row."""
+        return req.params.max_sequence_length or self.max_sequence_length
+
+    def num_tokens(self, req: Req) -> int:
+        """Image or video tokens of one row."""
+        assert req.latent_shape is not None, "planned by the stages before"
+        return self.geometry.num_tokens(req.latent_shape)
+
+    def row_bytes(self, req: Req) -> int:
+        """What one row needs while the forward runs."""
+        return self.memory.row_bytes(self.num_tokens(req), self.num_text_tokens(req))
+
+    def held_bytes(self, req: Req) -> int:
+        """What one row's embeddings take between steps."""
+        return self.num_text_tokens(req) * self.memory.hidden_size * self.memory.element_size
+
+    # For `predict`
+
+    def stacked_latents(self, rows: Sequence[Row]) -> Tensor:
+        """[B, C, T, H, W] in the transformer's dtype."""
+        return torch.stack([row.latents.to(self.dtype) for row in rows])
+
+    def timesteps(self, rows: Sequence[Row]) -> Tensor:
+        """[B] fp32."""
+        return torch.tensor([row.timestep for row in rows], dtype=torch.float32, device=self.device)
+
+    def numbers(self, values: Sequence[float]) -> Tensor:
+        """One fp32 number for each row, on the device: [B]."""
+        return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+    @staticmethod
+    def stacked_text(rows: Sequence[Row]) -> tuple[Tensor, list[int]]:
+        """Embeddings [B, L, D], zeros behind shorter ones, and how many of each row count."""
+        longest = max(row.text.embeds.shape[0] for row in rows)
+        padded = [
+            nn.functional.pad(row.text.embeds, (0, 0, 0, longest - row.text.embeds.shape[0]))
+            if row.text.embeds.shape[0] < longest
+            else row.text.embeds
+            for row in rows
+        ]
+        return torch.stack(padded), [row.text.length for row in rows]
+
+    @staticmethod
+    def stacked_pooled(rows: Sequence[Row]) -> Tensor:
+        """[B, P]."""
+        return torch.stack([pooled for row in rows if (pooled := row.text.pooled) is not None])
+
+
+def pack(latents: Tensor, patch_size: int = 2) -> Tensor:
+    """Cells of p x p to one token: [B, C, T, H, W] -> [B, T·H/p·W/p, C·p·p], channels outermost in a token."""
+    cells = latents.unflatten(4, (-1, patch_size)).unflatten(3, (-1, patch_size))  # [B, C, T, h, p, w, p]
+    return cells.permute(0, 2, 3, 5, 1, 4, 6).flatten(4, 6).flatten(1, 3)
+
+
+def unpack(tokens: Tensor, grid: tuple[int, int, int], patch_size: int = 2) -> Tensor:
+    """Back from `pack`, for T x H/p x W/p = `grid` tokens: [B, S, C·p·p] -> [B, C, T, H, W]."""
+    cells = tokens.unflatten(2, (-1, patch_size, patch_size)).unflatten(1, grid)  # [B, T, h, w, C, p, p]
+    return cells.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)

@@ -1,0 +1,85 @@
+"""How pipelines are compared with diffusers': run alone or sharing batches, final latents and frames side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
+from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
+from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
+from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
+
+# fp32 on the CPU: what differs is the order of summation, which measures 1e-6; the target is 1e-4.
+LATENT_TOLERANCE = 1e-4
+
+
+def load(directory: Path, *, precision: str = "fp32") -> Any:
+    """Our pipeline of a checkpoint."""
+    return build_pipeline(str(directory), ExecutionArgs(device="cpu", precision=precision))
+
+
+def run(pipeline: Any, values: Mapping[str, Any], inputs: RequestInputs = EMPTY) -> tuple[Req, np.ndarray]:
+    """A whole request alone: its state and its frames [T, H, W, 3]."""
+    [(req, frames)] = run_together(pipeline, [(values, inputs)])
+    return req, frames
+
+
+def run_together(
+    pipeline: Any, wishes: Sequence[tuple[Mapping[str, Any], RequestInputs]]
+) -> list[tuple[Req, np.ndarray]]:
+    """Requests side by side, which share a forward wherever their batch keys agree, whatever their step."""
+    requests = [
+        pipeline.admit(f"request {number}", SamplingParams.from_values(values), inputs)
+        for number, (values, inputs) in enumerate(wishes)
+    ]
+    outputs: dict[str, list[OutputBatch]] = {req.request_id: [] for req in requests}
+    while waiting := [(req, phase) for req in requests if (phase := _present_phase(req)) is not None]:
+        first = waiting[0][1]
+        sharing = [req for req, phase in waiting if phase.batch_key == first.batch_key and phase.name == first.name]
+        for output in pipeline.run_unit(first.name, sharing):
+            outputs[output.request_id].append(output)
+    return [(req, joined(outputs[req.request_id])) for req in requests]
+
+
+def _present_phase(req: Req) -> Any:
+    return next((phase for phase in req.phases if req.done(phase.name) < phase.units), None)
+
+
+def joined(outputs: Sequence[OutputBatch]) -> np.ndarray:
+    """Chunks in order, without a gap, the last one marked."""
+    if not outputs:
+        return np.empty(0)
+    starts = np.cumsum([0, *(len(output.frames) for output in outputs[:-1])])
+    assert [output.first_frame for output in outputs] == starts.tolist()
+    assert [output.last for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    return torch.cat([output.frames for output in outputs]).numpy()
+
+
+def relative_error(found: Tensor | None, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    assert found is not None
+    assert found.shape == expected.shape
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+def as_uint8(frames: np.ndarray) -> np.ndarray:
+    """diffusers' frames in [0, 1] as it saves them."""
+    return (frames * 255).round().astype(np.uint8)
+
+
+def assert_same(found: tuple[Req, np.ndarray], latents: Tensor, frames: np.ndarray) -> None:
+    """Ours against diffusers' latents [C, T, H, W] and frames [T, H, W, 3] uint8."""
+    req, ours = found
+    assert relative_error(req.latents, latents) <= LATENT_TOLERANCE
+    assert ours.shape == frames.shape
+    assert ours.dtype == np.uint8
+    # A value that lies on the border between two steps of 1/255 may be rounded either way.
+    assert np.abs(ours.astype(int) - frames.astype(int)).max() <= 1
+    assert ours.std() > 5, "a flat picture would agree with anything"
