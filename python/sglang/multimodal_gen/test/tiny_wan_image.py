@@ -47,12 +47,18 @@ TINY_WAN_IMAGES = {
     "flf2v": TinyWanImage(
         transformer=_ENCODED | {"pos_embed_seq_len": 10}, image_encoder=True, seed=1, vae=TINY_PATCHED_VAE
     ),
+    # The shifts of those below are what their published configs have.
     "i2v_experts": TinyWanImage(boundary_ratio=0.9, seed=2, flow_shift=5.0),
     "t2v_experts": TinyWanImage(
         pipeline_class="WanPipeline", transformer=_TRANSFORMER, boundary_ratio=0.875, seed=3, flow_shift=12.0
     ),
     "ti2v": TinyWanImage(
-        pipeline_class="WanPipeline", transformer=_TRANSFORMER, vae=TINY_RESIDUAL_VAE, expand_timesteps=True, seed=4
+        pipeline_class="WanPipeline",
+        transformer=_TRANSFORMER,
+        vae=TINY_RESIDUAL_VAE,
+        expand_timesteps=True,
+        seed=4,
+        flow_shift=5.0,
     ),
 }
 

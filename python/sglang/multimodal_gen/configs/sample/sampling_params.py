@@ -145,6 +145,24 @@ class DenoisingParams:
         maximum=1000.0,
         recorded=True,
     )
+    guidance_scale_2: float | None = arg(
+        None,
+        help="Guidance scale of the second transformer, which runs at low noise.",
+        group="denoising",
+        unset=_FROM_MODEL,
+        minimum=0.0,
+        maximum=1000.0,
+        recorded=True,
+    )
+    boundary_ratio: float | None = arg(
+        None,
+        help="Noise level, as a share of the training timesteps, below which the second transformer takes over.",
+        group="denoising",
+        unset=_FROM_MODEL,
+        minimum=0.0,
+        maximum=1.0,
+        recorded=True,
+    )
     guidance_rescale: float | None = arg(
         None,
         help="How far to pull the guided prediction's standard deviation back to the conditional one's "

@@ -61,6 +61,8 @@ class ComposedPipelineBase:
     """Directory of the checkpoint -> what loads it; empty for a family without a checkpoint."""
     optional_components: ClassVar[frozenset[str]] = frozenset()
     """Those of them that are None where `model_index.json` has null."""
+    index_values: ClassVar[tuple[str, ...]] = ()
+    """Keys of `model_index.json` that hold a plain value: attributes too, None where the key is missing."""
     workloads: ClassVar[Mapping[str, Workload]] = {}
     """What benchmarks run: `dit`, `vae_decode`, `vae_encode`, `encoder`, as far as the family has them."""
 
@@ -96,6 +98,11 @@ class ComposedPipelineBase:
         self._loaded_bytes = self.meter.allocated_bytes()
 
     # What a family says
+
+    @classmethod
+    def leaves_out(cls, component: str, index: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint with this `model_index.json` has no such component, and may have none."""
+        return component in cls.optional_components and index.get(component) in (None, [None, None])
 
     @classmethod
     def check_model_index(cls, index: Mapping[str, Any]) -> None:
@@ -196,10 +203,10 @@ class ComposedPipelineBase:
     def _load_components(cls, directory: Path, context: LoadContext, report: Report) -> dict[str, Any]:
         index = read_model_index(directory)
         cls.check_model_index(index)
-        components: dict[str, Any] = {}
+        components: dict[str, Any] = {name: index.get(name) for name in cls.index_values}
         for name, load in cls.components.items():
             listed = index.get(name)
-            if name in cls.optional_components and listed in (None, [None, None]):
+            if cls.leaves_out(name, index):
                 components[name] = None
                 continue
             if not isinstance(listed, list) or len(listed) != 2 or not isinstance(listed[1], str):
