@@ -26,6 +26,8 @@ LOCAL_ONLY: frozenset[Surface] = frozenset({"cli", "python"})
 CLI_ONLY: frozenset[Surface] = frozenset({"cli"})
 PYTHON_ONLY: frozenset[Surface] = frozenset({"python"})
 ADMIN: frozenset[Surface] = frozenset({"cli", "python", "admin"})
+FROM_MODEL = "the model's own"
+"""What `unset` says where the model's default is taken."""
 HIDDEN = "***"
 """Stands for the value of a secret parameter wherever values are shown."""
 _KEY = "declaration"

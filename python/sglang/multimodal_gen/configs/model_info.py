@@ -2,20 +2,149 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Literal
+
 import msgspec
 
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.errors import FramesNotSupported, SizeNotDivisible, SizeTooLarge
+from sglang.multimodal_gen.errors import (
+    FramesNotSupported,
+    IncompatibleParameters,
+    MissingParameter,
+    SizeNotDivisible,
+    SizeTooLarge,
+    TooManyImages,
+    UnsupportedParameter,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputNames:
+    """What a way in calls its inputs, for messages."""
+
+    images: str = "image_path"
+    mask: str = "mask_path"
+    last_image: str = "last_image_path"
+    video: str = "video_path"
+
+
+LOCAL_NAMES = InputNames()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenInputs:
+    """Which inputs a request has."""
+
+    num_images: int = 0
+    mask: bool = False
+    last_image: bool = False
+    video: bool = False
+    strength: bool = False
+
+
+class InputLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which inputs besides the prompt the loaded model takes; by default none. A mask is for the first image, or for
+    the video where there is no image."""
+
+    min_images: int = 0
+    max_images: int = 0
+    takes_mask: bool = False
+    takes_last_image: bool = False
+    takes_video: bool = False
+    requires_video: bool = False
+    takes_strength: bool = False
+
+    def check(self, given: GivenInputs, names: InputNames = LOCAL_NAMES) -> None:
+        """Raises UnsupportedParameter, MissingParameter, TooManyImages or IncompatibleParameters."""
+        taken = {
+            names.images: (given.num_images > 0, self.max_images > 0),
+            names.mask: (given.mask, self.takes_mask),
+            names.last_image: (given.last_image, self.takes_last_image),
+            names.video: (given.video, self.takes_video or self.requires_video),
+            "strength": (given.strength, self.takes_strength),
+        }
+        for name, (is_given, is_taken) in taken.items():
+            if is_given and not is_taken:
+                raise UnsupportedParameter(name, f"the model works from {self.in_words()}")
+        if given.num_images > self.max_images:
+            raise TooManyImages(
+                f"{names.images}: got {given.num_images} images, accepted is {self._images_in_words()}",
+                param=names.images,
+            )
+        if given.num_images < self.min_images:
+            got = f"only {given.num_images}" if given.num_images else "nothing"
+            raise MissingParameter(
+                f"{names.images}: got {got}, accepted is {self._images_in_words()}", param=names.images
+            )
+        if self.requires_video and not given.video:
+            raise MissingParameter(f"{names.video}: got nothing, accepted is one video", param=names.video)
+        if not given.num_images and not given.video:
+            self._check_alone(given, names)
+
+    def _check_alone(self, given: GivenInputs, names: InputNames) -> None:
+        """Raises for what says something about an image or a video that is not there."""
+        others = [names.images] * (self.max_images > 0) + [names.video] * (self.takes_video or self.requires_video)
+        for name, is_given in ((names.mask, given.mask), ("strength", given.strength)):
+            if is_given:
+                raise IncompatibleParameters(
+                    f"{name}: says how to change what is not there, accepted is {name} with {' or '.join(others)}",
+                    param=name,
+                )
+
+    def in_words(self) -> str:
+        """What the model works from."""
+        parts = ["text"]
+        if self.max_images:
+            parts.append(self._images_in_words())
+        if self.takes_mask:
+            parts.append("a mask")
+        if self.takes_last_image:
+            parts.append("a last image")
+        if self.takes_video or self.requires_video:
+            parts.append("a video")
+        if len(parts) == 1:
+            return "text alone"
+        return ", ".join(parts[:-1]) + " and " + parts[-1]
+
+    def _images_in_words(self) -> str:
+        low, high = self.min_images, self.max_images
+        if high == 1:
+            return "one image"
+        if low == high:
+            return f"{high} images"
+        return f"{low} to {high} images" if low > 1 else f"up to {high} images"
+
+
+class SizeFromImage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a result's size follows from an input image when none is asked for: the image's aspect ratio, about `area`
+    pixels, both sides multiples of `multiple`. `source`: which of several images."""
+
+    area: int
+    multiple: int
+    source: Literal["first", "last"]
+
+    def size(self, width: int, height: int, *, area: int | None = None) -> tuple[int, int]:
+        """(width, height) of the result for an image of this size; `area` is used instead of the model's own."""
+        ratio = width / height
+        exact_width = math.sqrt((area or self.area) * ratio)
+        sides = (exact_width, exact_width / ratio)
+        found = [max(self.multiple, round(side / self.multiple) * self.multiple) for side in sides]
+        return found[0], found[1]
 
 
 class TaskLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What sizes the loaded model can do; checked at the door so that no bad request reaches a worker."""
+    """What sizes the loaded model can do, and what it takes besides a text; checked at the door so that no bad request
+    reaches a worker."""
 
     size_multiple: int
     max_pixels: int
     frame_stride: int
     max_frames: int
     max_sequence_length: int
+    inputs: InputLimits = InputLimits()
+    size_from_image: SizeFromImage | None = None
 
     def check(self, params: SamplingParams) -> None:
         """Raises SizeTooLarge, SizeNotDivisible or FramesNotSupported for complete parameters out of these limits."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
 from sglang.multimodal_gen.configs.declare import Parameter, arg, check_names, coerce, from_text, parameters
+from sglang.multimodal_gen.configs.schedulers import SCHEDULER_NAMES
 from sglang.multimodal_gen.errors import FieldError, InvalidValue
 
 if TYPE_CHECKING:
@@ -107,6 +108,13 @@ class ExecutionArgs:
         group="execution",
         unset="as the attention backend",
         choices=ATTENTION_BACKENDS,
+    )
+    scheduler: str | None = arg(
+        None,
+        help="Sampler of requests that name none.",
+        group="execution",
+        unset="the checkpoint's own",
+        choices=SCHEDULER_NAMES,
     )
     deterministic: bool = arg(
         False,

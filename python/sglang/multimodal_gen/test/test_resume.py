@@ -117,7 +117,7 @@ def run(pipeline: WanPipeline, req: Req, units: int | None = None) -> list[torch
     return frames
 
 
-@pytest.mark.parametrize("sampler", ["euler", "unipc", "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", ["euler", "unipc", "dpmpp_2m", "dpmpp_2m_sde"])
 @pytest.mark.parametrize("units", [1, 2, 3, 5, 6, 7])
 def test_a_request_goes_on_to_the_bit_from_its_file(
     pipeline: WanPipeline, tmp_path: Path, sampler: str, units: int

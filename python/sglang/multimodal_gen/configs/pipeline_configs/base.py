@@ -20,3 +20,5 @@ class PipelineConfig:
     """Text tokens that the model was trained with; requests may ask for fewer."""
     fp32_components: tuple[str, ...] = ()
     """Components that compute in fp32 whatever precision the rest has."""
+    schedulers: tuple[str, ...] = ()
+    """Names of the samplers that requests may choose besides the checkpoint's own; empty: all that can do the model."""

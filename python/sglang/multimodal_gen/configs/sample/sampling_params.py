@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
-from sglang.multimodal_gen.configs.declare import ADMIN, LOCAL_ONLY, PYTHON_ONLY, arg, build, parameters
+from sglang.multimodal_gen.configs.declare import ADMIN, FROM_MODEL, LOCAL_ONLY, PYTHON_ONLY, arg, build, parameters
+from sglang.multimodal_gen.configs.sample.guidance_params import GuidanceParams
+from sglang.multimodal_gen.configs.sample.input_params import InputParams
+from sglang.multimodal_gen.configs.schedulers import SCHEDULER_NAMES
 from sglang.multimodal_gen.errors import EmptyPrompt
 
 MAX_SEED = 2**63 - 1
@@ -32,7 +35,6 @@ X264_PRESETS = (
     "placebo",
 )
 PROFILED_TIMESTEPS = 5
-_FROM_MODEL = "the model's own"
 
 
 def _plain_file_name(name: str) -> str | None:
@@ -51,7 +53,7 @@ class ConditioningParams:
         None,
         help="What to steer away from; used only with a guidance scale above 1.",
         group="prompt",
-        unset=_FROM_MODEL,
+        unset=FROM_MODEL,
         max_length=MAX_PROMPT_CHARACTERS,
         recorded=True,
     )
@@ -59,7 +61,7 @@ class ConditioningParams:
         None,
         help="Text tokens that the model sees; a longer prompt is cut and the result says so.",
         group="prompt",
-        unset=_FROM_MODEL,
+        unset=FROM_MODEL,
         minimum=1,
         maximum=4096,
         recorded=True,
@@ -74,7 +76,7 @@ class ShapeParams:
         None,
         help="Width in pixels.",
         group="size",
-        unset=_FROM_MODEL,
+        unset=FROM_MODEL,
         minimum=16,
         maximum=16384,
         code="invalid_size",
@@ -84,7 +86,7 @@ class ShapeParams:
         None,
         help="Height in pixels.",
         group="size",
-        unset=_FROM_MODEL,
+        unset=FROM_MODEL,
         minimum=16,
         maximum=16384,
         code="invalid_size",
@@ -94,7 +96,7 @@ class ShapeParams:
         None,
         help="Frames of the video; 1 gives an image.",
         group="size",
-        unset=_FROM_MODEL,
+        unset=FROM_MODEL,
         minimum=1,
         maximum=100_000,
         code="invalid_num_frames",
@@ -104,7 +106,7 @@ class ShapeParams:
         None,
         help="Frames a second of the saved video.",
         group="size",
-        unset=_FROM_MODEL,
+        unset=FROM_MODEL,
         minimum=1,
         maximum=240,
         code="invalid_fps",
@@ -120,7 +122,7 @@ class DenoisingParams:
         None,
         help="Denoising steps.",
         group="denoising",
-        unset=_FROM_MODEL,
+        unset=FROM_MODEL,
         minimum=1,
         maximum=1000,
         code="invalid_steps",
@@ -130,37 +132,9 @@ class DenoisingParams:
         None,
         help="Classifier-free guidance; 1 or less switches it off and halves the work.",
         group="denoising",
-        unset=_FROM_MODEL,
+        unset=FROM_MODEL,
         minimum=0.0,
         maximum=1000.0,
-        recorded=True,
-    )
-    true_cfg_scale: float | None = arg(
-        None,
-        help="Classifier-free guidance of models whose guidance scale means something else; above 1 it doubles the "
-        "work.",
-        group="denoising",
-        unset=_FROM_MODEL,
-        minimum=0.0,
-        maximum=1000.0,
-        recorded=True,
-    )
-    guidance_scale_2: float | None = arg(
-        None,
-        help="Guidance scale of the second transformer, which runs at low noise.",
-        group="denoising",
-        unset=_FROM_MODEL,
-        minimum=0.0,
-        maximum=1000.0,
-        recorded=True,
-    )
-    boundary_ratio: float | None = arg(
-        None,
-        help="Noise level, as a share of the training timesteps, below which the second transformer takes over.",
-        group="denoising",
-        unset=_FROM_MODEL,
-        minimum=0.0,
-        maximum=1.0,
         recorded=True,
     )
     guidance_rescale: float | None = arg(
@@ -168,7 +142,7 @@ class DenoisingParams:
         help="How far to pull the guided prediction's standard deviation back to the conditional one's "
         "(arXiv:2305.08891).",
         group="denoising",
-        unset=_FROM_MODEL,
+        unset=FROM_MODEL,
         minimum=0.0,
         maximum=1.0,
         recorded=True,
@@ -177,7 +151,7 @@ class DenoisingParams:
         None,
         help="Timestep shift of the sampler; a larger one spends more steps at high noise.",
         group="denoising",
-        unset=_FROM_MODEL,
+        unset=FROM_MODEL,
         minimum=0.01,
         maximum=100.0,
         recorded=True,
@@ -186,8 +160,8 @@ class DenoisingParams:
         None,
         help="Sampler.",
         group="denoising",
-        unset="the checkpoint's own",
-        choices=("euler", "unipc", "dpmpp_2m"),
+        unset="the server's, else the checkpoint's own",
+        choices=SCHEDULER_NAMES,
         recorded=True,
     )
     seed: int | tuple[int, ...] | None = arg(
@@ -363,7 +337,14 @@ class ObservationParams:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams(
-    ObservationParams, AttentionParams, OutputParams, DenoisingParams, ShapeParams, ConditioningParams
+    ObservationParams,
+    AttentionParams,
+    OutputParams,
+    GuidanceParams,
+    DenoisingParams,
+    ShapeParams,
+    InputParams,
+    ConditioningParams,
 ):
     """Everything a client may say about one generation; see the parents for the fields.
 

@@ -18,6 +18,7 @@ from sglang.multimodal_gen.errors import EngineStopped, RemoteError, RequestCanc
 from sglang.multimodal_gen.registry import get_model_info
 from sglang.multimodal_gen.runtime.entrypoints.engine_client import EngineClient, RequestHandle
 from sglang.multimodal_gen.runtime.entrypoints.generation_result import GenerationResult
+from sglang.multimodal_gen.runtime.entrypoints.media_inputs import NO_INPUTS, DecodedInputs, MediaSources, split_media
 from sglang.multimodal_gen.runtime.entrypoints.perf_dump import prepare_perf_dump, write_perf_dump
 from sglang.multimodal_gen.runtime.entrypoints.request_builder import expand_prompts
 from sglang.multimodal_gen.runtime.managers.child_process import ChildProcess
@@ -94,6 +95,9 @@ class DiffGenerator:
 
     def generate(self, sampling_params_kwargs: Mapping[str, Any]) -> GenerationResult | list[GenerationResult]:
         """Generate and wait. One output gives one result, several a list in order.
+
+        `image_path`, `mask_path` and `last_image_path` may be paths, PIL images or uint8 arrays [H, W, 3], `image_path`
+        also a list of them; `video_path` a path, a list of frames or a uint8 array [T, H, W, 3].
 
         Raises:
             ServingError: the first failure; the other outputs are cancelled.
@@ -264,14 +268,18 @@ class _Engine:
         """Submit every output and yield their events as they come; leaving early cancels the rest in the engine."""
         state = await self.client.wait_ready()
         assert state.model is not None
-        by_prompt = expand_prompts(values, model=state.model, surface="python")
+        values, sources = split_media(values)
+        sources.check(state.model.limits.inputs, strength=values.get("strength") is not None)
+        inputs = await _decoded(sources)
+        by_prompt = expand_prompts(values, model=state.model, surface="python", inputs=inputs)
         wishes = [params for outputs in by_prompt for params in outputs]
         for params in wishes:
             if params.perf_dump_path is not None:
                 prepare_perf_dump(params.perf_dump_path)
         places = [(p, o) for p, outputs in enumerate(by_prompt) for o in range(len(outputs))]
         merged: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
-        handles = [await self.client.submit(params) for params in wishes]
+        async with self.client.stored(inputs) as media:
+            handles = [await self.client.submit(params, inputs=media) for params in wishes]
         forwarders = [asyncio.create_task(_forward(i, handle, merged)) for i, handle in enumerate(handles)]
         open_outputs = set(range(len(handles)))
         try:
@@ -344,6 +352,15 @@ class _Engine:
         self._thread.join(timeout=5)
         self._loop.close()
         self._child.close(grace_s=_STOP_GRACE_S)
+
+
+async def _decoded(sources: MediaSources) -> DecodedInputs:
+    if not sources:
+        return NO_INPUTS
+    # Late: the decoders take long to load, and most generations have no inputs.
+    from sglang.multimodal_gen.runtime.entrypoints.media_reading import read_sources
+
+    return await asyncio.to_thread(read_sources, sources)
 
 
 def _with_dump(result: GenerationResult, path: str, request_id: str, model: ModelInfo) -> GenerationResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -13,7 +13,8 @@ import zmq
 import zmq.asyncio
 
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.errors import EngineStopped, ErrorInfo, RemoteError, RequestCancelled
+from sglang.multimodal_gen.errors import EngineStopped, ErrorInfo, RemoteError, RequestCancelled, StorageError
+from sglang.multimodal_gen.runtime.entrypoints.media_inputs import DecodedInputs
 from sglang.multimodal_gen.runtime.managers.messages import (
     PROTOCOL_VERSION,
     TERMINAL_EVENTS,
@@ -26,6 +27,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     GenerateRequest,
     Hello,
     MappedArray,
+    MediaInputs,
     Message,
     MetricsReply,
     MetricsRequest,
@@ -95,6 +97,7 @@ class EngineClient:
         self._socket: zmq.asyncio.Socket | None = None
         self._codec = Codec(ToClient)
         self._handles: dict[str, RequestHandle] = {}
+        self._inputs: dict[str, MediaInputs] = {}
         self._queries: dict[str, asyncio.Future[Any]] = {}
         self._changed = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
@@ -136,11 +139,65 @@ class EngineClient:
             await self._changed.wait()
         return self.state
 
-    async def submit(self, params: SamplingParams, *, request_id: str | None = None) -> RequestHandle:
-        """Queue one complete, checked request."""
+    @contextlib.asynccontextmanager
+    async def stored(self, inputs: DecodedInputs) -> AsyncIterator[MediaInputs | None]:
+        """Inputs in the run directory, for any number of requests that are submitted meanwhile.
+
+        Raises: StorageError when there is no room.
+        """
+        files: list[MappedArray] = []
+        try:
+            yield await asyncio.to_thread(self._store, inputs, files) if inputs else None
+        finally:
+            self._discard(files)
+
+    def _store(self, inputs: DecodedInputs, files: list[MappedArray]) -> MediaInputs:
+        def put(array: np.ndarray | None) -> MappedArray | None:
+            if array is None:
+                return None
+            files.append(self.run_dir.put(array))
+            return files[-1]
+
+        video = inputs.video
+        return MediaInputs(
+            images=tuple(cast(MappedArray, put(image)) for image in inputs.images),
+            mask=put(inputs.mask),
+            last_image=put(inputs.last_image),
+            video=None if video is None else put(video.frames),
+            video_fps=None if video is None else video.fps,
+        )
+
+    def _linked(self, inputs: MediaInputs) -> MediaInputs:
+        """The same content as files of one request's own."""
+        files: dict[str, MappedArray] = {}
+        try:
+            for array in inputs.arrays:
+                files[array.file] = self.run_dir.link(array)
+        except StorageError:
+            self._discard(files.values())
+            raise
+        return MediaInputs(
+            images=tuple(files[image.file] for image in inputs.images),
+            mask=inputs.mask and files[inputs.mask.file],
+            last_image=inputs.last_image and files[inputs.last_image.file],
+            video=inputs.video and files[inputs.video.file],
+            video_fps=inputs.video_fps,
+        )
+
+    def _discard(self, files: Iterable[MappedArray]) -> None:
+        for array in files:
+            self.run_dir.discard(array.file)
+
+    async def submit(
+        self, params: SamplingParams, *, request_id: str | None = None, inputs: MediaInputs | None = None
+    ) -> RequestHandle:
+        """Queue one complete, checked request; `inputs` come from `stored`."""
         handle = RequestHandle(request_id or new_request_id())
+        own = None if inputs is None else self._linked(inputs)
         self._handles[handle.request_id] = handle
-        await self._send(GenerateRequest(request_id=handle.request_id, params=params))
+        if own is not None:
+            self._inputs[handle.request_id] = own
+        await self._send(GenerateRequest(request_id=handle.request_id, params=params, inputs=own))
         return handle
 
     async def cancel(self, request_id: str) -> None:
@@ -210,6 +267,7 @@ class EngineClient:
             handle = self._handles.get(message.request_id)
             if isinstance(message, TERMINAL_EVENTS):
                 self._handles.pop(message.request_id, None)
+                self._inputs.pop(message.request_id, None)  # the scheduler has unlinked them
             if handle is not None:
                 handle.put(message)
 
@@ -222,6 +280,9 @@ class EngineClient:
         for request_id, handle in list(self._handles.items()):
             handle.put(Failed(request_id=request_id, error=error))
         self._handles.clear()
+        for inputs in self._inputs.values():  # of a scheduler that is gone, or that no longer knows this client
+            self._discard(inputs.arrays)
+        self._inputs.clear()
         for waiting in self._queries.values():
             if not waiting.done():
                 waiting.set_exception(RemoteError(error))

@@ -12,18 +12,24 @@ from sglang.multimodal_gen.configs.declare import Surface, check_names, paramete
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, MAX_SEED, SamplingParams
 from sglang.multimodal_gen.errors import IncompatibleParameters, InvalidType, InvalidValue, MissingParameter
+from sglang.multimodal_gen.runtime.entrypoints.media_inputs import NO_INPUTS, DecodedInputs
 from sglang.multimodal_gen.runtime.postprocess.formats import choose_format
 
 
-def expand(values: Mapping[str, Any], *, model: ModelInfo, surface: Surface) -> list[SamplingParams]:
+def expand(
+    values: Mapping[str, Any], *, model: ModelInfo, surface: Surface, inputs: DecodedInputs = NO_INPUTS
+) -> list[SamplingParams]:
     """One complete SamplingParams per output of one or several prompts, in order; see `expand_prompts`."""
-    return [params for outputs in expand_prompts(values, model=model, surface=surface) for params in outputs]
+    by_prompt = expand_prompts(values, model=model, surface=surface, inputs=inputs)
+    return [params for outputs in by_prompt for params in outputs]
 
 
-def expand_prompts(values: Mapping[str, Any], *, model: ModelInfo, surface: Surface) -> list[list[SamplingParams]]:
-    """For each prompt, one complete SamplingParams per output.
+def expand_prompts(
+    values: Mapping[str, Any], *, model: ModelInfo, surface: Surface, inputs: DecodedInputs = NO_INPUTS
+) -> list[list[SamplingParams]]:
+    """For each prompt, one complete SamplingParams per output; all have the same `inputs`.
 
-    `values` holds SamplingParams fields; `prompt` may be one text or a list of them.
+    `values` holds SamplingParams fields without inputs; `prompt` may be one text or a list of them.
 
     Raises:
         InvalidRequest: any subclass that names the field, the value and what is accepted.
@@ -35,11 +41,36 @@ def expand_prompts(values: Mapping[str, Any], *, model: ModelInfo, surface: Surf
         wish = SamplingParams.from_values({**values, "prompt": prompt})
         wish.require_prompt()
         _check_profiling(wish)
+        inputs.check(model.limits.inputs, strength=wish.strength is not None)
+        wish = _sized(wish, model, inputs)
         complete = wish.filled_from(model.defaults, GENERAL_DEFAULTS)
+        _check_interval(complete)
         model.limits.check(complete)
         check_output(complete)
         expanded.append(_outputs(complete))
     return _observed(expanded)
+
+
+def _sized(wish: SamplingParams, model: ModelInfo, inputs: DecodedInputs) -> SamplingParams:
+    """With the size that follows from an input image, where the model has a rule for that and none is asked for."""
+    size = inputs.size_for(model.limits.size_from_image, max_area=wish.max_area)
+    if size is None:
+        return wish
+    if wish.width is None and wish.height is None:
+        return dataclasses.replace(wish, width=size[0], height=size[1])
+    for name, other in (("width", "height"), ("height", "width")):
+        if getattr(wish, name) is None:
+            raise IncompatibleParameters(
+                f"{name}: not given, accepted is {name} with {other}, or neither: the size then follows from the image",
+                param=name,
+            )
+    return wish
+
+
+def _check_interval(params: SamplingParams) -> None:
+    start, end = params.cfg_interval_start, params.cfg_interval_end
+    if start is not None and end is not None and start > end:
+        raise InvalidValue("cfg_interval_start", start, f"at most cfg_interval_end, which is {end}")
 
 
 def _check_profiling(wish: SamplingParams) -> None:

@@ -31,6 +31,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     LatentsReady,
     LoadFailed,
     Loading,
+    MediaInputs,
     Message,
     ModelReady,
     OutputChunk,
@@ -114,7 +115,8 @@ class GPUWorker:
     def _admit(self, message: Admit) -> Message:
         PRIVATE_TEXTS.keep(message.request_id, message.params.private_texts())
         try:
-            req = self.pipeline.admit(message.request_id, message.params)
+            inputs = _mapped(self.run_dir, message.inputs)
+            req = self.pipeline.admit(message.request_id, message.params, inputs)
             if message.state_file is not None:
                 self._restore(req, message.state_file)
                 self._send_latents(req)  # its last step may have been before the state was saved
@@ -242,6 +244,21 @@ class GPUWorker:
         if asked and complete and req.latents is not None:
             latents = self.run_dir.put(req.latents.float().cpu().numpy())
             self.channel.send(LatentsReady(request_id=req.request_id, latents=latents))
+
+
+def _mapped(run_dir: RunDir, inputs: MediaInputs | None) -> Any:
+    """The request's inputs. Raises StorageError when a file is gone."""
+    from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
+
+    if inputs is None:
+        return EMPTY
+    return RequestInputs(
+        images=tuple(run_dir.map(image) for image in inputs.images),
+        mask=None if inputs.mask is None else run_dir.map(inputs.mask),
+        last_image=None if inputs.last_image is None else run_dir.map(inputs.last_image),
+        video=None if inputs.video is None else run_dir.map(inputs.video),
+        video_fps=inputs.video_fps,
+    )
 
 
 def _error_info(error: Exception, request_ids: Sequence[str] = ()) -> ErrorInfo:

@@ -20,7 +20,7 @@ from sglang.multimodal_gen.configs.request_plan import Lane, Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import ErrorInfo
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 HTTP_CLIENT_NAME = "http"
 
 
@@ -29,7 +29,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class MappedArray(Message, frozen=True, kw_only=True):
-    """An array in a file of the server's run directory; whoever maps it unlinks it right after.
+    """An array in a file of the server's run directory; whoever maps it unlinks it right after, but for inputs.
 
     `file` is a bare name (no directory), `dtype` a NumPy dtype string, the bytes are C-contiguous.
     """
@@ -37,6 +37,26 @@ class MappedArray(Message, frozen=True, kw_only=True):
     file: str
     shape: tuple[int, ...]
     dtype: str
+
+
+class MediaInputs(Message, frozen=True, kw_only=True):
+    """What a request starts from besides its prompt, decoded. The files stay until the request's terminal event, since
+    a request may be admitted more than once; the scheduler unlinks them then.
+
+    `images` and `last_image` are [H, W, 3] uint8 RGB, `mask` is [H, W] uint8 with 255 where the image is made anew,
+    `video` is [T, H, W, 3] uint8 RGB.
+    """
+
+    images: tuple[MappedArray, ...] = ()
+    mask: MappedArray | None = None
+    last_image: MappedArray | None = None
+    video: MappedArray | None = None
+    video_fps: float | None = None
+
+    @property
+    def arrays(self) -> tuple[MappedArray, ...]:
+        """All there are."""
+        return (*self.images, *(each for each in (self.mask, self.last_image, self.video) if each is not None))
 
 
 # --- entry point -> scheduler ---
@@ -51,11 +71,12 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
 
 class GenerateRequest(Message, frozen=True, kw_only=True, tag="generate"):
     """One output of one prompt. `params` is complete: defaults merged in, seed drawn. Answered by events that end with
-    exactly one Finished, Failed or Cancelled."""
+    exactly one Finished, Failed or Cancelled. The files of `inputs` are this request's own."""
 
     request_id: str
     params: SamplingParams
     max_attempts: int = 2
+    inputs: MediaInputs | None = None
 
 
 class CancelRequest(Message, frozen=True, kw_only=True, tag="cancel"):
@@ -228,11 +249,13 @@ TERMINAL_EVENTS = (Finished, Failed, Cancelled)
 
 
 class Admit(Message, frozen=True, kw_only=True, tag="admit"):
-    """Build the request's state; answered by Admitted or AdmitFailed. `state_file`: go on from what was saved there."""
+    """Build the request's state; answered by Admitted or AdmitFailed. `state_file`: go on from what was saved there.
+    The files of `inputs` are mapped and left where they are."""
 
     request_id: str
     params: SamplingParams
     state_file: str | None = None
+    inputs: MediaInputs | None = None
 
 
 class Unit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import cast
 
 import zmq
 
-from sglang.multimodal_gen.runtime.managers.messages import MappedArray, Message, ToOutput, encode
+from sglang.multimodal_gen.errors import StorageError
+from sglang.multimodal_gen.runtime.managers.messages import MappedArray, MediaInputs, Message, ToOutput, encode
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 
 
@@ -45,28 +48,50 @@ class OutputLink:
 
 @dataclass
 class Ledger:
-    """Mapped files by name, with the request they belong to, until their receiver has mapped them."""
+    """Mapped files by name, with the request they belong to, until their receiver has mapped them; and the files of
+    requests' inputs, which nobody unlinks but the ledger at the request's end."""
 
     run_dir: RunDir
     _files: dict[str, tuple[str, int]] = field(default_factory=dict)
+    _inputs: dict[str, MediaInputs] = field(default_factory=dict)
 
     def add(self, request_id: str, *arrays: MappedArray | None) -> None:
         """Files that some process wrote for another one."""
         for array in arrays:
             if array is not None:
-                size = 1
-                for side in array.shape:
-                    size *= side
-                self._files[array.file] = (request_id, size)
+                self._files[array.file] = (request_id, math.prod(array.shape))
 
     def drop_request(self, request_id: str) -> None:
-        """Unlink whatever is left of a request that nobody waits for."""
+        """Unlink whatever is left of a request that nobody waits for, but its inputs: it may run again."""
         for file in [name for name, (owner, _) in self._files.items() if owner == request_id]:
             self.run_dir.discard(file)
             del self._files[file]
+
+    def keep_inputs(self, request_id: str, inputs: MediaInputs | None) -> None:
+        """Own a request's inputs from its arrival on."""
+        if inputs is not None:
+            self._inputs[request_id] = inputs
+
+    def inputs_of(self, request_id: str) -> MediaInputs | None:
+        """The inputs of a request that has not ended."""
+        return self._inputs.get(request_id)
+
+    def drop_inputs(self, request_id: str) -> None:
+        """The request has ended: unlink its inputs."""
+        self.refuse_inputs(self._inputs.pop(request_id, None))
+
+    def refuse_inputs(self, inputs: MediaInputs | None) -> None:
+        """Unlink what came with a message that is not taken, as far as it is no other request's."""
+        kept = {array.file for others in self._inputs.values() for array in others.arrays}
+        for array in () if inputs is None else inputs.arrays:
+            if array.file not in kept and array.file not in self._files:
+                with contextlib.suppress(StorageError):  # a name that is none
+                    self.run_dir.discard(array.file)
 
     def settle(self) -> tuple[int, int]:
         """Strike out files that were mapped; how many files and elements are left."""
         for file in [name for name in self._files if not self.run_dir.exists(name)]:
             del self._files[file]
-        return len(self._files), sum(size for _, size in self._files.values())
+        sizes = [size for _, size in self._files.values()]
+        sizes += [math.prod(array.shape) for inputs in self._inputs.values() for array in inputs.arrays]
+        return len(sizes), sum(sizes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import mmap
 import os
 import secrets
@@ -18,6 +19,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from sglang.multimodal_gen.errors import StorageError
 from sglang.multimodal_gen.runtime.managers.messages import MappedArray
@@ -88,23 +91,45 @@ class RunDir:
         file, view = self._create(int(np.prod(shape, dtype=np.int64)) * kind.itemsize)
         return MappedArray(file=file, shape=shape, dtype=kind.str), np.frombuffer(view, dtype=kind).reshape(shape)
 
+    def blank(self, shape: tuple[int, ...]) -> MappedArray:
+        """A file of zeros, uint8 [shape]. Raises StorageError as `put` does."""
+        file, _ = self._create(math.prod(shape))
+        return MappedArray(file=file, shape=shape, dtype="|u1")
+
+    def link(self, ref: MappedArray) -> MappedArray:
+        """The same content under a name of its own, which takes no room; either may be discarded before the other."""
+        path, name = self._find(ref.file), _new_name()
+        try:
+            path.with_name(name).hardlink_to(path)
+        except OSError as error:
+            raise StorageError(f"an array between two processes cannot be shared: {error.strerror}") from error
+        return msgspec.structs.replace(ref, file=name)
+
     def take(self, ref: MappedArray) -> np.ndarray:
         """Map the file and unlink it; the memory lives as long as the array."""
+        array = self._map(ref, mmap.ACCESS_WRITE)
+        self.discard(ref.file)
+        return array
+
+    def map(self, ref: MappedArray) -> np.ndarray:
+        """Map the file and leave it; what is written into the array stays in this process."""
+        return self._map(ref, mmap.ACCESS_COPY)
+
+    def _map(self, ref: MappedArray, access: int) -> np.ndarray:
         import numpy as np
 
         kind = np.dtype(ref.dtype)
-        path = self._find(ref.file)
-        size = int(np.prod(ref.shape, dtype=np.int64)) * kind.itemsize
-        with path.open("r+b") as stream:
+        size = math.prod(ref.shape) * kind.itemsize
+        with self._find(ref.file).open("r+b") as stream:
             actual = os.fstat(stream.fileno()).st_size
             if actual < size:
                 raise StorageError("an array between two processes was cut short")
-            view = mmap.mmap(stream.fileno(), size) if size else b""
-        path.unlink()
+            view = mmap.mmap(stream.fileno(), size, access=access) if size else b""
         return np.frombuffer(view, dtype=kind).reshape(ref.shape)
 
     def discard(self, file: str) -> None:
-        """Unlink a file that nobody will map; it may be gone already."""
+        """Unlink a file that nobody will map; it may be gone already. Raises StorageError for what is no such name."""
+        _check_name(file)
         for directory in (self.fast, self.base):
             if directory is not None:
                 (directory / file).unlink(missing_ok=True)
@@ -114,15 +139,14 @@ class RunDir:
         return any(d is not None and (d / file).exists() for d in (self.fast, self.base))
 
     def _find(self, file: str) -> Path:
-        if "/" in file or not file.startswith("m-"):
-            raise StorageError("a message named a file outside the run directory")
+        _check_name(file)
         for directory in (self.fast, self.base):
             if directory is not None and (directory / file).exists():
                 return directory / file
         raise StorageError("an array between two processes is gone")
 
     def _create(self, size: int) -> tuple[str, mmap.mmap | bytes]:
-        file = f"m-{secrets.token_hex(12)}"
+        file = _new_name()
         for directory in (self.fast, self.base):
             if directory is None:
                 continue
@@ -133,6 +157,15 @@ class RunDir:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG):
                     raise
         raise StorageError(f"no room for {size / 2**20:.0f} MiB in shared memory or the temp directory")
+
+
+def _new_name() -> str:
+    return f"m-{secrets.token_hex(12)}"
+
+
+def _check_name(file: str) -> None:
+    if "/" in file or "\0" in file or not file.startswith("m-"):
+        raise StorageError("a message named a file outside the run directory")
 
 
 def _allocate(path: Path, size: int) -> mmap.mmap | bytes:

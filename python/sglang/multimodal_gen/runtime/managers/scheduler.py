@@ -46,6 +46,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     LatentsReady,
     LoadFailed,
     Loading,
+    MediaInputs,
     MetricsReply,
     MetricsRequest,
     ModelReady,
@@ -72,7 +73,7 @@ from sglang.multimodal_gen.runtime.managers.request_observer import RequestObser
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 from sglang.multimodal_gen.runtime.managers.state_keeper import StateKeeper
-from sglang.multimodal_gen.runtime.managers.warm_up import WarmUp, shape_of
+from sglang.multimodal_gen.runtime.managers.warm_up import InputShapes, WarmUp, input_shapes, shape_of
 from sglang.multimodal_gen.runtime.managers.worker_group import WorkerGroup
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging, fields
 from sglang.multimodal_gen.runtime.observability.metrics import MODEL_FACTS, EngineSnapshot
@@ -222,9 +223,11 @@ class Scheduler:
         refusal = self._refusal(message)
         if refusal is not None:
             self.observer.refused(message.request_id, code=refusal.code)
+            self.ledger.refuse_inputs(message.inputs)
             self.clients.send(client, Failed(request_id=message.request_id, error=refusal))
             return
-        self._warm_up_for(message.params)
+        self.ledger.keep_inputs(message.request_id, message.inputs)
+        self._warm_up_for(message.params, message.inputs)
         record = self._enqueue(message.request_id, client, message.params, max_attempts=message.max_attempts)
         self.observer.received(record, num_before=len(self.waiting) - 1)
         self._tell(record, Queued(request_id=record.request_id, position=len(self.waiting) - 1))
@@ -314,19 +317,26 @@ class Scheduler:
             self._fail_engine(error.info())
             return
         for params in wishes:
-            self._start_warm_up(params)
+            self._start_warm_up(params, input_shapes(message.model.limits.inputs, params))
 
-    def _start_warm_up(self, params: SamplingParams) -> None:
-        record = self._enqueue(self.warm_up.start(params), None, params, max_attempts=1)
+    def _start_warm_up(self, params: SamplingParams, shapes: InputShapes) -> None:
+        """With black inputs of these shapes."""
+        request_id = self.warm_up.start(params)
+        try:
+            self.ledger.keep_inputs(request_id, shapes.fill(self.run_dir.blank))
+        except StorageError as error:
+            self._on_warm_up_ended(request_id, Failed(request_id=request_id, error=error.info()))
+            return
+        record = self._enqueue(request_id, None, params, max_attempts=1)
         self.waiting.rotate(1)  # before the clients' requests
         logger.info("warm-up of %dx%d, %d frames", params.width, params.height, params.num_frames)
         assert self.waiting[0] == record.request_id
 
-    def _warm_up_for(self, params: SamplingParams) -> None:
+    def _warm_up_for(self, params: SamplingParams, inputs: MediaInputs | None) -> None:
         """Before the first request of a size, a short copy of it."""
         copy = self.warm_up.for_request(params)
         if copy is not None:
-            self._start_warm_up(copy)
+            self._start_warm_up(copy, InputShapes.of(inputs))
 
     def _on_warm_up_ended(self, request_id: str, event: RequestEvent | None) -> None:
         sizes = self.config.args.warmup.warmup_resolutions
@@ -413,7 +423,14 @@ class Scheduler:
             record.started_at = record.started_at or record.handed_at
             record.warmup_excluded = shape_of(record.params) in self.warm_up.warm
             state_file = record.state_file if record.has_saved_state else None
-            self.workers.send(Admit(request_id=record.request_id, params=record.params, state_file=state_file))
+            self.workers.send(
+                Admit(
+                    request_id=record.request_id,
+                    params=record.params,
+                    state_file=state_file,
+                    inputs=self.ledger.inputs_of(record.request_id),
+                )
+            )
         self.waiting.extendleft(reversed(held_back))
 
     def _on_admitted(self, message: Admitted) -> None:
@@ -553,6 +570,7 @@ class Scheduler:
 
     def _after_end(self, record: RequestRecord, event: Failed | Cancelled | None) -> None:
         self.states.drop(record)
+        self.ledger.drop_inputs(record.request_id)
         if record.client is None:
             self._on_warm_up_ended(record.request_id, event)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
-from sglang.multimodal_gen.configs.model_info import ModelInfo
+from sglang.multimodal_gen.configs.model_info import InputLimits, ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, SamplingParams
+from sglang.multimodal_gen.runtime.managers.messages import MappedArray, MediaInputs
 from sglang.multimodal_gen.runtime.server_args import WarmupArgs, split_size
 
 Mode = Literal["off", "request", "server"]
@@ -19,6 +21,50 @@ _PROMPT = "a warm-up"
 def shape_of(params: SamplingParams) -> Shape:
     """What a warm-up warms: a size of the result."""
     return params.width, params.height, params.num_frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputShapes:
+    """Shapes of the inputs that a warm-up has; their pixels are black."""
+
+    images: tuple[tuple[int, ...], ...] = ()
+    mask: tuple[int, ...] | None = None
+    last_image: tuple[int, ...] | None = None
+    video: tuple[int, ...] | None = None
+    video_fps: float | None = None
+
+    @classmethod
+    def of(cls, inputs: MediaInputs | None) -> InputShapes:
+        """Those of a request."""
+        if inputs is None:
+            return cls()
+        return cls(
+            images=tuple(image.shape for image in inputs.images),
+            mask=None if inputs.mask is None else inputs.mask.shape,
+            last_image=None if inputs.last_image is None else inputs.last_image.shape,
+            video=None if inputs.video is None else inputs.video.shape,
+            video_fps=inputs.video_fps,
+        )
+
+    def fill(self, blank: Callable[[tuple[int, ...]], MappedArray]) -> MediaInputs | None:
+        """Black inputs, made with `blank`; None when there are none."""
+        if self == InputShapes():
+            return None
+        return MediaInputs(
+            images=tuple(blank(shape) for shape in self.images),
+            mask=None if self.mask is None else blank(self.mask),
+            last_image=None if self.last_image is None else blank(self.last_image),
+            video=None if self.video is None else blank(self.video),
+            video_fps=self.video_fps,
+        )
+
+
+def input_shapes(limits: InputLimits, params: SamplingParams) -> InputShapes:
+    """What a model needs at least for a result of this size."""
+    assert params.height is not None and params.width is not None, "the parameters are complete"
+    image = (params.height, params.width, 3)
+    video = (params.num_frames or 1, *image) if limits.requires_video else None
+    return InputShapes(images=(image,) * limits.min_images, video=video)
 
 
 @dataclass

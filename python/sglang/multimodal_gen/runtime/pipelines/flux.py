@@ -160,7 +160,13 @@ class FluxPipeline(ComposedPipelineBase):
         return [
             TextEncodingStage(self.prompt_encoder(), guidance=guidance, cache=self.conditioning_cache),
             LatentPreparationStage(geometry, self.device),
-            TimestepPreparationStage(self.scheduler, spacing=spaced_to_last, num_tokens=denoiser.num_tokens),
+            TimestepPreparationStage(
+                self.scheduler,
+                schedulers=self.config.schedulers,
+                default=self.defaults.scheduler,
+                spacing=spaced_to_last,
+                num_tokens=denoiser.num_tokens,
+            ),
             DenoisingStage(denoiser, guidance=guidance, free_bytes=self.free_bytes),
             self.decoding(geometry),
         ]

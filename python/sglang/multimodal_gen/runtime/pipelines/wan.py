@@ -83,7 +83,9 @@ class WanPipeline(ComposedPipelineBase):
             TextEncodingStage(self._prompt_encoder(), guidance=guidance, cache=self.conditioning_cache),
             LatentPreparationStage(geometry, self.device),
             *self.picture_stages(geometry),
-            TimestepPreparationStage(self.scheduler),
+            TimestepPreparationStage(
+                self.scheduler, schedulers=self.config.schedulers, default=self.defaults.scheduler
+            ),
             *self._denoising(guidance, geometry),
             DecodingStage(
                 self.vae,

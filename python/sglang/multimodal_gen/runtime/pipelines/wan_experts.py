@@ -28,7 +28,7 @@ class LowNoiseGuidance(ClassifierFreeGuidance):
 
     def is_on(self, req: Req) -> bool:
         # At 1 the unconditional prediction would be computed to cancel out.
-        return self.scale(req.params) != 1
+        return super().is_on(req) and self.scale(req.params) != 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +40,13 @@ class Boundary:
 
     def high_noise_steps(self, req: Req) -> int:
         """How many of the request's steps are the first expert's."""
-        assert req.sampler_state is not None, "planned by the stage before"
+        state = req.sampler_state
+        assert state is not None, "planned by the stage before"
         ratio = self.ratio if req.params.boundary_ratio is None else req.params.boundary_ratio
-        timesteps = req.sampler_state.schedule.timesteps
+        timesteps = state.schedule.timesteps[state.first_step :]
         return int((timesteps >= ratio * self.num_train_timesteps).sum())
 
     def low_noise_steps(self, req: Req) -> int:
         """How many are the second one's."""
         assert req.sampler_state is not None, "planned by the stage before"
-        return req.sampler_state.schedule.num_inference_steps - self.high_noise_steps(req)
+        return req.sampler_state.num_steps - self.high_noise_steps(req)

@@ -164,10 +164,13 @@ class ComposedPipelineBase:
             components = cls._load_components(resolved.local_path, context, report)
         for reason in explain_kernels(c for c in components.values() if isinstance(c, nn.Module)):
             report(reason)
+        defaults = resolved.defaults
+        if execution.scheduler is not None:
+            defaults = dataclasses.replace(defaults, scheduler=execution.scheduler)
         return cls(
             name=resolved.name,
             config=config,
-            defaults=resolved.defaults,
+            defaults=defaults,
             placement=placement,
             components=components,
             conditioning_cache=ConditioningCache(execution.conditioning_cache_mib << 20),
@@ -254,6 +257,7 @@ class ComposedPipelineBase:
             params = dataclasses.replace(params, seed=secrets.randbelow(MAX_SEED + 1))
         elif isinstance(params.seed, tuple):
             params = dataclasses.replace(params, seed=params.seed[0])
+        self.limits().inputs.check(inputs.given)
         req = Req(request_id=request_id, params=params, inputs=inputs)
         for stage in self.stages:
             stage.admit(req)
@@ -283,7 +287,7 @@ class ComposedPipelineBase:
                 req.units_done.pop(phase.name, None)
 
     def state_identity(self, req: Req) -> str:
-        """What a saved state must agree on to be this request's: the model and the parameters."""
+        """What a saved state must agree on to be this request's: the model, the parameters and the inputs."""
         model = (self.name, type(self).__name__, str(self.dtype))
         return hashlib.sha256(msgspec.json.encode([model, req.params, req.inputs.digest()])).hexdigest()
 

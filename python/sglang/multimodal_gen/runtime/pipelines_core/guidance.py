@@ -51,8 +51,11 @@ class ClassifierFreeGuidance:
         return req.text, req.negative_text
 
     def is_on(self, req: Req) -> bool:
-        """Whether the present step is guided at all."""
-        return True
+        """Whether the present step lies in the interval that is guided. Source: arXiv:2404.07724."""
+        assert req.sampler_state is not None, "prepared at admission"
+        step, num_steps = req.sampler_state.step_index, req.sampler_state.schedule.num_inference_steps
+        start, end = req.params.cfg_interval_start, req.params.cfg_interval_end
+        return (start or 0.0) * num_steps <= step < (1.0 if end is None else end) * num_steps
 
     def combine(self, predictions: Sequence[Tensor], req: Req) -> Tensor:
         conditional = predictions[0].float()

@@ -56,7 +56,8 @@ class Req:
 
     `latent_shape` is (C, T, H, W); latents [C, T, H, W] fp32, texts and conditioning lie on the device.
     `max_forward_rows` None: all guidance branches in one forward; `max_text_rows` None: all texts in one. `units_done`
-    counts by phase. `generator` draws the request's noise, on the CPU.
+    counts by phase. `generator` draws the request's noise, on the CPU; a `strength` below 1 keeps some of the picture
+    that it starts from.
     """
 
     request_id: str
@@ -70,6 +71,7 @@ class Req:
     text: TextCondition | None = None
     negative_text: TextCondition | None = None
     latent_shape: tuple[int, int, int, int] | None = None
+    strength: float = 1.0
     generator: torch.Generator | None = None
     latents: Tensor | None = None
     sampler: Sampler | None = None
@@ -113,7 +115,7 @@ class Req:
         self.sampler_state = None if state is None else SamplerState.from_state_dict(state)
 
     def drop_tensors(self) -> None:
-        """Free what the request holds on the device."""
+        """Free what the request holds on the device, and its inputs."""
         self.text = self.negative_text = self.latents = self.generator = None
         self.sampler_state = self.decoder_state = None
         self.conditioning = {}

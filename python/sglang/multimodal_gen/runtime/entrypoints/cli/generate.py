@@ -13,6 +13,7 @@ from sglang.multimodal_gen.configs.declare import CLI_ONLY, Parameter, arg, para
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import EmptyPrompt, MissingParameter, UsageError
 from sglang.multimodal_gen.runtime.entrypoints.cli.options import CommandArgs, OptionParser, read_config, warn
+from sglang.multimodal_gen.runtime.entrypoints.media_inputs import split_media
 from sglang.multimodal_gen.runtime.server_args import ServerArgs, resolve_server_args, server_options
 
 if TYPE_CHECKING:
@@ -43,20 +44,32 @@ class GenerateJob:
     sampling: Mapping[str, Any]
 
     def run(self) -> int:
-        """Generate everything; returns 1 when an output failed. Raises ServingError when the engine cannot start."""
+        """Generate everything; returns 1 when an output failed.
+
+        Raises: ServingError when an input cannot be read or the engine cannot start.
+        """
         # Late: the options are checked before anything heavy loads.
         from sglang.multimodal_gen.runtime.entrypoints.cli.reporting import Reporter
         from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator
 
+        sampling = self._with_inputs_read()
         several = len(self.sampling["prompt"]) > 1 or self._outputs_per_prompt() > 1
         with (
             DiffGenerator.from_server_args(self.args) as generator,
             Reporter(_display(), several=several) as reporter,
         ):
             generator.wait_ready(on_state=reporter.engine_state)
-            for event in generator.stream(self.sampling):
+            for event in generator.stream(sampling):
                 reporter.event(event)
         return 1 if reporter.num_failed else 0
+
+    def _with_inputs_read(self) -> Mapping[str, Any]:
+        """Before the engine starts, so that a wrong path shows at once. Raises InvalidRequest."""
+        if not split_media(self.sampling)[1]:
+            return self.sampling
+        from sglang.multimodal_gen.runtime.entrypoints.media_reading import read_locally
+
+        return read_locally(self.sampling)
 
     def _outputs_per_prompt(self) -> int:
         seed = self.sampling.get("seed")

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from sglang.multimodal_gen.errors import InvalidValue
+from sglang.multimodal_gen.errors import InvalidRequest, InvalidValue
 from sglang.multimodal_gen.runtime.models.schedulers.base import (
     Sampler,
     SamplerState,
@@ -30,35 +31,9 @@ from sglang.multimodal_gen.runtime.models.schedulers.shifting import (
     check_shift_request,
     shifted,
 )
+from sglang.multimodal_gen.runtime.models.schedulers.spacing import karras
 
 NAME = "UniPCMultistepScheduler"
-RULES = OptionRules(
-    required={"prediction_type": "flow_prediction", "use_flow_sigmas": True},
-    fixed={
-        "predict_x0": True,
-        "thresholding": False,
-        "solver_p": None,
-        "use_karras_sigmas": False,
-        "use_exponential_sigmas": False,
-        "use_beta_sigmas": False,
-        "final_sigmas_type": "zero",
-    },
-    # All of these shape the variance-preserving process, which flow sigmas replace; the two sample_* ones belong to
-    # thresholding and the sigma_* ones to the Karras spacing, both refused above.
-    inert=(
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "rescale_betas_zero_snr",
-        "timestep_spacing",
-        "steps_offset",
-        "dynamic_thresholding_ratio",
-        "sample_max_value",
-        "sigma_min",
-        "sigma_max",
-    ),
-)
 FIRST_SIGMA_MARGIN = 1e-6  # at sigma = 1 the log-SNR is infinite
 
 
@@ -71,6 +46,10 @@ class UniPCOptions:
     solver_type: str = "bh2"
     lower_order_final: bool = True
     disable_corrector: tuple[int, ...] = ()
+    final_sigmas_type: str = "zero"
+    use_karras_sigmas: bool = False
+    sigma_min: float | None = None
+    sigma_max: float | None = None
     flow_shift: float = 1.0
     use_dynamic_shifting: bool = False
     time_shift_type: str = "exponential"
@@ -80,20 +59,51 @@ class UniPCOptions:
 class UniPCSampler(Sampler):
     """Order 1 to 3; the first steps and, with `lower_order_final`, the last ones fall back to the order they can do."""
 
-    short_name: ClassVar[str] = "unipc"
+    rules: ClassVar[OptionRules] = OptionRules(
+        required={"prediction_type": "flow_prediction", "use_flow_sigmas": True},
+        fixed={
+            "predict_x0": True,
+            "thresholding": False,
+            "solver_p": None,
+            # Spacings of the variance-preserving process: the published class brings only Karras' to flow levels.
+            "use_exponential_sigmas": False,
+            "use_beta_sigmas": False,
+            "invert_sigmas": False,
+        },
+        # All of these shape the variance-preserving process, which flow sigmas replace; the two sample_* ones belong to
+        # thresholding, refused above.
+        inert=(
+            "beta_start",
+            "beta_end",
+            "beta_schedule",
+            "trained_betas",
+            "rescale_betas_zero_snr",
+            "timestep_spacing",
+            "steps_offset",
+            "dynamic_thresholding_ratio",
+            "sample_max_value",
+        ),
+    )
+    shift_option: ClassVar[str] = "flow_shift"
+    takes_sigmas: ClassVar[bool] = False
 
     def __init__(self, options: UniPCOptions) -> None:
         check_choice(NAME, "solver_order", options.solver_order, (1, 2, 3))
         check_choice(NAME, "solver_type", options.solver_type, ("bh1", "bh2"))
         check_choice(NAME, "time_shift_type", options.time_shift_type, TIME_SHIFT_TYPES)
-        if options.solver_order > 1 and not options.lower_order_final:
+        check_choice(NAME, "final_sigmas_type", options.final_sigmas_type, ("zero", "sigma_min"))
+        if options.solver_order > 1 and not options.lower_order_final and options.final_sigmas_type == "zero":
             # The last step ends at sigma = 0, at an infinite distance on the log-SNR axis.
             raise InvalidValue(f"{NAME}.lower_order_final", False, "True, unless solver_order is 1")
+        for name in ("sigma_min", "sigma_max") if options.use_karras_sigmas else ():
+            if not getattr(options, name):
+                accepted = "a number above 0 with use_karras_sigmas"
+                raise InvalidValue(f"{NAME}.{name}", getattr(options, name), accepted)
         self.options = options
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        return cls(read_options(config, options=UniPCOptions, rules=RULES, sampler=NAME))
+        return cls(read_options(config, options=UniPCOptions, rules=cls.rules, sampler=NAME))
 
     def schedule(
         self,
@@ -106,6 +116,19 @@ class UniPCSampler(Sampler):
         options = self.options
         check_steps(num_inference_steps, sigmas, shift)
         check_shift_request(use_dynamic_shifting=options.use_dynamic_shifting, shift=shift, mu=mu)
+        if options.use_karras_sigmas:
+            levels = self._karras_levels(num_inference_steps, shift, sigmas)
+        else:
+            levels = self._shifted_levels(num_inference_steps, shift, mu, sigmas)
+        holds_last = options.final_sigmas_type == "sigma_min"
+        end = levels[-1] if holds_last else 0
+        timesteps = np.trunc(levels * options.num_train_timesteps)
+        return checked_schedule(timesteps, np.append(levels, end), holds_last=holds_last)
+
+    def _shifted_levels(
+        self, num_inference_steps: int, shift: float | None, mu: float | None, sigmas: Sequence[float] | None
+    ) -> np.ndarray:
+        options = self.options
         if sigmas is None:
             levels = np.linspace(1, 1 / options.num_train_timesteps, num_inference_steps + 1)[:-1]
         else:
@@ -119,20 +142,38 @@ class UniPCSampler(Sampler):
         )
         if abs(levels[0] - 1) < FIRST_SIGMA_MARGIN:
             levels[0] -= FIRST_SIGMA_MARGIN
-        timesteps = np.trunc(levels * options.num_train_timesteps)
-        return checked_schedule(timesteps, np.append(levels, 0))
+        return levels
 
-    def step(self, noise_pred: Tensor, latents: Tensor, state: SamplerState) -> Tensor:
+    def _karras_levels(
+        self, num_inference_steps: int, shift: float | None, sigmas: Sequence[float] | None
+    ) -> np.ndarray:
+        """[N]: noise-to-signal ratios from `sigma_max` to `sigma_min`, brought to flow levels; no shift moves them."""
+        for param, value in (("flow_shift", shift), ("sigmas", sigmas)):
+            if value is not None:
+                raise InvalidRequest(
+                    f"{param}: the checkpoint's Karras noise levels leave no room for it, accepted is none", param=param
+                )
+        low, high = self.options.sigma_min, self.options.sigma_max
+        assert low is not None and high is not None, "checked with the options"
+        ratios = karras(num_inference_steps, low, high)
+        return ratios / (ratios + 1)
+
+    def step(
+        self, noise_pred: Tensor, latents: Tensor, state: SamplerState, *, generator: torch.Generator | None = None
+    ) -> Tensor:
         assert not state.finished, "a finished request was stepped"
         prediction = clean_sample(noise_pred, latents, state)
         sample = self._corrected(prediction, latents, state)
         remember(state, prediction, limit=self.options.solver_order)
-        remaining = state.schedule.num_inference_steps - state.step_index
-        state.order = min(self.options.solver_order, remaining, len(state.history))
+        highest = self.options.solver_order
+        if self.options.lower_order_final:
+            highest = min(highest, state.schedule.num_inference_steps - state.step_index)
+        state.order = min(highest, len(state.history))
         state.last_sample = sample
-        scale, weights = self._weights(state, start=0, order=state.order, corrector=False)
-        predictions = reversed(state.history)
-        stepped = weighted_sum([(scale, sample), *zip(weights, predictions, strict=False)])
+        stepped = sample
+        if state.sigma(1) != state.sigma():  # final_sigmas_type sigma_min only corrects in its last step
+            scale, weights = self._weights(state, start=0, order=state.order, corrector=False)
+            stepped = weighted_sum([(scale, sample), *zip(weights, reversed(state.history), strict=False)])
         state.step_index += 1
         return stepped
 

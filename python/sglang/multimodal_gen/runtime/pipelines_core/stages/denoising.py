@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,12 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 # The present sample and, at the samplers' highest order, three earlier predictions and the last sample.
 _HELD_LATENTS = 5
 Constraint = Callable[[Req, Tensor], Tensor]
+
+
+class _Advanced(NamedTuple):
+    latents: Tensor
+    state: SamplerState
+    generator: torch.Generator | None
 
 
 class DenoisingStage(Stage):
@@ -79,7 +86,7 @@ class DenoisingStage(Stage):
 
     def phase(self, req: Req) -> Phase | None:
         assert req.latent_shape is not None and req.sampler_state is not None, "planned by the stages before"
-        units = req.sampler_state.schedule.num_inference_steps if self.steps is None else self.steps(req)
+        units = req.sampler_state.num_steps if self.steps is None else self.steps(req)
         if units == 0:
             return None
         rows = self._num_rows(req)
@@ -107,12 +114,12 @@ class DenoisingStage(Stage):
         branches = [self.guidance.branches(req) for req in requests]
         with self.attention.using(requests[0].params):
             predictions = iter(self._predict(requests, branches))
-        advanced: list[tuple[Tensor, SamplerState]] = []
+        advanced: list[_Advanced] = []
         for req, texts in zip(requests, branches, strict=True):
             noise_pred = self.guidance.combine([next(predictions) for _ in texts], req)
             advanced.append(_advanced(req, noise_pred))
-        for req, (latents, state) in zip(requests, advanced, strict=True):
-            req.sampler_state = state
+        for req, (latents, state, generator) in zip(requests, advanced, strict=True):
+            req.sampler_state, req.generator = state, generator
             req.latents = latents if self.constraint is None else self.constraint(req, latents)
         return []
 
@@ -127,10 +134,12 @@ class DenoisingStage(Stage):
         return predictions
 
 
-def _advanced(req: Req, noise_pred: Tensor) -> tuple[Tensor, SamplerState]:
-    """The latents after the request's present step, and the sampler's state then; the request stays as it is."""
+def _advanced(req: Req, noise_pred: Tensor) -> _Advanced:
+    """The request after its present step; it stays as it is itself."""
     assert req.sampler is not None and req.latents is not None, "prepared before the first step"
     # Samplers replace tensors and never write into them, so a shallow copy leaves the request as it is.
-    state = copy.copy(req.sampler_state)
+    state, generator = copy.copy(req.sampler_state), req.generator
     assert state is not None, "prepared at admission"
-    return req.sampler.step(noise_pred, req.latents, state), state
+    if req.sampler.draws_noise and generator is not None:
+        generator = generator.clone_state()
+    return _Advanced(req.sampler.step(noise_pred, req.latents, state, generator=generator), state, generator)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
-from sglang.multimodal_gen.errors import MissingParameter
+from sglang.multimodal_gen.errors import InvalidValue, MissingParameter
 from sglang.multimodal_gen.runtime.models.schedulers import Sampler, build_sampler, sampler_with_name
 from sglang.multimodal_gen.runtime.models.schedulers.shifting import resolution_mu
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
@@ -28,17 +28,23 @@ class TimestepPreparationStage(Stage):
         self,
         scheduler_config: Mapping[str, Any],
         *,
+        schedulers: Collection[str] = (),
+        default: str | None = None,
         spacing: Callable[[int], np.ndarray] | None = None,
         num_tokens: Callable[[Req], int] | None = None,
     ) -> None:
-        """`spacing`: the noise levels before the shift, by the number of steps, for samplers that take them.
-
+        """`schedulers`: the names that requests may choose, empty: all. `default`: the name of those that choose none.
+        `spacing`: the noise levels before the shift, by the number of steps, for samplers that take them.
         `num_tokens`: the picture's or clip's tokens, on which a dynamic shift depends.
+
+        Raises: InvalidRequest when the checkpoint's own sampler or the default cannot be had.
         """
         self.scheduler_config = scheduler_config
+        self.schedulers = schedulers
         self.spacing = spacing
         self.num_tokens = num_tokens
         self.own_sampler = build_sampler(scheduler_config)
+        self._sampler(default)  # refused when the model is loaded rather than with each request
 
     def admit(self, req: Req) -> None:
         """Raises InvalidRequest for steps, a shift or a sampler that the checkpoint cannot be sampled with."""
@@ -49,7 +55,7 @@ class TimestepPreparationStage(Stage):
         schedule = req.sampler.schedule(
             params.num_inference_steps, shift=params.flow_shift, mu=self._mu(req), sigmas=self._sigmas(req)
         )
-        req.sampler_state = req.sampler.begin(schedule)
+        req.sampler_state = req.sampler.begin(schedule, strength=req.strength)
 
     def _mu(self, req: Req) -> float | None:
         if self.num_tokens is None or not self.scheduler_config.get("use_dynamic_shifting", False):
@@ -58,9 +64,13 @@ class TimestepPreparationStage(Stage):
 
     def _sigmas(self, req: Req) -> Sequence[float] | None:
         assert req.sampler is not None and req.params.num_inference_steps is not None, "checked before"
-        if self.spacing is None or not req.sampler.takes_spacing:
+        if self.spacing is None or not req.sampler.takes_sigmas:
             return None
         return self.spacing(req.params.num_inference_steps).tolist()
 
     def _sampler(self, name: str | None) -> Sampler:
-        return self.own_sampler if name is None else sampler_with_name(name, self.scheduler_config)
+        if name is None:
+            return self.own_sampler
+        if self.schedulers and name not in self.schedulers:
+            raise InvalidValue("scheduler", name, f"one of {', '.join(self.schedulers)} for this model")
+        return sampler_with_name(name, self.scheduler_config)

@@ -1,0 +1,82 @@
+"""What a generation starts from besides its prompt: images, a mask, a video, and what is done with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sglang.multimodal_gen.configs.declare import FROM_MODEL, LOCAL_ONLY, arg
+
+MAX_AREA = 16384 * 16384
+
+
+def _above_zero(strength: float) -> str | None:
+    """What would be accepted instead of `strength`, or None when it is above 0."""
+    return None if strength > 0 else "a number above 0, up to 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputParams:
+    """Files are read where the request is made: workers see decoded pixels, results record no path."""
+
+    image_path: str | tuple[str, ...] | None = arg(
+        None,
+        help="Image to start from or to edit: PNG, JPEG, WebP or BMP. Several where the model takes several. In Python "
+        "also a PIL image or a uint8 array [H, W, 3].",
+        group="inputs",
+        unset="no image",
+        exposed=LOCAL_ONLY,
+        metavar="FILE",
+    )
+    mask_path: str | None = arg(
+        None,
+        help="Image of the first image's size that is white where that one is made anew and black where it stays.",
+        group="inputs",
+        unset="no mask",
+        exposed=LOCAL_ONLY,
+        metavar="FILE",
+    )
+    last_image_path: str | None = arg(
+        None,
+        help="Image that the video ends with.",
+        group="inputs",
+        unset="no image",
+        exposed=LOCAL_ONLY,
+        metavar="FILE",
+    )
+    video_path: str | None = arg(
+        None,
+        help="Video to start from: MP4, WebM or GIF. In Python also a list of frames or a uint8 array [T, H, W, 3].",
+        group="inputs",
+        unset="no video",
+        exposed=LOCAL_ONLY,
+        metavar="FILE",
+    )
+    strength: float | None = arg(
+        None,
+        help="How far the image or the video is changed, above 0; 1 starts from pure noise.",
+        group="inputs",
+        unset=FROM_MODEL,
+        minimum=0.0,
+        maximum=1.0,
+        check=_above_zero,
+        code="out_of_range",
+        recorded=True,
+    )
+    image_cond_noise_scale: float | None = arg(
+        None,
+        help="Noise that is added to the image before the model sees it.",
+        group="inputs",
+        unset=FROM_MODEL,
+        minimum=0.0,
+        maximum=1.0,
+        recorded=True,
+    )
+    max_area: int | None = arg(
+        None,
+        help="Pixels of a result whose size follows from the image.",
+        group="inputs",
+        unset=FROM_MODEL,
+        minimum=256,
+        maximum=MAX_AREA,
+        recorded=True,
+    )
