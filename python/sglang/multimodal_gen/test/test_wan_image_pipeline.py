@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
-from sglang.multimodal_gen.test.pipeline_parity import as_uint8, assert_same, load, relative_error, run, run_together
+from sglang.multimodal_gen.test.pipeline_parity import as_uint8, assert_same, load, run
 from sglang.multimodal_gen.test.tiny_wan_image import TINY_WAN_IMAGES, picture, save_tiny_wan_image
 
 BASE: dict[str, Any] = {

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sglang.multimodal_gen.configs.model_info import TaskLimits
+from sglang.multimodal_gen.configs.model_info import SizeFromImage, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.wan import WanTransformerConfig
 from sglang.multimodal_gen.configs.models.encoders import UMT5EncoderConfig
@@ -47,6 +47,8 @@ from sglang.multimodal_gen.runtime.pipelines_core.workload import Workload
 
 class WanDenoiser(Denoiser):
     """The velocity of video latents, steered by text."""
+
+    transformer: WanTransformer3DModel
 
     def predict(self, rows: Sequence[Row]) -> Sequence[Tensor]:
         """See Denoiser."""
@@ -203,6 +205,13 @@ class WanPipeline(ComposedPipelineBase):
 
     def limits(self) -> TaskLimits:
         return self.geometry().limits(max_sequence_length=self.config.max_sequence_length)
+
+    def size_from_picture(self) -> SizeFromImage | None:
+        """The default size's area in a picture's own shape."""
+        width, height = self.defaults.width, self.defaults.height
+        if width is None or height is None:
+            return None
+        return SizeFromImage(area=width * height, multiple=self.geometry().size_multiple, source="first")
 
     @classmethod
     def decoder_memory_of(cls, configs: Mapping[str, ModelConfig], element_size: int) -> DecoderMemory:

@@ -8,15 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import msgspec
 import torch
 from torch import Tensor
 
-from sglang.multimodal_gen.errors import (
-    IncompatibleParameters,
-    MissingParameter,
-    UnsupportedModel,
-    UnsupportedParameter,
-)
+from sglang.multimodal_gen.configs.model_info import LOCAL_NAMES, InputLimits, TaskLimits
+from sglang.multimodal_gen.errors import IncompatibleParameters, MissingParameter, UnsupportedModel
 from sglang.multimodal_gen.runtime.loader.component_loader import ComponentLoader, ImagePreprocessor
 from sglang.multimodal_gen.runtime.loader.image_processor import ImageProcessor
 from sglang.multimodal_gen.runtime.loader.library_module import transformers_module
@@ -54,32 +51,22 @@ class WanPictureDenoiser(WanDenoiser):
         return super().held_bytes(req) + channels * frames * height * width * self.dtype.itemsize
 
 
-class PicturesGiven(Stage):
-    """Which pictures the checkpoint takes: one, or for those with an end of the clip two."""
+class ClipEnds(Stage):
+    """How a clip's end goes with the rest of the request."""
 
-    name = "pictures"
+    name = "clip_ends"
     reads: ClassVar[tuple[str, ...]] = ("params", "inputs")
 
-    def __init__(self, *, takes_last: bool, requires_last: bool) -> None:
-        self.takes_last = takes_last
-        self.requires_last = requires_last
+    def __init__(self, *, last_required: bool) -> None:
+        self.last_required = last_required
 
     def admit(self, req: Req) -> None:
-        """Raises MissingParameter, UnsupportedParameter or IncompatibleParameters."""
-        if not req.inputs.images:
-            raise MissingParameter("image_path: got nothing, accepted is one image", param="image_path")
-        if len(req.inputs.images) > 1:
-            raise UnsupportedParameter("image_path", "the model works from text and one image")
-        if req.inputs.last_image is None:
-            if self.requires_last:
-                raise MissingParameter("last_image_path: got nothing, accepted is one image", param="last_image_path")
-            return
-        if not self.takes_last:
-            raise UnsupportedParameter("last_image_path", "the model works from text and one image")
-        if req.params.num_frames == 1:
-            raise IncompatibleParameters(
-                "last_image_path: a clip of 1 frame has no end, accepted are more frames", param="last_image_path"
-            )
+        """Raises MissingParameter or IncompatibleParameters."""
+        name, is_given = LOCAL_NAMES.last_image, req.inputs.last_image is not None
+        if self.last_required and not is_given:
+            raise MissingParameter(f"{name}: got nothing, accepted is one image", param=name)
+        if is_given and req.params.num_frames == 1:
+            raise IncompatibleParameters(f"{name}: one frame has no end, accepted are more frames", param=name)
 
 
 class WanImageToVideoPipeline(WanPipeline):
@@ -100,21 +87,24 @@ class WanImageToVideoPipeline(WanPipeline):
 
     def picture_stages(self, geometry: VideoGeometry) -> list[Stage]:
         config = self.transformer.config
-        # A transformer with positions for its image tokens wants those of two pictures, one without cannot tell two.
-        given = PicturesGiven(
-            takes_last=config.image_dim is None or config.pos_embed_seq_len is not None,
-            requires_last=config.pos_embed_seq_len is not None,
-        )
+        ends = ClipEnds(last_required=config.pos_embed_seq_len is not None)
         condition = PictureConditionStage(
             self.vae, first_frame_only=False, cache=self.conditioning_cache, dtype=self.dtype
         )
         if config.image_dim is None:
-            return [given, condition]
+            return [ends, condition]
         assert self.image_processor is not None, "checked when loaded"
         embedding = PictureEmbeddingStage(
             self.image_processor, self.image_encoder, cache=self.conditioning_cache, dtype=self.dtype
         )
-        return [given, embedding, condition]
+        return [ends, embedding, condition]
+
+    def limits(self) -> TaskLimits:
+        config = self.transformer.config
+        # A transformer with positions for its image tokens has them for two pictures; one without cannot tell two.
+        takes_last = config.image_dim is None or config.pos_embed_seq_len is not None
+        inputs = InputLimits(min_images=1, max_images=1, takes_last_image=takes_last)
+        return msgspec.structs.replace(super().limits(), inputs=inputs, size_from_image=self.size_from_picture())
 
     def input_channels(self) -> tuple[int, str]:
         vae = self.vae.config

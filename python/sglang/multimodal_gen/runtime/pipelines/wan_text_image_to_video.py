@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import msgspec
 import torch
 from torch import Tensor
 
-from sglang.multimodal_gen.errors import UnsupportedModel, UnsupportedParameter
+from sglang.multimodal_gen.configs.model_info import InputLimits, TaskLimits
+from sglang.multimodal_gen.errors import UnsupportedModel
 from sglang.multimodal_gen.runtime.pipelines.wan import WanDenoiser, WanPipeline
 from sglang.multimodal_gen.runtime.pipelines.wan_pictures import CONDITION, PictureConditionStage
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Row
@@ -39,22 +41,6 @@ def with_first_frame(req: Req, latents: Tensor) -> Tensor:
     return latents if picture is None else torch.cat((picture.to(latents.dtype), latents[:, 1:]), dim=1)
 
 
-class PictureGiven(Stage):
-    """One picture at most."""
-
-    name = "pictures"
-    reads: ClassVar[tuple[str, ...]] = ("inputs",)
-
-    def admit(self, req: Req) -> None:
-        """Raises UnsupportedParameter."""
-        for name, is_given in (
-            ("image_path", len(req.inputs.images) > 1),
-            ("last_image_path", req.inputs.last_image is not None),
-        ):
-            if is_given:
-                raise UnsupportedParameter(name, "the model works from text and up to one image")
-
-
 class WanTextImageToVideoPipeline(WanPipeline):
     """Text to video, or image to video when the request has a picture; both kinds share forwards."""
 
@@ -65,7 +51,11 @@ class WanTextImageToVideoPipeline(WanPipeline):
         condition = PictureConditionStage(
             self.vae, first_frame_only=True, cache=self.conditioning_cache, dtype=torch.float32
         )
-        return [PictureGiven(), condition]
+        return [condition]
+
+    def limits(self) -> TaskLimits:
+        inputs, size = InputLimits(max_images=1), self.size_from_picture()
+        return msgspec.structs.replace(super().limits(), inputs=inputs, size_from_image=size)
 
     def constraint(self) -> Constraint:
         return with_first_frame
