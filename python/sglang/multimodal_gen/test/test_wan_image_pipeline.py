@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -12,10 +14,27 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.errors import (
+    IncompatibleParameters,
+    MissingParameter,
+    UnsupportedModel,
+    UnsupportedParameter,
+)
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
-from sglang.multimodal_gen.test.pipeline_parity import as_uint8, assert_same, load, run
+from sglang.multimodal_gen.runtime.pipelines_core.state_file import write_state
+from sglang.multimodal_gen.test.pipeline_parity import (
+    LATENT_TOLERANCE,
+    as_uint8,
+    assert_same,
+    load,
+    relative_error,
+    run,
+    run_together,
+)
 from sglang.multimodal_gen.test.tiny_wan_image import TINY_WAN_IMAGES, picture, save_tiny_wan_image
 
 BASE: dict[str, Any] = {
@@ -105,3 +124,221 @@ def test_latents_and_frames_match_diffusers(
     values = BASE | changes
     found = run(pipeline_of(name), values, inputs_of(pictures))
     assert_same(found, *reference(checkpoint(name), values, pictures))
+
+
+COMPANY = {
+    "seed": [5, 6, 7],
+    "prompt": ["a red circle", "the small star on the left and right", "blue"],
+    "num_inference_steps": [3, 5, 2],
+    "guidance_scale": [4.0, 1.0, 2.5],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "pictures"),
+    [
+        ("i2v", (48, 32), [{"image": FIRST}, {"image": LAST}, {"image": FIRST}]),
+        ("i2v_experts", (48, 32), [{"image": FIRST}, {"image": LAST, "last_image": FIRST}, {"image": LAST}]),
+        ("ti2v", (64, 32), [{"image": FIRST}, {}, {"image": LAST}]),
+    ],
+)
+def test_unequal_requests_share_forwards_and_stay_as_they_are(
+    name: str, size: tuple[int, int], pictures: list[dict[str, Image.Image]], pipeline_of: Callable[[str], Any]
+) -> None:
+    pipeline = pipeline_of(name)
+    wishes = [
+        (
+            BASE
+            | {"width": size[0], "height": size[1], "num_frames": 5}
+            | {key: of_each[number] for key, of_each in COMPANY.items()},
+            inputs_of(given),
+        )
+        for number, given in enumerate(pictures)
+    ]
+    together = run_together(pipeline, wishes)
+    keys = [{phase.name: phase.batch_key for phase in req.phases} for req, _ in together]
+    assert len({of_one["denoise"] for of_one in keys}) == 1
+    for (values, inputs), (req, frames) in zip(wishes, together, strict=True):
+        alone, alone_frames = run(pipeline, values, inputs)
+        assert alone.latents is not None
+        assert relative_error(req.latents, alone.latents) <= 1e-5
+        assert np.abs(frames.astype(int) - alone_frames.astype(int)).max() <= 1
+
+
+def denoising(pipeline: Any, **changes: Any) -> dict[str, int]:
+    """Steps of each denoising phase."""
+    req = pipeline.admit("request", SamplingParams.from_values(BASE | changes))
+    return {phase.name: phase.units for phase in req.phases if phase.lane == "denoise"}
+
+
+def test_each_expert_has_its_own_phase_and_batches(pipeline_of: Callable[[str], Any]) -> None:
+    pipeline = pipeline_of("t2v_experts")
+    # The boundary is at 875 of 1000; with this shift timesteps fall slowly at first.
+    assert denoising(pipeline, num_inference_steps=6) == {"denoise": 4, "denoise_2": 2}
+    assert denoising(pipeline, num_inference_steps=6, boundary_ratio=0.0) == {"denoise": 6}
+    assert denoising(pipeline, num_inference_steps=6, boundary_ratio=1.0) == {"denoise_2": 6}
+    req = pipeline.admit("request", SamplingParams.from_values(BASE | {"num_inference_steps": 6}))
+    assert len({phase.batch_key for phase in req.phases}) == len(req.phases)
+
+
+def test_a_boundary_of_the_request_moves_the_steps_to_the_other_expert(
+    checkpoint: Callable[[str], Path], pipeline_of: Callable[[str], Any]
+) -> None:
+    values = BASE | {"guidance_scale": 2.0, "guidance_scale_2": 3.0, "num_frames": 1}
+    moved, _ = run(pipeline_of("t2v_experts"), values | {"boundary_ratio": 1.0})
+    directory = checkpoint("t2v_experts")
+    pipeline = diffusers.WanPipeline.from_pretrained(directory, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.register_to_config(boundary_ratio=1.0)
+    arguments = {key: value for key, value in values.items() if key != "seed"}
+    generator = torch.Generator().manual_seed(values["seed"])
+    expected = pipeline(**arguments, generator=generator, output_type="latent").frames[0]
+    assert relative_error(moved.latents, expected) <= LATENT_TOLERANCE
+
+
+def test_a_second_scale_of_one_leaves_out_the_negative_prompt(pipeline_of: Callable[[str], Any]) -> None:
+    pipeline, rows = pipeline_of("t2v_experts"), []
+    handle = pipeline.transformer_2.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[0]))
+    for scale in (1.0, 2.0):
+        run(pipeline, BASE | {"num_inference_steps": 4, "guidance_scale_2": scale, "num_frames": 1})
+    handle.remove()
+    assert rows == [1, 1, 2, 2][: len(rows)]
+    assert set(rows) == {1, 2}
+
+
+def test_equal_pictures_are_encoded_once(pipeline_of: Callable[[str], Any]) -> None:
+    pipeline, calls = pipeline_of("i2v"), []
+    fresh, values = picture(30, 30, seed=9), BASE | {"num_frames": 5, "num_inference_steps": 1}
+    handles = [
+        module.register_forward_pre_hook(lambda module, _: calls.append(type(module).__name__))
+        for module in (pipeline.image_encoder, pipeline.vae.encoder)
+    ]
+    first, _ = run(pipeline, values, inputs_of({"image": fresh}))
+    assert sorted(set(calls)) == ["CLIPVisionModel", "WanEncoder"]
+    calls.clear()
+    again, _ = run(pipeline, values | {"prompt": "star"}, inputs_of({"image": fresh}))
+    assert not calls
+    run(pipeline, values | {"width": 32}, inputs_of({"image": fresh}))
+    for handle in handles:
+        handle.remove()
+    assert set(calls) == {"WanEncoder"}, "another size is another clip of the same picture"
+    for name, tensor in first.conditioning.items():
+        assert torch.equal(tensor, again.conditioning[name])
+
+
+def test_the_first_frame_stays_the_picture(pipeline_of: Callable[[str], Any]) -> None:
+    values = BASE | {"width": 64, "num_frames": 5}
+    req, _ = run(pipeline_of("ti2v"), values, inputs_of({"image": FIRST}))
+    assert req.latents is not None
+    assert torch.equal(req.latents[:, :1], req.conditioning["picture_condition"])
+
+
+def test_a_saved_request_goes_on_without_encoding_again(pipeline_of: Callable[[str], Any], tmp_path: Path) -> None:
+    pipeline, inputs = pipeline_of("i2v"), inputs_of({"image": FIRST})
+    values = SamplingParams.from_values(BASE | {"num_frames": 5})
+    expected, _ = run(pipeline, BASE | {"num_frames": 5}, inputs)
+    req = pipeline.admit("request", values, inputs)
+    for name in ("text_encode", "picture_embed", "picture_encode", "denoise"):
+        pipeline.run_unit(name, [req])
+    write_state(tmp_path / "state", pipeline.saved_state(req), identity=pipeline.state_identity(req))
+    resumed = pipeline.admit("request", values, inputs)
+    pipeline.restore(resumed, tmp_path / "state")
+    for _ in range(2):
+        pipeline.run_unit("denoise", [resumed])
+    assert torch.equal(resumed.latents, expected.latents)
+
+
+@pytest.mark.parametrize(
+    ("name", "pictures", "changes", "error", "sentence"),
+    [
+        ("i2v", {}, {}, MissingParameter, "image_path: got nothing, accepted is one image"),
+        (
+            "i2v",
+            {"image": FIRST, "last_image": LAST},
+            {},
+            UnsupportedParameter,
+            "last_image_path: .*text and one image",
+        ),
+        ("flf2v", {"image": FIRST}, {}, MissingParameter, "last_image_path: got nothing"),
+        (
+            "i2v_experts",
+            {"image": FIRST, "last_image": LAST},
+            {"num_frames": 1},
+            IncompatibleParameters,
+            "last_image_path: one frame has no end",
+        ),
+        ("t2v_experts", {"image": FIRST}, {}, UnsupportedParameter, "image_path: .*text alone"),
+        ("ti2v", {"image": FIRST, "last_image": LAST}, {"width": 64}, UnsupportedParameter, "last_image_path"),
+    ],
+)
+def test_pictures_that_the_checkpoint_does_not_take_are_refused(
+    name: str,
+    pictures: dict[str, Image.Image],
+    changes: dict[str, Any],
+    error: type[Exception],
+    sentence: str,
+    pipeline_of: Callable[[str], Any],
+) -> None:
+    with pytest.raises(error, match=sentence):
+        pipeline_of(name).admit("request", SamplingParams.from_values(BASE | changes), inputs_of(pictures))
+
+
+def test_a_result_without_a_size_takes_the_pictures_shape(pipeline_of: Callable[[str], Any]) -> None:
+    rule = pipeline_of("i2v").limits().size_from_image
+    assert rule.size(1000, 500, area=100_000) == (448, 224)
+    assert (rule.area, rule.multiple) == (832 * 480, 16)
+    assert pipeline_of("ti2v").limits().size_from_image.multiple == 32
+    assert pipeline_of("t2v_experts").limits().size_from_image is None
+
+
+def test_an_image_encoder_named_as_on_the_hub_is_the_same(
+    checkpoint: Callable[[str], Path], pipeline_of: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """Published files have another prefix than those that transformers writes today."""
+    directory = tmp_path / "hub"
+    shutil.copytree(checkpoint("i2v"), directory)
+    path = directory / "image_encoder" / "model.safetensors"
+    tensors = {f"vision_model.{key}": tensor for key, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    ours, expected = load(directory).image_encoder.state_dict(), pipeline_of("i2v").image_encoder.state_dict()
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "change", "sentence"),
+    [
+        ("i2v", "model_index.json", {"image_encoder": [None, None]}, "no image_encoder or no image_processor"),
+        ("i2v", "model_index.json", {"boundary_ratio": 0.9}, "boundary_ratio: 0.9; accepted is a ratio with transf"),
+        ("i2v_experts", "model_index.json", {"boundary_ratio": None}, "boundary_ratio: None"),
+        (
+            "ti2v",
+            "model_index.json",
+            {"expand_timesteps": False, "_class_name": "WanImageToVideoPipeline"},
+            "twice vae",
+        ),
+    ],
+)
+def test_checkpoints_whose_parts_do_not_fit_are_refused(
+    name: str, file: str, change: dict[str, Any], sentence: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory = tmp_path / "changed"
+    shutil.copytree(checkpoint(name), directory)
+    path = directory / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UnsupportedModel, match=sentence):
+        load(directory)
+
+
+@pytest.mark.parametrize(("name", "pictures"), [("i2v", {"image": FIRST}), ("t2v_experts", {})])
+def test_bf16_is_as_close_to_fp32_as_diffusers_is(
+    name: str, pictures: dict[str, Image.Image], checkpoint: Callable[[str], Path], pipeline_of: Callable[[str], Any]
+) -> None:
+    values = BASE | {"num_frames": 5, "num_inference_steps": 4, "guidance_scale_2": 4.0}
+    if name == "i2v":
+        del values["guidance_scale_2"]
+    exact, _ = run(pipeline_of(name), values, inputs_of(pictures))
+    assert exact.latents is not None
+    ours, _ = run(load(checkpoint(name), precision="bf16"), values, inputs_of(pictures))
+    theirs, _ = reference(checkpoint(name), values, pictures, torch.bfloat16)
+    assert relative_error(ours.latents, exact.latents) <= 1.25 * relative_error(theirs, exact.latents)

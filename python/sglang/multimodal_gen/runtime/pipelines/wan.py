@@ -84,7 +84,7 @@ class WanPipeline(ComposedPipelineBase):
         return [
             TextEncodingStage(self._prompt_encoder(), guidance=guidance, cache=self.conditioning_cache),
             LatentPreparationStage(geometry, self.device),
-            *self.picture_stages(geometry),
+            *self.picture_stages(),
             TimestepPreparationStage(
                 self.scheduler, schedulers=self.config.schedulers, default=self.defaults.scheduler
             ),
@@ -98,7 +98,7 @@ class WanPipeline(ComposedPipelineBase):
             ),
         ]
 
-    def picture_stages(self, geometry: VideoGeometry) -> list[Stage]:
+    def picture_stages(self) -> list[Stage]:
         """What is made of a request's pictures."""
         return []
 

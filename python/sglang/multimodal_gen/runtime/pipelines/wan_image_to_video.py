@@ -25,7 +25,6 @@ from sglang.multimodal_gen.runtime.pipelines.wan_pictures import (
     PictureEmbeddingStage,
 )
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Row
-from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 
@@ -85,7 +84,7 @@ class WanImageToVideoPipeline(WanPipeline):
     image_encoder: Any
     image_processor: ImageProcessor | None
 
-    def picture_stages(self, geometry: VideoGeometry) -> list[Stage]:
+    def picture_stages(self) -> list[Stage]:
         config = self.transformer.config
         ends = ClipEnds(last_required=config.pos_embed_seq_len is not None)
         condition = PictureConditionStage(

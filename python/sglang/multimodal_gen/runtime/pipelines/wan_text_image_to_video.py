@@ -14,7 +14,6 @@ from sglang.multimodal_gen.errors import UnsupportedModel
 from sglang.multimodal_gen.runtime.pipelines.wan import WanDenoiser, WanPipeline
 from sglang.multimodal_gen.runtime.pipelines.wan_pictures import CONDITION, PictureConditionStage
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Row
-from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import Constraint
@@ -46,7 +45,7 @@ class WanTextImageToVideoPipeline(WanPipeline):
 
     denoiser_class: ClassVar[type[WanDenoiser]] = WanFirstFrameDenoiser
 
-    def picture_stages(self, geometry: VideoGeometry) -> list[Stage]:
+    def picture_stages(self) -> list[Stage]:
         # Kept in fp32, as the latents that it is put into.
         condition = PictureConditionStage(
             self.vae, first_frame_only=True, cache=self.conditioning_cache, dtype=torch.float32
