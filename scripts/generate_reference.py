@@ -10,8 +10,10 @@ from pathlib import Path
 import error_reference
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.declare import Parameter, parameters
+from sglang.multimodal_gen.configs.model_cards import ModelCard, cards
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.runtime.bench.options import BENCHMARKS
+from sglang.multimodal_gen.runtime.entrypoints.cli import models as model_list
 from sglang.multimodal_gen.runtime.entrypoints.cli.options import default_in_words
 from sglang.multimodal_gen.runtime.layers.attention.registry import FAMILIES, KERNELS, preference_in_words
 from sglang.multimodal_gen.runtime.observability.metrics import EngineMetrics, EngineSnapshot, HttpMetrics
@@ -204,6 +206,58 @@ values, and none holds a request's id or what a user wrote. A histogram `NAME` i
     return _page("Metrics", intro, sections)
 
 
+def models_page() -> str:
+    """Every model with a native pipeline, as `sglang models` lists it, with its defaults and limits."""
+    intro = (
+        "What runs natively. Fine-tunes with the same `_class_name` and other weights run as the model that they are "
+        "made from; any other diffusers pipeline runs through diffusers itself. Weights are in "
+        "bf16, all components; GPU is the least memory that holds them and one request of the default size."
+    )
+    header = ["Id", "Tasks", "Transformer", "Weights", "GPU", "Licence"]
+    rows = [
+        [
+            _code(card.id),
+            ", ".join(card.tasks),
+            model_list.count(card.transformer_parameters),
+            model_list.gigabytes(card.weight_bytes),
+            model_list.gigabytes(card.gpu_bytes),
+            card.licence,
+        ]
+        for card in cards()
+    ]
+    by_pipeline: dict[tuple[str, str], list[str]] = {}
+    for card in cards():
+        by_pipeline.setdefault((card.pipeline_class, _defaults_in_words(card)), []).append(card.id)
+    families = [
+        [_code(pipeline), ", ".join(id.rpartition("/")[2] for id in ids), words]
+        for (pipeline, words), ids in by_pipeline.items()
+    ]
+    sections = [
+        _table(header, rows),
+        "",
+        "## Defaults and limits",
+        "",
+        _table(["Pipeline", "Models", "Default and most"], families),
+        "",
+    ]
+    return _page("Models", intro, sections)
+
+
+def _defaults_in_words(card: ModelCard) -> str:
+    config, defaults = card.config, card.defaults
+    frames = "" if config.max_frames == 1 else f", {defaults.num_frames} frames (up to {config.max_frames})"
+    guidance = {
+        name: value
+        for name in ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "flow_shift", "strength")
+        if (value := getattr(defaults, name)) is not None
+    }
+    said = "".join(f", `{name}` {value:g}" for name, value in guidance.items())
+    return (
+        f"{defaults.width}x{defaults.height} (up to {config.max_pixels / 1e6:.1f} megapixels){frames}, "
+        f"{defaults.num_inference_steps} steps{said}, {config.max_sequence_length} text tokens"
+    )
+
+
 def pages() -> dict[str, str]:
     """Each page's text by file name."""
     return {
@@ -213,6 +267,7 @@ def pages() -> dict[str, str]:
         "attention.md": attention_page(),
         "errors.md": errors_page(),
         "bench.md": bench_page(),
+        "models.md": models_page(),
         "metrics.md": metrics_page(),
     }
 

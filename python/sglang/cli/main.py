@@ -16,6 +16,7 @@ _COMMANDS = {
     "generate": "sglang.multimodal_gen.runtime.entrypoints.cli.generate",
     "serve": "sglang.multimodal_gen.runtime.entrypoints.cli.serve",
     "bench": "sglang.multimodal_gen.runtime.entrypoints.cli.bench",
+    "models": "sglang.multimodal_gen.runtime.entrypoints.cli.models",
 }
 _HELP = """\
 usage: sglang COMMAND [options]
@@ -26,6 +27,7 @@ commands:
   generate   make images or videos from prompts, then exit
   serve      start an HTTP server with an OpenAI-compatible interface
   bench      measure how fast this machine runs a model, part by part
+  models     list the models that run natively, or show one of them
   version    print the version
 
 `sglang COMMAND --help` lists the options of a command.

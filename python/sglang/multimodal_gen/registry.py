@@ -7,6 +7,7 @@ what a path means without loading torch. This module is the only lazy importer o
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
 import json
 import re
@@ -155,7 +156,7 @@ def get_model_info(model_path: str, *, model_id: str | None = None) -> ResolvedM
         reason = "does not exist" if path is None else "is a file"
         raise NotAModel(
             f"model_path: {shown(model_path)} {reason}; accepted are a diffusers directory with {MODEL_INDEX}, "
-            f"a hub id such as {wan.ENTRIES[1].hub_ids[0]}, or {EMBEDDED_MODEL}",
+            f"a hub id such as {wan.ENTRIES[1].hub_ids[0]}, or {EMBEDDED_MODEL}{similar_model(model_path)}",
             param="model_path",
         )
     named = _named_by(model_id or model_path)
@@ -167,6 +168,21 @@ def get_model_info(model_path: str, *, model_id: str | None = None) -> ResolvedM
         defaults=SamplingParams() if named is None else load_config(named).defaults,
         model_id=model_id,
     )
+
+
+def known_hub_ids() -> tuple[str, ...]:
+    """Every hub id with a native pipeline."""
+    return tuple(hub_id for entry in entries() if entry.needs_checkpoint for hub_id in entry.hub_ids)
+
+
+def similar_model(model_path: str) -> str:
+    """`; did you mean ...?` for a name that is close to a known model's, with or without its owner; else nothing."""
+    known = known_hub_ids()
+    if model_path.lower() in map(str.lower, known):
+        return ""
+    by_name = {hub_id.rpartition("/")[2].lower(): hub_id for hub_id in known} | {EMBEDDED_MODEL: EMBEDDED_MODEL}
+    close = difflib.get_close_matches(model_path.rpartition("/")[2].lower(), by_name, n=1, cutoff=0.75)
+    return f"; did you mean {by_name[close[0]]}?" if close else ""
 
 
 def with_checkpoint(resolved: ResolvedModel, local_path: Path) -> ResolvedModel:
@@ -291,5 +307,5 @@ def _named_by(hub_id: str) -> ModelEntry | None:
 
 def _require_known(model_id: str) -> None:
     if _named_by(model_id) is None:
-        known = [hub_id for entry in entries() if entry.needs_checkpoint for hub_id in entry.hub_ids]
+        known = known_hub_ids()
         raise InvalidValue("model_id", model_id, "one of " + ", ".join(known) + hint(model_id, known))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -51,6 +52,7 @@ class InputLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     min_images: int = 0
     max_images: int = 0
     takes_mask: bool = False
+    requires_mask: bool = False
     takes_last_image: bool = False
     takes_video: bool = False
     requires_video: bool = False
@@ -80,6 +82,8 @@ class InputLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
         if self.requires_video and not given.video:
             raise MissingParameter(f"{names.video}: got nothing, accepted is one video", param=names.video)
+        if self.requires_mask and not given.mask:
+            raise MissingParameter(f"{names.mask}: got nothing, accepted is a mask of the image", param=names.mask)
         if not given.num_images and not given.video:
             self._check_alone(given, names)
 
@@ -134,6 +138,21 @@ class SizeFromImage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return found[0], found[1]
 
 
+class AreaRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """For models that make pictures of one area: what is asked for says the aspect ratio, `area` how many pixels,
+    unless the request has a `max_area`. Both sides are rounded down to multiples of `multiple`."""
+
+    area: int
+    multiple: int
+
+    def size(self, width: int, height: int, max_area: int | None) -> tuple[int, int]:
+        """(width, height) of what is made."""
+        ratio, area = width / height, max_area or self.area
+        sides = (round((area * ratio) ** 0.5), round((area / ratio) ** 0.5))
+        found = [max(self.multiple, side // self.multiple * self.multiple) for side in sides]
+        return found[0], found[1]
+
+
 class TaskLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What sizes the loaded model can do, and what it takes besides a text; checked at the door so that no bad request
     reaches a worker."""
@@ -145,6 +164,14 @@ class TaskLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_sequence_length: int
     inputs: InputLimits = InputLimits()
     size_from_image: SizeFromImage | None = None
+    area_rule: AreaRule | None = None
+
+    def sized(self, params: SamplingParams) -> SamplingParams:
+        """Complete parameters with the size that is made; the same again for what it returned."""
+        if self.area_rule is None or params.width is None or params.height is None:
+            return params
+        width, height = self.area_rule.size(params.width, params.height, params.max_area)
+        return dataclasses.replace(params, width=width, height=height, max_area=width * height)
 
     def check(self, params: SamplingParams) -> None:
         """Raises SizeTooLarge, SizeNotDivisible or FramesNotSupported for complete parameters out of these limits."""
@@ -166,6 +193,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """What only the checkpoint knows, told by a worker once it has loaded. `defaults` fill unset SamplingParams."""
 
     name: str
+    family: str = ""
+    licence: str = ""
     pipeline_class: str
     tasks: tuple[str, ...]
     precision: str

@@ -108,7 +108,16 @@ class Supervisor:
         if name == "http" and "scheduler" in self.children:
             self.children["scheduler"].send(encode(ClientLost(client_name=HTTP_CLIENT_NAME)))
         self._start(name)
+        if name == "scheduler":
+            self._renew_output()
         return True
+
+    def _renew_output(self) -> None:
+        """The output process greets one scheduler; what it holds for a dead one, nobody waits for any more."""
+        child = self.children.pop("output", None)
+        if child is not None:
+            child.close(grace_s=0)
+        self._start("output")
 
     def _tell_clients(self, note: Message) -> None:
         self.notify(note)

@@ -5,6 +5,9 @@ Registered with `register_configs`, in place of the package's own. `sleep-MS` (i
 does not exist), `hang`, `oom`, `oom-shared` (only in company), `oom-large` (until the request is planned with less).
 `die-at-K-FILE` dies at unit K once. `holds-N` makes the request hold N of the 1,000 GiB that the family says there are.
 With `noise-until-FILE` the frames are noise, which takes room in a file, and the last ones come when FILE exists.
+
+`image-model` takes up to two images, of which the first gives the size, with a mask, a last image, a video and a
+strength; each frame's top row begins with what the worker saw (`seen`). `i2v-model` needs one image and nothing else.
 """
 
 from __future__ import annotations
@@ -18,12 +21,14 @@ from pathlib import Path
 import msgspec
 import torch
 
+from sglang.multimodal_gen.configs.model_info import InputLimits, SizeFromImage, TaskLimits
 from sglang.multimodal_gen.configs.pipeline_configs.null import NULL
 from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.registry import register_configs
 from sglang.multimodal_gen.runtime.managers.warm_up import ID_PREFIX
 from sglang.multimodal_gen.runtime.pipelines.null import NullDecoding, NullDenoising, NullEncoding, NullPipeline
+from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import RequestInputs
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 
@@ -34,9 +39,10 @@ NULL_CONFIG = NULL
 def register() -> None:
     """Make `null-model` known in this process and, through the engine's configuration, in its workers.
 
-    `fragile-model` is the same family, but every warm-up kills its worker.
+    `fragile-model` is the same family, but every warm-up kills its worker; the others are described above.
     """
-    for name, pipeline in (("null", "FaultyPipeline"), ("fragile", "FragilePipeline")):
+    pipelines = {"null": "FaultyPipeline", "fragile": "FragilePipeline", "image": "ImagePipeline", "i2v": "I2VPipeline"}
+    for name, pipeline in pipelines.items():
         register_configs(
             name=name,
             pipeline=f"{__name__}:{pipeline}",
@@ -124,3 +130,37 @@ class FragileDenoising(FaultyDenoising):
 class FragilePipeline(FaultyPipeline):
     def create_pipeline_stages(self) -> list[Stage]:
         return [NullEncoding(), FragileDenoising(), NoisyDecoding()]
+
+
+SIZE_FROM_IMAGE = SizeFromImage(area=64 * 64, multiple=32, source="first")
+
+
+def seen(inputs: RequestInputs) -> list[int]:
+    """One value of each input as the worker has it: images, mask, last image, video (0 where there is none), and the
+    number of the video's frames."""
+    arrays = [*inputs.images, *[None] * (2 - len(inputs.images)), inputs.mask, inputs.last_image, inputs.video]
+    values = [0 if array is None else int(array.reshape(-1)[0]) for array in arrays]
+    return [*values, 0 if inputs.video is None else len(inputs.video)]
+
+
+class SeeingDecoding(NoisyDecoding):
+    def frames(self, req: Req, numbers: range, last: bool) -> torch.Tensor:
+        frames, values = super().frames(req, numbers, last), seen(req.inputs)
+        frames[:, 0, : len(values), 0] = torch.tensor(values, dtype=torch.uint8)
+        return frames
+
+
+class ImagePipeline(FaultyPipeline):
+    def create_pipeline_stages(self) -> list[Stage]:
+        return [NullEncoding(), FaultyDenoising(), SeeingDecoding()]
+
+    def limits(self) -> TaskLimits:
+        inputs = InputLimits(
+            max_images=2, takes_mask=True, takes_last_image=True, takes_video=True, takes_strength=True
+        )
+        return msgspec.structs.replace(super().limits(), inputs=inputs, size_from_image=SIZE_FROM_IMAGE)
+
+
+class I2VPipeline(ImagePipeline):
+    def limits(self) -> TaskLimits:
+        return msgspec.structs.replace(super().limits(), inputs=InputLimits(min_images=1, max_images=1))

@@ -393,9 +393,10 @@ def test_pipeline_compares_sharing_with_one_by_one_and_with_diffusers(
     assert result["rates"]["denoise"]["flops"] == 4 * 2 * dit_flops(config, (2, 4, 4), 16)
 
 
-def test_what_diffusers_has_no_argument_for_is_not_compared(capsys: Capture) -> None:
-    assert main(["bench", "pipeline", "--compare", "diffusers", "--guidance-rescale", "0.5"]) == 1
-    assert "guidance_rescale: not supported here" in capsys.readouterr().err
+@pytest.mark.parametrize(("name", "value"), [("guidance_rescale", "0.5"), ("scheduler", "euler")])
+def test_what_diffusers_has_no_argument_for_is_not_compared(name: str, value: str, capsys: Capture) -> None:
+    assert main(["bench", "pipeline", "--compare", "diffusers", "--" + name.replace("_", "-"), value]) == 1
+    assert f"{name}: not supported here" in capsys.readouterr().err
 
 
 def test_engine_measures_a_step_a_request_and_throughput(capsys: Capture) -> None:

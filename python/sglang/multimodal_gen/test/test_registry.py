@@ -116,6 +116,29 @@ def test_what_is_no_model_says_what_is_accepted(
     assert caught.value.param == "model_path"
 
 
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("FLUX.1-dev", "black-forest-labs/FLUX.1-dev"),
+        ("wan2.1-t2v-1.3b-difusers", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+        ("dmo", "demo"),
+    ],
+)
+def test_a_name_close_to_a_known_model_is_suggested(
+    path: str, meant: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NotAModel) as caught:
+        registry.get_model_info(path)
+    assert caught.value.message.endswith(f"; did you mean {meant}?")
+
+
+def test_a_hub_id_close_to_a_known_one_is_suggested_and_a_known_one_is_not() -> None:
+    assert registry.similar_model("black-forest-labs/FLUX1-schnell").endswith("black-forest-labs/FLUX.1-schnell?")
+    assert registry.similar_model("black-forest-labs/FLUX.1-schnell") == ""
+    assert registry.similar_model("someone/else-entirely") == ""
+
+
 def test_directory_in_another_layout_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(NotAModel, match="another layout"):

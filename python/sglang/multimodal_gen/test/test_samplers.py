@@ -43,8 +43,8 @@ KARRAS = {"use_karras_sigmas": True, "sigma_min": 0.01, "sigma_max": 200.0}
 SHAPE = (4, 3, 6, 5)  # C, T, H, W
 
 # fp32 throughout: diffusers rounds its scalars to fp32 where ours are float64, and sums in another order. Measured
-# worst case over all trajectories below: 4e-7.
-TOLERANCE = 1e-5
+# worst case over all trajectories below: 1.4e-6, of third order over a long last step; else 4e-7.
+TOLERANCE = 2e-6
 
 
 def velocity(latents: Tensor, timestep: float) -> Tensor:

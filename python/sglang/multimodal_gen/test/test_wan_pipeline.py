@@ -26,6 +26,7 @@ from sglang.multimodal_gen.errors import (
     SizeTooLarge,
     UnsupportedModel,
 )
+from sglang.multimodal_gen.runtime.models.schedulers import DPMSolverSampler, FlowMatchLCMSampler
 from sglang.multimodal_gen.runtime.pipelines.wan import WanPipeline
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import rescaled
@@ -173,6 +174,14 @@ def test_sampler_and_shift_of_the_request_replace_the_checkpoints(
     values = BASE | {"num_inference_steps": 5}
     req, frames = run(pipeline, SamplingParams.from_values(values | {"scheduler": name, "flow_shift": 5.0}))
     assert_same(req, frames, reference(wan_checkpoint("plain"), values, scheduler))
+
+
+def test_the_server_s_sampler_serves_requests_that_name_none(wan_checkpoint: Callable[[str], Path]) -> None:
+    served = build_pipeline(str(wan_checkpoint("plain")), ExecutionArgs(device="cpu", scheduler="dpmpp_2m"))
+    assert served.model_info().defaults.scheduler == "dpmpp_2m"
+    assert isinstance(served.admit("a", SamplingParams.from_values(BASE)).sampler, DPMSolverSampler)
+    named = served.admit("b", SamplingParams.from_values(BASE | {"scheduler": "lcm"}))
+    assert isinstance(named.sampler, FlowMatchLCMSampler)
 
 
 COMPANY = [

@@ -38,7 +38,39 @@ FLUX1_SCHNELL = PipelineConfig(
     max_sequence_length=512,
 )
 
+FLUX1_KONTEXT = PipelineConfig(
+    tasks=("TI2I", "T2I"),
+    defaults=SamplingParams(
+        width=1024,
+        height=1024,
+        num_frames=1,
+        num_inference_steps=28,
+        guidance_scale=3.5,
+        true_cfg_scale=1.0,
+        max_sequence_length=512,
+        auto_resize=True,
+    ),
+    max_pixels=_MAX_PIXELS,
+    max_sequence_length=512,
+)
+
+FLUX1_FILL = PipelineConfig(
+    tasks=("I2I",),
+    defaults=SamplingParams(
+        width=1024,
+        height=1024,
+        num_frames=1,
+        num_inference_steps=50,
+        guidance_scale=30.0,
+        strength=1.0,
+        max_sequence_length=512,
+    ),
+    max_pixels=_MAX_PIXELS,
+    max_sequence_length=512,
+)
+
 _PIPELINE = "sglang.multimodal_gen.runtime.pipelines.flux:FluxPipeline"
+_EDIT = "sglang.multimodal_gen.runtime.pipelines.flux_edit"
 _DEV_LICENCE = "FLUX.1 [dev] Non-Commercial"
 
 ENTRIES = (
@@ -57,5 +89,21 @@ ENTRIES = (
         pipeline_class_names=("FluxPipeline",),
         hub_ids=("black-forest-labs/FLUX.1-schnell",),
         licence="Apache-2.0",
+    ),
+    ModelEntry(
+        name="flux.1-kontext",
+        pipeline=f"{_EDIT}:FluxKontextPipeline",
+        config=f"{__name__}:FLUX1_KONTEXT",
+        pipeline_class_names=("FluxKontextPipeline",),
+        hub_ids=("black-forest-labs/FLUX.1-Kontext-dev",),
+        licence=_DEV_LICENCE,
+    ),
+    ModelEntry(
+        name="flux.1-fill",
+        pipeline=f"{_EDIT}:FluxFillPipeline",
+        config=f"{__name__}:FLUX1_FILL",
+        pipeline_class_names=("FluxFillPipeline",),
+        hub_ids=("black-forest-labs/FLUX.1-Fill-dev",),
+        licence=_DEV_LICENCE,
     ),
 )

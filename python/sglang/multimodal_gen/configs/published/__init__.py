@@ -12,6 +12,8 @@ from sglang.multimodal_gen.configs.declare import hint
 from sglang.multimodal_gen.errors import NotAModel, shown
 
 _DIRECTORY = Path(__file__).parent
+SIZES_FILE = _DIRECTORY / "sizes.json"
+"""Number of parameters by hub id and component; written by scripts/count_parameters.py."""
 _SLASH = "--"  # as the hub's cache spells it
 
 

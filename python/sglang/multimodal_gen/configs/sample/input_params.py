@@ -6,12 +6,8 @@ from dataclasses import dataclass
 
 from sglang.multimodal_gen.configs.declare import FROM_MODEL, LOCAL_ONLY, arg
 
+INPUT_FILES = ("image_path", "mask_path", "last_image_path", "video_path")
 MAX_AREA = 16384 * 16384
-
-
-def _above_zero(strength: float) -> str | None:
-    """What would be accepted instead of `strength`, or None when it is above 0."""
-    return None if strength > 0 else "a number above 0, up to 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +49,11 @@ class InputParams:
     )
     strength: float | None = arg(
         None,
-        help="How far the image or the video is changed, above 0; 1 starts from pure noise.",
+        help="How far the image or the video is changed; 1 starts from pure noise.",
         group="inputs",
         unset=FROM_MODEL,
-        minimum=0.0,
+        minimum=0.001,
         maximum=1.0,
-        check=_above_zero,
-        code="out_of_range",
         recorded=True,
     )
     image_cond_noise_scale: float | None = arg(
@@ -71,9 +65,17 @@ class InputParams:
         maximum=1.0,
         recorded=True,
     )
+    auto_resize: bool | None = arg(
+        None,
+        help="Whether the image is first brought to the nearest size that the model was trained on.",
+        group="inputs",
+        unset=FROM_MODEL,
+        recorded=True,
+    )
     max_area: int | None = arg(
         None,
-        help="Pixels of a result whose size follows from the image.",
+        help="Pixels of a result whose size follows from the image, or of models that make one area at any aspect "
+        "ratio.",
         group="inputs",
         unset=FROM_MODEL,
         minimum=256,

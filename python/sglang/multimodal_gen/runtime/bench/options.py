@@ -12,6 +12,8 @@ from sglang.multimodal_gen.runtime.server_args import server_options
 REFERENCES = ("diffusers",)
 _MODULE_OPTIONS = ("model_path", "model_id", "revision", "random_weights", "device", "precision")
 _MODULE_OPTION_ENDING = "attention_backend"
+_REQUEST_OPTIONS_OF_ENGINE = ("scheduler",)
+"""What the engine's requests are given, which means nothing without a model."""
 _SIZE = ("width", "height", "num_frames")
 _REQUEST_GROUPS = ("prompt", "size", "denoising")
 # One benchmark has one seed; results are kept only as long as they are looked at.
@@ -141,11 +143,12 @@ class Benchmark:
     of_engine: Callable[[Parameter], bool] = lambda option: False
 
     def request_options(self) -> Mapping[str, Parameter]:
-        """Those that SamplingParams declares."""
+        """Those that SamplingParams declares; an option that the engine has too is the engine's."""
+        left_out = {*_NOT_OF_A_BENCHMARK, *server_options()}
         return {
             name: option
             for name, option in parameters(SamplingParams).items()
-            if "cli" in option.declaration.exposed and name not in _NOT_OF_A_BENCHMARK and self.of_requests(option)
+            if "cli" in option.declaration.exposed and name not in left_out and self.of_requests(option)
         }
 
     def engine_options(self) -> Mapping[str, Parameter]:
@@ -166,7 +169,8 @@ def _of_whole_engine(option: Parameter) -> bool:
 
 
 def _of_engine_alone(option: Parameter) -> bool:
-    return _of_whole_engine(option) and option.declaration.group != "model" and not _of_module(option)
+    of_model = option.declaration.group == "model" or option.name in _REQUEST_OPTIONS_OF_ENGINE
+    return _of_whole_engine(option) and not of_model and not _of_module(option)
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {

@@ -43,8 +43,6 @@ from sglang.multimodal_gen.runtime.server_args import ServerArgs
 _REFERENCE = "sglang.multimodal_gen.runtime.bench.worker.reference_pipeline"
 _COST = "sglang.multimodal_gen.runtime.bench.worker.cost"
 _PROMPT = "a red circle moving to the right over a blue background"
-# What the pipelines of diffusers have no argument for.
-_OURS_ALONE = ("guidance_rescale", "scheduler")
 _NOT_OF_REQUESTS = ("warmup_runs", "repeats", "min_seconds", "json", "compare", "concurrency", "seed")
 
 
@@ -54,8 +52,10 @@ def measure_pipeline(options: Mapping[str, Any], args: ServerArgs) -> PipelineRe
     Raises: ServingError saying what in the options, the model or the machine does not fit.
     """
     if options["compare"] is not None:
-        for name in _OURS_ALONE:
-            if options[name] is not None:
+        # What the pipelines of diffusers have no argument for.
+        ours_alone = {"guidance_rescale": options["guidance_rescale"], "scheduler": args.execution.scheduler}
+        for name, value in ours_alone.items():
+            if value is not None:
                 raise UnsupportedParameter(name, "a pipeline of diffusers has no such argument to compare with")
     config = EngineConfig.of_this_process(args, run_dir="")
     with contextlib.ExitStack() as stack:

@@ -145,10 +145,15 @@ class EngineClient:
 
         Raises: StorageError when there is no room.
         """
+        if not inputs:
+            yield None
+            return
         files: list[MappedArray] = []
+        storing = asyncio.create_task(asyncio.to_thread(self._store, inputs, files))
         try:
-            yield await asyncio.to_thread(self._store, inputs, files) if inputs else None
+            yield await asyncio.shield(storing)
         finally:
+            await asyncio.wait({storing})  # a thread cannot be stopped, and what it still writes must go as well
             self._discard(files)
 
     def _store(self, inputs: DecodedInputs, files: list[MappedArray]) -> MediaInputs:

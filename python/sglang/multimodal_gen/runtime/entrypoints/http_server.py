@@ -21,7 +21,7 @@ from sglang.multimodal_gen.runtime.entrypoints.metrics_api import MetricsApi
 from sglang.multimodal_gen.runtime.entrypoints.openai.connection import Connection
 from sglang.multimodal_gen.runtime.entrypoints.openai.content import MEDIA_TYPES
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, HttpSettings, load_failure
-from sglang.multimodal_gen.runtime.entrypoints.openai.fields import IMAGE_CALL, VIDEO_CALL
+from sglang.multimodal_gen.runtime.entrypoints.openai.fields import EDIT_CALL, IMAGE_CALL, VIDEO_CALL
 from sglang.multimodal_gen.runtime.entrypoints.openai.frame import RequestFrame
 from sglang.multimodal_gen.runtime.entrypoints.openai.image_api import ImageApi
 from sglang.multimodal_gen.runtime.entrypoints.openai.model_api import ModelApi
@@ -60,7 +60,7 @@ def create_app(engine: Engine, settings: HttpSettings) -> FastAPI:
     # No /docs: its page loads scripts from elsewhere. No CORS: any web page could use a server on localhost.
     app = FastAPI(
         title="SGLang Diffusion",
-        description="Images and videos from text, in the form of OpenAI's API.",
+        description="Images and videos from text, images and videos, in the form of OpenAI's API.",
         version="1",
         docs_url=None,
         redoc_url=None,
@@ -117,6 +117,10 @@ def _add_image_routes(app: FastAPI, images: ImageApi) -> None:
     app.post("/v1/images/generations", response_model=None, openapi_extra=request_body(IMAGE_CALL, [_JSON]))(
         images.generate
     )
+    app.post("/v1/images/edits", response_model=None, openapi_extra=request_body(EDIT_CALL, [_MULTIPART, _JSON]))(
+        images.edit
+    )
+    app.post("/v1/images/variations", response_model=None, include_in_schema=False)(images.vary)
     app.get("/v1/images/{image_id}/content", response_model=None, name="image_content", responses=binary(_IMAGES))(
         images.content
     )

@@ -29,15 +29,13 @@ from sglang.multimodal_gen.errors import (
     VideoTooLarge,
     VideoTooLong,
 )
-from sglang.multimodal_gen.runtime.entrypoints.media_inputs import Clip
+from sglang.multimodal_gen.runtime.entrypoints.media_inputs import MAX_IMAGE_BYTES, MAX_VIDEO_BYTES, Clip
 
-MAX_IMAGE_BYTES = 50_000_000
 MAX_IMAGE_PIXELS = 50_000_000
 """Of one image, all its frames counted: an animation gives its first frame, but costs what its header announces."""
 MAX_TOTAL_PIXELS = 100_000_000
 """Of all images of a request together."""
 MIN_SIDE, MAX_SIDE = 16, 16384
-MAX_VIDEO_BYTES = 200_000_000
 MAX_VIDEO_FRAMES = 2000
 MAX_VIDEO_PIXELS = 250_000_000
 """Of all frames of a video together: three times as many bytes."""

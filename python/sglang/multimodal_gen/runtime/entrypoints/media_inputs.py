@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sglang.multimodal_gen.configs.model_info import LOCAL_NAMES, GivenInputs, InputLimits, InputNames, SizeFromImage
+from sglang.multimodal_gen.configs.sample.input_params import INPUT_FILES
 from sglang.multimodal_gen.errors import InvalidType
 
 if TYPE_CHECKING:
     import numpy as np
 
-_FIELDS = ("image_path", "mask_path", "last_image_path", "video_path")
+MAX_IMAGE_BYTES = 50_000_000
+MAX_VIDEO_BYTES = 200_000_000
+MAX_MASK_BYTES = 4_000_000
+"""Of a mask whose transparency is read, which is OpenAI's form."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -112,4 +116,4 @@ def split_media(values: Mapping[str, Any]) -> tuple[dict[str, Any], MediaSources
         last_image=values.get("last_image_path"),
         video=values.get("video_path"),
     )
-    return {name: value for name, value in values.items() if name not in _FIELDS}, sources
+    return {name: value for name, value in values.items() if name not in INPUT_FILES}, sources

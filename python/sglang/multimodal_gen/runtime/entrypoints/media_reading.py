@@ -31,15 +31,13 @@ from sglang.multimodal_gen.runtime.entrypoints.media_decoding import (
     open_image,
 )
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import (
+    MAX_MASK_BYTES,
     NO_INPUTS,
     Clip,
     DecodedInputs,
     MediaSources,
     split_media,
 )
-
-MAX_MASK_BYTES = 4_000_000
-"""Of a mask whose transparency is read, which is OpenAI's form."""
 
 
 def read_sources(sources: MediaSources) -> DecodedInputs:

@@ -11,9 +11,17 @@ from typing import Any
 from sglang.multimodal_gen.configs.declare import Surface, check_names, parameters
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, MAX_SEED, SamplingParams
-from sglang.multimodal_gen.errors import IncompatibleParameters, InvalidType, InvalidValue, MissingParameter
+from sglang.multimodal_gen.errors import (
+    IncompatibleParameters,
+    InvalidType,
+    InvalidValue,
+    MissingParameter,
+    SizeTooLarge,
+)
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import NO_INPUTS, DecodedInputs
 from sglang.multimodal_gen.runtime.postprocess.formats import choose_format
+
+_MAX_SIDE = int(parameters(SamplingParams)["width"].declaration.maximum or 0)
 
 
 def expand(
@@ -43,7 +51,7 @@ def expand_prompts(
         _check_profiling(wish)
         inputs.check(model.limits.inputs, strength=wish.strength is not None)
         wish = _sized(wish, model, inputs)
-        complete = wish.filled_from(model.defaults, GENERAL_DEFAULTS)
+        complete = model.limits.sized(wish.filled_from(model.defaults, GENERAL_DEFAULTS))
         _check_interval(complete)
         model.limits.check(complete)
         check_output(complete)
@@ -57,6 +65,12 @@ def _sized(wish: SamplingParams, model: ModelInfo, inputs: DecodedInputs) -> Sam
     if size is None:
         return wish
     if wish.width is None and wish.height is None:
+        if max(size) > _MAX_SIDE:
+            raise SizeTooLarge(
+                f"size: the image's aspect ratio gives {size[0]}x{size[1]}, accepted are at most {_MAX_SIDE} pixels a "
+                "side; give width and height",
+                param="size",
+            )
         return dataclasses.replace(wish, width=size[0], height=size[1])
     for name, other in (("width", "height"), ("height", "width")):
         if getattr(wish, name) is None:

@@ -12,7 +12,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import tqdm
 
 from sglang.multimodal_gen.errors import ModelNotReachable, StorageError
-from sglang.multimodal_gen.registry import ResolvedModel
+from sglang.multimodal_gen.registry import ResolvedModel, similar_model
 
 # Weights as safetensors, configs, and the files of tokenizers. Pickled weights and sample media stay where they are.
 WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
@@ -72,4 +72,6 @@ def _explained(error: Exception, hub_id: str, revision: str | None) -> ModelNotR
         return StorageError(f"{hub_id} cannot be downloaded: the cache cannot be written ({error.strerror})")
     else:
         reason = f"the download failed ({type(error).__name__}); try again or give a directory"
-    return ModelNotReachable(f"model_path: {hub_id} cannot be fetched: {reason}", param="model_path")
+    return ModelNotReachable(
+        f"model_path: {hub_id} cannot be fetched: {reason}{similar_model(hub_id)}", param="model_path"
+    )

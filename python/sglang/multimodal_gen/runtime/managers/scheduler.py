@@ -545,6 +545,7 @@ class Scheduler:
         if record.complete:
             finished = record.finished_event()
             self.observer.finished(record, finished)
+            self.ledger.drop_inputs(record.request_id)
             self._tell(record, finished)
             del self.requests[record.request_id]
             self._after_end(record, None)
@@ -564,13 +565,13 @@ class Scheduler:
             if record.needs_pixels:
                 self.output.send(DropOutput(request_id=request_id))
             self.ledger.drop_request(request_id)
+        self.ledger.drop_inputs(request_id)
         self.observer.stopped(record, event)
         self._tell(record, event)
         self._after_end(record, event)
 
     def _after_end(self, record: RequestRecord, event: Failed | Cancelled | None) -> None:
         self.states.drop(record)
-        self.ledger.drop_inputs(record.request_id)
         if record.client is None:
             self._on_warm_up_ended(record.request_id, event)
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sglang.multimodal_gen.configs.model_info import TaskLimits
+from sglang.multimodal_gen.configs.model_info import InputLimits, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.flux import FluxTransformerConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
@@ -39,6 +39,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Prompt, 
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.decoding import DecodingStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import DenoisingStage
+from sglang.multimodal_gen.runtime.pipelines_core.stages.initial_image import InitialImageStage, hold_outside_mask
 from sglang.multimodal_gen.runtime.pipelines_core.stages.latent_preparation import LatentPreparationStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding import TextEncodingStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.timestep_preparation import TimestepPreparationStage
@@ -97,14 +98,22 @@ class FluxDenoiser(Denoiser):
         latents = self.stacked_latents(rows)
         grid = (1, latents.shape[3] // PATCH_SIZE, latents.shape[4] // PATCH_SIZE)
         tokens = self.transformer(
-            pack(latents),
+            self.input_tokens(pack(latents), rows),
             self.timesteps(rows),
             text,
             self.stacked_pooled(rows),
-            flux_rotary_table(text.shape[1], (grid[1:],), tuple(self.transformer.config.axes_dims_rope), self.device),
+            self.rotary_table(text.shape[1], grid[1:], rows),
             self.guidance(rows),
         )
-        return list(unpack(tokens, grid))
+        return list(unpack(tokens[:, : grid[1] * grid[2]], grid))
+
+    def input_tokens(self, latents: Tensor, rows: Sequence[Row]) -> Tensor:
+        """Packed latents [B, S, C] -> what the transformer reads: [B, S', C'], whose first S tokens are predicted."""
+        return latents
+
+    def rotary_table(self, num_text_tokens: int, grid: tuple[int, int], rows: Sequence[Row]) -> Tensor:
+        """Of the text and of all input tokens; `grid` are those of the picture that is made."""
+        return flux_rotary_table(num_text_tokens, (grid,), self.transformer.config.axes_dims_rope, self.device)
 
     def guidance(self, rows: Sequence[Row]) -> Tensor | None:
         """Each row's scale times 1000, for models that are told it."""
@@ -156,18 +165,13 @@ class FluxPipeline(ComposedPipelineBase):
 
     def create_pipeline_stages(self) -> list[Stage]:
         guidance, geometry = DistilledGuidance(), self.geometry()
-        denoiser = self.denoiser(geometry)
+        denoiser = FluxDenoiser(self.transformer, geometry=geometry, **self.denoiser_options())
         return [
             TextEncodingStage(self.prompt_encoder(), guidance=guidance, cache=self.conditioning_cache),
+            self.initial_image(),
             LatentPreparationStage(geometry, self.device),
-            TimestepPreparationStage(
-                self.scheduler,
-                schedulers=self.config.schedulers,
-                default=self.defaults.scheduler,
-                spacing=spaced_to_last,
-                num_tokens=denoiser.num_tokens,
-            ),
-            DenoisingStage(denoiser, guidance=guidance, free_bytes=self.free_bytes),
+            self.timesteps(denoiser),
+            DenoisingStage(denoiser, guidance=guidance, free_bytes=self.free_bytes, constraint=hold_outside_mask),
             self.decoding(geometry),
         ]
 
@@ -180,29 +184,52 @@ class FluxPipeline(ComposedPipelineBase):
             dtype=self.dtype,
         )
 
-    def denoiser(self, geometry: VideoGeometry) -> FluxDenoiser:
-        """The transformer."""
-        return FluxDenoiser(
-            self.transformer,
-            geometry=geometry,
-            memory=TransformerMemory(
-                hidden_size=self.transformer.config.hidden_size,
-                ffn_dim=5 * self.transformer.config.hidden_size,  # attention and MLP side by side in a single block
-                element_size=self.dtype.itemsize,
-            ),
-            max_sequence_length=self.config.max_sequence_length,
-            dtype=self.dtype,
+    def denoiser_options(self) -> dict[str, Any]:
+        """What each denoiser over this transformer is made with."""
+        memory = TransformerMemory(
+            hidden_size=self.transformer.config.hidden_size,
+            ffn_dim=5 * self.transformer.config.hidden_size,  # attention and MLP side by side in a single block
+            element_size=self.dtype.itemsize,
+        )
+        return {"memory": memory, "max_sequence_length": self.config.max_sequence_length, "dtype": self.dtype}
+
+    def initial_image(self, *, default_strength: float = 0.6) -> InitialImageStage:
+        """A picture to start from."""
+        return InitialImageStage(
+            self.autoencoder(),
+            memory=self.decoder_memory(),
+            device=self.device,
+            dtype=self.autoencoder().dtype,
+            samples=True,
+            default_strength=default_strength,
         )
 
+    def timesteps(self, denoiser: Denoiser) -> TimestepPreparationStage:
+        """The shift depends on the size, not on pictures beside the one that is made."""
+        return TimestepPreparationStage(
+            self.scheduler,
+            schedulers=self.config.schedulers,
+            default=self.defaults.scheduler,
+            spacing=spaced_to_last,
+            num_tokens=denoiser.output_tokens,
+        )
+
+    def autoencoder(self) -> LibraryAutoencoder:
+        """The autoencoder, as the stages use it."""
+        return LibraryAutoencoder.of_scaled_pictures(self.vae)
+
+    def decoder_memory(self) -> DecoderMemory:
+        """What it takes for one picture, in either direction."""
+        return DecoderMemory.of_pictures(self.vae.config, self.autoencoder().dtype.itemsize)
+
     def decoding(self, geometry: VideoGeometry) -> DecodingStage:
-        """The autoencoder's half."""
-        autoencoder = LibraryAutoencoder.of_scaled_pictures(self.vae)
+        """Latents to pixels."""
         return DecodingStage(
-            autoencoder,
+            self.autoencoder(),
             geometry=geometry,
-            memory=DecoderMemory.of_pictures(self.vae.config, autoencoder.dtype.itemsize),
+            memory=self.decoder_memory(),
             free_bytes=self.free_bytes,
-            dtype=autoencoder.dtype,
+            dtype=self.autoencoder().dtype,
         )
 
     def check_components(self) -> None:
@@ -210,7 +237,7 @@ class FluxPipeline(ComposedPipelineBase):
         t5, clip = self.text_encoder_2.config, self.text_encoder.config
         channels = vae.latent_channels * PATCH_SIZE**2
         for what, got, wanted, source in (
-            ("transformer.in_channels", transformer.in_channels, channels, "4 x vae.latent_channels"),
+            ("transformer.in_channels", transformer.in_channels, self.input_channels(), "the pipeline's input"),
             ("transformer.out_channels", transformer.num_output_channels, channels, "4 x vae.latent_channels"),
             ("transformer.joint_attention_dim", transformer.joint_attention_dim, t5.d_model, "text_encoder_2.d_model"),
             (
@@ -221,7 +248,11 @@ class FluxPipeline(ComposedPipelineBase):
             ),
         ):
             if got != wanted:
-                raise UnsupportedModel(f"{what} is {got}, but {source} is {wanted}; text to image needs them equal")
+                raise UnsupportedModel(f"{what} is {got}, but {source} is {wanted}; they must be equal")
+
+    def input_channels(self) -> int:
+        """Channels of an input token: the noisy latents alone."""
+        return PATCH_SIZE**2 * self.vae.config.latent_channels
 
     def geometry(self) -> VideoGeometry:
         """How pixels map to latents and tokens."""
@@ -240,4 +271,7 @@ class FluxPipeline(ComposedPipelineBase):
         )
 
     def limits(self) -> TaskLimits:
-        return self.geometry().limits(max_sequence_length=self.config.max_sequence_length)
+        return self.geometry().limits(
+            max_sequence_length=self.config.max_sequence_length,
+            inputs=InputLimits(max_images=1, takes_mask=True, takes_strength=True),
+        )

@@ -22,7 +22,7 @@ from sglang.multimodal_gen.runtime.models.vaes.causal_conv import TemporalState
 from sglang.multimodal_gen.runtime.models.vaes.wan_vae import AutoencoderKLWan
 from sglang.multimodal_gen.runtime.pipelines_core.conditioning_cache import ConditioningCache
 from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory
-from sglang.multimodal_gen.runtime.pipelines_core.pictures import as_video, resized
+from sglang.multimodal_gen.runtime.pipelines_core.pictures import clip_of
 from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import encoder_memory
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import RequestInputs
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
@@ -114,7 +114,7 @@ class PictureConditionStage(Stage):
         yield grey if last is None else torch.cat((grey[:, :, 1:], self._frame(last, height, width)), dim=2)
 
     def _frame(self, picture: np.ndarray, height: int, width: int) -> Tensor:
-        return as_video([resized(picture, width=width, height=height)]).to(self.device, self.vae_dtype)
+        return clip_of([picture], height, width).to(self.device, self.vae_dtype)
 
 
 class PictureEmbeddingStage(Stage):

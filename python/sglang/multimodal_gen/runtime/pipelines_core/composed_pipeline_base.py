@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 import msgspec
 from torch import nn
 
+from sglang.multimodal_gen.configs.model_entry import ModelEntry
 from sglang.multimodal_gen.configs.model_info import ModelInfo, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
@@ -75,6 +76,7 @@ class ComposedPipelineBase:
         placement: Placement,
         components: Mapping[str, Any],
         conditioning_cache: ConditioningCache | None = None,
+        entry: ModelEntry | None = None,
         load_seconds: float = 0.0,
     ) -> None:
         """Raises UnsupportedModel or CorruptCheckpoint when the components do not fit together."""
@@ -85,6 +87,7 @@ class ComposedPipelineBase:
         self.device = placement.device
         self.dtype = placement.dtype
         self.load_seconds = load_seconds
+        self.entry = entry
         self.conditioning_cache = ConditioningCache(0) if conditioning_cache is None else conditioning_cache
         self.modules: dict[str, nn.Module] = {n: c for n, c in components.items() if isinstance(c, nn.Module)}
         for component, value in components.items():
@@ -174,6 +177,7 @@ class ComposedPipelineBase:
             placement=placement,
             components=components,
             conditioning_cache=ConditioningCache(execution.conditioning_cache_mib << 20),
+            entry=resolved.entry,
             load_seconds=time.perf_counter() - start,
         )
 
@@ -225,6 +229,8 @@ class ComposedPipelineBase:
         num_parameters, weight_bytes = weight_totals(list(self.modules.values()))
         return ModelInfo(
             name=self.name,
+            family="" if self.entry is None else self.entry.name,
+            licence="" if self.entry is None else self.entry.licence,
             pipeline_class=type(self).__name__,
             tasks=self.config.tasks,
             precision=self.placement.precision,
@@ -257,7 +263,9 @@ class ComposedPipelineBase:
             params = dataclasses.replace(params, seed=secrets.randbelow(MAX_SEED + 1))
         elif isinstance(params.seed, tuple):
             params = dataclasses.replace(params, seed=params.seed[0])
-        self.limits().inputs.check(inputs.given)
+        limits = self.limits()
+        limits.inputs.check(inputs.given)
+        params = limits.sized(params)
         req = Req(request_id=request_id, params=params, inputs=inputs)
         for stage in self.stages:
             stage.admit(req)

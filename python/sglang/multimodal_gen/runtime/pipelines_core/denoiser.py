@@ -67,7 +67,11 @@ class Denoiser:
         return req.params.max_sequence_length or self.max_sequence_length
 
     def num_tokens(self, req: Req) -> int:
-        """Image or video tokens of one row."""
+        """Image or video tokens of one row, those of pictures beside what is made included."""
+        return self.output_tokens(req)
+
+    def output_tokens(self, req: Req) -> int:
+        """Tokens of what is made, on which a dynamic shift depends."""
         assert req.latent_shape is not None, "planned by the stages before"
         return self.geometry.num_tokens(req.latent_shape)
 

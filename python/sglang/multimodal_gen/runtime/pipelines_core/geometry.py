@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Self
 
-from sglang.multimodal_gen.configs.model_info import TaskLimits
+from sglang.multimodal_gen.configs.model_info import AreaRule, InputLimits, SizeFromImage, TaskLimits
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import MissingParameter
+
+NO_INPUTS = InputLimits()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +46,24 @@ class VideoGeometry:
         self._size(params)
         self.limits(max_sequence_length=0).check(params)
 
-    def limits(self, *, max_sequence_length: int) -> TaskLimits:
-        """The sizes that can be done, for every process to check."""
+    def limits(
+        self,
+        *,
+        max_sequence_length: int,
+        inputs: InputLimits = NO_INPUTS,
+        size_from_image: SizeFromImage | None = None,
+        area_rule: AreaRule | None = None,
+    ) -> TaskLimits:
+        """What can be done, for every process to check: sizes from here, the rest from the family."""
         return TaskLimits(
             size_multiple=self.size_multiple,
             max_pixels=self.max_pixels,
             frame_stride=self.temporal_ratio,
             max_frames=self.max_frames,
             max_sequence_length=max_sequence_length,
+            inputs=inputs,
+            size_from_image=size_from_image,
+            area_rule=area_rule,
         )
 
     def latent_shape(self, params: SamplingParams) -> tuple[int, int, int, int]:

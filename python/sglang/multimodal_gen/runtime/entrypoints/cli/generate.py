@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.declare import CLI_ONLY, Parameter, arg, parameters
+from sglang.multimodal_gen.configs.sample.input_params import INPUT_FILES
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import EmptyPrompt, MissingParameter, UsageError
 from sglang.multimodal_gen.runtime.entrypoints.cli.options import CommandArgs, OptionParser, read_config, warn
-from sglang.multimodal_gen.runtime.entrypoints.media_inputs import split_media
 from sglang.multimodal_gen.runtime.server_args import ServerArgs, resolve_server_args, server_options
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class GenerateJob:
 
     def _with_inputs_read(self) -> Mapping[str, Any]:
         """Before the engine starts, so that a wrong path shows at once. Raises InvalidRequest."""
-        if not split_media(self.sampling)[1]:
+        if not any(self.sampling.get(name) for name in INPUT_FILES):
             return self.sampling
         from sglang.multimodal_gen.runtime.entrypoints.media_reading import read_locally
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -16,8 +17,15 @@ from sglang.multimodal_gen.errors import (
     NotReady,
     RemoteError,
 )
+from sglang.multimodal_gen.runtime.entrypoints.media_inputs import DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import BodyLimits
-from sglang.multimodal_gen.runtime.managers.messages import EngineState, Finished, MappedArray, RequestEvent
+from sglang.multimodal_gen.runtime.managers.messages import (
+    EngineState,
+    Finished,
+    MappedArray,
+    MediaInputs,
+    RequestEvent,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +50,12 @@ class Engine(Protocol):
     def state(self) -> EngineState:
         """The last state that the scheduler told."""
 
-    async def submit(self, params: SamplingParams, *, request_id: str | None = None) -> Handle:
+    def stored(self, inputs: DecodedInputs) -> AbstractAsyncContextManager[MediaInputs | None]:
+        """Inputs as `submit` takes them, any number of times within the block. Raises StorageError."""
+
+    async def submit(
+        self, params: SamplingParams, *, request_id: str | None = None, inputs: MediaInputs | None = None
+    ) -> Handle:
         """Start one output; `params` are complete."""
 
     async def cancel(self, request_id: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ from sglang.multimodal_gen.errors import (
     UnsupportedParameter,
 )
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import Body
+from sglang.multimodal_gen.runtime.entrypoints.openai.uploads import FileField
 
 _SIZE = re.compile(r"([1-9][0-9]{0,9})x([1-9][0-9]{0,9})")
 _NAME_LENGTH = 512
@@ -59,8 +60,8 @@ class CommonFields:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFields(CommonFields):
-    """What only OpenAI's image call has."""
+class StillFields(CommonFields):
+    """What OpenAI's calls for images share."""
 
     response_format: str = arg(
         "b64_json", help="Image in the reply, or a URL to it.", group="openai", choices=("b64_json", "url")
@@ -69,10 +70,28 @@ class ImageFields(CommonFields):
     quality: str = arg(
         "auto", help="Rendering effort is set with num_inference_steps.", group="openai", choices=("auto",)
     )
-    moderation: str = arg("auto", help="No moderation is done.", group="openai", choices=("auto", "low"))
     stream: bool = arg(False, help="Streaming is not offered.", group="openai")
     partial_images: int = arg(
         0, help="Previews in a stream.", group="openai", minimum=0, maximum=3, code="invalid_value"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFields(StillFields):
+    """What only OpenAI's call for images from a text has."""
+
+    moderation: str = arg("auto", help="No moderation is done.", group="openai", choices=("auto", "low"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditFields(StillFields):
+    """What only OpenAI's call for images from images has."""
+
+    input_fidelity: str = arg(
+        "high",
+        help="Images are used as they are; `strength` says how far they change.",
+        group="openai",
+        choices=("high",),
     )
 
 
@@ -92,11 +111,12 @@ class VideoFields(CommonFields):
 @dataclass(frozen=True, kw_only=True)
 class CallFields:
     """Every field of one call; `admin_only` are taken from an administrator alone, `unsupported` are OpenAI's fields
-    that this server cannot honour, with the reason."""
+    that this server cannot honour, with the reason; `files` are those that take files, by name."""
 
     accepted: Mapping[str, Parameter]
     admin_only: Mapping[str, Parameter]
     unsupported: Mapping[str, str]
+    files: Mapping[str, FileField] = dataclasses.field(default_factory=dict)
 
     def refuse(self, name: str) -> None:
         """Raises UnsupportedParameter, AdminRequired or UnknownParameter for a field that is not accepted."""
@@ -104,10 +124,10 @@ class CallFields:
             raise UnsupportedParameter(name, self.unsupported[name])
         if name in self.admin_only:
             raise AdminRequired(name)
-        raise UnknownParameter(name, what="field", hint=hint(name, self.accepted))
+        raise UnknownParameter(name, what="field", hint=hint(name, {*self.accepted, *self.files}))
 
     def refuse_file(self, name: str) -> None:
-        """Raises for an uploaded file; no field takes one."""
+        """Raises for an uploaded file of a field that takes none."""
         known = {**self.accepted, **self.admin_only}
         if name in known:
             raise InvalidType(name, "a file", known[name].accepted())
@@ -185,35 +205,58 @@ def _admin_only() -> Mapping[str, Parameter]:
     )
 
 
-def _image_call() -> CallFields:
-    accepted = _declared(ImageFields, without=("num_frames", "fps", "x264_preset"), formats=IMAGE_FORMATS)
+_NOT_FOR_IMAGES = ("num_frames", "fps", "x264_preset")
+_NOT_MADE = {
+    "style": "write the style into the prompt",
+    "complexity": "it concerns SVG",
+    "svg": "images are made of pixels",
+    "frame_count": "animations are made with /v1/videos",
+    "frame_duration_ms": "animations are made with /v1/videos",
+}
+MAX_EDITED_IMAGES = 16
+
+
+def _image_call(own: type, *, unsupported: Mapping[str, str], files: Iterable[FileField] = ()) -> CallFields:
+    accepted = _declared(own, without=_NOT_FOR_IMAGES, formats=IMAGE_FORMATS)
     accepted["n"] = dataclasses.replace(accepted["num_outputs_per_prompt"], name="n")
     return CallFields(
         accepted=MappingProxyType(accepted),
         admin_only=_admin_only(),
-        unsupported=MappingProxyType(
-            {
-                "style": "write the style into the prompt",
-                "complexity": "it concerns SVG",
-                "svg": "images are made of pixels",
-                "frame_count": "animations are made with /v1/videos",
-                "frame_duration_ms": "animations are made with /v1/videos",
-            }
-        ),
+        unsupported=MappingProxyType(dict(unsupported)),
+        files=MappingProxyType({field.name: field for field in files}),
     )
 
 
+def _edit_call() -> CallFields:
+    files = (
+        FileField(
+            name="image",
+            kind="image",
+            help=f"PNG, JPEG, WebP or BMP; up to {MAX_EDITED_IMAGES} as image[], or as many as the model takes.",
+            max_files=MAX_EDITED_IMAGES,
+            alias="images",
+        ),
+        FileField(
+            name="mask",
+            kind="mask",
+            help="PNG of the first image's size that is transparent where that one is made anew.",
+        ),
+    )
+    unsupported = _NOT_MADE | {"markup": "draw on the image itself"}
+    return _image_call(EditFields, unsupported=unsupported, files=files)
+
+
 def _video_call() -> CallFields:
+    files = (
+        FileField(name="input_reference", kind="image", help="Image that the video starts from or shows."),
+        FileField(name="last_image", kind="image", help="Image that the video ends with."),
+        FileField(name="video", kind="video", help="MP4, WebM or GIF that the video is made from."),
+    )
     return CallFields(
         accepted=MappingProxyType(_declared(VideoFields, without=("num_outputs_per_prompt",), formats=VIDEO_FORMATS)),
         admin_only=_admin_only(),
-        unsupported=MappingProxyType(
-            {
-                "input_reference": "the served model makes videos from text alone",
-                "n": "a job makes one video",
-                "num_outputs_per_prompt": "a job makes one video",
-            }
-        ),
+        unsupported=MappingProxyType({"n": "a job makes one video", "num_outputs_per_prompt": "a job makes one video"}),
+        files=MappingProxyType({field.name: field for field in files}),
     )
 
 
@@ -222,7 +265,8 @@ def private_texts(body: Body) -> list[str]:
     return [text for name in ("prompt", "negative_prompt") if isinstance(text := body.values.get(name), str)]
 
 
-IMAGE_CALL = _image_call()
+IMAGE_CALL = _image_call(ImageFields, unsupported=_NOT_MADE)
+EDIT_CALL = _edit_call()
 VIDEO_CALL = _video_call()
 
 

@@ -12,8 +12,9 @@ from starlette.requests import ClientDisconnect, Request
 
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import EngineStopped, InternalError, ServingError
+from sglang.multimodal_gen.runtime.entrypoints.media_inputs import NO_INPUTS, DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine
-from sglang.multimodal_gen.runtime.managers.messages import Finished
+from sglang.multimodal_gen.runtime.managers.messages import Finished, MediaInputs
 
 T = TypeVar("T")
 
@@ -26,23 +27,29 @@ class EncodedResult:
     data: bytes
 
 
-async def generate_all(engine: Engine, requests: Mapping[str, SamplingParams]) -> list[EncodedResult]:
-    """One result per request (id -> parameters), in order. When one fails or the caller is cancelled, all are.
+async def generate_all(
+    engine: Engine, requests: Mapping[str, SamplingParams], inputs: DecodedInputs = NO_INPUTS
+) -> list[EncodedResult]:
+    """One result per request (id -> parameters), in order, all from the same inputs. When one fails or the caller is
+    cancelled, all are.
 
     Raises:
         ServingError: the first failure.
     """
-    tasks = [asyncio.create_task(_generate(engine, params, request_id)) for request_id, params in requests.items()]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    async with engine.stored(inputs) as media:
+        tasks = [asyncio.create_task(_generate(engine, params, id_, media)) for id_, params in requests.items()]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _generate(engine: Engine, params: SamplingParams, request_id: str) -> EncodedResult:
-    handle = await engine.submit(params, request_id=request_id)
+async def _generate(
+    engine: Engine, params: SamplingParams, request_id: str, media: MediaInputs | None
+) -> EncodedResult:
+    handle = await engine.submit(params, request_id=request_id, inputs=media)
     try:
         finished = await handle.result()
     except asyncio.CancelledError:

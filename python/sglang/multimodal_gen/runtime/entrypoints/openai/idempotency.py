@@ -101,5 +101,6 @@ class IdempotentReplies:
 
 
 def _fingerprint(request: Request, body: Body) -> bytes:
-    text = json.dumps([request.url.path, body.values], sort_keys=True)
+    files = [(upload.field.name, upload.digest) for upload in body.files]
+    text = json.dumps([request.url.path, body.values, files], sort_keys=True)
     return hashlib.sha256(text.encode("ascii")).digest()

@@ -1,9 +1,10 @@
-"""/v1/images: text to image, answered when the image is there."""
+"""/v1/images: images from a text, or from images and a text, answered when they are there."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import secrets
 import time
@@ -21,14 +22,21 @@ from sglang.multimodal_gen.errors import (
     ImageNotFound,
     IncompatibleParameters,
     InvalidValue,
+    MissingParameter,
+    NotOffered,
     UnsupportedParameter,
 )
+from sglang.multimodal_gen.runtime.entrypoints.media_inputs import DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.admin import surface_of
 from sglang.multimodal_gen.runtime.entrypoints.openai.content import content_response
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, HttpSettings, require_model
 from sglang.multimodal_gen.runtime.entrypoints.openai.fields import (
+    EDIT_CALL,
     IMAGE_CALL,
+    CallFields,
+    EditFields,
     ImageFields,
+    StillFields,
     private_texts,
     sampling_values,
 )
@@ -44,8 +52,10 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.generation import (
 )
 from sglang.multimodal_gen.runtime.entrypoints.openai.idempotency import IdempotentReplies
 from sglang.multimodal_gen.runtime.entrypoints.openai.image_store import ImageStore
+from sglang.multimodal_gen.runtime.entrypoints.openai.inputs import InputReader, edit_sources
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse, to_json
-from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import read_json
+from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import Body, read_json, read_json_or_multipart
+from sglang.multimodal_gen.runtime.entrypoints.openai.uploads import of_field
 from sglang.multimodal_gen.runtime.entrypoints.request_builder import expand
 
 
@@ -55,6 +65,7 @@ class ImageApi:
     def __init__(self, engine: Engine, settings: HttpSettings) -> None:
         self._engine = engine
         self._settings = settings
+        self._inputs = InputReader()
         self._replies = IdempotentReplies(lifetime_s=settings.idempotency_lifetime_s)
         self._store = ImageStore(
             settings.files_dir / "images", capacity=settings.max_images, lifetime_s=settings.image_lifetime_s
@@ -63,17 +74,36 @@ class ImageApi:
     async def generate(self, request: Request) -> Response:
         """Generate images from a text."""
         body = await read_json(request, self._settings.body)
+        return await self._answer(request, body, IMAGE_CALL, ImageFields)
+
+    async def edit(self, request: Request) -> Response:
+        """Generate images from images and a text; a mask says where the first image is made anew."""
+        call = EDIT_CALL
+        body = await read_json_or_multipart(
+            request, self._settings.body, files=call.files, refuse_file=call.refuse_file
+        )
+        with contextlib.closing(body):
+            return await self._answer(request, body, call, EditFields)
+
+    async def vary(self, request: Request) -> Response:
+        """OpenAI's call for variations."""
+        raise NotOffered("path: variations are not offered; use POST /v1/images/edits with a prompt and a strength")
+
+    async def _answer(self, request: Request, body: Body, call: CallFields, own: type[StillFields]) -> Response:
         keep_private(request, private_texts(body))
         surface = surface_of(request, self._settings)
-        wish, sampling = sampling_values(IMAGE_CALL.checked(body, surface=surface), ImageFields)
+        wish, sampling = sampling_values(call.checked(body, surface=surface), own)
         _check_combinations(wish, sampling)
+        if call is EDIT_CALL and not of_field(body.files, "image"):
+            raise MissingParameter("image: not given, accepted is at least one image", param="image")
         model = require_model(self._engine, self._settings, wish.model)
-        requests = _image_requests(sampling, model, surface)
+        inputs = await self._inputs.read(edit_sources(body), model, sampling)
+        requests = _image_requests(sampling, model, surface, inputs)
 
         async def run() -> bytes:
             by_id = {f"{http_request_id(request)}-{secrets.token_hex(4)}": params for params in requests}
             link_engine_requests(request, by_id)
-            results = await generate_all(self._engine, by_id)
+            results = await generate_all(self._engine, by_id, inputs)
             return to_json(await self._images_response(request, wish, requests, results))
 
         return JsonResponse(await unless_disconnected(request, self._replies.once(request, body, run)))
@@ -87,7 +117,7 @@ class ImageApi:
             raise ImageNotFound(image_id) from None
 
     async def _images_response(
-        self, request: Request, wish: ImageFields, requests: list[SamplingParams], results: list[EncodedResult]
+        self, request: Request, wish: StillFields, requests: list[SamplingParams], results: list[EncodedResult]
     ) -> dict[str, Any]:
         first = results[0].finished
         return {
@@ -107,7 +137,7 @@ class ImageApi:
         }
 
     async def _image(
-        self, request: Request, wish: ImageFields, params: SamplingParams, result: EncodedResult
+        self, request: Request, wish: StillFields, params: SamplingParams, result: EncodedResult
     ) -> dict[str, Any]:
         found: dict[str, Any] = {
             "b64_json": None,
@@ -128,7 +158,7 @@ class ImageApi:
         return found
 
 
-def _check_combinations(wish: ImageFields, sampling: Mapping[str, Any]) -> None:
+def _check_combinations(wish: StillFields, sampling: Mapping[str, Any]) -> None:
     if wish.stream:
         raise UnsupportedParameter("stream", "replies are sent whole")
     if wish.partial_images:
@@ -144,7 +174,9 @@ def _check_combinations(wish: ImageFields, sampling: Mapping[str, Any]) -> None:
         raise InvalidValue("seed", f"{len(seed)} seeds", f"at most {int(most)}", code="invalid_seed")
 
 
-def _image_requests(sampling: Mapping[str, Any], model: ModelInfo, surface: Surface) -> list[SamplingParams]:
+def _image_requests(
+    sampling: Mapping[str, Any], model: ModelInfo, surface: Surface, inputs: DecodedInputs
+) -> list[SamplingParams]:
     """One complete request per image, which comes back encoded instead of being saved."""
     return [
         dataclasses.replace(
@@ -153,5 +185,5 @@ def _image_requests(sampling: Mapping[str, Any], model: ModelInfo, surface: Surf
             return_encoded=True,
             save_output=False,
         )
-        for params in expand({**sampling, "num_frames": 1}, model=model, surface=surface)
+        for params in expand({**sampling, "num_frames": 1}, model=model, surface=surface, inputs=inputs)
     ]

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -49,8 +50,11 @@ class ModelApi:
                 "pipeline_class": model.pipeline_class,
                 "tasks": list(model.tasks),
                 "precision": model.precision,
+                "family": model.family,
+                "licence": model.licence,
                 "num_parameters": model.num_parameters,
-                "limits": {name: getattr(model.limits, name) for name in model.limits.__struct_fields__},
+                "weight_bytes": model.weight_bytes,
+                "limits": msgspec.to_builtins(model.limits),
                 "defaults": _public_defaults(model.defaults),
             }
         return card

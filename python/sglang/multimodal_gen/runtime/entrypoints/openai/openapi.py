@@ -7,6 +7,7 @@ from typing import Any
 
 from sglang.multimodal_gen.configs.declare import Parameter, parameters
 from sglang.multimodal_gen.runtime.entrypoints.openai.fields import CallFields
+from sglang.multimodal_gen.runtime.entrypoints.openai.uploads import FileField
 
 _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -34,16 +35,34 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 def request_body(call: CallFields, media_types: Iterable[str]) -> dict[str, Any]:
     """The `openapi_extra` of a route that takes the call's fields."""
-    schema = {
-        "type": "object",
-        "required": ["prompt"],
-        "additionalProperties": False,
-        "properties": {
-            **{name: field_schema(parameter) for name, parameter in call.accepted.items()},
-            **{name: _admin_schema(parameter) for name, parameter in call.admin_only.items()},
-        },
+    fields = {
+        **{name: field_schema(parameter) for name, parameter in call.accepted.items()},
+        **{name: _admin_schema(parameter) for name, parameter in call.admin_only.items()},
     }
-    return {"requestBody": {"required": True, "content": {media: {"schema": schema} for media in media_types}}}
+
+    def schema(media_type: str) -> dict[str, Any]:
+        files = {name: _file_schema(field, media_type) for name, field in call.files.items()}
+        return {
+            "type": "object",
+            "required": ["prompt"],
+            "additionalProperties": False,
+            "properties": {**fields, **files},
+        }
+
+    content = {media_type: {"schema": schema(media_type)} for media_type in media_types}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _file_schema(field: FileField, media_type: str) -> dict[str, Any]:
+    """A file in a multipart body, a data URL in JSON."""
+    if media_type == "application/json":
+        one: dict[str, Any] = {"type": "string", "description": "Data URL with the file's bytes in base64."}
+    else:
+        one = {"type": "string", "format": "binary"}
+    described = {"description": field.help}
+    if field.max_files == 1:
+        return one | described
+    return {"anyOf": [one, {"type": "array", "items": one, "maxItems": field.max_files}]} | described
 
 
 def query(owner: type) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,11 @@ from sglang.multimodal_gen.errors import (
     InvalidRequest,
     InvalidType,
     InvalidUnicode,
+    StorageError,
     UnsupportedMediaType,
     shown,
 )
+from sglang.multimodal_gen.runtime.entrypoints.openai.uploads import FileField, Upload, Uploads
 
 _MAX_PARTS = 128
 _DRAINED_BYTES = 16 * 2**20
@@ -35,18 +37,30 @@ _EXTRA = "extra_body"
 
 @dataclass(frozen=True, kw_only=True)
 class BodyLimits:
-    """How much of a body is read, and for how long it is waited for."""
+    """How much of a body is read, and for how long it is waited for: `timeout_s`, and longer for what comes at
+    `min_bytes_per_s` at least. Of fields that are no files `max_bytes` are read; `max_upload_bytes` of a multipart body
+    and `max_json_upload_bytes` of a JSON one in calls that take files."""
 
     max_bytes: int = 2**20
     timeout_s: float = 30.0
+    min_bytes_per_s: int = 2**16
+    max_upload_bytes: int = 256 * 2**20
+    max_json_upload_bytes: int = 64 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Body:
-    """The fields of a request. Those in `spelled` came as text (multipart) and are read by their declared type."""
+    """The fields of a request. Those in `spelled` came as text (multipart) and are read by their declared type. `files`
+    must be closed."""
 
     values: dict[str, Any]
     spelled: frozenset[str] = frozenset()
+    files: tuple[Upload, ...] = ()
+
+    def close(self) -> None:
+        """Forget the files."""
+        for upload in self.files:
+            upload.close()
 
 
 async def read_json(request: Request, limits: BodyLimits) -> Body:
@@ -57,42 +71,71 @@ async def read_json(request: Request, limits: BodyLimits) -> Body:
     """
     if _media_type(request) != "application/json":
         raise _wrong_media_type(request, "application/json")
+    return Body(values=await _read_object(request, limits, max_bytes=limits.max_bytes))
+
+
+async def _read_object(request: Request, limits: BodyLimits, *, max_bytes: int) -> dict[str, Any]:
     data = bytearray()
-    await _receive(request, limits, data.extend)
-    return Body(values=_with_extra(_json_object(bytes(data))))
+    await _receive(request, limits, data.extend, max_bytes=max_bytes)
+    if len(data) <= limits.max_bytes:
+        return _with_extra(_json_object(bytes(data)))
+    return _with_extra(await asyncio.to_thread(_json_object, bytes(data)))  # may take a tenth of a second
 
 
-async def read_json_or_multipart(request: Request, limits: BodyLimits, *, refuse_file: Callable[[str], None]) -> Body:
-    """The fields of a JSON or a multipart body. `refuse_file(name)` raises when a part is a file.
+async def read_json_or_multipart(
+    request: Request, limits: BodyLimits, *, files: Mapping[str, FileField], refuse_file: Callable[[str], None]
+) -> Body:
+    """The fields of a JSON or a multipart body, and its files: parts of the fields `files`, in JSON their data URLs.
+    `refuse_file(name)` raises when a part of another field is a file. The caller closes the body.
 
     Raises:
-        ServingError: as `read_json`; a part that is a file, is not UTF-8 or has no name.
+        ServingError: as `read_json`; a part that is not UTF-8 or has no name; a file that is not accepted.
     """
+    uploads = Uploads(files)
+    try:
+        values, spelled = await _read_fields(request, limits, uploads, refuse_file)
+        rest = await asyncio.to_thread(uploads.take, values) if uploads.are_among(values) else values
+    except BaseException:
+        uploads.close()
+        raise
+    return Body(values=rest, spelled=spelled & rest.keys(), files=tuple(uploads.files))
+
+
+async def _read_fields(
+    request: Request, limits: BodyLimits, uploads: Uploads, refuse_file: Callable[[str], None]
+) -> tuple[dict[str, Any], frozenset[str]]:
+    """The fields that are no parts with a file, and the names of those that came as text."""
     media_type = _media_type(request)
     if media_type == "application/json":
-        return await read_json(request, limits)
+        return await _read_object(request, limits, max_bytes=limits.max_json_upload_bytes), frozenset()
     if media_type != "multipart/form-data":
         raise _wrong_media_type(request, "application/json or multipart/form-data")
     _, options = parse_options_header(request.headers["content-type"])
     if not options.get(b"boundary"):
         raise InvalidMultipart("body: the content type multipart/form-data has no boundary")
-    form = _Form(refuse_file)
+    form = _Form(uploads, refuse_file, max_text_bytes=limits.max_bytes)
     try:
         parser = MultipartParser(options[b"boundary"], form.callbacks())
-        await _receive(request, limits, parser.write)
+        await _receive(request, limits, parser.write, max_bytes=limits.max_upload_bytes)
     except FormParserError:
         raise InvalidMultipart("body: not valid multipart/form-data") from None
     if not form.complete:
         raise InvalidMultipart("body: the multipart/form-data ends before its closing boundary")
-    return form.body()
+    return form.fields()
 
 
 class _Form:
-    """Collects the parts of a multipart body."""
+    """Collects the parts of a multipart body: texts here, files in `uploads`."""
 
-    def __init__(self, refuse_file: Callable[[str], None]) -> None:
+    def __init__(self, uploads: Uploads, refuse_file: Callable[[str], None], *, max_text_bytes: int) -> None:
         self.complete = False
+        self._uploads = uploads
         self._refuse_file = refuse_file
+        self._max_text_bytes = max_text_bytes
+        self._num_text_bytes = 0
+        self._num_parts = 0
+        self._upload: Upload | None = None
+        self._single_files: set[str] = set()
         self._fields: list[tuple[str, bytes]] = []
         self._header = bytearray()
         self._header_value = bytearray()
@@ -108,14 +151,16 @@ class _Form:
             "on_header_value": lambda data, start, end: self._header_value.extend(data[start:end]),
             "on_header_end": self._on_header_end,
             "on_headers_finished": self._on_headers_finished,
-            "on_part_data": lambda data, start, end: self._data.extend(data[start:end]),
-            "on_part_end": lambda: self._fields.append((self._name, bytes(self._data))),
+            "on_part_data": lambda data, start, end: self._on_part_data(data[start:end]),
+            "on_part_end": self._on_part_end,
             "on_end": self._on_end,
         }
 
     def _on_part_begin(self) -> None:
-        if len(self._fields) >= _MAX_PARTS:
+        self._num_parts += 1
+        if self._num_parts > _MAX_PARTS:
             raise InvalidMultipart(f"body: more than the {_MAX_PARTS} parts that are accepted")
+        self._upload = None
         self._disposition = b""
         self._data.clear()
 
@@ -131,28 +176,53 @@ class _Form:
         if not self._name:
             raise InvalidMultipart("body: a part has no name")
         if b"filename" in options or b"filename*" in options:
-            self._refuse_file(self._name.partition("[")[0])
+            self._begin_file()
+
+    def _begin_file(self) -> None:
+        """`image` is one file, `image[]` one of several; the file's own name is not looked at."""
+        name = self._name.removesuffix("[]")
+        if name not in self._uploads.fields:
+            self._refuse_file(name.partition("[")[0])
+        if name == self._name and name in self._single_files:
+            raise DuplicateParameter(name)
+        self._single_files.add(self._name)
+        self._upload = self._uploads.begin(name)
+
+    def _on_part_data(self, data: bytes) -> None:
+        if self._upload is not None:
+            self._upload.write(data)
+            return
+        self._num_text_bytes += len(data)
+        if self._num_text_bytes > self._max_text_bytes:
+            raise BodyTooLarge(self._max_text_bytes)
+        self._data.extend(data)
+
+    def _on_part_end(self) -> None:
+        if self._upload is None:
+            self._fields.append((self._name, bytes(self._data)))
 
     def _on_end(self) -> None:
         self.complete = True
 
-    def body(self) -> Body:
-        """The fields; `name[]` collects a list, any other name may come once."""
+    def fields(self) -> tuple[dict[str, Any], frozenset[str]]:
+        """Those that are no files; `name[]` collects a list, any other name may come once."""
         values: dict[str, Any] = {}
         for name, data in self._fields:
-            text = _utf8(data, name)
+            text: Any = _utf8(data, name)
             if name.endswith("[]"):
                 values.setdefault(name.removesuffix("[]"), []).append(text)
                 continue
-            # `name[key]` spells an object, which no field of ours is: the base name says what is refused.
-            name = name.partition("[")[0]
+            # `name[key]` spells an object, which only fields with files may be; else the base name is what is refused.
+            name, _, key = name.partition("[")
+            if key and name in self._uploads.fields:
+                text = {key.removesuffix("]"): text}
             if name in values:
                 raise DuplicateParameter(name)
             values[name] = text
         spelled = frozenset(values) - {_EXTRA}
         if _EXTRA in values:
             values[_EXTRA] = _json_object(str(values[_EXTRA]).encode())
-        return Body(values=_with_extra(values), spelled=spelled)
+        return _with_extra(values), spelled
 
 
 def _utf8(data: bytes, what: str) -> str:
@@ -171,19 +241,19 @@ def _wrong_media_type(request: Request, accepted: str) -> UnsupportedMediaType:
     return UnsupportedMediaType(f"content-type: got {shown(given)}, accepted is {accepted}")
 
 
-async def _receive(request: Request, limits: BodyLimits, take: Callable[[bytes], object]) -> None:
+async def _receive(request: Request, limits: BodyLimits, take: Callable[[bytes], object], *, max_bytes: int) -> None:
     """Hand the body's chunks to `take`. When they are refused, the rest is read and dropped for a moment, so that the
     answer reaches a client that reads only once it has sent everything."""
     stream = request.stream()
     deadline = time.monotonic() + limits.timeout_s
     num_bytes = 0
     try:
-        while (chunk := await _next_chunk(stream, deadline)) is not None:
+        while (chunk := await _next_chunk(stream, deadline + num_bytes / limits.min_bytes_per_s)) is not None:
             num_bytes += len(chunk)
-            if num_bytes > limits.max_bytes:
-                raise BodyTooLarge(limits.max_bytes)
+            if num_bytes > max_bytes:
+                raise BodyTooLarge(max_bytes)
             take(chunk)
-    except (InvalidRequest, FormParserError) as error:
+    except (InvalidRequest, StorageError, FormParserError) as error:
         if not isinstance(error, BodyTimeout):
             await _drain(stream)
         raise

@@ -1,7 +1,8 @@
-"""/v1/videos: text to video as jobs that clients poll."""
+"""/v1/videos: videos from a text, images or a video, as jobs that clients poll."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -25,6 +26,7 @@ from sglang.multimodal_gen.errors import (
     VideoNotFound,
     VideoNotReady,
 )
+from sglang.multimodal_gen.runtime.entrypoints.media_inputs import DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.admin import surface_of
 from sglang.multimodal_gen.runtime.entrypoints.openai.content import content_response
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, HttpSettings, require_model
@@ -36,8 +38,9 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.fields import (
 )
 from sglang.multimodal_gen.runtime.entrypoints.openai.frame import keep_private, link_engine_requests
 from sglang.multimodal_gen.runtime.entrypoints.openai.idempotency import IdempotentReplies
+from sglang.multimodal_gen.runtime.entrypoints.openai.inputs import InputReader, video_sources
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse, error_object, to_json
-from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import read_json_or_multipart
+from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import Body, read_json_or_multipart
 from sglang.multimodal_gen.runtime.entrypoints.openai.video_jobs import VideoJob, VideoJobs
 from sglang.multimodal_gen.runtime.entrypoints.request_builder import check_output, expand
 
@@ -73,6 +76,7 @@ class VideoApi:
     def __init__(self, engine: Engine, settings: HttpSettings) -> None:
         self._engine = engine
         self._settings = settings
+        self._inputs = InputReader()
         self._replies = IdempotentReplies(lifetime_s=settings.idempotency_lifetime_s)
         self.jobs = VideoJobs(
             engine,
@@ -82,19 +86,28 @@ class VideoApi:
         )
 
     async def create(self, request: Request) -> Response:
-        """Start a video from a text; poll it until its status is `completed` or `failed`."""
-        body = await read_json_or_multipart(request, self._settings.body, refuse_file=VIDEO_CALL.refuse_file)
+        """Start a video from a text and what the model takes besides; poll it until its status is `completed` or
+        `failed`."""
+        call = VIDEO_CALL
+        body = await read_json_or_multipart(
+            request, self._settings.body, files=call.files, refuse_file=call.refuse_file
+        )
+        with contextlib.closing(body):
+            return await self._create(request, body)
+
+    async def _create(self, request: Request, body: Body) -> Response:
         keep_private(request, private_texts(body))
         surface = surface_of(request, self._settings)
         wish, sampling = sampling_values(VIDEO_CALL.checked(body, surface=surface), VideoFields)
         model = require_model(self._engine, self._settings, wish.model)
         if wish.seconds is not None:
             sampling["num_frames"] = frames_for(wish.seconds, sampling, model)
-        params = _video_request(sampling, model, surface)
+        inputs = await self._inputs.read(video_sources(body), model, sampling)
+        params = _video_request(sampling, model, surface, inputs)
         name = wish.model or self._settings.model_names[0]
 
         async def start() -> bytes:
-            job = await self.jobs.create(params, model=name, safety_identifier=wish.safety_identifier)
+            job = await self.jobs.create(params, model=name, safety_identifier=wish.safety_identifier, inputs=inputs)
             link_engine_requests(request, [job.id])
             return to_json(video_object(job))
 
@@ -170,9 +183,11 @@ def frames_for(seconds: str | int | float, sampling: Mapping[str, Any], model: M
     return math.floor(number * fps / stride) * stride + 1
 
 
-def _video_request(sampling: Mapping[str, Any], model: ModelInfo, surface: Surface) -> SamplingParams:
+def _video_request(
+    sampling: Mapping[str, Any], model: ModelInfo, surface: Surface, inputs: DecodedInputs
+) -> SamplingParams:
     values = {"output_format": "mp4", **sampling}
-    requests = expand(values, model=model, surface=surface)
+    requests = expand(values, model=model, surface=surface, inputs=inputs)
     if len(requests) != 1:
         raise InvalidValue("seed", sampling.get("seed"), "one integer: a job makes one video", code="invalid_seed")
     saved = dataclasses.replace(requests[0], save_output=True)

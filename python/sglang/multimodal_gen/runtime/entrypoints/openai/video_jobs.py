@@ -18,6 +18,7 @@ from typing import Literal
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import ErrorInfo, InternalError, InvalidValue, QueueFull, VideoNotFound
 from sglang.multimodal_gen.runtime.entrypoints.engine_client import raise_if_terminal
+from sglang.multimodal_gen.runtime.entrypoints.media_inputs import NO_INPUTS, DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine
 from sglang.multimodal_gen.runtime.managers.messages import (
     Cancelled,
@@ -89,7 +90,14 @@ class VideoJobs:
         self._jobs: dict[str, VideoJob] = {}  # in order of creation
         self._watchers: dict[str, asyncio.Task[None]] = {}
 
-    async def create(self, params: SamplingParams, *, model: str, safety_identifier: str | None = None) -> VideoJob:
+    async def create(
+        self,
+        params: SamplingParams,
+        *,
+        model: str,
+        safety_identifier: str | None = None,
+        inputs: DecodedInputs = NO_INPUTS,
+    ) -> VideoJob:
         """Hand one complete request that saves its output to the engine; returns once the engine has queued it.
 
         Raises:
@@ -113,7 +121,8 @@ class VideoJobs:
             ),
             safety_identifier=safety_identifier,
         )
-        events = aiter(await self._engine.submit(job.params, request_id=job_id))
+        async with self._engine.stored(inputs) as media:
+            events = aiter(await self._engine.submit(job.params, request_id=job_id, inputs=media))
         raise_if_terminal(await anext(events))
         self._jobs[job_id] = job
         self._watchers[job_id] = asyncio.create_task(self._watch(job_id, events))

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
+
+INITIAL_LATENTS, NOISE, MASK = "initial_latents", "noise", "mask"
+"""What of `Req.conditioning` belongs to the start; the noise is kept where a mask needs it again."""
 
 
 class LatentPreparationStage(Stage):
@@ -36,7 +40,18 @@ class LatentPreparationStage(Stage):
         # With the batch axis, as diffusers draws: the shape is part of what a seed means.
         noise = torch.randn((1, *req.latent_shape), generator=generator, dtype=torch.float32)
         req.generator = generator
-        req.latents = noise[0].to(self.device)
+        req.latents = self._started(req, noise[0].to(self.device))
+
+    @staticmethod
+    def _started(req: Req, noise: Tensor) -> Tensor:
+        """The noise, or what the request starts from with as much of it as its first step expects."""
+        initial = req.conditioning.get(INITIAL_LATENTS)
+        if initial is None:
+            return noise
+        assert req.sampler is not None and req.sampler_state is not None, "prepared at admission"
+        if MASK in req.conditioning:
+            req.conditioning[NOISE] = noise
+        return req.sampler.add_noise(initial, noise, req.sampler_state)
 
 
 def request_generator(req: Req) -> torch.Generator:

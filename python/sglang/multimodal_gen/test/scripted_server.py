@@ -1,0 +1,252 @@
+"""An HTTP server on a socket, in a thread. Its engine is a small object with EngineClient's methods that ends requests
+when the test says so."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import io
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from sglang.multimodal_gen.configs.model_info import ModelInfo, TaskLimits
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.errors import EngineStopped, OutOfMemory, ServingError
+from sglang.multimodal_gen.runtime.entrypoints.engine_client import RequestHandle
+from sglang.multimodal_gen.runtime.entrypoints.http_server import create_app, serve
+from sglang.multimodal_gen.runtime.entrypoints.media_inputs import DecodedInputs
+from sglang.multimodal_gen.runtime.entrypoints.openai.engine import HttpSettings
+from sglang.multimodal_gen.runtime.managers.messages import (
+    Cancelled,
+    EngineState,
+    Failed,
+    Finished,
+    MappedArray,
+    MediaInputs,
+    Progress,
+    Queued,
+    Started,
+)
+
+MODEL = ModelInfo(
+    name="tiny",
+    pipeline_class="WanPipeline",
+    tasks=("text-to-video",),
+    precision="fp32",
+    device="cpu",
+    num_parameters=1,
+    weight_bytes=4,
+    load_seconds=0.1,
+    limits=TaskLimits(size_multiple=16, max_pixels=512 * 512, frame_stride=4, max_frames=81, max_sequence_length=64),
+    defaults=SamplingParams(width=128, height=96, num_frames=33, fps=16, num_inference_steps=4, guidance_scale=3.0),
+)
+READY = EngineState(state="ready", model=MODEL)
+SECRET_PATH = "/home/somebody/checkpoints"
+
+
+class ScriptedEngine:
+    """Ends a request at once, or while `held` is set when it is cleared; the prompt `fail` fails."""
+
+    def __init__(self) -> None:
+        self.state = READY
+        self.held = False
+        self.refusal: ServingError | None = None
+        self.submitted: dict[str, SamplingParams] = {}
+        self.inputs: dict[str, DecodedInputs] = {}
+        self.cancelled: list[str] = []
+        self._handles: dict[str, RequestHandle] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._arrays: dict[str, bytes] = {}
+        self._stored: dict[int, DecodedInputs] = {}
+
+    @contextlib.asynccontextmanager
+    async def stored(self, inputs: DecodedInputs) -> AsyncIterator[MediaInputs | None]:
+        """Remember them until the block ends."""
+        if not inputs:
+            yield None
+            return
+        media = MediaInputs()
+        self._stored[id(media)] = inputs
+        yield media
+        del self._stored[id(media)]
+
+    async def submit(
+        self, params: SamplingParams, *, request_id: str | None = None, inputs: MediaInputs | None = None
+    ) -> RequestHandle:
+        """Record it and play its events."""
+        assert request_id is not None
+        if inputs is not None:
+            self.inputs[request_id] = self._stored[id(inputs)]
+        handle = self._handles[request_id] = RequestHandle(request_id)
+        if self.refusal is not None:
+            handle.put(Failed(request_id=request_id, error=self.refusal.info()))
+            return handle
+        self.submitted[request_id] = params
+        self._tasks[request_id] = asyncio.create_task(self._play(handle, params))
+        return handle
+
+    async def cancel(self, request_id: str) -> None:
+        """End it as the scheduler does."""
+        self.cancelled.append(request_id)
+        task = self._tasks.get(request_id)
+        if task is not None and not task.done():
+            task.cancel()
+            self._handles[request_id].put(Cancelled(request_id=request_id))
+
+    async def metrics(self, *, open_metrics: bool = False) -> str:
+        """As when there is no scheduler."""
+        raise EngineStopped("the scheduler process died")
+
+    def take(self, ref: MappedArray) -> np.ndarray:
+        """Once, as the engine's files."""
+        return np.frombuffer(self._arrays.pop(ref.file), dtype=np.uint8)
+
+    async def _play(self, handle: RequestHandle, params: SamplingParams) -> None:
+        request_id = handle.request_id
+        handle.put(Queued(request_id=request_id, position=0))
+        await asyncio.sleep(0)
+        handle.put(Started(request_id=request_id, queue_seconds=0.0, phases=(), notes=("a note",)))
+        handle.put(Progress(request_id=request_id, phase="denoise", step=2, total_steps=4, fraction=0.5, eta_s=1.25))
+        while self.held:
+            await asyncio.sleep(0.005)
+        if params.prompt == "fail":
+            error = OutOfMemory(f"no memory left while loading {SECRET_PATH}/model.safetensors")
+            handle.put(Failed(request_id=request_id, error=error.info()))
+        else:
+            handle.put(self._finished(request_id, params))
+
+    def _finished(self, request_id: str, params: SamplingParams) -> Finished:
+        encoded = None
+        if params.return_encoded:
+            data = encoded_image(params)
+            self._arrays[request_id] = data
+            encoded = MappedArray(file=request_id, shape=(len(data),), dtype="|u1")
+        if params.save_output:
+            assert params.output_path is not None and params.output_file_name is not None
+            Path(params.output_path).mkdir(parents=True, exist_ok=True)
+            path = Path(params.output_path) / params.output_file_name
+            path.write_bytes(bytes(range(200)))
+            if params.thumbnail:
+                path.with_suffix(".thumb.webp").write_bytes(b"thumbnail")
+            if params.contact_sheet:
+                path.with_suffix(".sheet.jpg").write_bytes(b"contact sheet")
+        assert isinstance(params.seed, int) and params.width and params.height and params.num_frames
+        return Finished(
+            request_id=request_id,
+            seed=params.seed,
+            width=params.width,
+            height=params.height,
+            num_frames=params.num_frames,
+            output_file_path=None,
+            frames=None,
+            latents=None,
+            encoded=encoded,
+            generation_time=0.5,
+            queue_seconds=0.0,
+            stage_seconds={},
+            step_ms=(),
+            step_batch_sizes=(),
+            peak_memory_bytes=0,
+            attempts=1,
+        )
+
+
+def encoded_image(params: SamplingParams) -> bytes:
+    """A grey picture of the wanted size and format."""
+    assert params.width and params.height and params.output_format
+    buffer = io.BytesIO()
+    Image.new("RGB", (params.width, params.height), "grey").save(buffer, format=params.output_format)
+    return buffer.getvalue()
+
+
+@dataclasses.dataclass
+class RunningServer:
+    """A served application and what it runs on."""
+
+    engine: ScriptedEngine
+    client: httpx.Client
+    port: int
+    files_dir: Path
+    stop: Callable[[], None]
+
+    def post_image(self, **fields: Any) -> httpx.Response:
+        """POST an image request with a default prompt."""
+        return self.client.post("/v1/images/generations", json={"prompt": "a red circle", **fields})
+
+    def post_video(self, **fields: Any) -> httpx.Response:
+        """POST a video job with a default prompt."""
+        return self.client.post("/v1/videos", json={"prompt": "a red circle", **fields})
+
+    def exchange(self, request: bytes, *, timeout_s: float = 5.0) -> bytes:
+        """What the server answers to raw bytes until it closes."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s) as connection:
+            connection.sendall(request)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def error_of(reply: httpx.Response, status: int) -> dict[str, Any]:
+    """The error of a reply that keeps the whole contract of errors."""
+    assert reply.status_code == status, reply.text
+    error: dict[str, Any] = reply.json()["error"]
+    assert reply.json().keys() == {"error"} and error.keys() == {"message", "type", "param", "code"}
+    assert error["type"] == ("invalid_request_error" if status < 500 else "server_error")
+    assert reply.headers["x-request-id"] and reply.headers["content-type"] == "application/json"
+    assert "Traceback" not in reply.text and SECRET_PATH not in reply.text
+    return error
+
+
+def wait_for(condition: Callable[[], bool], *, seconds: float = 5.0) -> None:
+    """Poll until the condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.01)
+
+
+Start = Callable[..., RunningServer]
+
+
+@contextlib.contextmanager
+def servers(new_directory: Callable[[], Path]) -> Iterator[Start]:
+    """A function that starts a server; all of them stop at the end."""
+    stops: list[Callable[[], None]] = []
+
+    def start(**options: Any) -> RunningServer:
+        files_dir = new_directory()
+        settings = HttpSettings(model_names=("tiny", "org/tiny"), files_dir=files_dir, **options)
+        engine = ScriptedEngine()
+        sock = socket.create_server(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+        loop = asyncio.new_event_loop()
+        stop = asyncio.Event()
+        work = serve(create_app(engine, settings), sock, stop=stop, settings=settings)
+        thread = threading.Thread(target=loop.run_until_complete, args=(work,))
+        thread.start()
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10)
+
+        def stop_soon() -> None:
+            loop.call_soon_threadsafe(stop.set)
+
+        def end() -> None:
+            stop_soon()
+            thread.join()
+            client.close()
+            loop.close()
+
+        stops.append(end)
+        return RunningServer(engine=engine, client=client, port=port, files_dir=files_dir, stop=stop_soon)
+
+    try:
+        yield start
+    finally:
+        for end in stops:
+            end()
