@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -432,20 +431,6 @@ def test_size_without_the_memory_for_it_is_refused_with_both_numbers(
     monkeypatch.setattr(pipeline, "free_bytes", lambda: 2**20)
     with pytest.raises(InsufficientMemory, match=r"48x80 with 9 frames needs about .* GiB, but .* GiB are free"):
         pipeline.admit("r", SamplingParams.from_values(BASE))
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("transformer_2", ["diffusers", "WanTransformer3DModel"]), ("boundary_ratio", 0.875), ("expand_timesteps", True)],
-)
-def test_wan22_checkpoints_are_refused_by_the_field_that_tells_them(
-    wan_checkpoint: Callable[[str], Path], tmp_path: Path, field: str, value: object
-) -> None:
-    directory = shutil.copytree(wan_checkpoint("plain"), tmp_path / "model")
-    index = json.loads((directory / "model_index.json").read_text())
-    (directory / "model_index.json").write_text(json.dumps(index | {field: value}))
-    with pytest.raises(UnsupportedModel, match=field):
-        build_pipeline(str(directory))
 
 
 def test_components_that_do_not_fit_together_are_refused(wan_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
