@@ -27,6 +27,7 @@ from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
 from sglang.multimodal_gen.runtime.models.dits.flux import FluxTransformer2DModel
 from sglang.multimodal_gen.runtime.models.schedulers.shifting import spaced_to_last
 from sglang.multimodal_gen.runtime.models.vaes.library_vae import LibraryAutoencoder, spatial_ratio_of
+from sglang.multimodal_gen.runtime.pipelines.flux_workloads import FLUX_WORKLOADS
 from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row, pack, unpack
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
@@ -43,6 +44,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.initial_image import In
 from sglang.multimodal_gen.runtime.pipelines_core.stages.latent_preparation import LatentPreparationStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding import TextEncodingStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.timestep_preparation import TimestepPreparationStage
+from sglang.multimodal_gen.runtime.pipelines_core.workload import Workload
 
 PATCH_SIZE = 2
 """Latent cells along each side of a token."""
@@ -155,6 +157,7 @@ class FluxPipeline(ComposedPipelineBase):
         "vae": diffusers_module("AutoencoderKL"),
         "scheduler": SchedulerConfig(),
     }
+    workloads: ClassVar[Mapping[str, Workload]] = FLUX_WORKLOADS
     tokenizer: PromptTokenizer
     tokenizer_2: PromptTokenizer
     text_encoder: Any

@@ -117,9 +117,9 @@ class ComposedPipelineBase:
         raise NotImplementedError
 
     @classmethod
-    def decoder_memory_of(cls, configs: Mapping[str, ModelConfig], element_size: int) -> DecoderMemory:
-        """What decoding takes, likewise."""
-        raise NotImplementedError
+    def decoder_memory_of(cls, configs: Mapping[str, ModelConfig], element_size: int) -> DecoderMemory | None:
+        """What decoding takes, likewise; None where no native component decodes."""
+        return None
 
     def check_components(self) -> None:
         """Refuse checkpoints whose components do not fit together."""

@@ -110,11 +110,11 @@ def work_size(task: ComponentTask | CostTask, model: BenchModel, *, dtype: torch
     if isinstance(task, ComponentTask):
         batch_size, chunk_frames = task.batch_size, task.chunk_frames
     budget = _DECODER_MEMORY_SHARE * free_bytes / batch_size
-    fitting = [
-        frames
-        for frames in range(1, latent_shape[1] + 1)
-        if memory.chunk_bytes(frames * geometry.temporal_ratio, params.height, params.width) <= budget
-    ]
+    longest = latent_shape[1]
+    if memory is not None:
+        lengths = range(longest, 0, -1)
+        frames = {length: length * geometry.temporal_ratio for length in lengths}
+        longest = next((n for n in lengths if memory.chunk_bytes(frames[n], params.height, params.width) <= budget), 1)
     return WorkSize(
         width=params.width,
         height=params.height,
@@ -122,5 +122,5 @@ def work_size(task: ComponentTask | CostTask, model: BenchModel, *, dtype: torch
         latent_shape=latent_shape,
         batch_size=batch_size,
         num_text_tokens=num_text_tokens,
-        chunk_frames=min(chunk_frames or max(fitting, default=1), latent_shape[1]),
+        chunk_frames=min(chunk_frames or longest, latent_shape[1]),
     )
