@@ -265,6 +265,14 @@ def test_a_saved_request_goes_on_without_encoding_again(pipeline_of: Callable[[s
             "last_image_path: one frame has no end",
         ),
         ("t2v_experts", {"image": FIRST}, {}, UnsupportedParameter, "image_path: .*text alone"),
+        (
+            "ti2v",
+            {},
+            {"width": 64, "guidance_scale_2": 2.0},
+            UnsupportedParameter,
+            "guidance_scale_2: .*one transformer",
+        ),
+        ("ti2v", {}, {"width": 64, "boundary_ratio": 0.5}, UnsupportedParameter, "boundary_ratio: .*one transformer"),
         ("ti2v", {"image": FIRST, "last_image": LAST}, {"width": 64}, UnsupportedParameter, "last_image_path"),
     ],
 )

@@ -27,7 +27,7 @@ from sglang.multimodal_gen.runtime.loader.tokenizer import TextTokenizer
 from sglang.multimodal_gen.runtime.models.dits.wan import WanTransformer3DModel
 from sglang.multimodal_gen.runtime.models.encoders.umt5 import UMT5EncoderModel
 from sglang.multimodal_gen.runtime.models.vaes.wan_vae import AutoencoderKLWan
-from sglang.multimodal_gen.runtime.pipelines.wan_experts import Boundary, LowNoiseGuidance
+from sglang.multimodal_gen.runtime.pipelines.wan_experts import Boundary, LowNoiseGuidance, SoleExpert
 from sglang.multimodal_gen.runtime.pipelines.wan_workloads import WAN_WORKLOADS
 from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row
@@ -107,7 +107,10 @@ class WanPipeline(ComposedPipelineBase):
         constraint, free_bytes = self.constraint(), self.free_bytes
         first = self._denoiser(self.transformer, geometry)
         if self.transformer_2 is None:
-            return [DenoisingStage(first, guidance=guidance, free_bytes=free_bytes, constraint=constraint)]
+            return [
+                SoleExpert(),
+                DenoisingStage(first, guidance=guidance, free_bytes=free_bytes, constraint=constraint),
+            ]
         assert self.boundary_ratio is not None, "checked when loaded"
         boundary = Boundary(
             ratio=self.boundary_ratio, num_train_timesteps=self.scheduler.get("num_train_timesteps", 1000)

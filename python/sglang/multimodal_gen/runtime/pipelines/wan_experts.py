@@ -6,10 +6,13 @@ Source: https://github.com/Wan-Video/Wan2.2
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.errors import UnsupportedParameter
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import ClassifierFreeGuidance, guidance_scale
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
+from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 
 
 def low_noise_scale(params: SamplingParams) -> float:
@@ -50,3 +53,16 @@ class Boundary:
         """How many are the second one's."""
         assert req.sampler_state is not None, "planned by the stage before"
         return req.sampler_state.num_steps - self.high_noise_steps(req)
+
+
+class SoleExpert(Stage):
+    """Refuses what only a second transformer could honour."""
+
+    name = "sole_expert"
+    reads: ClassVar[tuple[str, ...]] = ("params",)
+
+    def admit(self, req: Req) -> None:
+        """Raises UnsupportedParameter."""
+        for name in ("guidance_scale_2", "boundary_ratio"):
+            if getattr(req.params, name) is not None:
+                raise UnsupportedParameter(name, "the model has one transformer")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sglang.multimodal_gen.configs.model_info import LOCAL_NAMES, InputLimits, TaskLimits
-from sglang.multimodal_gen.errors import IncompatibleParameters, MissingParameter, UnsupportedModel
+from sglang.multimodal_gen.errors import IncompatibleParameters, UnsupportedModel
 from sglang.multimodal_gen.runtime.loader.component_loader import ComponentLoader, ImagePreprocessor
 from sglang.multimodal_gen.runtime.loader.image_processor import ImageProcessor
 from sglang.multimodal_gen.runtime.loader.library_module import transformers_module
@@ -51,20 +51,15 @@ class WanPictureDenoiser(WanDenoiser):
 
 
 class ClipEnds(Stage):
-    """How a clip's end goes with the rest of the request."""
+    """A clip that ends with a picture has more than one frame."""
 
     name = "clip_ends"
     reads: ClassVar[tuple[str, ...]] = ("params", "inputs")
 
-    def __init__(self, *, last_required: bool) -> None:
-        self.last_required = last_required
-
     def admit(self, req: Req) -> None:
-        """Raises MissingParameter or IncompatibleParameters."""
-        name, is_given = LOCAL_NAMES.last_image, req.inputs.last_image is not None
-        if self.last_required and not is_given:
-            raise MissingParameter(f"{name}: got nothing, accepted is one image", param=name)
-        if is_given and req.params.num_frames == 1:
+        """Raises IncompatibleParameters."""
+        if req.inputs.last_image is not None and req.params.num_frames == 1:
+            name = LOCAL_NAMES.last_image
             raise IncompatibleParameters(f"{name}: one frame has no end, accepted are more frames", param=name)
 
 
@@ -86,23 +81,26 @@ class WanImageToVideoPipeline(WanPipeline):
 
     def picture_stages(self) -> list[Stage]:
         config = self.transformer.config
-        ends = ClipEnds(last_required=config.pos_embed_seq_len is not None)
         condition = PictureConditionStage(
             self.vae, first_frame_only=False, cache=self.conditioning_cache, dtype=self.dtype
         )
         if config.image_dim is None:
-            return [ends, condition]
+            return [ClipEnds(), condition]
         assert self.image_processor is not None, "checked when loaded"
         embedding = PictureEmbeddingStage(
             self.image_processor, self.image_encoder, cache=self.conditioning_cache, dtype=self.dtype
         )
-        return [ends, embedding, condition]
+        return [ClipEnds(), embedding, condition]
 
     def limits(self) -> TaskLimits:
         config = self.transformer.config
-        # A transformer with positions for its image tokens has them for two pictures; one without cannot tell two.
-        takes_last = config.image_dim is None or config.pos_embed_seq_len is not None
-        inputs = InputLimits(min_images=1, max_images=1, takes_last_image=takes_last)
+        # One that has positions for its image tokens has them for two pictures; without, it could not tell two apart.
+        inputs = InputLimits(
+            min_images=1,
+            max_images=1,
+            takes_last_image=config.image_dim is None,
+            requires_last_image=config.image_dim is not None and config.pos_embed_seq_len is not None,
+        )
         return msgspec.structs.replace(super().limits(), inputs=inputs, size_from_image=self.size_from_picture())
 
     def input_channels(self) -> tuple[int, str]:
