@@ -18,7 +18,7 @@ from typing import Any
 
 from sglang.multimodal_gen.configs.declare import hint
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
-from sglang.multimodal_gen.configs.pipeline_configs import flux, wan
+from sglang.multimodal_gen.configs.pipeline_configs import flux, hunyuan_video, qwen_image, sd3, wan, zimage
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import (
@@ -30,6 +30,8 @@ from sglang.multimodal_gen.errors import (
     shown,
 )
 
+BACKENDS = ("auto", "native", "diffusers")
+"""What may run a checkpoint: a pipeline of ours, diffusers' own, or the first that there is."""
 EMBEDDED_MODEL = "demo"
 NULL_MODEL = "null-model"
 """Does nothing and needs nothing: what an engine costs without a model."""
@@ -47,7 +49,8 @@ class ResolvedModel:
     """What a model path means.
 
     `local_path` is None while the checkpoint must be downloaded, and for models without one. `entry` is None while a
-    hub id that is not registered waits for its `model_index.json`; see `with_checkpoint`.
+    hub id that is not registered waits for its `model_index.json`; see `with_checkpoint`. `backend` is what was asked
+    for.
     """
 
     name: str
@@ -56,6 +59,7 @@ class ResolvedModel:
     entry: ModelEntry | None
     defaults: SamplingParams
     model_id: str | None = None
+    backend: str = "auto"
 
     @property
     def needs_download(self) -> bool:
@@ -74,8 +78,18 @@ _NULL = ModelEntry(
 _BUILTIN: tuple[ModelEntry, ...] = (
     *wan.ENTRIES,
     *flux.ENTRIES,
+    *qwen_image.ENTRIES,
+    *hunyuan_video.ENTRIES,
+    *sd3.ENTRIES,
+    *zimage.ENTRIES,
     _NULL,
 )
+_FALLBACK = ModelEntry(
+    name="diffusers",
+    pipeline="sglang.multimodal_gen.runtime.pipelines.diffusers_fallback:DiffusersPipeline",
+    config="sglang.multimodal_gen.configs.pipeline_configs.fallback:FALLBACK",
+)
+"""Whatever diffusers can load; only a worker can tell whether it can."""
 _added: dict[str, ModelEntry] = {}
 
 
@@ -130,28 +144,38 @@ def entries() -> tuple[ModelEntry, ...]:
     return (*_added.values(), *(entry for entry in _BUILTIN if entry.name not in _added))
 
 
-def get_model_info(model_path: str, *, model_id: str | None = None) -> ResolvedModel:
+def native_class_names() -> tuple[str, ...]:
+    """The pipeline classes that have an implementation of ours, sorted."""
+    return tuple(sorted({name for entry in entries() for name in entry.pipeline_class_names}))
+
+
+def get_model_info(model_path: str, *, model_id: str | None = None, backend: str = "auto") -> ResolvedModel:
     """What `model_path` means: the embedded model, a diffusers directory, or a hub id.
 
-    `model_id` is a hub id whose defaults a directory of another name should get. Nothing is downloaded here.
+    `model_id` is a hub id whose defaults a directory of another name should get; `backend` is one of BACKENDS. Nothing
+    is downloaded here.
 
     Raises:
         NotAModel: none of these.
-        UnsupportedModel: a checkpoint whose pipeline class has no implementation.
+        UnsupportedModel: a checkpoint whose pipeline class the backend does not have.
         InvalidValue: `model_id` is not known.
     """
     if model_id is not None:
         _require_known(model_id)
     if model_path == EMBEDDED_MODEL:
-        return _of_directory(_ASSETS / "demo_model", name=EMBEDDED_MODEL, model_id=model_id)
+        return _of_directory(_ASSETS / "demo_model", name=EMBEDDED_MODEL, model_id=model_id, backend=backend)
     for entry in entries():
         if not entry.needs_checkpoint and model_path in entry.hub_ids:
+            if backend == "diffusers":
+                raise UnsupportedModel(
+                    f"model_path: {model_path} has no checkpoint that diffusers could load", param="model_path"
+                )
             return ResolvedModel(
                 name=model_path, hub_id=model_path, local_path=None, entry=entry, defaults=load_config(entry).defaults
             )
     path = _existing(model_path)
     if path is not None and path.is_dir():
-        return _of_directory(path, name=path.resolve().name, model_id=model_id)
+        return _of_directory(path, name=path.resolve().name, model_id=model_id, backend=backend)
     if path is not None or not _HUB_ID.fullmatch(model_path):
         reason = "does not exist" if path is None else "is a file"
         raise NotAModel(
@@ -159,7 +183,7 @@ def get_model_info(model_path: str, *, model_id: str | None = None) -> ResolvedM
             f"a hub id such as {wan.ENTRIES[1].hub_ids[0]}, or {EMBEDDED_MODEL}{similar_model(model_path)}",
             param="model_path",
         )
-    named = _named_by(model_id or model_path)
+    named = _FALLBACK if backend == "diffusers" else _named_by(model_id or model_path)
     return ResolvedModel(
         name=model_path.rpartition("/")[2],
         hub_id=model_path,
@@ -167,6 +191,7 @@ def get_model_info(model_path: str, *, model_id: str | None = None) -> ResolvedM
         entry=named,
         defaults=SamplingParams() if named is None else load_config(named).defaults,
         model_id=model_id,
+        backend=backend,
     )
 
 
@@ -191,7 +216,7 @@ def with_checkpoint(resolved: ResolvedModel, local_path: Path) -> ResolvedModel:
     Raises: as `get_model_info`.
     """
     model_id = resolved.model_id or resolved.hub_id
-    found = _of_directory(local_path, name=resolved.name, model_id=model_id)
+    found = _of_directory(local_path, name=resolved.name, model_id=model_id, backend=resolved.backend)
     return dataclasses.replace(found, hub_id=resolved.hub_id, model_id=resolved.model_id)
 
 
@@ -245,20 +270,8 @@ def _existing(model_path: str) -> Path | None:
         return None
 
 
-def _of_directory(directory: Path, *, name: str, model_id: str | None) -> ResolvedModel:
-    index = read_model_index(directory)
-    class_name = index.get("_class_name")
-    candidates = [e for e in entries() if e.needs_checkpoint and class_name in e.pipeline_class_names]
-    candidates = [e for e in candidates if all(_is_set(index.get(key)) for key in e.requires)]
-    if not candidates:
-        supported = sorted({c for e in entries() for c in e.pipeline_class_names})
-        raise UnsupportedModel(
-            f"model_path: {MODEL_INDEX} says _class_name {shown(class_name)}; supported are {', '.join(supported)}"
-            + hint(str(class_name), supported),
-            param="model_path",
-        )
-    most = max(len(entry.requires) for entry in candidates)
-    entry = _most_specific([e for e in candidates if len(e.requires) == most], model_id, directory)
+def _of_directory(directory: Path, *, name: str, model_id: str | None, backend: str) -> ResolvedModel:
+    entry = _entry_for(read_model_index(directory), directory, model_id=model_id, backend=backend)
     own = _checkpoint_defaults(directory)
     return ResolvedModel(
         name=name,
@@ -267,6 +280,31 @@ def _of_directory(directory: Path, *, name: str, model_id: str | None) -> Resolv
         entry=entry,
         defaults=own.filled_from(load_config(entry).defaults),
         model_id=model_id,
+        backend=backend,
+    )
+
+
+def _entry_for(index: Mapping[str, Any], directory: Path, *, model_id: str | None, backend: str) -> ModelEntry:
+    class_name = index.get("_class_name")
+    candidates = [
+        entry
+        for entry in entries()
+        if entry.needs_checkpoint
+        and class_name in entry.pipeline_class_names
+        and all(_is_set(index.get(key)) for key in entry.requires)
+    ]
+    if candidates and backend != "diffusers":
+        most = max(len(entry.requires) for entry in candidates)
+        return _most_specific([e for e in candidates if len(e.requires) == most], model_id, directory)
+    if backend != "native" and isinstance(class_name, str) and class_name.isidentifier():
+        return _FALLBACK
+    supported = native_class_names()
+    natively = " natively" if backend == "native" else ""
+    raise UnsupportedModel(
+        f"model_path: {MODEL_INDEX} says _class_name {shown(class_name)}; supported{natively} are "
+        + ", ".join(supported)
+        + hint(str(class_name), supported),
+        param="model_path",
     )
 
 

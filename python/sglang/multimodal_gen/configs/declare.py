@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import numbers
 import os
@@ -112,6 +113,7 @@ _TYPE_NAMES = {
     float: ("a number", "numbers"),
     str: ("a string", "strings"),
     bool: ("true or false", "truth values"),
+    dict: ("a JSON object", "JSON objects"),
 }
 
 
@@ -186,6 +188,8 @@ def _split_type(hint: Any) -> tuple[tuple[type, ...], tuple[type, ...], bool]:
         if origin is tuple:
             kinds.append(tuple)
             items.extend(a for a in typing.get_args(member) if a is not Ellipsis)
+        elif origin is Mapping:
+            kinds.append(dict)
         elif origin is Literal:
             kinds.append(str)
         elif member is not type(None):
@@ -232,6 +236,8 @@ def _as_plain(parameter: Parameter, value: Any, kinds: tuple[type, ...]) -> Any:
     """`value` without the wrapping that loses nothing: NumPy's numbers, paths, an integer where a number is wanted."""
     if isinstance(value, os.PathLike) and str in kinds:
         return os.fspath(value)
+    if isinstance(value, Mapping) and dict in kinds:
+        return _as_json(parameter, value)
     if type(value) is bool or not isinstance(value, numbers.Real):
         return value
     if int in kinds and isinstance(value, numbers.Integral):
@@ -242,6 +248,20 @@ def _as_plain(parameter: Parameter, value: Any, kinds: tuple[type, ...]) -> Any:
         except OverflowError:
             raise InvalidValue(parameter.name, value, parameter.accepted(), code="out_of_range") from None
     return value
+
+
+def _as_json(parameter: Parameter, value: Any) -> Any:
+    """`value` as dicts with texts as keys, lists, texts, finite numbers, truth values and None; nothing else."""
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _as_json(parameter, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(parameter, item) for item in value]
+    if value is None or type(value) in (bool, int) or (type(value) is float and math.isfinite(value)):
+        return value
+    if isinstance(value, str):
+        _check_unicode(parameter, value)
+        return value
+    raise InvalidType(parameter.name, value, "a JSON object of texts, finite numbers, truth values, lists and objects")
 
 
 def _check_bounds(parameter: Parameter, value: Any) -> None:
@@ -271,6 +291,10 @@ def _check_text(parameter: Parameter, value: str) -> None:
             f"at most {d.max_length} characters",
             code="string_above_max_length",
         )
+    _check_unicode(parameter, value)
+
+
+def _check_unicode(parameter: Parameter, value: str) -> None:
     if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
         raise InvalidValue(parameter.name, value, "valid Unicode text without NUL characters", code="invalid_unicode")
 
@@ -284,7 +308,7 @@ def from_text(parameter: Parameter, text: str) -> Any:
     if parameter.optional and not any_text and text.lower() in ("none", "null"):
         return None
     kinds = [kind for kind in parameter.types if kind is not tuple] or list(parameter.item_types)
-    for kind in (bool, int, float, str):
+    for kind in (bool, int, float, dict, str):
         if kind in kinds:
             try:
                 value = _READERS[kind](text)
@@ -311,7 +335,14 @@ def _read_bool(text: str) -> bool:
     raise ValueError(text)
 
 
-_READERS: dict[type, Callable[[str], Any]] = {bool: _read_bool, int: int, float: float, str: str}
+def _read_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
+
+
+_READERS: dict[type, Callable[[str], Any]] = {bool: _read_bool, int: int, float: float, dict: _read_object, str: str}
 
 
 def hint(name: str, known: Iterable[str]) -> str:

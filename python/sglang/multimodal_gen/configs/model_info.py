@@ -165,6 +165,7 @@ class TaskLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     frame_stride: int
     max_frames: int
     max_sequence_length: int
+    max_side: int | None = None
     inputs: InputLimits = InputLimits()
     size_from_image: SizeFromImage | None = None
     area_rule: AreaRule | None = None
@@ -185,6 +186,10 @@ class TaskLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 f"size: got {width}x{height}, which is {width * height} pixels, accepted are at most "
                 f"{self.max_pixels} pixels",
                 param="size",
+            )
+        if self.max_side is not None and max(width, height) > self.max_side:
+            raise SizeTooLarge(
+                f"size: got {width}x{height}, accepted are at most {self.max_side} pixels along each side", param="size"
             )
         if width % self.size_multiple or height % self.size_multiple:
             raise SizeNotDivisible(width=width, height=height, multiple=self.size_multiple)

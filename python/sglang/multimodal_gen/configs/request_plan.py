@@ -15,7 +15,8 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     `lane` says which kind of work a unit is, `batch_key` which other requests' units may share a forward with it,
     `cost` is the relative price of one unit (latent tokens). `peak_bytes` estimates what one unit needs while it runs,
-    `held_bytes` what the request keeps between units, both above the weights.
+    `held_bytes` what the request keeps between units, both above the weights. Units that run `alone` share no forward;
+    their key says only whose times and memory are alike.
     """
 
     name: str
@@ -25,3 +26,4 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     cost: float
     peak_bytes: int
     held_bytes: int = 0
+    alone: bool = False

@@ -177,7 +177,7 @@ def launch_server(args: ServerArgs, *, warnings: Sequence[str] = ()) -> int:
     configure_logging(args.logging)
     for warning in warnings:
         logger.warning("%s", warning)
-    get_model_info(args.model.model_path, model_id=args.model.model_id)
+    get_model_info(args.model.model_path, model_id=args.model.model_id, backend=args.model.backend)
     stop = StopSignal()
     with _listening_socket(args.http) as http_socket, contextlib.closing(OwnedRunDir()) as run_dir:
         return Supervisor(args, http_socket=http_socket).run(run_dir, stop)

@@ -20,6 +20,7 @@ from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
 from sglang.multimodal_gen.configs.declare import Parameter, arg, check_names, coerce, from_text, parameters
 from sglang.multimodal_gen.configs.schedulers import SCHEDULER_NAMES
 from sglang.multimodal_gen.errors import FieldError, InvalidValue
+from sglang.multimodal_gen.registry import BACKENDS
 
 if TYPE_CHECKING:
     from sglang.multimodal_gen.configs.config_file import ConfigFile
@@ -50,6 +51,13 @@ class ModelArgs:
     )
     revision: str | None = arg(
         None, help="Branch, tag or commit of the hub repository.", group="model", unset="the main branch"
+    )
+    backend: str = arg(
+        "auto",
+        help="What runs the model: `native` is a pipeline of ours, `diffusers` the library's own, `auto` ours where "
+        "there is one.",
+        group="model",
+        choices=BACKENDS,
     )
     random_weights: bool = arg(
         False,

@@ -23,3 +23,19 @@ def wan_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
         return built[name]
 
     return checkpoint
+
+
+@pytest.fixture(scope="session")
+def fallback_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Directory of the tiny checkpoint with this name in TINY_FALLBACKS; to be read only."""
+    from sglang.multimodal_gen.test.tiny_fallback import save_tiny_fallback  # likewise
+
+    root = tmp_path_factory.mktemp("fallback")
+    built: dict[str, Path] = {}
+
+    def checkpoint(name: str) -> Path:
+        if name not in built:
+            built[name] = save_tiny_fallback(root / name, name)
+        return built[name]
+
+    return checkpoint

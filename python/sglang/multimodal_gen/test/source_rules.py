@@ -66,7 +66,7 @@ FAMILY_HOMES = (
     "configs.models", "configs.pipeline_configs",
 )  # fmt: skip
 SHARED_IN_HOMES = ("configs.models.base", "configs.pipeline_configs.base", "runtime.models.vaes.causal_conv",
-                   "runtime.models.vaes.tiling")  # fmt: skip
+                   "runtime.models.vaes.distribution", "runtime.models.vaes.tiling")  # fmt: skip
 # Families that are published as diffusers checkpoints. `chroma` and `aura` are ordinary words of colour and are missed.
 FAMILIES = (
     "allegro", "animatediff", "bria", "cogvideo", "cogvideox", "cogview", "cosmos", "easyanimate", "ernie", "flux",

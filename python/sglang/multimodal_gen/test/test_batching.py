@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.runtime.managers.batching import Limits, UnitCursor, plan
 from sglang.multimodal_gen.runtime.managers.timing import UNLEARNED_DEADLINE_S, LearnedTimes
@@ -53,6 +55,15 @@ def test_deterministic_mode_and_solo_requests_run_alone() -> None:
     cursors = [cursor("x", 0), cursor("y", 1)]
     assert ids(plan(cursors, Limits(max_batch_size=4, budget_bytes=1000, deterministic=True))["denoise"]) == ["x"]
     cursors[1].solo = True
+    assert ids(plan(cursors, LIMITS)["denoise"]) == ["x"]
+    cursors[0].last_served = 1
+    assert ids(plan(cursors, LIMITS)["denoise"]) == ["y"]
+
+
+def test_units_that_run_alone_take_turns_though_their_keys_agree() -> None:
+    cursors = [cursor("x", 0), cursor("y", 1)]
+    for c in cursors:
+        c.phases = tuple(msgspec.structs.replace(phase, alone=True) for phase in c.phases)
     assert ids(plan(cursors, LIMITS)["denoise"]) == ["x"]
     cursors[0].last_served = 1
     assert ids(plan(cursors, LIMITS)["denoise"]) == ["y"]

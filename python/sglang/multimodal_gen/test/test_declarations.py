@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ class Sample:
     mode: str | None = arg(None, help="A mode.", group="b", choices=("fast", "slow"))
     switch: bool = arg(False, help="A switch.", group="b")
     seeds: int | tuple[int, ...] = arg(0, help="Seeds.", group="b", minimum=0)
+    extra: Mapping[str, Any] | None = arg(None, help="More.", group="b", unset="nothing more")
 
 
 PARAMETERS = parameters(Sample)
@@ -183,6 +186,34 @@ def test_an_error_can_be_named_as_the_user_gave_the_value() -> None:
     renamed = caught.value.named("--count")
     assert str(renamed) == "--count: got 11, accepted is an integer from 1 to 10"
     assert renamed.code == caught.value.code
+
+
+def test_a_json_object_is_read_from_text_and_kept_as_plain_values() -> None:
+    extra = PARAMETERS["extra"]
+    assert extra.accepted() == "a JSON object"
+    assert from_text(extra, '{"a": [1, 0.5, {"b": null}], "c": "d"}') == {"a": [1, 0.5, {"b": None}], "c": "d"}
+    assert from_text(extra, "none") is None
+    plain = coerce(extra, MappingProxyType({"a": (1, True)}))
+    assert plain == {"a": [1, True]} and type(plain) is dict
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "7", '{"a": NaN}', "seven"])
+def test_text_that_is_no_json_object_is_refused(text: str) -> None:
+    with pytest.raises(InvalidType, match=r"^extra: got .*, accepted is a JSON object"):
+        from_text(PARAMETERS["extra"], text)
+
+
+@pytest.mark.parametrize("value", [[1], {1: 2}, {"a": object()}, {"a": {"b": math.inf}}, {"a": np.float32(1)}])
+def test_values_that_json_does_not_have_are_refused(value: Any) -> None:
+    with pytest.raises(InvalidType, match=r"^extra: "):
+        coerce(PARAMETERS["extra"], value)
+
+
+def test_texts_in_a_json_object_are_checked_and_private() -> None:
+    with pytest.raises(InvalidValue, match="Unicode"):
+        coerce(PARAMETERS["extra"], {"a": ["\0"]})
+    params = SamplingParams.from_values({"prompt": "p", "diffusers_kwargs": {"prompt_2": "q", "more": ["r", 1]}})
+    assert params.private_texts() == ("p", "q", "r")
 
 
 @pytest.mark.parametrize("name", ["a/b.mp4", "..", "", "a\\b"])

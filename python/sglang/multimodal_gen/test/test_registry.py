@@ -159,10 +159,42 @@ def test_unreadable_model_index_is_a_corrupt_checkpoint(tmp_path: Path, content:
         registry.get_model_info(str(tmp_path))
 
 
-def test_unsupported_pipeline_class_lists_the_supported_ones(tmp_path: Path) -> None:
-    path = checkpoint(tmp_path / "other", "WanPipelin")
-    with pytest.raises(UnsupportedModel, match=r"supported are .*WanPipeline.*did you mean WanPipeline"):
-        registry.get_model_info(str(path))
+@pytest.mark.parametrize(("class_name", "backend"), [("WanPipelin", "native"), ("Wan Pipelin", "auto"), (7, "auto")])
+def test_unsupported_pipeline_class_lists_the_supported_ones(tmp_path: Path, class_name: str, backend: str) -> None:
+    path = checkpoint(tmp_path / "other", class_name)
+    with pytest.raises(UnsupportedModel, match=r"supported( natively)? are .*WanPipeline") as caught:
+        registry.get_model_info(str(path), backend=backend)
+    assert ("did you mean WanPipeline" in caught.value.message) == (class_name != 7)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "backend", "entry"),
+    [
+        ("WanPipeline", "auto", "wan2.1-t2v"),
+        ("WanPipeline", "native", "wan2.1-t2v"),
+        ("WanPipeline", "diffusers", "diffusers"),
+        ("SomeOtherPipeline", "auto", "diffusers"),
+        ("SomeOtherPipeline", "diffusers", "diffusers"),
+    ],
+)
+def test_the_backend_says_who_runs_a_class(tmp_path: Path, class_name: str, backend: str, entry: str) -> None:
+    """Whether diffusers has the class, only a worker can tell."""
+    resolved = registry.get_model_info(str(checkpoint(tmp_path / "any", class_name)), backend=backend)
+    assert resolved.entry is not None
+    assert (resolved.entry.name, resolved.backend) == (entry, backend)
+
+
+def test_a_hub_id_is_still_for_diffusers_once_it_is_downloaded(tmp_path: Path) -> None:
+    resolved = registry.get_model_info(SMALL, backend="diffusers")
+    complete = registry.with_checkpoint(resolved, checkpoint(tmp_path / "snapshot"))
+    assert resolved.entry is complete.entry is not None
+    assert (complete.entry.name, complete.defaults.width) == ("diffusers", None)
+
+
+def test_a_model_without_a_checkpoint_is_none_for_diffusers() -> None:
+    assert registry.get_model_info(registry.NULL_MODEL, backend="native").entry is not None
+    with pytest.raises(UnsupportedModel, match="no checkpoint that diffusers could load"):
+        registry.get_model_info(registry.NULL_MODEL, backend="diffusers")
 
 
 def test_unknown_model_id_is_refused_with_a_hint(tmp_path: Path) -> None:

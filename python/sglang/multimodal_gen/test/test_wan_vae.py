@@ -15,8 +15,9 @@ from torch import Tensor
 from sglang.multimodal_gen.configs.models.vaes.wan import WanVAEConfig
 from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.runtime.models.vaes.causal_conv import TemporalState
+from sglang.multimodal_gen.runtime.models.vaes.distribution import LatentDistribution
 from sglang.multimodal_gen.runtime.models.vaes.tiling import Tiling
-from sglang.multimodal_gen.runtime.models.vaes.wan_vae import AutoencoderKLWan, DecoderState, LatentDistribution
+from sglang.multimodal_gen.runtime.models.vaes.wan_vae import AutoencoderKLWan, DecoderState
 from sglang.multimodal_gen.test.tiny_wan import TINY_PATCHED_VAE, TINY_RESIDUAL_VAE, TINY_VAE, noise, vae_pair
 
 FP32 = {"rtol": 1e-4, "atol": 1e-5}

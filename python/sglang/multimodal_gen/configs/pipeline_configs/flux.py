@@ -9,7 +9,7 @@ from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 _MAX_PIXELS = 2048 * 2048
 
 FLUX1_DEV = PipelineConfig(
-    tasks=("T2I",),
+    tasks=("T2I", "I2I"),
     defaults=SamplingParams(
         width=1024,
         height=1024,
@@ -24,7 +24,7 @@ FLUX1_DEV = PipelineConfig(
 )
 
 FLUX1_SCHNELL = PipelineConfig(
-    tasks=("T2I",),
+    tasks=("T2I", "I2I"),
     defaults=SamplingParams(
         width=1024,
         height=1024,

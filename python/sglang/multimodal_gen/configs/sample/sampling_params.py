@@ -6,7 +6,7 @@ Unset fields are filled from the model's defaults, then from `GENERAL_DEFAULTS` 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -301,6 +301,20 @@ class AttentionParams:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LibraryParams:
+    """What goes past us to the library that runs a model without a pipeline of ours."""
+
+    diffusers_kwargs: Mapping[str, Any] | None = arg(
+        None,
+        help="Further arguments of the diffusers pipeline that runs the model, by name; see the page on the fallback.",
+        group="fallback",
+        unset="the pipeline's own defaults",
+        exposed=LOCAL_ONLY,
+        recorded=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ObservationParams:
     """What is measured besides."""
 
@@ -338,6 +352,7 @@ class ObservationParams:
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams(
     ObservationParams,
+    LibraryParams,
     AttentionParams,
     OutputParams,
     GuidanceParams,
@@ -382,7 +397,16 @@ class SamplingParams(
 
     def private_texts(self) -> tuple[str, ...]:
         """What the user wrote, which no log may repeat unasked."""
-        return tuple(text for text in (self.prompt, self.negative_prompt) if text)
+        return tuple(text for text in (self.prompt, self.negative_prompt, *_texts_in(self.diffusers_kwargs)) if text)
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Every text of a JSON value but the keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts_in(item)
 
 
 # Last in the order of precedence: flag > env > YAML > model default > these.

@@ -123,7 +123,7 @@ class ComponentResult(BenchMessage, frozen=True, kw_only=True, tag="component"):
 
 
 class CostResult(BenchMessage, frozen=True, kw_only=True, tag="cost"):
-    """FLOPs of one row of one denoising step, which has `num_tokens`, and of decoding one output.
+    """FLOPs of one row of one denoising step, which has `num_tokens`, and of decoding one output, 0 where not counted.
 
     `matmul_flops_per_second` is the best rate of a large square product in the precision of a phase, by phase.
     """

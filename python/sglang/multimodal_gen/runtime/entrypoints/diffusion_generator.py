@@ -200,7 +200,8 @@ class _Engine:
     """The supervisor child and the client loop, apart from DiffGenerator so that collecting that one ends this one."""
 
     def __init__(self, args: ServerArgs) -> None:
-        get_model_info(args.model.model_path, model_id=args.model.model_id)  # a wrong path need not wait for processes
+        # A wrong path need not wait for processes.
+        get_model_info(args.model.model_path, model_id=args.model.model_id, backend=args.model.backend)
         config = EngineConfig.of_this_process(args, run_dir="")
         self._child = ChildProcess(_SUPERVISOR, config=config.to_bytes(), nice_name="supervisor")
         self._codec = Codec(SupervisorNote)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
 
 
-def sinusoidal_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Timesteps of any shape [...] -> [..., dim], cosines before sines, in fp32."""
+def sinusoidal_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0, *, scale: float = 1.0) -> Tensor:
+    """Timesteps of any shape [...] -> [..., dim], cosines before sines of the angles times `scale`, in fp32."""
     half = dim // 2
     exponent = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    angles = timesteps.float().unsqueeze(-1) * torch.exp(exponent)
+    angles = scale * (timesteps.float().unsqueeze(-1) * torch.exp(exponent))
     return torch.cat((torch.cos(angles), torch.sin(angles)), dim=-1)
 
 

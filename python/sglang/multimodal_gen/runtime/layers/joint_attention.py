@@ -17,7 +17,7 @@ from sglang.multimodal_gen.runtime.layers.rotary import apply_rotary_emb
 
 
 class SelfAttention(nn.Module):
-    """Every token attends to every other; queries and keys are normed by head and rotated.
+    """Every token attends to every other; queries and keys are normed by head (`qk_norm`) and rotated.
 
     With `projects_out=False` the heads come back side by side, for blocks with an output projection of their own. With
     `mask=True` calls may have a mask; those without one are served by kernels that could not take it.
@@ -32,6 +32,7 @@ class SelfAttention(nn.Module):
         *,
         eps: float = 1e-6,
         bias: bool = True,
+        qk_norm: bool = True,
         projects_out: bool = True,
         mask: bool = False,
     ) -> None:
@@ -42,8 +43,8 @@ class SelfAttention(nn.Module):
         self.to_q = ColumnParallelLinear(hidden_size, inner, bias=bias, axis=axis)
         self.to_k = ColumnParallelLinear(hidden_size, inner, bias=bias, axis=axis)
         self.to_v = ColumnParallelLinear(hidden_size, inner, bias=bias, axis=axis)
-        self.norm_q = RMSNorm(head_dim, eps)
-        self.norm_k = RMSNorm(head_dim, eps)
+        self.norm_q = RMSNorm(head_dim, eps) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(head_dim, eps) if qk_norm else nn.Identity()
         if projects_out:
             self.to_out = nn.ModuleList([RowParallelLinear(inner, hidden_size, bias=bias, axis=axis)])
         self.attention = context.self_attention.build(head_dim)
@@ -76,7 +77,8 @@ class SelfAttention(nn.Module):
 class JointAttention(SelfAttention):
     """Image and text tokens attend to the sequence of both; each stream has its own projections and norms.
 
-    `text_first` says which stream stands first in that sequence, and so in `freqs_cis` and the mask.
+    `text_first` says which stream stands first in that sequence, and so in `freqs_cis` and the mask. With
+    `text_out=False` the text's update is not projected: no one reads it behind the last block.
     """
 
     def __init__(
@@ -87,19 +89,21 @@ class JointAttention(SelfAttention):
         context: LayerContext,
         *,
         eps: float = 1e-6,
+        qk_norm: bool = True,
         text_first: bool = True,
+        text_out: bool = True,
         mask: bool = False,
     ) -> None:
-        super().__init__(hidden_size, num_heads, head_dim, context, eps=eps, mask=mask)
+        super().__init__(hidden_size, num_heads, head_dim, context, eps=eps, qk_norm=qk_norm, mask=mask)
         axis = context.parallel.tp
         inner = num_heads * head_dim
         self.text_first = text_first
         self.add_q_proj = ColumnParallelLinear(hidden_size, inner, axis=axis)
         self.add_k_proj = ColumnParallelLinear(hidden_size, inner, axis=axis)
         self.add_v_proj = ColumnParallelLinear(hidden_size, inner, axis=axis)
-        self.norm_added_q = RMSNorm(head_dim, eps)
-        self.norm_added_k = RMSNorm(head_dim, eps)
-        self.to_add_out = RowParallelLinear(inner, hidden_size, axis=axis)
+        self.norm_added_q = RMSNorm(head_dim, eps) if qk_norm else nn.Identity()
+        self.norm_added_k = RMSNorm(head_dim, eps) if qk_norm else nn.Identity()
+        self.to_add_out = RowParallelLinear(inner, hidden_size, axis=axis) if text_out else nn.Identity()
 
     def joint_forward(
         self, hidden_states: Tensor, text: Tensor, freqs_cis: Tensor | None, mask: Tensor | None = None

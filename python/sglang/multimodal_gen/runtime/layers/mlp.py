@@ -23,8 +23,19 @@ class GELUProjection(nn.Module):
         return F.gelu(self.proj(hidden_states), approximate=self.approximate)
 
 
+class SiLUProjection(nn.Module):
+    """Linear, then SiLU. Key: `proj`."""
+
+    def __init__(self, in_features: int, out_features: int, axis: ProcessAxis) -> None:
+        super().__init__()
+        self.proj = ColumnParallelLinear(in_features, out_features, axis=axis)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return F.silu(self.proj(hidden_states))
+
+
 class FeedForward(nn.Module):
-    """[..., I] -> [..., O] through `inner_dim` GELU units. Keys: `net.0.proj`, `net.2` (1 was dropout in training)."""
+    """[..., I] -> [..., O] through `inner_dim` units. Keys: `net.0.proj`, `net.2` (1 was dropout in training)."""
 
     def __init__(
         self,
@@ -32,15 +43,31 @@ class FeedForward(nn.Module):
         inner_dim: int,
         out_features: int,
         *,
+        activation: Literal["gelu", "silu"] = "gelu",
         approximate: Literal["tanh", "none"] = "tanh",
         axis: ProcessAxis = ALONE,
     ) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            GELUProjection(in_features, inner_dim, approximate, axis),
+            GELUProjection(in_features, inner_dim, approximate, axis)
+            if activation == "gelu"
+            else SiLUProjection(in_features, inner_dim, axis),
             nn.Identity(),
             RowParallelLinear(inner_dim, out_features, axis=axis),
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.net(hidden_states)
+
+
+class SwiGLU(nn.Module):
+    """w2(SiLU(w1 x) · w3 x), [..., D] -> [..., D], without biases. Source: arXiv:2002.05202."""
+
+    def __init__(self, hidden_size: int, inner_dim: int, *, axis: ProcessAxis = ALONE) -> None:
+        super().__init__()
+        self.w1 = ColumnParallelLinear(hidden_size, inner_dim, bias=False, axis=axis)
+        self.w2 = RowParallelLinear(inner_dim, hidden_size, bias=False, axis=axis)
+        self.w3 = ColumnParallelLinear(hidden_size, inner_dim, bias=False, axis=axis)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(hidden_states)) * self.w3(hidden_states))

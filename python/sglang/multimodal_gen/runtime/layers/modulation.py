@@ -40,6 +40,47 @@ class Modulation(NamedTuple):
         return summed.flatten(1, 2).to(residual.dtype)
 
 
+class PartedEmbedding(NamedTuple):
+    """An embedding [B, D] for the first `size` tokens and one for those behind them."""
+
+    first: Tensor
+    second: Tensor
+    size: int
+
+
+class PartedModulation(NamedTuple):
+    """A modulation for the first `size` tokens and one for those behind them.
+
+    Half the memory traffic of one value per token, which would be as large as the tokens themselves, in fp32.
+    """
+
+    first: Modulation
+    second: Modulation
+    size: int
+
+    @classmethod
+    def of_rows(cls, modulation: Modulation, size: int) -> PartedModulation:
+        """Of values [2·B, 1, D]: B rows for the tokens in front, then B rows for the others."""
+        first, second = zip(*(part.chunk(2) for part in modulation), strict=True)
+        return cls(Modulation(*first), Modulation(*second), size)
+
+    def normed(self, hidden_states: Tensor, *, eps: float = 1e-6) -> Tensor:
+        """See Modulation."""
+        parts = (
+            self.first.normed(hidden_states[:, : self.size], eps=eps),
+            self.second.normed(hidden_states[:, self.size :], eps=eps),
+        )
+        return torch.cat(parts, dim=1)
+
+    def add_gated(self, residual: Tensor, update: Tensor) -> Tensor:
+        """See Modulation."""
+        parts = (
+            self.first.add_gated(residual[:, : self.size], update[:, : self.size]),
+            self.second.add_gated(residual[:, self.size :], update[:, self.size :]),
+        )
+        return torch.cat(parts, dim=1)
+
+
 def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """normed · (1 + scale) + shift; [B, S, D] with shift and scale [B, G, D]."""
     tokens = grouped(normed.float(), shift.shape[1])
@@ -68,8 +109,14 @@ class AdaLayerNormZero(nn.Module):
         self.num_modulations = num_modulations
         self.linear = ReplicatedLinear(hidden_size, 3 * num_modulations * hidden_size)
 
-    def forward(self, temb: Tensor) -> tuple[Modulation, ...]:
-        """The embedding [B, D], or [B, S, D] per token -> as many modulations as sub-layers, in fp32."""
+    def forward(self, temb: Tensor | PartedEmbedding) -> tuple[Modulation | PartedModulation, ...]:
+        """[B, D], or [B, S, D] per token, or one for each of two parts -> a modulation per sub-layer, in fp32."""
+        if isinstance(temb, PartedEmbedding):
+            pairs = zip(self._modulations(temb.first), self._modulations(temb.second), strict=True)
+            return tuple(PartedModulation(*pair, temb.size) for pair in pairs)
+        return self._modulations(temb)
+
+    def _modulations(self, temb: Tensor) -> tuple[Modulation, ...]:
         return modulations_of(self.linear(F.silu(temb)), self.num_modulations)
 
 

@@ -35,12 +35,26 @@ class RMSNorm(nn.Module):
         self.axis = axis
         self.weight = nn.Parameter(torch.ones(axis.share(hidden_size, "normalised features")))
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., D/P] -> [..., D/P] on each of P ranks."""
-        weight = self.weight.to(hidden_states.dtype)
-        if self.axis.size == 1:
+    def forward(self, hidden_states: Tensor, scale: Tensor | None = None) -> Tensor:
+        """[..., D/P] -> [..., D/P] on each of P ranks, times `scale` where given, [B, 1, D/P] for one per sample."""
+        if self.axis.size > 1:
+            wide = hidden_states.float()
+            square_sum = all_reduce(wide.square().sum(-1, keepdim=True), self.axis)
+            normed = wide * torch.rsqrt(square_sum / self.hidden_size + self.eps)
+            return (normed * self._weight(scale)).to(hidden_states.dtype)
+        if scale is None:
             # The fused kernel accumulates in fp32 for half-precision input.
+            weight = self.weight.to(hidden_states.dtype)
             return F.rms_norm(hidden_states, weight.shape, weight, self.eps).to(hidden_states.dtype)
-        wide = hidden_states.float()
-        square_sum = all_reduce(wide.square().sum(-1, keepdim=True), self.axis)
-        return (wide * torch.rsqrt(square_sum / self.hidden_size + self.eps) * weight).to(hidden_states.dtype)
+        normed = F.rms_norm(hidden_states, self.weight.shape, None, self.eps)
+        return normed * self._weight(scale).to(normed.dtype)
+
+    def add_normed(self, residual: Tensor, update: Tensor, gate: Tensor | None = None) -> Tensor:
+        """residual + gate · norm(update), [B, S, D] each; the gate [B, 1, D] is one where there is none."""
+        assert self.axis.size == 1, "the residual stream is whole on every rank"
+        normed = F.rms_norm(update, self.weight.shape, None, self.eps)
+        return torch.addcmul(residual, normed, self._weight(gate).to(residual.dtype))
+
+    def _weight(self, scale: Tensor | None) -> Tensor:
+        """Weight and scale as one factor, in the precision of the scale."""
+        return self.weight if scale is None else self.weight * scale

@@ -42,12 +42,17 @@ def rotary_table_3d(grid: tuple[int, int, int], head_dim: int, device: torch.dev
 
 
 def rotary_table(
-    positions: Tensor, axes_dim: Sequence[int], *, theta: float = 10000.0, precision: torch.dtype = torch.float64
+    positions: Tensor,
+    axes_dim: Sequence[int],
+    *,
+    theta: float = 10000.0,
+    precision: torch.dtype = torch.float64,
+    rounded_to: torch.dtype | None = None,
 ) -> Tensor:
     """Table for tokens at any positions [S, A] or [B, S, A], one for each of A axes -> [1 or B, S, 1, E/2, 2], fp32.
 
-    `axes_dim` are the channels of each axis, together head_dim E. `precision` is that of the angles: models were
-    trained with rounded ones, and equality wants the same rounding.
+    `axes_dim` are the channels of each axis, together head_dim E. `precision` is that of the angles, which may be
+    `rounded_to` another once computed: models were trained with rounded ones, and equality wants the same rounding.
     """
     if positions.ndim == 2:
         positions = positions.unsqueeze(0)
@@ -55,7 +60,7 @@ def rotary_table(
     for axis, dim in enumerate(axes_dim):
         exponents = torch.arange(0, dim, 2, dtype=precision, device=positions.device) / dim
         angles.append(positions[..., axis, None].to(precision) * (1.0 / theta**exponents))
-    joined = torch.cat(angles, dim=-1).unsqueeze(2)
+    joined = torch.cat(angles, dim=-1).unsqueeze(2).to(rounded_to or precision)
     return torch.stack((joined.cos(), joined.sin()), dim=-1).float()
 
 

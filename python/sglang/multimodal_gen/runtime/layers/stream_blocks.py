@@ -17,15 +17,20 @@ from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.joint_attention import JointAttention, SelfAttention
 from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
 from sglang.multimodal_gen.runtime.layers.mlp import FeedForward
-from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormZero, Modulation
+from sglang.multimodal_gen.runtime.layers.modulation import (
+    AdaLayerNormZero,
+    Modulation,
+    PartedEmbedding,
+    PartedModulation,
+)
 
 
 class Stream(NamedTuple):
     """One stream in a dual-stream block: tokens [B, S, D], the modulations of attention and MLP, and the MLP."""
 
     hidden_states: Tensor
-    attn_mod: Modulation
-    mlp_mod: Modulation
+    attn_mod: Modulation | PartedModulation
+    mlp_mod: Modulation | PartedModulation
     mlp: nn.Module
 
     def after_attention(self, update: Tensor) -> Tensor:
@@ -67,15 +72,25 @@ class DualStreamBlock(nn.Module):
         self.ff_context = FeedForward(hidden_size, ffn_dim, hidden_size, axis=axis)
 
     def forward(
-        self, hidden_states: Tensor, text: Tensor, temb: Tensor, freqs_cis: Tensor | None, mask: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        text: Tensor,
+        temb: Tensor | PartedEmbedding,
+        freqs_cis: Tensor | None,
+        mask: Tensor | None = None,
+        *,
+        text_temb: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """[B, S, D], [B, L, D], [B, D], the table and mask [B, 1, 1, S + L] of both -> [B, S, D], [B, L, D]."""
-        image_attn, image_mlp = self.norm1(temb)
-        text_attn, text_mlp = self.norm1_context(temb)
+        """[B, S, D], [B, L, D], [B, D], the table and mask [B, 1, 1, S + L] of both -> [B, S, D], [B, L, D].
+
+        `text_temb` [B, D] is the text's embedding where it has another than the image.
+        """
+        attn_mod, mlp_mod = self.norm1(temb)
+        text_attn_mod, text_mlp_mod = self.norm1_context(temb if text_temb is None else text_temb)
         return joint_update(
             self.attn,
-            Stream(hidden_states, image_attn, image_mlp, self.ff),
-            Stream(text, text_attn, text_mlp, self.ff_context),
+            Stream(hidden_states, attn_mod, mlp_mod, self.ff),
+            Stream(text, text_attn_mod, text_mlp_mod, self.ff_context),
             freqs_cis,
             mask,
         )
@@ -102,7 +117,11 @@ class SingleStreamBlock(nn.Module):
         self.proj_out = RowParallelLinear(inner + ffn_dim, hidden_size, axis=axis, blocks=(inner, ffn_dim))
 
     def forward(
-        self, hidden_states: Tensor, temb: Tensor, freqs_cis: Tensor | None, mask: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        temb: Tensor | PartedEmbedding,
+        freqs_cis: Tensor | None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """[B, S, D], [B, D] (or [B, S, D] per token), table and mask [B, 1, 1, S] of these tokens -> [B, S, D]."""
         [modulation] = self.norm(temb)

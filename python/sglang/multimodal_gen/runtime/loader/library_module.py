@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class LibraryModule:
     library: Any
     optional_keys: tuple[str, ...] = ()
     """Parts of names of weights that a file may lack, since no forward of ours reads them."""
+    part: str = ""
+    """Dotted name of the submodule that is used; the rest never gets to the device."""
 
     def __call__(self, directory: Path, class_name: str, context: LoadContext) -> nn.Module:
         """Raises UnsupportedModel for another class, CorruptCheckpoint when config or weights do not fit."""
@@ -47,6 +50,8 @@ class LibraryModule:
             if isinstance(context.source, Checkpoint)
             else self._filled(cls, directory, dtype, context)
         )
+        if self.part:
+            module = attrgetter(self.part)(module)
         return module.to(context.device).eval().requires_grad_(False)
 
     def _stored(self, cls: Any, directory: Path, dtype: torch.dtype) -> nn.Module:
@@ -80,9 +85,9 @@ class LibraryModule:
         return module
 
 
-def transformers_module(*class_names: str, optional_keys: tuple[str, ...] = ()) -> LibraryModule:
+def transformers_module(*class_names: str, optional_keys: tuple[str, ...] = (), part: str = "") -> LibraryModule:
     """A component of one of these classes of transformers."""
-    return LibraryModule(class_names, transformers, optional_keys)
+    return LibraryModule(class_names, transformers, optional_keys, part)
 
 
 def diffusers_module(*class_names: str) -> LibraryModule:

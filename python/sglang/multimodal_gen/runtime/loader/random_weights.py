@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
@@ -19,6 +20,7 @@ _POOL_SIZE = 1_048_573
 _END_TOKEN = 1
 # Behind padding, end and unknown, and within the vocabulary of any text encoder.
 _WORD_TOKENS = range(3, 35)
+_WORD_OR_SIGN = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,15 @@ def _scale_and_mean(name: str, tensor: Tensor) -> tuple[float, float]:
 
 
 class StandInTokenizer:
-    """One token for each word and one for the end, where a model without a checkpoint has no tokenizer either.
+    """One token for each word or sign and one for the end, where a model without a checkpoint has no tokenizer either.
 
     Equal words get equal ids; unequal ones may, since there are 32 ids.
     """
 
+    pad_id = 0
+
     def __call__(self, text: str, *, max_length: int) -> TokenizedText:
         """See PromptTokenizer."""
-        words = [_WORD_TOKENS[crc32(word.encode()) % len(_WORD_TOKENS)] for word in text.split()]
+        words = [_WORD_TOKENS[crc32(word.encode()) % len(_WORD_TOKENS)] for word in _WORD_OR_SIGN.findall(text)]
         ids = (*words[: max(0, max_length - 1)], _END_TOKEN)[:max_length]
         return TokenizedText(ids=ids, num_tokens=len(words) + 1)

@@ -55,6 +55,10 @@ class PromptTokenizer:
         encoding.truncate(max(0, max_length - num_special))
         return TokenizedText(ids=tuple(self._tokenizer.post_process(encoding).ids[:max_length]), num_tokens=num_tokens)
 
+    def id_of(self, token: str) -> int | None:
+        """A token's id; None when there is no such token."""
+        return self._tokenizer.token_to_id(token)
+
 
 def load_tokenizer(directory: Path) -> PromptTokenizer:
     """The tokenizer in a checkpoint's directory. Raises CorruptCheckpoint when there is none."""

@@ -83,7 +83,7 @@ def _group(candidates: Sequence[UnitCursor], lane: Lane, limits: Limits) -> list
     leader = candidates[0]
     phase, _ = leader.position(leader.issued)
     most = limits.memory.largest_batch(phase.batch_key, min(limits.max_batch_size, _LANE_LIMIT.get(lane, 64)))
-    if leader.solo or limits.deterministic:
+    if leader.solo or phase.alone or limits.deterministic:
         most = 1
     group, used = [leader], phase.peak_bytes
     for cursor in candidates[1:]:

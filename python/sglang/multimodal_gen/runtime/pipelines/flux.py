@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sglang.multimodal_gen.configs.model_info import InputLimits, TaskLimits
+from sglang.multimodal_gen.configs.model_info import TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.flux import FluxTransformerConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
@@ -26,21 +26,23 @@ from sglang.multimodal_gen.runtime.loader.library_module import diffusers_module
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
 from sglang.multimodal_gen.runtime.models.dits.flux import FluxTransformer2DModel
 from sglang.multimodal_gen.runtime.models.schedulers.shifting import spaced_to_last
-from sglang.multimodal_gen.runtime.models.vaes.library_vae import LibraryAutoencoder, spatial_ratio_of
+from sglang.multimodal_gen.runtime.models.vaes.library_vae import spatial_ratio_of
 from sglang.multimodal_gen.runtime.pipelines.flux_workloads import FLUX_WORKLOADS
-from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row, pack, unpack
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import DistilledGuidance, guidance_scale
 from sglang.multimodal_gen.runtime.pipelines_core.library_encoders import PooledCLIP, T5Sequence
-from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory, TransformerMemory
+from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
+from sglang.multimodal_gen.runtime.pipelines_core.picture_pipeline_base import (
+    STARTS_FROM_A_PICTURE,
+    PicturePipelineBase,
+)
 from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import encoder_memory
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import RequestInputs
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Prompt, TextCondition
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
-from sglang.multimodal_gen.runtime.pipelines_core.stages.decoding import DecodingStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import DenoisingStage
-from sglang.multimodal_gen.runtime.pipelines_core.stages.initial_image import InitialImageStage, hold_outside_mask
+from sglang.multimodal_gen.runtime.pipelines_core.stages.initial_image import hold_outside_mask
 from sglang.multimodal_gen.runtime.pipelines_core.stages.latent_preparation import LatentPreparationStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding import TextEncodingStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.timestep_preparation import TimestepPreparationStage
@@ -145,7 +147,7 @@ def flux_rotary_table(
         return rotary_table(torch.cat(positions), axes_dim).to(device)
 
 
-class FluxPipeline(ComposedPipelineBase):
+class FluxPipeline(PicturePipelineBase):
     """Text to image with FLUX.1 dev, schnell and their fine-tunes."""
 
     components: ClassVar[Mapping[str, ComponentLoader]] = {
@@ -163,7 +165,6 @@ class FluxPipeline(ComposedPipelineBase):
     text_encoder: Any
     text_encoder_2: Any
     transformer: FluxTransformer2DModel
-    vae: Any
     scheduler: dict[str, Any]
 
     def create_pipeline_stages(self) -> list[Stage]:
@@ -196,17 +197,6 @@ class FluxPipeline(ComposedPipelineBase):
         )
         return {"memory": memory, "max_sequence_length": self.config.max_sequence_length, "dtype": self.dtype}
 
-    def initial_image(self, *, default_strength: float = 0.6) -> InitialImageStage:
-        """A picture to start from."""
-        return InitialImageStage(
-            self.autoencoder(),
-            memory=self.decoder_memory(),
-            device=self.device,
-            dtype=self.autoencoder().dtype,
-            samples=True,
-            default_strength=default_strength,
-        )
-
     def timesteps(self, denoiser: Denoiser) -> TimestepPreparationStage:
         """The shift depends on the size, not on pictures beside the one that is made."""
         return TimestepPreparationStage(
@@ -215,24 +205,6 @@ class FluxPipeline(ComposedPipelineBase):
             default=self.defaults.scheduler,
             spacing=spaced_to_last,
             num_tokens=denoiser.output_tokens,
-        )
-
-    def autoencoder(self) -> LibraryAutoencoder:
-        """The autoencoder, as the stages use it."""
-        return LibraryAutoencoder.of_scaled_pictures(self.vae)
-
-    def decoder_memory(self) -> DecoderMemory:
-        """What it takes for one picture, in either direction."""
-        return DecoderMemory.of_pictures(self.vae.config, self.autoencoder().dtype.itemsize)
-
-    def decoding(self, geometry: VideoGeometry) -> DecodingStage:
-        """Latents to pixels."""
-        return DecodingStage(
-            self.autoencoder(),
-            geometry=geometry,
-            memory=self.decoder_memory(),
-            free_bytes=self.free_bytes,
-            dtype=self.autoencoder().dtype,
         )
 
     def check_components(self) -> None:
@@ -274,7 +246,4 @@ class FluxPipeline(ComposedPipelineBase):
         )
 
     def limits(self) -> TaskLimits:
-        return self.geometry().limits(
-            max_sequence_length=self.config.max_sequence_length,
-            inputs=InputLimits(max_images=1, takes_mask=True, takes_strength=True),
-        )
+        return self.geometry().limits(max_sequence_length=self.config.max_sequence_length, inputs=STARTS_FROM_A_PICTURE)

@@ -52,7 +52,7 @@ def find_pipeline(
     revision, random_weights, resolved = None, False, model
     if isinstance(model, ModelArgs):
         revision, random_weights = model.revision, model.random_weights
-        resolved = get_model_info(model.model_path, model_id=model.model_id)
+        resolved = get_model_info(model.model_path, model_id=model.model_id, backend=model.backend)
     assert isinstance(resolved, ResolvedModel)
     if resolved.needs_download:
         resolved = with_checkpoint(resolved, _directory(resolved, revision, random_weights, report))

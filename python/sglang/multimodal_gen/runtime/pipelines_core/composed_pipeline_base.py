@@ -20,7 +20,7 @@ from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, MAX_SEED, SamplingParams
-from sglang.multimodal_gen.errors import InsufficientMemory, UnsupportedModel, shown
+from sglang.multimodal_gen.errors import InsufficientMemory, UnsupportedModel, UnsupportedParameter, shown
 from sglang.multimodal_gen.registry import ResolvedModel, load_config, read_model_index
 from sglang.multimodal_gen.runtime.layers.attention.registry import device_facts
 from sglang.multimodal_gen.runtime.layers.attention.switch import explain_kernels
@@ -66,6 +66,8 @@ class ComposedPipelineBase:
     """Keys of `model_index.json` that hold a plain value: attributes too, None where the key is missing."""
     workloads: ClassVar[Mapping[str, Workload]] = {}
     """What benchmarks run: `dit`, `vae_decode`, `vae_encode`, `encoder`, as far as the family has them."""
+    takes_diffusers_kwargs: ClassVar[bool] = False
+    """Whether there is a call of diffusers' that `diffusers_kwargs` could go to."""
 
     def __init__(
         self,
@@ -259,6 +261,8 @@ class ComposedPipelineBase:
         Raises: InvalidRequest when this checkpoint or machine cannot do it.
         """
         params = params.filled_from(self.defaults, GENERAL_DEFAULTS)
+        if params.diffusers_kwargs is not None and not self.takes_diffusers_kwargs:
+            raise UnsupportedParameter("diffusers_kwargs", f"{self.name} is not run by diffusers")
         if params.seed is None:
             params = dataclasses.replace(params, seed=secrets.randbelow(MAX_SEED + 1))
         elif isinstance(params.seed, tuple):

@@ -23,6 +23,8 @@ class VideoGeometry:
     patch_size: tuple[int, int, int]
     max_pixels: int
     max_frames: int
+    max_side: int | None = None
+    """Pixels along height and width; None: only their product is limited."""
 
     @classmethod
     def of_pictures(cls, *, channels: int, spatial_ratio: int, patch_size: int, max_pixels: int) -> Self:
@@ -58,6 +60,7 @@ class VideoGeometry:
         return TaskLimits(
             size_multiple=self.size_multiple,
             max_pixels=self.max_pixels,
+            max_side=self.max_side,
             frame_stride=self.temporal_ratio,
             max_frames=self.max_frames,
             max_sequence_length=max_sequence_length,

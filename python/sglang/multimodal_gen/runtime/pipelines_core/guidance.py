@@ -96,3 +96,9 @@ def renormed(guided: Tensor, conditional: Tensor, dim: int | tuple[int, ...]) ->
     """`guided` with the conditional prediction's length along `dim`. Source: https://github.com/QwenLM/Qwen-Image"""
     length = conditional.norm(dim=dim, keepdim=True)
     return guided * (length / guided.norm(dim=dim, keepdim=True))
+
+
+def length_capped(guided: Tensor, conditional: Tensor, longest: float) -> Tensor:
+    """`guided` no longer than `longest` times the conditional prediction. Source: https://github.com/Tongyi-MAI/Z-Image"""
+    limit = longest * torch.linalg.vector_norm(conditional)
+    return guided * (limit / torch.linalg.vector_norm(guided)).clamp(max=1)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
-from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import key_mask, padded_ids
+from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
+from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import encoder_memory, key_mask, padded_ids
 
 
 class PooledCLIP:
@@ -32,6 +33,18 @@ class PooledCLIP:
         return self.text_encoder(torch.tensor(rows, device=self.device)).pooler_output
 
 
+class ProjectedCLIP(PooledCLIP):
+    """CLIP's text encoder where its tokens' states count too; the vector is projected. Source: arXiv:2307.01952."""
+
+    def states(self, rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        """The states before the last layer [B, L, D], and the vectors [B, P]. L is `max_length`.
+
+        `text_encoder` is transformers' CLIPTextModelWithProjection.
+        """
+        found = self.text_encoder(torch.tensor(rows, device=self.device), output_hidden_states=True)
+        return found.hidden_states[-2], found.text_embeds
+
+
 class T5Sequence:
     """T5's encoder: one hidden state for each token. Source: arXiv:1910.10683.
 
@@ -52,3 +65,25 @@ class T5Sequence:
             return self.text_encoder(input_ids)[0]
         mask = key_mask([len(ids) for ids in rows], length, self.device)
         return self.text_encoder(input_ids, attention_mask=mask)[0]
+
+
+class LanguageModelStates:
+    """A causal language model as a text encoder: the states of one layer, one for each token.
+
+    Tokens see those before them only, so that rows of unequal length need no mask: padding stands behind the text.
+    """
+
+    def __init__(self, text_encoder: Any, *, layer: int, dtype: torch.dtype) -> None:
+        """`text_encoder` is a model of transformers, with or without a head; `layer` as in its `hidden_states`."""
+        self.model = text_encoder.base_model
+        self.layer = layer
+        self.dtype = dtype
+        self.device = next(text_encoder.parameters()).device
+        self.memory: TransformerMemory = encoder_memory(text_encoder.config, dtype.itemsize)
+
+    def hidden_states(self, rows: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """Ids without padding -> [l, D] for each, as many as it has ids."""
+        input_ids = padded_ids(rows, max(map(len, rows)), 0, self.device)
+        states = self.model(input_ids, output_hidden_states=True, use_cache=False).hidden_states[self.layer]
+        # Copies: whoever keeps one row shall not keep them all.
+        return [states[row, : len(ids)].to(self.dtype, copy=True) for row, ids in enumerate(rows)]

@@ -52,7 +52,8 @@ class TextCondition(NamedTuple):
 
 @dataclass(kw_only=True)
 class Req:
-    """One output in the making. Stages read and write the fields; `conditioning` holds a family's own tensors, by name.
+    """One output in the making. Stages read and write the fields; `conditioning` holds a family's own tensors, by name,
+    `library_call` a pipeline of another library that runs in a thread for this request.
 
     `latent_shape` is (C, T, H, W); latents [C, T, H, W] fp32, texts and conditioning lie on the device.
     `max_forward_rows` None: all guidance branches in one forward; `max_text_rows` None: all texts in one. `units_done`
@@ -81,6 +82,7 @@ class Req:
     decode_plan: Any = None
     decoder_state: Any = None
     conditioning: dict[str, Tensor] = field(default_factory=dict)
+    library_call: Any = None
 
     def done(self, phase: str) -> int:
         """Units of a phase that are finished."""
@@ -117,7 +119,7 @@ class Req:
     def drop_tensors(self) -> None:
         """Free what the request holds on the device, and its inputs."""
         self.text = self.negative_text = self.latents = self.generator = None
-        self.sampler_state = self.decoder_state = None
+        self.sampler_state = self.decoder_state = self.library_call = None
         self.conditioning = {}
         self.inputs = EMPTY
 

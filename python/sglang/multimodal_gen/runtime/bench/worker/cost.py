@@ -18,20 +18,21 @@ _PHASES = {"denoise": "dit", "decode": "vae_decode"}
 
 
 def count_cost(task: CostTask, parent: Parent) -> CostResult:
-    """Of the transformer and the autoencoder; encoding a prompt is as long as the prompt and little beside them."""
+    """Of the transformer, and of the autoencoder where it is ours; encoding a prompt is little beside them."""
     parent.tell("counting FLOPs")
     model = find_model(task.engine.args.model, _PHASES["denoise"], parent)
     context = model.load_context(task.engine.args, lambda _: None)
-    workloads = {phase: model.pipeline_class.workloads[name] for phase, name in _PHASES.items()}
+    known = model.pipeline_class.workloads
+    workloads = {phase: known[name] for phase, name in _PHASES.items() if name in known}
     dtypes = {phase: context.dtype_of(workload.component) for phase, workload in workloads.items()}
-    size = work_size(task, model, dtype=dtypes["decode"], free_bytes=free_bytes(context.device))
+    size = work_size(task, model, dtype=dtypes.get("decode", context.dtype), free_bytes=free_bytes(context.device))
     flops = {phase: model.flops(workload, size) for phase, workload in workloads.items()}
     geometry = model.pipeline_class.geometry_of(model.configs, model.config)
     rates = {dtype: matmul_rate(context.device, dtype) for dtype in set(dtypes.values())}
     return CostResult(
         num_tokens=geometry.num_tokens(size.latent_shape),
         step_flops=flops["denoise"],
-        decode_flops=flops["decode"],
+        decode_flops=flops.get("decode", 0),
         matmul_flops_per_second={phase: rates[dtype] for phase, dtype in dtypes.items()},
     )
 

@@ -32,7 +32,7 @@ _DENOISING_WORKLOAD = "dit"
 # SamplingParams that a call of diffusers' takes under the same name.
 _ARGUMENTS = (
     "prompt", "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale",
-    "guidance_scale_2", "max_sequence_length",
+    "guidance_scale_2", "cfg_normalization", "cfg_truncation", "max_sequence_length",
 )  # fmt: skip
 _SHIFTS = ("flow_shift", "shift")
 

@@ -14,7 +14,7 @@ from sglang.multimodal_gen.errors import FieldError, UsageError
 if TYPE_CHECKING:
     from sglang.multimodal_gen.configs.config_file import ConfigFile
 
-_METAVARS = {int: "N", float: "X", str: "TEXT"}
+_METAVARS = {int: "N", float: "X", str: "TEXT", dict: "JSON"}
 _EPILOG = (
     "A true-or-false option also has a form with --no- before its name. Every option can be a line `name: value` of "
     "the file given with --config. Options of the engine are read from the environment as well: SGLANG_DIFFUSION_ and "

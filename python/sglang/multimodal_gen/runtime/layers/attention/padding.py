@@ -1,6 +1,6 @@
-"""Text padding that models were trained to attend to, computed once instead of once for each padding token.
+"""Padding of text: left out, alone or by a mask, or folded into one token where models were trained to attend to it.
 
-Padding tokens are all alike, so their keys and values are too, and n equal keys take n times the share of one:
+Folding: padding tokens are all alike, so their keys and values are too, and n equal keys take n times the share of one:
 softmax sees that as one key whose score is larger by log n. Exact but for rounding.
 """
 
@@ -8,9 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+
+def trim_padding(text: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """[B, L, D], where nothing attends to row b's tokens from `lengths[b]` on -> as many as the longest row has.
+
+    The mask [B, 1, 1, l] is True at the tokens that count; None where every row has as many.
+    """
+    assert len(lengths) == text.shape[0] and min(lengths) > 0, "each row has a length, and a token to attend to"
+    kept = min(max(lengths), text.shape[1])
+    return text[:, :kept], text_mask(tuple(lengths), kept, 0, text.device)
 
 
 def fold_padding(text: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -27,3 +38,20 @@ def fold_padding(text: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
             mask[row, ..., length] = math.log(num_tokens - length)
             mask[row, ..., length + 1 :] = -math.inf
     return text[:, :kept], mask.to(text.device)
+
+
+@lru_cache(maxsize=32)
+def text_mask(
+    lengths: tuple[int, ...], num_text_tokens: int, num_image_tokens: int, device: torch.device
+) -> Tensor | None:
+    """Mask [B, 1, 1, L + S] of text and then image tokens, False at padding: text tokens from `lengths[b]` on.
+
+    None when no row is padded, because kernels without a mask are faster.
+    """
+    if min(lengths) == num_text_tokens:
+        return None
+    # A mask made under inference mode could never again take part in training.
+    with torch.inference_mode(False):
+        positions = torch.arange(num_text_tokens + num_image_tokens, device="cpu")
+        padded = (positions >= torch.tensor(lengths).unsqueeze(-1)) & (positions < num_text_tokens)
+        return ~padded[:, None, None].to(device)

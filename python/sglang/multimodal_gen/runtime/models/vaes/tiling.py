@@ -1,4 +1,4 @@
-"""Splitting large frames into overlapping tiles and blending the results back together.
+"""Splitting large frames and long clips into overlapping tiles and blending the results back together.
 
 Cells are what the tiled network takes or gives: latents on one side, pixels (or patches of them) on the other.
 """
@@ -75,13 +75,47 @@ class Tiling:
         return range(0, height, self.stride_height), range(0, width, self.stride_width)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TemporalTiling:
+    """Pieces of a clip that are decoded (or encoded) apart, for networks whose norms run over all frames they see.
+
+    A piece takes `tile_frames` and one frame more, with which it meets the end of the piece before; that one is
+    dropped again, except in the clip's first piece. `stride_frames` further on the next piece starts.
+    """
+
+    tile_frames: int = 16
+    stride_frames: int = 12
+
+    def scaled(self, divisor: int) -> TemporalTiling:
+        """The same pieces counted in latent frames of `divisor` frames."""
+        return TemporalTiling(tile_frames=self.tile_frames // divisor, stride_frames=self.stride_frames // divisor)
+
+    def split(self, num_frames: int) -> list[slice]:
+        """The frames of each piece; a clip of up to `tile_frames` is not cut."""
+        if num_frames <= self.tile_frames:
+            return [slice(0, num_frames)]
+        # A piece that starts at the last frame would be dropped whole.
+        return [slice(at, at + self.tile_frames + 1) for at in range(0, num_frames - 1, self.stride_frames)]
+
+    def join_next(self, piece: Tensor, before: Tensor | None, *, last: bool) -> tuple[Tensor, Tensor]:
+        """The next piece [B, C, T, H, W] -> the frames that it adds to the clip, and the end that the next one meets.
+
+        `before` is what the piece before left; None for the clip's first.
+        """
+        kept = self.stride_frames + (before is None)
+        if before is not None:
+            piece = blend(before, piece[:, :, 1:], dim=-3, overlap=self.tile_frames - self.stride_frames)
+        # A copy, because a view would keep the whole piece in memory.
+        return (piece, piece[:, :, :0]) if last else (piece[:, :, :kept], piece[:, :, kept:].clone())
+
+
 def blend(before: Tensor, tile: Tensor, *, dim: int, overlap: int) -> Tensor:
     """Fade from the end of the tile before into the start of this one, linearly over the overlap."""
     overlap = min(before.shape[dim], tile.shape[dim], overlap)
     if overlap == 0:
         return tile
     ramp = torch.arange(overlap, dtype=tile.dtype, device=tile.device) / overlap
-    ramp = ramp.unsqueeze(-1) if dim == -2 else ramp
+    ramp = ramp.view(-1, *(1,) * (-1 - dim))
     ending = before.narrow(dim, before.shape[dim] - overlap, overlap)
     start = ending * (1 - ramp) + tile.narrow(dim, 0, overlap) * ramp
     return torch.cat((start, tile.narrow(dim, overlap, tile.shape[dim] - overlap)), dim=dim)

@@ -10,7 +10,7 @@ Shapes: B batch, T, H, W video frames, height, width; Z latent channels, t, h, w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,27 +19,9 @@ from sglang.multimodal_gen.configs.models.vaes.wan import WanVAEConfig
 from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.models.vaes.causal_conv import CausalConv3d, TemporalState
+from sglang.multimodal_gen.runtime.models.vaes.distribution import LatentDistribution
 from sglang.multimodal_gen.runtime.models.vaes.tiling import Tiling
 from sglang.multimodal_gen.runtime.models.vaes.wan_vae_coders import WanDecoder, WanEncoder
-
-
-class LatentDistribution(NamedTuple):
-    """Normal distribution over the latents, not yet normalised; both tensors [B, Z, t, h, w]."""
-
-    mean: Tensor
-    logvar: Tensor
-
-    @classmethod
-    def from_moments(cls, moments: Tensor) -> LatentDistribution:
-        """What the encoder gives [B, 2·Z, t, h, w]: means, then logarithms of variances."""
-        mean, logvar = moments.chunk(2, dim=1)
-        return cls(mean, logvar.clamp(-30.0, 20.0))
-
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One draw. A CPU generator gives the same noise on every device."""
-        device = self.mean.device if generator is None else generator.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
-        return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean.device)
 
 
 class DecoderState:
@@ -118,14 +100,14 @@ class AutoencoderKLWan(nn.Module):
                 for rows, columns in tiling.split(height, width)
             ]
             moments = tiling.scaled(ratio).join(tiles, height // ratio, width // ratio)
-        return LatentDistribution.from_moments(moments)
+        return LatentDistribution.of_moments(moments)
 
     def encode_next(self, video: Tensor, state: TemporalState) -> LatentDistribution:
         """The next frames [B, 3, T, H, W] of the clip -> the distribution of their latent frames.
 
         T is k·t, or 1 + k·(t - 1) at the start of the clip. A new clip wants a new `TemporalState(carry=True)`.
         """
-        return LatentDistribution.from_moments(self._moments(patchify(video, self.config.patch_size or 1), state))
+        return LatentDistribution.of_moments(self._moments(patchify(video, self.config.patch_size or 1), state))
 
     def decode(self, latents: Tensor, *, chunk_frames: int | None = None, tiling: Tiling | None = None) -> Tensor:
         """Latents [B, Z, t, h, w] -> video [B, 3, T, H, W] in [-1, 1], `chunk_frames` latent frames at a time."""

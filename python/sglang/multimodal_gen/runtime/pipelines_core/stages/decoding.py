@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -141,13 +142,21 @@ class DecodingStage(Stage):
         if plan.chunk_frames > 1 and not self.vae.decodes_whole_clips:
             req.decode_plan = plan.recut(done, plan.chunk_frames // 2, plan.tiling)
             return True
-        tiling = Tiling() if plan.tiling is None else plan.tiling.halved()
-        if min(tiling.tile_height, tiling.tile_width) < _SMALLEST_TILE or not _is_cut(tiling, req):
+        tiling = self._finer_tiling(req)
+        if tiling is None:
             return False
         req.decode_plan = plan.recut(done, plan.chunk_frames, tiling)
+        return True
+
+    def _finer_tiling(self, req: Req) -> Tiling | None:
+        """Tiles for less memory, which the request's notes then name; None when there are no smaller ones."""
+        plan: DecodePlan = req.decode_plan
+        tiling = Tiling() if plan.tiling is None else plan.tiling.halved()
+        if min(tiling.tile_height, tiling.tile_width) < _SMALLEST_TILE or not _is_cut(tiling, req):
+            return None
         if _TILED not in req.notes:
             req.notes.append(_TILED)
-        return True
+        return tiling
 
     def _peak_bytes(self, req: Req, chunk_frames: int, tiling: Tiling | None) -> int:
         height, width = _size(req)
@@ -173,16 +182,90 @@ class DecodingStage(Stage):
             for earlier in range(index):
                 self._video(req, earlier, state)
         video = self._video(req, index, state)
-        first_frame = self.geometry.first_frame(plan.bounds[index])
+        first_frame = self._first_frame(plan, index)
         last = index == plan.num_chunks - 1
         output = OutputBatch(request_id=req.request_id, first_frame=first_frame, last=last, frames=to_uint8(video[0]))
         return output, None if last else state
 
+    def _first_frame(self, plan: DecodePlan, index: int) -> int:
+        """Where in the clip a unit's frames begin."""
+        return self.geometry.first_frame(plan.bounds[index])
+
     def _video(self, req: Req, index: int, state: Any) -> Tensor:
+        return self.vae.decode_next(self._latents(req, req.decode_plan.chunk(index)), state)
+
+    def _latents(self, req: Req, frames: slice) -> Tensor:
+        """Some latent frames [1, C, t, H, W] as the decoder takes them."""
         assert req.latents is not None, "denoising comes before decoding"
         latents = req.latents if self.prepare is None else self.prepare(req, req.latents)
-        latents = latents[None, :, req.decode_plan.chunk(index)].to(self.dtype)
-        return self.vae.decode_next(self.vae.denormalise(latents), state)
+        return self.vae.denormalise(latents[None, :, frames].to(self.dtype))
+
+
+class PieceDecoder(Protocol):
+    """An autoencoder that must be given a clip in certain pieces, which overlap: how it is cut changes the result."""
+
+    def new_state(self, tiling: Tiling | None, *, carry: bool) -> Any:
+        """As StreamingDecoder's."""
+        ...
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """As StreamingDecoder's."""
+        ...
+
+    def decoder_pieces(self, num_frames: int) -> list[slice]:
+        """The latent frames that each piece of a clip sees; its own begin one after the first, but in the first."""
+        ...
+
+    def decode_piece(self, latents: Tensor, index: int, state: Any) -> Tensor:
+        """Piece `index` of the whole clip's latents [B, C, T, H, W] -> its own video frames."""
+        ...
+
+
+class PieceDecodingStage(DecodingStage):
+    """As DecodingStage, but a unit is a piece of the autoencoder's own cut."""
+
+    vae: PieceDecoder  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        vae: PieceDecoder,
+        *,
+        geometry: VideoGeometry,
+        memory: DecoderMemory,
+        free_bytes: Callable[[], int],
+        dtype: torch.dtype,
+        skipped_frames: int = 0,
+    ) -> None:
+        """`skipped_frames` at the start of what is decoded are no part of the result."""
+        super().__init__(
+            cast(StreamingDecoder, vae), geometry=geometry, memory=memory, free_bytes=free_bytes, dtype=dtype
+        )
+        self.skipped_frames = skipped_frames
+
+    def _plan(self, req: Req) -> DecodePlan:
+        """In tiles where a piece would not fit otherwise."""
+        assert req.latent_shape is not None, "planned by the stages before"
+        latent_frames = req.latent_shape[1]
+        pieces = self.vae.decoder_pieces(latent_frames)
+        bounds = (0, *(piece.start + 1 for piece in pieces[1:]), latent_frames)
+        longest = min(latent_frames, max(piece.stop - piece.start for piece in pieces))
+        fits = self._peak_bytes(req, longest, None) <= _MEMORY_SHARE * self.free_bytes()
+        tiling = None if fits or not _is_cut(Tiling(), req) else Tiling()
+        return DecodePlan(bounds=bounds, chunk_frames=longest, tiling=tiling)
+
+    def shrink(self, req: Req) -> bool:
+        tiling = self._finer_tiling(req)
+        if tiling is None:
+            return False
+        req.decode_plan = dataclasses.replace(req.decode_plan, tiling=tiling)
+        return True
+
+    def _first_frame(self, plan: DecodePlan, index: int) -> int:
+        return max(0, super()._first_frame(plan, index) - self.skipped_frames)
+
+    def _video(self, req: Req, index: int, state: Any) -> Tensor:
+        video = self.vae.decode_piece(self._latents(req, slice(None)), index, state)
+        return video[:, :, self.skipped_frames :] if index == 0 else video
 
 
 def _size(req: Req) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from sglang.multimodal_gen.errors import EmptyPrompt, InvalidValue
 from sglang.multimodal_gen.runtime.pipelines_core.conditioning_cache import ConditioningCache
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import Guidance
 from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import PromptEncoder
+from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import RequestInputs
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Prompt, Req, TextCondition
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 
@@ -41,15 +42,20 @@ class TextEncodingStage(Stage):
             )
         if not self.encoder.clean(params.prompt).strip():
             raise EmptyPrompt
-        req.prompt = self._prepare(req, "prompt", params.prompt)
+        req.prompt = self._prepare(req, "prompt", params.prompt, req.inputs)
         if self.guidance.uses_negative(params):
-            req.negative_prompt = self._prepare(req, "negative prompt", params.negative_prompt or "")
+            text, inputs = params.negative_prompt or "", self.negative_inputs(req)
+            req.negative_prompt = self._prepare(req, "negative prompt", text, inputs)
+
+    def negative_inputs(self, req: Req) -> RequestInputs:
+        """The pictures beside which the negative prompt is read."""
+        return req.inputs
 
     def _max_length(self, req: Req) -> int:
         return req.params.max_sequence_length or self.encoder.max_sequence_length
 
-    def _prepare(self, req: Req, what: str, text: str) -> Prompt:
-        prompt = self.encoder.prepare(text, max_length=self._max_length(req), inputs=req.inputs)
+    def _prepare(self, req: Req, what: str, text: str, inputs: RequestInputs) -> Prompt:
+        prompt = self.encoder.prepare(text, max_length=self._max_length(req), inputs=inputs)
         if prompt.was_cut:
             req.notes.append(f"{what} cut to {len(prompt.ids)} of {prompt.num_tokens} tokens")
         return prompt

@@ -1,0 +1,71 @@
+"""Architecture of the HunyuanVideo transformer, as published in `transformer/config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sglang.multimodal_gen.configs.models.base import ModelConfig
+from sglang.multimodal_gen.errors import InvalidRequest
+
+LATENT_CONCAT = "latent_concat"
+"""The picture's latents and a mask are further channels of every frame."""
+TOKEN_REPLACE = "token_replace"
+"""The picture's latents are the first frame, whose tokens have timestep 0."""
+_ACCEPTED = {"qk_norm": ("rms_norm",), "image_condition_type": (None, LATENT_CONCAT, TOKEN_REPLACE)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HunyuanVideoTransformerConfig(ModelConfig):
+    """HunyuanVideo transformer; the defaults are the text-to-video model. Source: arXiv:2412.03603."""
+
+    in_channels: int = 16
+    out_channels: int | None = 16
+    num_attention_heads: int = 24
+    attention_head_dim: int = 128
+    num_layers: int = 20
+    num_single_layers: int = 40
+    num_refiner_layers: int = 2
+    mlp_ratio: float = 4.0
+    patch_size: int = 2
+    patch_size_t: int = 1
+    qk_norm: str = "rms_norm"
+    guidance_embeds: bool = True
+    text_embed_dim: int = 4096
+    pooled_projection_dim: int = 768
+    rope_theta: float = 256.0
+    rope_axes_dim: tuple[int, ...] = (16, 56, 56)
+    image_condition_type: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, accepted in _ACCEPTED.items():
+            if (value := getattr(self, name)) not in accepted:
+                choices = ", ".join("null" if choice is None else repr(choice) for choice in accepted)
+                raise InvalidRequest(
+                    f"HunyuanVideoTransformerConfig.{name} is {value!r}; accepted: {choices}", param=name
+                )
+        if len(self.rope_axes_dim) != 3 or sum(self.rope_axes_dim) != self.attention_head_dim:
+            raise InvalidRequest(
+                f"HunyuanVideoTransformerConfig.rope_axes_dim is {list(self.rope_axes_dim)}; it must have the channels "
+                f"of time, height and width, together attention_head_dim, {self.attention_head_dim}",
+                param="rope_axes_dim",
+            )
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the token stream: all heads together."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def ffn_dim(self) -> int:
+        """Hidden features of a block's MLP."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """A token's latent frames, rows and columns."""
+        return self.patch_size_t, self.patch_size, self.patch_size
+
+    @property
+    def num_output_channels(self) -> int:
+        """Channels of the predicted velocity; published files may leave `out_channels` null."""
+        return self.out_channels or self.in_channels

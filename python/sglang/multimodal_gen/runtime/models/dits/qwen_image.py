@@ -1,0 +1,180 @@
+"""Qwen-Image transformer: text to image, and editing of pictures whose latents follow as further tokens.
+
+Source: arXiv:2508.02324, https://github.com/QwenLM/Qwen-Image. Parameter names are those of the published diffusers
+checkpoints.
+
+Shapes: B batch, S image tokens (one per 2x2 latent cells; of the image and then of the pictures that it is made from),
+L text tokens, C token channels, D hidden_size, E head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.configs.models.dits.qwen_image import QwenImageTransformerConfig
+from sglang.multimodal_gen.runtime.layers.attention.padding import text_mask
+from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.embeddings import TimestepEmbedding, sinusoidal_embedding
+from sglang.multimodal_gen.runtime.layers.joint_attention import JointAttention
+from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
+from sglang.multimodal_gen.runtime.layers.mlp import FeedForward
+from sglang.multimodal_gen.runtime.layers.modulation import (
+    AdaLayerNormContinuous,
+    Modulation,
+    PartedModulation,
+    modulations_of,
+)
+from sglang.multimodal_gen.runtime.layers.norm import RMSNorm
+from sglang.multimodal_gen.runtime.layers.rotary import grid_positions, rotary_table
+from sglang.multimodal_gen.runtime.layers.stream_blocks import Stream, joint_update
+
+ImageShapes = tuple[tuple[int, int, int], ...]
+"""(frames, height, width) in tokens, of the image and then of each picture that it is made from."""
+
+_MLP_RATIO = 4
+_FREQUENCY_DIM = 256
+_EPS = 1e-6
+
+
+class QwenTimestepEmbedding(nn.Module):
+    """Key: `timestep_embedder`."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.timestep_embedder = TimestepEmbedding(_FREQUENCY_DIM, hidden_size)
+
+    def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        """Timesteps [B] in 0 … 1000 -> [B, D]."""
+        # The published model scales the angles, not the timesteps, and the two round differently.
+        frequencies = sinusoidal_embedding(timestep / 1000, _FREQUENCY_DIM, scale=1000.0)
+        return self.timestep_embedder(frequencies.to(dtype))
+
+
+class QwenImageTransformerBlock(nn.Module):
+    """Image and text tokens with weights of their own, joined in attention."""
+
+    def __init__(self, config: QwenImageTransformerConfig, context: LayerContext) -> None:
+        super().__init__()
+        axis, dim = context.parallel.tp, config.hidden_size
+        self.img_mod = nn.Sequential(nn.SiLU(), ReplicatedLinear(dim, 6 * dim))
+        self.txt_mod = nn.Sequential(nn.SiLU(), ReplicatedLinear(dim, 6 * dim))
+        self.attn = JointAttention(
+            dim, config.num_attention_heads, config.attention_head_dim, context, eps=_EPS, mask=True
+        )
+        self.img_mlp = FeedForward(dim, _MLP_RATIO * dim, dim, axis=axis)
+        self.txt_mlp = FeedForward(dim, _MLP_RATIO * dim, dim, axis=axis)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        text: Tensor,
+        temb: Tensor,
+        freqs_cis: Tensor,
+        mask: Tensor | None = None,
+        *,
+        num_noise_tokens: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """[B, S, D], [B, L, D], [B, D], the table and mask [B, 1, 1, L + S] of both -> [B, S, D], [B, L, D].
+
+        With `num_noise_tokens`, `temb` has B further rows, for the image tokens behind so many.
+        """
+        num_rows = text.shape[0]
+        attn_mod, mlp_mod = (_parted(mod, num_noise_tokens) for mod in modulations_of(self.img_mod(temb), 2))
+        text_attn_mod, text_mlp_mod = modulations_of(self.txt_mod(temb[:num_rows]), 2)
+        return joint_update(
+            self.attn,
+            Stream(hidden_states, attn_mod, mlp_mod, self.img_mlp),
+            Stream(text, text_attn_mod, text_mlp_mod, self.txt_mlp),
+            freqs_cis,
+            mask,
+        )
+
+
+def _parted(modulation: Modulation, size: int | None) -> Modulation | PartedModulation:
+    return modulation if size is None else PartedModulation.of_rows(modulation, size)
+
+
+class QwenImageTransformer2DModel(nn.Module):
+    """Predicts the flow velocity of packed image latents."""
+
+    def __init__(self, config: QwenImageTransformerConfig, context: LayerContext | None = None) -> None:
+        super().__init__()
+        context = LayerContext() if context is None else context
+        self.config = config
+        dim = config.hidden_size
+        self.time_text_embed = QwenTimestepEmbedding(dim)
+        self.txt_norm = RMSNorm(config.joint_attention_dim, _EPS)
+        self.img_in = ReplicatedLinear(config.in_channels, dim)
+        self.txt_in = ReplicatedLinear(config.joint_attention_dim, dim)
+        self.transformer_blocks = nn.ModuleList(
+            [QwenImageTransformerBlock(config, context) for _ in range(config.num_layers)]
+        )
+        self.norm_out = AdaLayerNormContinuous(dim, dim, eps=_EPS)
+        self.proj_out = ReplicatedLinear(dim, config.num_output_channels)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        image_shapes: ImageShapes,
+        text_lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Tokens [B, S, C], timesteps [B] in 0 … 1000, text [B, L, D_text] -> velocity [B, S, C_out].
+
+        `image_shapes` are those of every row, S tokens in all. What lies behind a row's `text_lengths` is padding.
+        """
+        num_text, num_image = encoder_hidden_states.shape[1], hidden_states.shape[1]
+        assert sum(map(prod, image_shapes)) == num_image, "the shapes are those of the tokens"
+        freqs_cis = joint_table(image_shapes, num_text, self.config.axes_dims_rope, hidden_states.device)
+        mask = text_mask(tuple(text_lengths), num_text, num_image, hidden_states.device) if text_lengths else None
+        num_noise_tokens = prod(image_shapes[0]) if self.config.zero_cond_t else None
+        if num_noise_tokens is not None:
+            # The pictures that the image is made from are without noise.
+            timestep = torch.cat((timestep, torch.zeros_like(timestep)))
+        temb = self.time_text_embed(timestep, hidden_states.dtype)
+        text = self.txt_in(self.txt_norm(encoder_hidden_states))
+        hidden_states = self.img_in(hidden_states)
+        for block in self.transformer_blocks:
+            hidden_states, text = block(hidden_states, text, temb, freqs_cis, mask, num_noise_tokens=num_noise_tokens)
+        return self.proj_out(self.norm_out(hidden_states, temb[: text.shape[0]]))
+
+
+def joint_table(
+    image_shapes: ImageShapes, num_text_tokens: int, axes_dim: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """Table of the text and then the image tokens: [1, L + S, 1, E/2, 2].
+
+    Text stands on the diagonal right behind the largest image, so that its length moves no image token.
+    """
+    images = _image_table(image_shapes, axes_dim, device)
+    first = max(side // 2 for shape in image_shapes for side in shape[1:])
+    text = _text_table(first, num_text_tokens, axes_dim, device)
+    return torch.cat((text, images), dim=1)
+
+
+# 2048x2048 with three pictures takes 15 MB.
+@lru_cache(maxsize=8)
+def _image_table(image_shapes: ImageShapes, axes_dim: tuple[int, ...], device: torch.device) -> Tensor:
+    """Positions of height and width are centred on each image; picture i lies i frames behind the image."""
+    positions = []
+    for index, (frames, height, width) in enumerate(image_shapes):
+        origin = torch.tensor([index, -(height - height // 2), -(width - width // 2)])
+        positions.append(grid_positions(frames, height, width, device=torch.device("cpu")) + origin)
+    return _table(torch.cat(positions), axes_dim, device)
+
+
+@lru_cache(maxsize=32)
+def _text_table(first: int, num_tokens: int, axes_dim: tuple[int, ...], device: torch.device) -> Tensor:
+    return _table(torch.arange(first, first + num_tokens, device="cpu").unsqueeze(-1).expand(-1, 3), axes_dim, device)
+
+
+def _table(positions: Tensor, axes_dim: tuple[int, ...], device: torch.device) -> Tensor:
+    # A table made under inference mode could never again take part in training.
+    with torch.inference_mode(False):
+        return rotary_table(positions, axes_dim, precision=torch.float32).to(device)

@@ -1,0 +1,144 @@
+"""Stable Diffusion 3 transformer (MMDiT, and MMDiT-X of 3.5 medium): image and text streams joined in attention.
+
+Source: arXiv:2403.03206, https://github.com/Stability-AI/sd3.5. Parameter names are those of the published diffusers
+checkpoints.
+
+Shapes: B batch, C latent channels, H, W latent height and width, S image tokens (one per patch), L text tokens,
+D hidden_size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.configs.models.dits.sd3 import SD3TransformerConfig
+from sglang.multimodal_gen.errors import InvalidRequest
+from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.embeddings import TimestepTextEmbedding
+from sglang.multimodal_gen.runtime.layers.joint_attention import JointAttention, SelfAttention
+from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
+from sglang.multimodal_gen.runtime.layers.mlp import FeedForward
+from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormContinuous, AdaLayerNormZero
+from sglang.multimodal_gen.runtime.layers.stream_blocks import Stream
+
+_MLP_RATIO = 4
+
+
+class PatchEmbed(nn.Module):
+    """Patches of the latents, each with its place in the middle of a square table that the checkpoint holds."""
+
+    pos_embed: Tensor
+
+    def __init__(self, config: SD3TransformerConfig) -> None:
+        super().__init__()
+        side, dim = config.pos_embed_max_size, config.hidden_size
+        self.max_size = side
+        self.proj = nn.Conv2d(config.in_channels, dim, kernel_size=config.patch_size, stride=config.patch_size)
+        self.register_buffer("pos_embed", torch.zeros(1, side * side, dim))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, S, D]."""
+        patches = self.proj(latents)
+        height, width = patches.shape[2:]
+        top, left = (self.max_size - height) // 2, (self.max_size - width) // 2
+        table = self.pos_embed.unflatten(1, (self.max_size, self.max_size))
+        places = table[:, top : top + height, left : left + width].flatten(1, 2)
+        return (patches.flatten(2).transpose(1, 2) + places).to(latents.dtype)
+
+
+class JointTransformerBlock(nn.Module):
+    """Both streams attend to both, then each to its own MLP.
+
+    With `dual_attention` the image attends once more, to itself alone. Nothing is made of the text in the `last` block.
+    """
+
+    def __init__(
+        self, config: SD3TransformerConfig, context: LayerContext, *, dual_attention: bool, last: bool
+    ) -> None:
+        super().__init__()
+        dim, heads, head_dim = config.hidden_size, config.num_attention_heads, config.attention_head_dim
+        axis, qk_norm = context.parallel.tp, config.qk_norm is not None
+        self.norm1 = AdaLayerNormZero(dim, num_modulations=3 if dual_attention else 2)
+        self.norm1_context = AdaLayerNormContinuous(dim, dim) if last else AdaLayerNormZero(dim, num_modulations=2)
+        self.attn = JointAttention(dim, heads, head_dim, context, qk_norm=qk_norm, text_first=False, text_out=not last)
+        if dual_attention:
+            self.attn2 = SelfAttention(dim, heads, head_dim, context, qk_norm=qk_norm)
+        self.ff = FeedForward(dim, _MLP_RATIO * dim, dim, axis=axis)
+        if not last:
+            self.ff_context = FeedForward(dim, _MLP_RATIO * dim, dim, axis=axis)
+
+    def forward(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S, D], [B, L, D], [B, D] -> [B, S, D], [B, L, D]."""
+        attn_mod, mlp_mod, *dual_mod = self.norm1(temb)
+        image = Stream(hidden_states, attn_mod, mlp_mod, self.ff)
+        if isinstance(self.norm1_context, AdaLayerNormContinuous):
+            of_image, _ = self.attn.joint_forward(attn_mod.normed(hidden_states), self.norm1_context(text, temb), None)
+        else:
+            text_attn, text_mlp = self.norm1_context(temb)
+            text_stream = Stream(text, text_attn, text_mlp, self.ff_context)
+            normed_text = text_attn.normed(text)
+            of_image, of_text = self.attn.joint_forward(attn_mod.normed(hidden_states), normed_text, None)
+            text = text_stream.after_attention(of_text)
+        for mod in dual_mod:
+            of_self = self.attn2(mod.normed(hidden_states), None)
+            image = image._replace(hidden_states=mod.add_gated(hidden_states, of_self))
+        return image.after_attention(of_image), text
+
+
+class SD3Transformer2DModel(nn.Module):
+    """Predicts the flow velocity of image latents."""
+
+    def __init__(self, config: SD3TransformerConfig, context: LayerContext | None = None) -> None:
+        super().__init__()
+        context = LayerContext() if context is None else context
+        self.config = config
+        dim, patch_size = config.hidden_size, config.patch_size
+        self.pos_embed = PatchEmbed(config)
+        self.time_text_embed = TimestepTextEmbedding(dim, pooled_dim=config.pooled_projection_dim)
+        self.context_embedder = ReplicatedLinear(config.joint_attention_dim, dim)
+        self.transformer_blocks = nn.ModuleList(
+            [
+                JointTransformerBlock(
+                    config,
+                    context,
+                    dual_attention=layer in config.dual_attention_layers,
+                    last=layer == config.num_layers - 1,
+                )
+                for layer in range(config.num_layers)
+            ]
+        )
+        self.norm_out = AdaLayerNormContinuous(dim, dim)
+        self.proj_out = ReplicatedLinear(dim, patch_size**2 * config.num_output_channels)
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor
+    ) -> Tensor:
+        """Latents [B, C, H, W], timesteps [B] in 0 … 1000, text [B, L, D_text], pooled [B, P] -> [B, C_out, H, W].
+
+        Raises:
+            InvalidRequest: the latents do not divide into patches, or exceed the position table.
+        """
+        grid = self.patch_grid(hidden_states)
+        hidden_states = self.pos_embed(hidden_states)
+        temb = self.time_text_embed(timestep, pooled_projections)
+        text = self.context_embedder(encoder_hidden_states)
+        for block in self.transformer_blocks:
+            hidden_states, text = block(hidden_states, text, temb)
+        return self.unpatchify(self.proj_out(self.norm_out(hidden_states, temb)), grid)
+
+    def patch_grid(self, latents: Tensor) -> tuple[int, int]:
+        """Patches of [B, C, H, W] along height and width. Raises InvalidRequest."""
+        (height, width), side, limit = latents.shape[2:], self.config.patch_size, self.config.pos_embed_max_size
+        if height % side or width % side:
+            raise InvalidRequest(f"latents of {height}x{width} do not divide into patches of {side}x{side}")
+        if max(height, width) > side * limit:
+            raise InvalidRequest(f"{height // side}x{width // side} patches; the model has places for {limit}x{limit}")
+        return height // side, width // side
+
+    def unpatchify(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[B, S, p·p·C] -> [B, C, H, W]."""
+        side = self.config.patch_size
+        cells = tokens.unflatten(2, (side, side, -1)).unflatten(1, grid)
+        # [B, H', W', p, p, C]: each patch axis moves behind its grid axis
+        return cells.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

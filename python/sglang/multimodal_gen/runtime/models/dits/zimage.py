@@ -1,0 +1,272 @@
+"""Z-Image transformer: one stream of image and caption tokens, refined apart before they meet.
+
+Source: https://github.com/Tongyi-MAI/Z-Image. Parameter names are those of the published diffusers checkpoints.
+
+Captions and images are padded to multiples of 32 tokens with learnt tokens, which take part in attention like others.
+Rows of a batch whose captions then still differ in length are padded once more, and that padding is masked out.
+
+Shapes: B batch, C latent channels, T, H, W latent frames, height, width; S image tokens (one per 2x2 cells), L caption
+tokens, both padded; D hidden size, M modulation size, E head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.configs.models.dits.zimage import ZImageTransformerConfig
+from sglang.multimodal_gen.errors import InvalidRequest
+from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.embeddings import sinusoidal_embedding
+from sglang.multimodal_gen.runtime.layers.joint_attention import SelfAttention
+from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
+from sglang.multimodal_gen.runtime.layers.mlp import SwiGLU
+from sglang.multimodal_gen.runtime.layers.norm import FP32LayerNorm, RMSNorm
+from sglang.multimodal_gen.runtime.layers.rotary import grid_positions, rotary_table
+
+TOKEN_MULTIPLE = 32
+"""Captions and images are padded to a multiple of so many tokens."""
+_MODULATION_SIZE = 256
+_TIME_HIDDEN_SIZE = 1024
+_ATTENTION_EPS = 1e-5
+
+
+def padded_length(num_tokens: int) -> int:
+    """`num_tokens` rounded up to the multiple that the model was trained with."""
+    return -(-num_tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLayout:
+    """Where the tokens of a batch lie: rotary tables and masks of image, caption and both, the image first.
+
+    Tables are [1 or B, tokens, 1, E/2, 2], masks [B, 1, 1, tokens] or None where all rows are equally long.
+    """
+
+    num_image_tokens: int
+    table: Tensor
+    caption_mask: Tensor | None
+    joint_mask: Tensor | None
+
+    @property
+    def image_table(self) -> Tensor:
+        """The table of the image tokens alone."""
+        return self.table[:, : self.num_image_tokens]
+
+    @property
+    def caption_table(self) -> Tensor:
+        """The table of the caption tokens alone."""
+        return self.table[:, self.num_image_tokens :]
+
+
+# A row of 1024x1024 with 512 caption tokens takes 2.4 MB; a handful of shapes is alive at a time.
+@lru_cache(maxsize=16)
+def token_layout(
+    grid: tuple[int, int, int],
+    caption_lengths: tuple[int, ...],
+    axes_dims: tuple[int, ...],
+    theta: float,
+    device: torch.device,
+) -> TokenLayout:
+    """The layout of images of `grid` (frames, height, width) tokens beside captions of these padded lengths."""
+    lengths = caption_lengths[:1] if len(set(caption_lengths)) == 1 else caption_lengths
+    # Tensors made under inference mode could never again take part in training.
+    with torch.inference_mode(False):
+        cells = grid_positions(*grid)
+        num_image_tokens = padded_length(len(cells))
+        positions = torch.zeros(len(lengths), num_image_tokens + max(lengths), 3, dtype=torch.int64)
+        for row, length in enumerate(lengths):
+            # Padding of the image stays at the origin; the caption's padding has positions like its text, from 1 on.
+            positions[row, : len(cells)] = cells + torch.tensor([length + 1, 0, 0])
+            positions[row, num_image_tokens : num_image_tokens + length, 0] = torch.arange(1, length + 1)
+        table = rotary_table(positions, axes_dims, theta=theta, rounded_to=torch.float32).to(device)
+        mask = None
+        if len(lengths) > 1:
+            mask = torch.arange(max(lengths)) < torch.tensor(lengths).view(-1, 1, 1, 1)
+        return TokenLayout(
+            num_image_tokens=num_image_tokens,
+            table=table,
+            caption_mask=None if mask is None else mask.to(device),
+            joint_mask=None if mask is None else F.pad(mask, (num_image_tokens, 0), value=True).to(device),
+        )
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps [B] in 0 … `t_scale` -> [B, M]."""
+
+    def __init__(self, out_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            ReplicatedLinear(_MODULATION_SIZE, _TIME_HIDDEN_SIZE),
+            nn.SiLU(),
+            ReplicatedLinear(_TIME_HIDDEN_SIZE, out_size),
+        )
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """Computes in the dtype of its own weights."""
+        weight = next(self.mlp.parameters())
+        return self.mlp(sinusoidal_embedding(timestep, _MODULATION_SIZE).to(weight.dtype))
+
+
+class ZImageTransformerBlock(nn.Module):
+    """Attention and gated MLP, normed before and after; scales and gates come from the timestep where it is modulated.
+
+    A norm's weight and the modulation are one vector for each sample, so both cost one product.
+    """
+
+    def __init__(self, config: ZImageTransformerConfig, context: LayerContext, *, modulation: bool = True) -> None:
+        super().__init__()
+        dim, eps = config.dim, config.norm_eps
+        self.attention = SelfAttention(
+            dim, config.n_heads, config.head_dim, context, eps=_ATTENTION_EPS, bias=False, mask=True
+        )
+        self.feed_forward = SwiGLU(dim, config.ffn_dim, axis=context.parallel.tp)
+        self.attention_norm1 = RMSNorm(dim, eps)
+        self.ffn_norm1 = RMSNorm(dim, eps)
+        self.attention_norm2 = RMSNorm(dim, eps)
+        self.ffn_norm2 = RMSNorm(dim, eps)
+        if modulation:
+            self.adaLN_modulation = nn.Sequential(ReplicatedLinear(min(dim, _MODULATION_SIZE), 4 * dim))
+
+    def forward(
+        self, hidden_states: Tensor, freqs_cis: Tensor, mask: Tensor | None, temb: Tensor | None = None
+    ) -> Tensor:
+        """[B, S, D], the table and mask of its tokens, the timestep [B, M] if modulated -> [B, S, D]."""
+        attn_scale, attn_gate, mlp_scale, mlp_gate = self._modulation(temb)
+        update = self.attention(self.attention_norm1(hidden_states, attn_scale), freqs_cis, mask)
+        hidden_states = self.attention_norm2.add_normed(hidden_states, update, attn_gate)
+        update = self.feed_forward(self.ffn_norm1(hidden_states, mlp_scale))
+        return self.ffn_norm2.add_normed(hidden_states, update, mlp_gate)
+
+    def _modulation(self, temb: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Scale and gate of attention and MLP, [B, 1, D] each in fp32; all None without modulation."""
+        if temb is None:
+            return None, None, None, None
+        attn_scale, attn_gate, mlp_scale, mlp_gate = self.adaLN_modulation(temb).float().unsqueeze(1).chunk(4, dim=-1)
+        return 1 + attn_scale, attn_gate.tanh(), 1 + mlp_scale, mlp_gate.tanh()
+
+
+class FinalLayer(nn.Module):
+    """Norm, scale from the timestep, projection to the channels of a token."""
+
+    def __init__(self, config: ZImageTransformerConfig) -> None:
+        super().__init__()
+        self.norm_final = FP32LayerNorm(config.dim, 1e-6, elementwise_affine=False)
+        self.linear = ReplicatedLinear(config.dim, config.patch_size**2 * config.in_channels)
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), ReplicatedLinear(min(config.dim, _MODULATION_SIZE), config.dim)
+        )
+
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        """[B, S, D], [B, M] -> [B, S, 4·C]."""
+        scale = 1 + self.adaLN_modulation(temb).float().unsqueeze(1)
+        return self.linear((self.norm_final(hidden_states.float()) * scale).to(hidden_states.dtype))
+
+
+class ZImageTransformer2DModel(nn.Module):
+    """Predicts the velocity of image latents, from noise to data."""
+
+    def __init__(self, config: ZImageTransformerConfig, context: LayerContext | None = None) -> None:
+        super().__init__()
+        context = LayerContext() if context is None else context
+        self.config = config
+        patch = f"{config.patch_size}-{config.all_f_patch_size[0]}"
+        self.all_x_embedder = nn.ModuleDict(
+            {patch: ReplicatedLinear(config.patch_size**2 * config.in_channels, config.dim)}
+        )
+        self.all_final_layer = nn.ModuleDict({patch: FinalLayer(config)})
+
+        def blocks(count: int, *, modulation: bool = True) -> nn.ModuleList:
+            return nn.ModuleList([ZImageTransformerBlock(config, context, modulation=modulation) for _ in range(count)])
+
+        self.noise_refiner = blocks(config.n_refiner_layers)
+        self.context_refiner = blocks(config.n_refiner_layers, modulation=False)
+        self.t_embedder = TimestepEmbedder(min(config.dim, _MODULATION_SIZE))
+        self.cap_embedder = nn.Sequential(
+            RMSNorm(config.cap_feat_dim, config.norm_eps), ReplicatedLinear(config.cap_feat_dim, config.dim)
+        )
+        self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim))
+        self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
+        self.layers = blocks(config.n_layers)
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_lengths: Sequence[int]
+    ) -> Tensor:
+        """Latents [B, C, T, H, W], timesteps [B] from 0 (noise) to 1 (data) -> velocity [B, C, T, H, W].
+
+        Captions [B, L, cap_feat_dim]: row b has `text_lengths[b]` tokens, at least one; what lies behind is not read.
+
+        Raises:
+            InvalidRequest: the latents do not divide into patches, or they or a caption have no positions.
+        """
+        grid = self.patch_grid(hidden_states)
+        layout = self._layout(grid, text_lengths, hidden_states.device)
+        temb = self.t_embedder(timestep * self.config.t_scale).to(hidden_states.dtype)
+        (embed,), (final_layer,) = self.all_x_embedder.values(), self.all_final_layer.values()
+        image = self._padded_image(embed(self.patchify(hidden_states)), layout.num_image_tokens)
+        for block in self.noise_refiner:
+            image = block(image, layout.image_table, None, temb)
+        caption = self._caption(encoder_hidden_states, text_lengths)
+        for block in self.context_refiner:
+            caption = block(caption, layout.caption_table, layout.caption_mask)
+        joined = torch.cat((image, caption), dim=1)
+        for block in self.layers:
+            joined = block(joined, layout.table, layout.joint_mask, temb)
+        num_cells = grid[0] * grid[1] * grid[2]
+        return self.unpatchify(final_layer(joined[:, :num_cells], temb), grid)
+
+    def _layout(self, grid: tuple[int, int, int], text_lengths: Sequence[int], device: torch.device) -> TokenLayout:
+        lengths = tuple(padded_length(length) for length in text_lengths)
+        self.check_positions(grid, max(lengths))
+        return token_layout(grid, lengths, self.config.axes_dims, self.config.rope_theta, device)
+
+    def _padded_image(self, tokens: Tensor, num_tokens: int) -> Tensor:
+        """[B, F·H·W, D] -> [B, S, D], learnt padding behind."""
+        missing = num_tokens - tokens.shape[1]
+        if missing == 0:
+            return tokens
+        return torch.cat((tokens, self.x_pad_token.to(tokens.dtype).expand(tokens.shape[0], missing, -1)), dim=1)
+
+    def _caption(self, embeds: Tensor, text_lengths: Sequence[int]) -> Tensor:
+        """[B, at least the longest text, cap_feat_dim] -> [B, L, D]; from a text's end on there is learnt padding."""
+        num_tokens = padded_length(max(text_lengths))
+        tokens = self.cap_embedder(embeds[:, :num_tokens])
+        tokens = F.pad(tokens, (0, 0, 0, num_tokens - tokens.shape[1]))
+        ends = torch.tensor(text_lengths, device=embeds.device).view(-1, 1, 1)
+        is_text = torch.arange(num_tokens, device=embeds.device).view(1, -1, 1) < ends
+        return torch.where(is_text, tokens, self.cap_pad_token.to(tokens.dtype))
+
+    def patch_grid(self, latents: Tensor) -> tuple[int, int, int]:
+        """Tokens of [B, C, T, H, W] along time, height and width. Raises InvalidRequest."""
+        frames, height, width = latents.shape[2:]
+        side = self.config.patch_size
+        if height % side or width % side:
+            raise InvalidRequest(f"latents of {height}x{width} do not divide into patches of {side}x{side}")
+        return frames, height // side, width // side
+
+    def check_positions(self, grid: tuple[int, int, int], caption_length: int) -> None:
+        """Raises InvalidRequest when image tokens behind a caption of this padded length lie outside `axes_lens`."""
+        needed = (caption_length + 1 + grid[0], grid[1], grid[2])
+        if any(size > limit for size, limit in zip(needed, self.config.axes_lens, strict=True)):
+            raise InvalidRequest(
+                f"{grid[0]}x{grid[1]}x{grid[2]} image tokens behind {caption_length} of caption need "
+                f"{list(needed)} positions; the model has {list(self.config.axes_lens)}"
+            )
+
+    def patchify(self, latents: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, T·H/2·W/2, 4·C], the channels of a cell side by side."""
+        side = self.config.patch_size
+        cells = latents.unflatten(4, (-1, side)).unflatten(3, (-1, side))
+        # [B, C, T, H', p, W', p] -> [B, T, H', W', p, p, C]
+        return cells.permute(0, 2, 3, 5, 4, 6, 1).flatten(4).flatten(1, 3)
+
+    def unpatchify(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """[B, T·H/2·W/2, 4·C] -> [B, C, T, H, W]."""
+        side = self.config.patch_size
+        cells = tokens.unflatten(2, (side, side, -1)).unflatten(1, grid)
+        return cells.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)

@@ -1,0 +1,72 @@
+"""What benchmarks run of a HunyuanVideo checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.configs.models.base import ModelConfig
+from sglang.multimodal_gen.configs.models.dits.hunyuan_video import HunyuanVideoTransformerConfig
+from sglang.multimodal_gen.runtime.pipelines_core.workload import (
+    Drawing,
+    Inputs,
+    VideoDecoding,
+    VideoEncoding,
+    Workload,
+    WorkSize,
+)
+
+_MIDDLE_TIMESTEP = 500.0
+_GUIDANCE = 6000.0
+
+
+class HunyuanVideoDenoising(Workload):
+    """One velocity prediction for each row."""
+
+    def inputs(self, configs: Mapping[str, ModelConfig], size: WorkSize, draw: Drawing) -> Inputs:
+        """Latents [B, C, T, H, W], timesteps [B], text [B, L, text_embed_dim], pooled text [B, P], guidance [B]."""
+        config = configs[self.component]
+        assert isinstance(config, HunyuanVideoTransformerConfig), "the component of a HunyuanVideo pipeline"
+        return (
+            draw.normal(size.batch_size, config.in_channels, *size.latent_shape[1:]),
+            draw.full(_MIDDLE_TIMESTEP, size.batch_size),
+            draw.normal(size.batch_size, size.num_text_tokens, config.text_embed_dim),
+            draw.normal(size.batch_size, config.pooled_projection_dim),
+            draw.full(_GUIDANCE, size.batch_size),
+        )
+
+    def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
+        """[B, C, T, H, W]."""
+        latents, timesteps, text, pooled, guidance = inputs
+        return module(latents, timesteps, text, [size.num_text_tokens] * size.batch_size, pooled, guidance)
+
+    def reference_forward(self, module: nn.Module, inputs: Inputs) -> Tensor:
+        """[B, C, T, H, W]."""
+        latents, timesteps, text, pooled, guidance = inputs
+        mask = torch.ones(text.shape[:2], device=text.device, dtype=text.dtype)
+        return module(latents, timesteps, text, mask, pooled, guidance, return_dict=False)[0]
+
+
+class PieceDecoding(VideoDecoding):
+    """Latents to pixels in the pieces that the autoencoder makes."""
+
+    def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
+        """[B, 3, T, H, W]."""
+        return module.decode(inputs[0])  # type: ignore[operator]
+
+
+class PieceEncoding(VideoEncoding):
+    """Pixels to the mean of their latents in the pieces that the autoencoder makes."""
+
+    def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
+        """[B, C, T, H, W]."""
+        return module.encode(inputs[0]).mean  # type: ignore[operator]
+
+
+HUNYUAN_VIDEO_WORKLOADS: Mapping[str, Workload] = {
+    "dit": HunyuanVideoDenoising("transformer"),
+    "vae_decode": PieceDecoding("vae"),
+    "vae_encode": PieceEncoding("vae"),
+}

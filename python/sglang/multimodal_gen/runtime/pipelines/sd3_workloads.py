@@ -1,0 +1,42 @@
+"""What benchmarks run of a Stable Diffusion 3 checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.configs.models.base import ModelConfig
+from sglang.multimodal_gen.configs.models.dits.sd3 import SD3TransformerConfig
+from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, Inputs, Workload, WorkSize
+
+_MIDDLE_TIMESTEP = 500.0
+_CLIP_TOKENS = 77
+
+
+class SD3Denoising(Workload):
+    """One velocity prediction for each row."""
+
+    def inputs(self, configs: Mapping[str, ModelConfig], size: WorkSize, draw: Drawing) -> Inputs:
+        """Latents [B, C, H, W], timesteps [B], text [B, L, D_text], pooled [B, P]."""
+        config = configs[self.component]
+        assert isinstance(config, SD3TransformerConfig), "the component of such a pipeline"
+        channels, _, height, width = size.latent_shape
+        return (
+            draw.normal(size.batch_size, channels, height, width),
+            draw.full(_MIDDLE_TIMESTEP, size.batch_size),
+            draw.normal(size.batch_size, _CLIP_TOKENS + size.num_text_tokens, config.joint_attention_dim),
+            draw.normal(size.batch_size, config.pooled_projection_dim),
+        )
+
+    def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
+        """[B, C, H, W]."""
+        return module(*inputs)
+
+    def reference_forward(self, module: nn.Module, inputs: Inputs) -> Tensor:
+        """[B, C, H, W]."""
+        latents, timesteps, text, pooled = inputs
+        return module(latents, text, pooled, timesteps, return_dict=False)[0]
+
+
+SD3_WORKLOADS: Mapping[str, Workload] = {"dit": SD3Denoising("transformer")}
