@@ -54,6 +54,7 @@ class InputLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     takes_mask: bool = False
     requires_mask: bool = False
     takes_last_image: bool = False
+    requires_last_image: bool = False
     takes_video: bool = False
     requires_video: bool = False
     takes_strength: bool = False
@@ -63,7 +64,7 @@ class InputLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         taken = {
             names.images: (given.num_images > 0, self.max_images > 0),
             names.mask: (given.mask, self.takes_mask),
-            names.last_image: (given.last_image, self.takes_last_image),
+            names.last_image: (given.last_image, self.takes_last_image or self.requires_last_image),
             names.video: (given.video, self.takes_video or self.requires_video),
             "strength": (given.strength, self.takes_strength),
         }
@@ -80,6 +81,8 @@ class InputLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise MissingParameter(
                 f"{names.images}: got {got}, accepted is {self._images_in_words()}", param=names.images
             )
+        if self.requires_last_image and not given.last_image:
+            raise MissingParameter(f"{names.last_image}: got nothing, accepted is one image", param=names.last_image)
         if self.requires_video and not given.video:
             raise MissingParameter(f"{names.video}: got nothing, accepted is one video", param=names.video)
         if self.requires_mask and not given.mask:
@@ -104,7 +107,7 @@ class InputLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             parts.append(self._images_in_words())
         if self.takes_mask:
             parts.append("a mask")
-        if self.takes_last_image:
+        if self.takes_last_image or self.requires_last_image:
             parts.append("a last image")
         if self.takes_video or self.requires_video:
             parts.append("a video")

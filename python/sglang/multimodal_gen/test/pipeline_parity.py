@@ -42,19 +42,19 @@ def load(directory: Path, *, precision: str = "fp32") -> Any:
     return build_pipeline(str(directory), ExecutionArgs(device="cpu", precision=precision))
 
 
-def run(pipeline: Any, values: Mapping[str, Any], inputs: RequestInputs = EMPTY) -> tuple[Req, np.ndarray]:
+Wish = Mapping[str, Any] | SamplingParams
+
+
+def run(pipeline: Any, values: Wish, inputs: RequestInputs = EMPTY) -> tuple[Req, np.ndarray]:
     """A whole request alone: its state and its frames [T, H, W, 3]."""
     [(req, frames)] = run_together(pipeline, [(values, inputs)])
     return req, frames
 
 
-def run_together(
-    pipeline: Any, wishes: Sequence[tuple[Mapping[str, Any], RequestInputs]]
-) -> list[tuple[Req, np.ndarray]]:
+def run_together(pipeline: Any, wishes: Sequence[tuple[Wish, RequestInputs]]) -> list[tuple[Req, np.ndarray]]:
     """Requests side by side, which share a forward wherever their batch keys agree, whatever their step."""
     requests = [
-        pipeline.admit(f"request {number}", SamplingParams.from_values(values), inputs)
-        for number, (values, inputs) in enumerate(wishes)
+        pipeline.admit(f"request {number}", _params(values), inputs) for number, (values, inputs) in enumerate(wishes)
     ]
     outputs: dict[str, list[OutputBatch]] = {req.request_id: [] for req in requests}
     while waiting := [(req, phase) for req in requests if (phase := _present_phase(req)) is not None]:
@@ -65,6 +65,10 @@ def run_together(
     for req in requests:
         _PIPELINES[id(req)] = (req, type(pipeline).__name__)
     return [(req, joined(outputs[req.request_id])) for req in requests]
+
+
+def _params(values: Wish) -> SamplingParams:
+    return values if isinstance(values, SamplingParams) else SamplingParams.from_values(values)
 
 
 def _present_phase(req: Req) -> Any:

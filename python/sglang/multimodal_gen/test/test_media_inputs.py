@@ -358,6 +358,7 @@ def test_inputs_are_split_from_the_other_parameters() -> None:
 
 EDIT = InputLimits(max_images=3, takes_mask=True, takes_strength=True)
 I2V = InputLimits(min_images=1, max_images=1, takes_last_image=True)
+ENDS = InputLimits(min_images=1, max_images=1, requires_last_image=True)
 V2V = InputLimits(takes_video=True, requires_video=True, takes_strength=True)
 TWO = InputLimits(min_images=2, max_images=2)
 
@@ -374,6 +375,7 @@ TWO = InputLimits(min_images=2, max_images=2)
         (I2V, {}, MissingParameter, "image_path: got nothing, accepted is one image"),
         (I2V, {"num_images": 2}, TooManyImages, "got 2 images, accepted is one image"),
         (I2V, {"num_images": 1, "mask": True}, UnsupportedParameter, "works from text, one image and a last image"),
+        (ENDS, {"num_images": 1}, MissingParameter, "last_image_path: got nothing, accepted is one image"),
         (V2V, {}, MissingParameter, "video_path: got nothing, accepted is one video"),
         (TWO, {"num_images": 1}, MissingParameter, "image_path: got only 1, accepted is 2 images"),
     ],
@@ -390,6 +392,7 @@ def test_what_a_model_takes_passes() -> None:
     InputLimits().check(GivenInputs())
     EDIT.check(GivenInputs(num_images=3, mask=True, strength=True))
     I2V.check(GivenInputs(num_images=1, last_image=True))
+    ENDS.check(GivenInputs(num_images=1, last_image=True))
     V2V.check(GivenInputs(video=True, strength=True))
 
 

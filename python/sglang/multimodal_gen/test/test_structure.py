@@ -26,7 +26,9 @@ NUM_TRANSFORMER_PARAMETERS = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1_418_996_800,
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14_288_491_584,
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": 16_394_878_784,
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": 16_394_878_784,
     "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": 16_395_536_704,
+    "weizhou03/Wan2.1-Fun-1.3B-InP-Diffusers": 1_564_428_608,
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": 14_288_491_584,
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 14_288_901_184,
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 4_999_787_712,
@@ -60,6 +62,11 @@ def test_transformer_has_the_parameters_of_the_published_checkpoint(hub_id: str)
         lambda: diffusers.WanTransformer3DModel.from_config(config),
         NUM_TRANSFORMER_PARAMETERS[hub_id],
     )
+
+
+def test_both_experts_have_one_architecture() -> None:
+    for hub_id in ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "Wan-AI/Wan2.2-I2V-A14B-Diffusers"):
+        assert published(hub_id, "transformer_2") == published(hub_id, "transformer")
 
 
 @pytest.mark.parametrize("hub_id", NUM_VAE_PARAMETERS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -14,29 +13,39 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import (
     EmptyPrompt,
     FramesNotSupported,
+    IncompatibleParameters,
     InsufficientMemory,
     InvalidValue,
     SizeNotDivisible,
     SizeTooLarge,
     UnsupportedModel,
+    UnsupportedParameter,
 )
 from sglang.multimodal_gen.runtime.models.schedulers import DPMSolverSampler, FlowMatchLCMSampler
 from sglang.multimodal_gen.runtime.pipelines.wan import WanPipeline
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import rescaled
+from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import RequestInputs
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.decoding import DecodingStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import DenoisingStage
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
+from sglang.multimodal_gen.test.media import clip, disc, picture
+from sglang.multimodal_gen.test.pipeline_parity import (
+    as_uint8,
+    assert_same,
+    joined,
+    relative_error,
+    run,
+)
 
-# fp32 on the CPU: what differs is the order of summation, which measures 1e-6; the target is 1e-4.
-LATENT_TOLERANCE = 1e-4
 # diffusers' DPMSolverMultistepScheduler.set_timesteps converts a tensor in a way that NumPy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers.schedulers"
@@ -96,23 +105,6 @@ def run_phase(pipeline: WanPipeline, name: str, req: Req, units: int | None = No
     return [output for _ in range(count) for output in pipeline.run_unit(name, [req])]
 
 
-def run(pipeline: WanPipeline, params: SamplingParams) -> tuple[Req, np.ndarray]:
-    """The whole request alone: its state and its frames [T, H, W, 3]."""
-    req = pipeline.admit("request", params)
-    outputs = [output for phase in req.phases for output in run_phase(pipeline, phase.name, req)]
-    return req, joined(outputs)
-
-
-def joined(outputs: list[OutputBatch]) -> np.ndarray:
-    """Chunks in order, without a gap, the last one marked."""
-    if not outputs:
-        return np.empty(0)
-    starts = np.cumsum([0, *(len(output.frames) for output in outputs[:-1])])
-    assert [output.first_frame for output in outputs] == starts.tolist()
-    assert [output.last for output in outputs] == [False] * (len(outputs) - 1) + [True]
-    return torch.cat([output.frames for output in outputs]).numpy()
-
-
 def reference(checkpoint: Path, values: dict[str, Any], scheduler: Any = None) -> tuple[Tensor, np.ndarray]:
     """diffusers' final latents [C, T, H, W] and frames [T, H, W, 3] uint8 of the same request."""
     pipeline = diffusers.WanPipeline.from_pretrained(checkpoint, local_files_only=True)
@@ -128,28 +120,13 @@ def reference(checkpoint: Path, values: dict[str, Any], scheduler: Any = None) -
     return generate("latent"), (generate("np") * 255).round().astype(np.uint8)
 
 
-def relative_error(found: Tensor | None, expected: Tensor) -> float:
-    assert found is not None
-    return float((found - expected).norm() / expected.norm())
-
-
-def assert_same(req: Req, frames: np.ndarray, expected: tuple[Tensor, np.ndarray]) -> None:
-    latents, expected_frames = expected
-    assert relative_error(req.latents, latents) <= LATENT_TOLERANCE
-    assert frames.shape == expected_frames.shape
-    assert frames.dtype == np.uint8
-    # A value that lies on the border between two steps of 1/255 may be rounded either way.
-    assert np.abs(frames.astype(int) - expected_frames.astype(int)).max() <= 1
-    assert frames.std() > 10, "a flat picture would agree with anything"
-
-
 @pytest.mark.parametrize("name", REQUESTS)
 def test_latents_and_frames_match_diffusers(
     name: str, wan_checkpoint: Callable[[str], Path], pipeline_of: Callable[[str], WanPipeline]
 ) -> None:
     values = BASE | REQUESTS[name]
     req, frames = run(pipeline_of(name), SamplingParams.from_values(values))
-    assert_same(req, frames, reference(wan_checkpoint(name), values))
+    assert_same((req, frames), *reference(wan_checkpoint(name), values))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +150,7 @@ def test_sampler_and_shift_of_the_request_replace_the_checkpoints(
 ) -> None:
     values = BASE | {"num_inference_steps": 5}
     req, frames = run(pipeline, SamplingParams.from_values(values | {"scheduler": name, "flow_shift": 5.0}))
-    assert_same(req, frames, reference(wan_checkpoint("plain"), values, scheduler))
+    assert_same((req, frames), *reference(wan_checkpoint("plain"), values, scheduler))
 
 
 def test_the_server_s_sampler_serves_requests_that_name_none(wan_checkpoint: Callable[[str], Path]) -> None:
@@ -434,20 +411,6 @@ def test_size_without_the_memory_for_it_is_refused_with_both_numbers(
         pipeline.admit("r", SamplingParams.from_values(BASE))
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("transformer_2", ["diffusers", "WanTransformer3DModel"]), ("boundary_ratio", 0.875), ("expand_timesteps", True)],
-)
-def test_wan22_checkpoints_are_refused_by_the_field_that_tells_them(
-    wan_checkpoint: Callable[[str], Path], tmp_path: Path, field: str, value: object
-) -> None:
-    directory = shutil.copytree(wan_checkpoint("plain"), tmp_path / "model")
-    index = json.loads((directory / "model_index.json").read_text())
-    (directory / "model_index.json").write_text(json.dumps(index | {field: value}))
-    with pytest.raises(UnsupportedModel, match=field):
-        build_pipeline(str(directory))
-
-
 def test_components_that_do_not_fit_together_are_refused(wan_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     directory = shutil.copytree(wan_checkpoint("plain"), tmp_path / "model")
     other = diffusers.WanTransformer3DModel(
@@ -479,3 +442,50 @@ def test_each_choice_made_for_the_user_is_reported(wan_checkpoint: Callable[[str
     build_pipeline(str(wan_checkpoint("plain")), ExecutionArgs(device="cpu"), report=heard.append)
     for word in ("device cpu", "precision fp32", "attention torch_sdpa", "loading transformer"):
         assert any(word in line for line in heard), word
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("name", ["plain", "euler"])
+def test_video_to_video_matches_diffusers(
+    name: str, strength: float, wan_checkpoint: Callable[[str], Path], pipeline_of: Callable[[str], WanPipeline]
+) -> None:
+    values = BASE | {"strength": strength, "num_inference_steps": 5}
+    frames = clip(9, 60, 50)
+    theirs = diffusers.WanVideoToVideoPipeline.from_pretrained(wan_checkpoint(name), local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    arguments = {key: value for key, value in values.items() if key not in ("seed", "num_frames")}
+
+    def generate(output_type: str) -> Any:
+        return theirs(
+            **arguments,
+            video=[Image.fromarray(frame) for frame in frames],
+            generator=torch.Generator().manual_seed(values["seed"]),
+            output_type=output_type,
+        ).frames
+
+    expected = generate("latent")[0], as_uint8(generate("np")[0])
+    assert_same(run(pipeline_of(name), values, RequestInputs(video=frames)), *expected)
+
+
+def test_a_picture_starts_a_picture_and_its_mask_keeps_the_rest(pipeline: WanPipeline) -> None:
+    values = BASE | {"num_frames": 1, "strength": 1.0}
+    image, mask = picture(48, 80), disc(48, 80)
+    kept, _ = run(pipeline, values | {"strength": 0.3, "num_inference_steps": 4}, RequestInputs(images=(image,)))
+    free, _ = run(pipeline, values)
+    masked, _ = run(pipeline, values, RequestInputs(images=(image,), mask=mask))
+    encoded = masked.conditioning["initial_latents"]
+    anew = masked.conditioning["mask"].bool().expand_as(encoded)
+    assert masked.latents is not None and free.latents is not None and kept.latents is not None
+    assert torch.equal(masked.latents[~anew], encoded[~anew])
+    assert relative_error(masked.latents[anew], encoded[anew]) > 0.1
+    assert relative_error(kept.latents, encoded) < relative_error(free.latents, encoded)
+
+
+def test_what_a_model_of_text_cannot_start_from_is_refused(pipeline: WanPipeline) -> None:
+    params = SamplingParams.from_values(BASE)
+    with pytest.raises(IncompatibleParameters, match="accepted is an image with num_frames 1"):
+        pipeline.admit("r", params, RequestInputs(images=(picture(48, 80),)))
+    with pytest.raises(InvalidValue, match="at most the 5 frames of the video"):
+        pipeline.admit("r", params, RequestInputs(video=clip(5, 48, 80)))
+    with pytest.raises(UnsupportedParameter, match="last_image"):
+        pipeline.admit("r", params, RequestInputs(last_image=picture(48, 80)))

@@ -98,6 +98,18 @@ def test_per_token_timesteps_match_diffusers() -> None:
 
 
 @torch.no_grad()
+def test_one_timestep_for_each_frame_equals_one_for_each_token() -> None:
+    """A picture at 0 before noise: only as many embeddings as frames are computed, and the result is diffusers'."""
+    reference, ours = transformer_pair()
+    latents, _, text = wan_inputs()
+    timesteps = torch.tensor([[0.0, 731.0, 731.0], [250.5, 250.5, 250.5]])
+    expected = reference_output(reference, latents, timesteps.repeat_interleave(2 * 3, dim=1), text)
+    torch.testing.assert_close(ours(latents, timesteps, text), expected, **FP32)
+    alike = ours(latents[1:], timesteps[1, :1], text[1:])
+    torch.testing.assert_close(alike, expected[1:], **FP32)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("num_positions", [None, 10])
 def test_image_conditioning_matches_diffusers(num_positions: int | None) -> None:
     """With positions (first and last frame) a sample's images arrive as two rows. diffusers wants 512 text tokens."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sglang.multimodal_gen.configs.models.vaes.wan import WanVAEConfig
 from sglang.multimodal_gen.errors import InvalidRequest
+from sglang.multimodal_gen.runtime.models.vaes.causal_conv import TemporalState
 from sglang.multimodal_gen.runtime.models.vaes.distribution import LatentDistribution
 from sglang.multimodal_gen.runtime.models.vaes.tiling import Tiling
 from sglang.multimodal_gen.runtime.models.vaes.wan_vae import AutoencoderKLWan, DecoderState
@@ -55,6 +56,17 @@ def test_encoding_matches_diffusers_in_any_chunks(config: dict[str, Any], num_fr
         posterior = ours.encode(video, chunk_frames=chunk_frames)
         torch.testing.assert_close(posterior.mean, expected.mean, **FP32)
         torch.testing.assert_close(posterior.logvar, expected.logvar, **FP32)
+
+
+@VARIANTS
+@torch.no_grad()
+def test_a_clip_can_be_encoded_as_its_frames_arrive(config: dict[str, Any]) -> None:
+    reference, ours = vae_pair(config)
+    video, state = pixels(1, 3, 17, 2 * ours.config.spatial_ratio, ours.config.spatial_ratio), TemporalState(carry=True)
+    expected = reference.encode(video).latent_dist.mean
+    chunks = [ours.encode_next(frames, state).mean for frames in video.split((1, 8, 4, 4), dim=2)]
+    assert [chunk.shape[2] for chunk in chunks] == [1, 2, 1, 1]
+    torch.testing.assert_close(torch.cat(chunks, dim=2), expected, **FP32)
 
 
 @pytest.mark.parametrize("config", [TINY_VAE, TINY_PATCHED_VAE], ids=["wan2.1", "patched"])

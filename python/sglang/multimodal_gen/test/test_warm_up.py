@@ -9,11 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from sglang.multimodal_gen.configs.model_info import InputLimits
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import InvalidValue, RemoteError
 from sglang.multimodal_gen.runtime.entrypoints.cli.reporting import LineDisplay, Reporter
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator, GenerationResult
 from sglang.multimodal_gen.runtime.managers.messages import EngineState
-from sglang.multimodal_gen.runtime.managers.warm_up import WarmUp
+from sglang.multimodal_gen.runtime.managers.warm_up import InputShapes, WarmUp, input_shapes
 from sglang.multimodal_gen.runtime.server_args import ServerArgs, WarmupArgs
 from sglang.multimodal_gen.test import null_family
 
@@ -35,6 +37,13 @@ def test_only_a_server_on_a_gpu_warms_up_unasked() -> None:
 def test_a_size_that_is_none_is_refused(size: str) -> None:
     with pytest.raises(InvalidValue, match=r"warmup_resolutions: got .*, accepted is WIDTHxHEIGHT"):
         ServerArgs.from_kwargs(warmup_resolutions=[size])
+
+
+def test_a_warm_up_has_every_input_that_the_model_requires() -> None:
+    limits = InputLimits(min_images=1, max_images=1, requires_last_image=True, requires_video=True)
+    shapes = input_shapes(limits, SamplingParams(width=32, height=16, num_frames=5))
+    assert shapes == InputShapes(images=((16, 32, 3),), last_image=(16, 32, 3), video=(5, 16, 32, 3))
+    assert input_shapes(InputLimits(max_images=1), SamplingParams(width=32, height=16)) == InputShapes()
 
 
 def only(result: GenerationResult | list[GenerationResult]) -> GenerationResult:

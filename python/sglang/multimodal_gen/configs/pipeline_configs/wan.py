@@ -1,6 +1,11 @@
-"""Sampling defaults of the published Wan text-to-video checkpoints. Source: https://github.com/Wan-Video/Wan2.1"""
+"""Sampling defaults of the published Wan checkpoints.
+
+Source: https://github.com/Wan-Video/Wan2.1, https://github.com/Wan-Video/Wan2.2
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
@@ -16,84 +21,104 @@ _MAX_PIXELS = 1920 * 1088
 # 64 seconds; the rotary table would allow 4093 frames, but nothing was trained near that.
 _MAX_FRAMES = 1025
 
-WAN21_T2V_1_3B = PipelineConfig(
-    tasks=("T2V", "T2I"),
-    defaults=SamplingParams(
-        width=832,
-        height=480,
-        num_frames=81,
-        fps=16,
-        num_inference_steps=50,
-        guidance_scale=3.0,
-        negative_prompt=NEGATIVE_PROMPT,
-        max_sequence_length=512,
-    ),
-    max_pixels=_MAX_PIXELS,
-    max_frames=_MAX_FRAMES,
-    # In bf16 the autoencoder bands smooth gradients; it is a small part of the weights.
-    fp32_components=("vae",),
-)
+# In bf16 the autoencoder bands smooth gradients; both are a small part of the weights, and published in fp32.
+_FP32_COMPONENTS = ("vae", "image_encoder")
 
-WAN21_T2V_14B = PipelineConfig(
-    tasks=("T2V", "T2I"),
-    defaults=SamplingParams(
-        width=1280,
-        height=720,
-        num_frames=81,
-        fps=16,
-        num_inference_steps=50,
-        guidance_scale=5.0,
-        flow_shift=5.0,
-        negative_prompt=NEGATIVE_PROMPT,
-        max_sequence_length=512,
-    ),
-    max_pixels=_MAX_PIXELS,
-    max_frames=_MAX_FRAMES,
-    fp32_components=("vae",),
-)
+
+def _config(defaults: SamplingParams, *tasks: str) -> PipelineConfig:
+    return PipelineConfig(
+        tasks=tasks,
+        defaults=defaults,
+        max_pixels=_MAX_PIXELS,
+        max_frames=_MAX_FRAMES,
+        fp32_components=_FP32_COMPONENTS,
+    )
+
 
 # A checkpoint of the architecture that is none of the published ones: size and length are the small model's, the rest
 # is what diffusers would do.
-WAN21_T2V = PipelineConfig(
-    tasks=("T2V", "T2I"),
-    defaults=SamplingParams(
-        width=832,
-        height=480,
-        num_frames=81,
-        fps=16,
-        num_inference_steps=50,
-        guidance_scale=5.0,
-        max_sequence_length=512,
-    ),
-    max_pixels=_MAX_PIXELS,
-    max_frames=_MAX_FRAMES,
-    fp32_components=("vae",),
+_UNNAMED = SamplingParams(
+    width=832, height=480, num_frames=81, fps=16, num_inference_steps=50, guidance_scale=5.0, max_sequence_length=512
+)
+_AT_480P = replace(_UNNAMED, negative_prompt=NEGATIVE_PROMPT)
+_AT_720P = replace(_AT_480P, width=1280, height=720)
+
+WAN21_T2V = _config(_UNNAMED, "T2V", "T2I")
+WAN21_T2V_1_3B = _config(replace(_AT_480P, guidance_scale=3.0), "T2V", "T2I")
+WAN21_T2V_14B = _config(replace(_AT_720P, flow_shift=5.0), "T2V", "T2I")
+WAN22_T2V_A14B = _config(
+    replace(_AT_720P, num_inference_steps=40, guidance_scale=4.0, guidance_scale_2=3.0, flow_shift=12.0), "T2V", "T2I"
 )
 
-_PIPELINE = "sglang.multimodal_gen.runtime.pipelines.wan:WanPipeline"
+WAN_I2V = _config(_UNNAMED, "I2V")
+WAN21_I2V_480P = _config(replace(_AT_480P, flow_shift=3.0), "I2V")
+WAN21_I2V_720P = _config(replace(_AT_720P, flow_shift=5.0), "I2V")
+# First and last frame. The shift in the checkpoint, 16, is the one that it is sampled with.
+WAN21_FLF2V_720P = _config(_AT_720P, "I2V")
+WAN21_FUN_INP_1_3B = _config(_AT_480P, "I2V")
+WAN22_I2V_A14B = _config(
+    replace(_AT_720P, num_inference_steps=40, guidance_scale=3.5, guidance_scale_2=3.5, flow_shift=5.0), "I2V"
+)
+
+# With a picture or without.
+WAN22_TI2V_5B = _config(
+    replace(_AT_720P, height=704, num_frames=121, fps=24, flow_shift=5.0), "TI2V", "T2V", "I2V", "T2I"
+)
+
+_PIPELINES = "sglang.multimodal_gen.runtime.pipelines"
+_TEXT = f"{_PIPELINES}.wan:WanPipeline"
+_IMAGE = f"{_PIPELINES}.wan_image_to_video:WanImageToVideoPipeline"
+_TEXT_IMAGE = f"{_PIPELINES}.wan_text_image_to_video:WanTextImageToVideoPipeline"
 _LICENCE = "Apache-2.0"
 
+
+def _text_to_video(name: str, config: str, *hub_ids: str, requires: tuple[str, ...] = ()) -> ModelEntry:
+    return ModelEntry(
+        name=name,
+        pipeline=_TEXT,
+        config=f"{__name__}:{config}",
+        pipeline_class_names=("WanPipeline",),
+        requires=requires,
+        hub_ids=hub_ids,
+        licence=_LICENCE if hub_ids else "",
+    )
+
+
+def _image_to_video(name: str, config: str, *hub_ids: str, requires: tuple[str, ...] = ()) -> ModelEntry:
+    return ModelEntry(
+        name=name,
+        pipeline=_IMAGE,
+        config=f"{__name__}:{config}",
+        pipeline_class_names=("WanImageToVideoPipeline",),
+        requires=requires,
+        hub_ids=hub_ids,
+        licence=_LICENCE if hub_ids else "",
+    )
+
+
+_CLIP, _EXPERTS = ("image_encoder",), ("transformer_2",)
 ENTRIES = (
-    ModelEntry(
-        name="wan2.1-t2v",
-        pipeline=_PIPELINE,
-        config=f"{__name__}:WAN21_T2V",
-        pipeline_class_names=("WanPipeline",),
+    _text_to_video("wan2.1-t2v", "WAN21_T2V"),
+    _text_to_video("wan2.1-t2v-1.3b", "WAN21_T2V_1_3B", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+    _text_to_video("wan2.1-t2v-14b", "WAN21_T2V_14B", "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
+    _text_to_video("wan2.2-t2v-a14b", "WAN22_T2V_A14B", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", requires=_EXPERTS),
+    _image_to_video("wan-i2v", "WAN_I2V"),
+    _image_to_video("wan2.1-i2v", "WAN_I2V", requires=_CLIP),
+    _image_to_video("wan2.1-i2v-480p", "WAN21_I2V_480P", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", requires=_CLIP),
+    _image_to_video("wan2.1-i2v-720p", "WAN21_I2V_720P", "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", requires=_CLIP),
+    _image_to_video("wan2.1-flf2v-720p", "WAN21_FLF2V_720P", "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", requires=_CLIP),
+    _image_to_video(
+        "wan2.1-fun-inp-1.3b", "WAN21_FUN_INP_1_3B", "weizhou03/Wan2.1-Fun-1.3B-InP-Diffusers", requires=_CLIP
     ),
+    _image_to_video("wan2.2-i2v-a14b", "WAN22_I2V_A14B", "Wan-AI/Wan2.2-I2V-A14B-Diffusers", requires=_EXPERTS),
     ModelEntry(
-        name="wan2.1-t2v-1.3b",
-        pipeline=_PIPELINE,
-        config=f"{__name__}:WAN21_T2V_1_3B",
-        pipeline_class_names=("WanPipeline",),
-        hub_ids=("Wan-AI/Wan2.1-T2V-1.3B-Diffusers",),
-        licence=_LICENCE,
-    ),
-    ModelEntry(
-        name="wan2.1-t2v-14b",
-        pipeline=_PIPELINE,
-        config=f"{__name__}:WAN21_T2V_14B",
-        pipeline_class_names=("WanPipeline",),
-        hub_ids=("Wan-AI/Wan2.1-T2V-14B-Diffusers",),
+        name="wan2.2-ti2v-5b",
+        pipeline=_TEXT_IMAGE,
+        config=f"{__name__}:WAN22_TI2V_5B",
+        # diffusers has two pipelines for one checkpoint, and either may have saved it.
+        pipeline_class_names=("WanPipeline", "WanImageToVideoPipeline"),
+        requires=("expand_timesteps",),
+        hub_ids=("Wan-AI/Wan2.2-TI2V-5B-Diffusers",),
         licence=_LICENCE,
     ),
 )

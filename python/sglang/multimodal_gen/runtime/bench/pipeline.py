@@ -117,7 +117,7 @@ class PipelineBench:
         else:
             self.request |= {"return_frames": True}
         self.params = SamplingParams.from_values(self.request).filled_from(model.defaults, GENERAL_DEFAULTS)
-        self.step_cost = 0.0
+        self.tokens: dict[str, float] = {}
         self.notes: tuple[str, ...] = ()
 
     def turns(self) -> list[Turn]:
@@ -160,8 +160,8 @@ class PipelineBench:
 
     def _note_started(self, started: Started) -> None:
         self.notes = tuple(dict.fromkeys((*self.notes, *started.notes)))
-        # A phase's cost counts the tokens of all its rows.
-        self.step_cost = sum(phase.cost for phase in started.phases if phase.lane == "denoise")
+        # A phase's cost counts the tokens of all rows of one unit.
+        self.tokens = {phase.name: phase.units * phase.cost for phase in started.phases if phase.lane == "denoise"}
 
     def _run_reference(self, seed: int) -> ReferenceDone:
         assert self.reference is not None, "there is something to compare with"
@@ -177,14 +177,12 @@ class PipelineBench:
     def result(self, turns: list[Turn], ready: ReferenceReady | None, cost: CostResult | None) -> PipelineResult:
         """What the repeats say together."""
         one_by_one = alone(turns)
-        num_steps = self.params.num_inference_steps
-        assert num_steps is not None, "a request has run"
         asked = msgspec.to_builtins(dataclasses.replace(self.params, output_path=None))  # which is gone
         return PipelineResult(
             model=self.model,
             request={name: value for name, value in asked.items() if value is not None},
             alone=one_by_one,
-            rates=phase_rates(one_by_one, cost, num_steps=num_steps, step_cost=self.step_cost),
+            rates=phase_rates(one_by_one, cost, self.tokens),
             together=together(turns),
             reference=beside_reference(turns, ready),
             notes=self.notes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,17 +187,17 @@ def beside_reference(turns: Sequence[Turn], ready: ReferenceReady | None) -> Ref
     )
 
 
-def phase_rates(measured: Alone, cost: CostResult | None, *, num_steps: int, step_cost: float) -> dict[str, PhaseRate]:
-    """Of the phases whose FLOPs were counted. `step_cost` is the tokens of all rows of a step."""
+def phase_rates(measured: Alone, cost: CostResult | None, tokens: Mapping[str, float]) -> dict[str, PhaseRate]:
+    """Of the phases whose FLOPs were counted. `tokens`: by denoising phase, those of all rows of all its steps."""
     if cost is None:
         return {}
-    num_rows = step_cost / cost.num_tokens
-    flops = {_DENOISE: round(cost.step_flops * num_rows * num_steps), _DECODE: cost.decode_flops}
+    flops = {phase: round(cost.step_flops * count / cost.num_tokens) for phase, count in tokens.items()}
+    flops[_DECODE] = cost.decode_flops
     rates = {}
     for phase, count in flops.items():
         if phase in measured.stage_seconds and count:
             achieved = count / measured.stage_seconds[phase].median
-            matmul = cost.matmul_flops_per_second[phase]
+            matmul = cost.matmul_flops_per_second[_DENOISE if phase in tokens else phase]
             rates[phase] = PhaseRate(
                 flops=count,
                 flops_per_second=achieved,

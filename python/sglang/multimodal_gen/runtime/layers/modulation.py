@@ -14,7 +14,10 @@ from sglang.multimodal_gen.runtime.layers.norm import FP32LayerNorm
 
 
 class Modulation(NamedTuple):
-    """Three fp32 tensors [B, 1 or S, D]: one value per sample, or one per token."""
+    """Three fp32 tensors [B, G, D]: one value for each of G groups of neighbouring tokens.
+
+    One group is the whole sample, S groups are single tokens; what lies between is, say, the frames of a video.
+    """
 
     shift: Tensor
     scale: Tensor
@@ -31,7 +34,11 @@ class Modulation(NamedTuple):
 
     def add_gated(self, residual: Tensor, update: Tensor) -> Tensor:
         """residual + gate · update, [B, S, D] each, summed in fp32 and returned in the residual's dtype."""
-        return torch.addcmul(residual.float(), update.float(), self.gate).to(residual.dtype)
+        groups = self.gate.shape[1]
+        summed = torch.addcmul(
+            grouped(residual.float(), groups), grouped(update.float(), groups), self.gate.unsqueeze(2)
+        )
+        return summed.flatten(1, 2).to(residual.dtype)
 
 
 class PartedEmbedding(NamedTuple):
@@ -76,12 +83,18 @@ class PartedModulation(NamedTuple):
 
 
 def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """normed · (1 + scale) + shift; [B, S, D] with shift and scale [B, 1 or S, D]."""
-    return torch.addcmul(shift, normed.float(), 1 + scale)
+    """normed · (1 + scale) + shift; [B, S, D] with shift and scale [B, G, D]."""
+    tokens = grouped(normed.float(), shift.shape[1])
+    return torch.addcmul(shift.unsqueeze(2), tokens, 1 + scale.unsqueeze(2)).flatten(1, 2)
+
+
+def grouped(tokens: Tensor, num_groups: int) -> Tensor:
+    """[B, S, D] -> [B, G, S/G, D], a view."""
+    return tokens.unflatten(1, (num_groups, -1))
 
 
 def split_modulations(table: Tensor, temb: Tensor) -> tuple[Modulation, ...]:
-    """The learnt table [3·N, D] plus the embedding [B, 1 or S, 3·N, D] -> N modulations, in fp32.
+    """The learnt table [3·N, D] plus the embedding [B, 1 or S or G, 3·N, D] -> N modulations, in fp32.
 
     Dimensions of one may stand before either's last two, and come back with the modulations.
     """

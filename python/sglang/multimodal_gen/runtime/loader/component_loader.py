@@ -19,6 +19,7 @@ from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.errors import CorruptCheckpoint, InvalidRequest, UnsupportedModel
 from sglang.multimodal_gen.registry import read_json_object
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.loader.image_processor import ImageProcessor, load_image_processor
 from sglang.multimodal_gen.runtime.loader.tokenizer import TextTokenizer, load_tokenizer
 from sglang.multimodal_gen.runtime.loader.weight_utils import StoredWeights, open_weights, tensors_of
 
@@ -118,6 +119,14 @@ class Tokenizer:
 
     def __call__(self, directory: Path, class_name: str, context: LoadContext) -> TextTokenizer:
         return context.source.tokenizer(directory)
+
+
+@dataclass(frozen=True)
+class ImagePreprocessor:
+    """A component that makes pixels of pictures for an image encoder; any class that says how in its JSON file."""
+
+    def __call__(self, directory: Path, class_name: str, context: LoadContext) -> ImageProcessor:
+        return load_image_processor(directory)
 
 
 @dataclass(frozen=True)

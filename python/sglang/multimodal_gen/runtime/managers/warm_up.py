@@ -64,7 +64,8 @@ def input_shapes(limits: InputLimits, params: SamplingParams) -> InputShapes:
     assert params.height is not None and params.width is not None, "the parameters are complete"
     image = (params.height, params.width, 3)
     video = (params.num_frames or 1, *image) if limits.requires_video else None
-    return InputShapes(images=(image,) * limits.min_images, video=video)
+    last_image = image if limits.requires_last_image else None
+    return InputShapes(images=(image,) * limits.min_images, last_image=last_image, video=video)
 
 
 @dataclass

@@ -122,7 +122,7 @@ class KontextDenoiser(FluxDenoiser):
 class FluxKontextPipeline(FluxPipeline):
     """Edits a picture as a text says; without one it makes a picture from the text."""
 
-    own_parameters: ClassVar[frozenset[str]] = frozenset({"true_cfg_scale", "max_area", "auto_resize"})
+    own_parameters: ClassVar[frozenset[str]] = frozenset({"true_cfg_scale", "auto_resize"})
 
     def create_pipeline_stages(self) -> list[Stage]:
         guidance, geometry, denoiser = DistilledGuidance(), self.geometry(), KontextDenoiser(self)

@@ -19,20 +19,27 @@ from sglang.multimodal_gen.runtime.pipelines_core.workload import (
 )
 
 _MIDDLE_TIMESTEP = 500.0
+_IMAGE_TOKENS = 257
+"""Of one picture, as the published image encoder gives them."""
 
 
 class WanDenoising(Workload):
     """One velocity prediction for each row."""
 
     def inputs(self, configs: Mapping[str, ModelConfig], size: WorkSize, draw: Drawing) -> Inputs:
-        """Latents [B, C, T, H, W], timesteps [B], text [B, L, text_dim]."""
+        """Latents [B, C, T, H, W], timesteps [B], text [B, L, text_dim], and for models with an image encoder its
+        tokens [B, I, image_dim], of two pictures [2·B, I, image_dim]."""
         config = configs[self.component]
         assert isinstance(config, WanTransformerConfig), "the component of a Wan pipeline"
-        return (
-            draw.normal(size.batch_size, *size.latent_shape),
+        inputs = (
+            draw.normal(size.batch_size, config.in_channels, *size.latent_shape[1:]),
             draw.full(_MIDDLE_TIMESTEP, size.batch_size),
             draw.normal(size.batch_size, size.num_text_tokens, config.text_dim),
         )
+        if config.image_dim is None:
+            return inputs
+        num_pictures = 1 if config.pos_embed_seq_len is None else 2
+        return (*inputs, draw.normal(num_pictures * size.batch_size, _IMAGE_TOKENS, config.image_dim))
 
     def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
         """[B, C, T, H, W]."""

@@ -69,6 +69,8 @@ class ComposedPipelineBase:
     """Those of them that are None where `model_index.json` has null."""
     own_parameters: ClassVar[frozenset[str]] = frozenset()
     """Those of `PARAMETERS_OF_SOME` that the family reads; a request with another is refused."""
+    index_values: ClassVar[tuple[str, ...]] = ()
+    """Keys of `model_index.json` that hold a plain value: attributes too, None where the key is missing."""
     workloads: ClassVar[Mapping[str, Workload]] = {}
     """What benchmarks run: `dit`, `vae_decode`, `vae_encode`, `encoder`, as far as the family has them."""
     takes_diffusers_kwargs: ClassVar[bool] = False
@@ -110,6 +112,11 @@ class ComposedPipelineBase:
     # What a family says
 
     @classmethod
+    def leaves_out(cls, component: str, index: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint with this `model_index.json` has no such component, and may have none."""
+        return component in cls.optional_components and index.get(component) in (None, [None, None])
+
+    @classmethod
     def check_model_index(cls, index: Mapping[str, Any]) -> None:
         """Refuse checkpoints whose `model_index.json` asks for what the family cannot do yet."""
 
@@ -125,6 +132,10 @@ class ComposedPipelineBase:
 
     def check_components(self) -> None:
         """Refuse checkpoints whose components do not fit together."""
+
+    def read_parameters(self) -> frozenset[str]:
+        """`own_parameters`, for a family whose checkpoints differ in them."""
+        return self.own_parameters
 
     def create_pipeline_stages(self) -> list[Stage]:
         """The stages in order."""
@@ -212,10 +223,10 @@ class ComposedPipelineBase:
     def _load_components(cls, directory: Path, context: LoadContext, report: Report) -> dict[str, Any]:
         index = read_model_index(directory)
         cls.check_model_index(index)
-        components: dict[str, Any] = {}
+        components: dict[str, Any] = {name: index.get(name) for name in cls.index_values}
         for name, load in cls.components.items():
             listed = index.get(name)
-            if name in cls.optional_components and listed in (None, [None, None]):
+            if cls.leaves_out(name, index):
                 components[name] = None
                 continue
             if not isinstance(listed, list) or len(listed) != 2 or not isinstance(listed[1], str):
@@ -263,14 +274,12 @@ class ComposedPipelineBase:
         params = params.filled_from(self.defaults, GENERAL_DEFAULTS)
         if params.diffusers_kwargs is not None and not self.takes_diffusers_kwargs:
             raise UnsupportedParameter("diffusers_kwargs", f"{self.name} is not run by diffusers")
-        for name in sorted(PARAMETERS_OF_SOME - self.own_parameters):
-            if getattr(params, name) is not None:
-                raise UnsupportedParameter(name, f"{self.name} has no use for it")
+        limits = self.limits()
+        self._check_parameters(params, limits)
         if params.seed is None:
             params = dataclasses.replace(params, seed=secrets.randbelow(MAX_SEED + 1))
         elif isinstance(params.seed, tuple):
             params = dataclasses.replace(params, seed=params.seed[0])
-        limits = self.limits()
         limits.inputs.check(inputs.given)
         params = limits.sized(params)
         req = Req(request_id=request_id, params=params, inputs=inputs)
@@ -279,6 +288,14 @@ class ComposedPipelineBase:
         req.phases = self._phases(req)
         self._check_memory(req)
         return req
+
+    def _check_parameters(self, params: SamplingParams, limits: TaskLimits) -> None:
+        read = set(self.read_parameters())
+        if limits.size_from_image is not None or limits.area_rule is not None:
+            read.add("max_area")
+        for name in sorted(PARAMETERS_OF_SOME - read):
+            if getattr(params, name) is not None:
+                raise UnsupportedParameter(name, f"{self.name} has no use for it")
 
     def _phases(self, req: Req) -> tuple[Phase, ...]:
         return tuple(phase for stage in self.stages if (phase := stage.phase(req)) is not None)

@@ -78,7 +78,12 @@ def find_model(model: ModelArgs, workload: str, parent: Parent) -> BenchModel:
             param="model_path",
         )
     assert resolved.local_path is not None and resolved.entry is not None, "found with its directory"
-    natives = {name: load for name, load in pipeline_class.components.items() if isinstance(load, NativeModule)}
+    index = read_model_index(resolved.local_path)
+    natives = {
+        name: load
+        for name, load in pipeline_class.components.items()
+        if isinstance(load, NativeModule) and not pipeline_class.leaves_out(name, index)
+    }
     return BenchModel(
         directory=resolved.local_path,
         pipeline_class=pipeline_class,

@@ -32,8 +32,7 @@ _DENOISING_WORKLOAD = "dit"
 # SamplingParams that a call of diffusers' takes under the same name.
 _ARGUMENTS = (
     "prompt", "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale",
-    "cfg_normalization", "cfg_truncation",
-    "max_sequence_length",
+    "guidance_scale_2", "cfg_normalization", "cfg_truncation", "max_sequence_length",
 )  # fmt: skip
 _SHIFTS = ("flow_shift", "shift")
 
@@ -72,9 +71,14 @@ def load_pipeline(task: ReferenceTask, model: BenchModel, context: LoadContext) 
 
 
 def _random_components(model: BenchModel, context: LoadContext) -> dict[str, Any]:
-    """Each component of ours, then its counterpart with the same tensors."""
-    components: dict[str, Any] = {}
+    """Each component of ours, then its counterpart with the same tensors; and the index's plain values."""
+    index = read_model_index(model.directory)
+    components: dict[str, Any] = {
+        name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list)
+    }
     for name, load in model.pipeline_class.components.items():
+        if model.pipeline_class.leaves_out(name, index):
+            continue
         directory, listed = model.directory / name, model.listed(name)
         ours = load(directory, listed[1], context)
         if isinstance(load, NativeModule):

@@ -4,7 +4,7 @@ Source: arXiv:2503.20314, https://github.com/Wan-Video/Wan2.1. Parameter names a
 checkpoints.
 
 Shapes: B batch, C latent channels, T, H, W latent frames, height, width; S video tokens (one per patch), L text tokens,
-I image tokens, D hidden_size, N heads of this rank, E head_dim.
+I image tokens, D hidden_size, N heads of this rank, E head_dim, G groups of tokens with a timestep of their own.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class WanBlock(nn.Module):
         temb: Tensor,
         freqs_cis: Tensor,
     ) -> Tensor:
-        """[B, S, D]; [B, L, D] and its mask; [B, I, D] or None; [B, 1 or S, 6, D]; the rotary table -> [B, S, D]."""
+        """[B, S, D]; [B, L, D] and its mask; [B, I, D] or None; [B, G, 6, D]; the rotary table -> [B, S, D]."""
         dtype = hidden_states.dtype
         attn_mod, mlp_mod = split_modulations(self.scale_shift_table, temb)
         # Norm and modulation stay in fp32 together; only their result is rounded.
@@ -123,7 +123,7 @@ class WanConditionEmbedder(nn.Module):
         )
 
     def embed_time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[B, 1 or S] -> the embedding [B, 1 or S, D] and the blocks' modulation [B, 1 or S, 6, D]."""
+        """[B, G] -> the embedding [B, G, D] and the blocks' modulation [B, G, 6, D]."""
         temb = self.time_embedder(sinusoidal_embedding(timestep, self.freq_dim)).to(dtype)
         return temb, self.time_proj(nn.functional.silu(temb)).unflatten(-1, (6, -1))
 
@@ -169,7 +169,8 @@ class WanTransformer3DModel(nn.Module):
     ) -> Tensor:
         """Latents [B, C, T, H, W], timesteps in 0 … 1000 -> velocity [B, C_out, T, H, W].
 
-        `timestep` is [B], or [B, S] where tokens differ (Wan2.2 5B). Text [B, L, text_dim], image [B, I, image_dim].
+        `timestep` is [B], or [B, G] for G groups of neighbouring tokens, one for each latent frame (Wan2.2 5B: those of
+        a given picture are at 0) or for each token. Text [B, L, text_dim], image [B, I, image_dim].
         `text_lengths`: from there on a row of text is padding, all zeros; it counts all the same, computed once.
 
         Raises:

@@ -102,6 +102,13 @@ class AutoencoderKLWan(nn.Module):
             moments = tiling.scaled(ratio).join(tiles, height // ratio, width // ratio)
         return LatentDistribution.of_moments(moments)
 
+    def encode_next(self, video: Tensor, state: TemporalState) -> LatentDistribution:
+        """The next frames [B, 3, T, H, W] of the clip -> the distribution of their latent frames.
+
+        T is k·t, or 1 + k·(t - 1) at the start of the clip. A new clip wants a new `TemporalState(carry=True)`.
+        """
+        return LatentDistribution.of_moments(self._moments(patchify(video, self.config.patch_size or 1), state))
+
     def decode(self, latents: Tensor, *, chunk_frames: int | None = None, tiling: Tiling | None = None) -> Tensor:
         """Latents [B, Z, t, h, w] -> video [B, 3, T, H, W] in [-1, 1], `chunk_frames` latent frames at a time."""
         return torch.cat(list(self.decode_chunks(latents, chunk_frames=chunk_frames, tiling=tiling)), dim=2)
@@ -154,12 +161,14 @@ class AutoencoderKLWan(nn.Module):
         # The first latent frame takes one video frame, so every chunk ends one frame after a multiple of the ratio.
         ends = [*range(step - ratio + 1, num_frames, step), num_frames] if chunk_frames else [num_frames]
         state = TemporalState(carry=len(ends) > 1)
-        moments = []
-        for start, end in zip([0, *ends], ends, strict=False):
-            chunk = patches[:, :, start:end].contiguous(memory_format=torch.channels_last_3d)
-            moments.append(self.quant_conv(self.encoder(chunk, state), state))
-            state.advance()
-        return torch.cat(moments, dim=2)
+        chunks = (patches[:, :, start:end] for start, end in zip([0, *ends], ends, strict=False))
+        return torch.cat([self._moments(chunk, state) for chunk in chunks], dim=2)
+
+    def _moments(self, patches: Tensor, state: TemporalState) -> Tensor:
+        patches = patches.contiguous(memory_format=torch.channels_last_3d)
+        moments = self.quant_conv(self.encoder(patches, state), state)
+        state.advance()
+        return moments
 
     def _check_video(self, video: Tensor) -> None:
         num_frames, height, width = video.shape[2:]

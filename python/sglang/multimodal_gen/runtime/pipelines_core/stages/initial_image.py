@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sglang.multimodal_gen.configs.request_plan import Phase
-from sglang.multimodal_gen.errors import InvalidValue
+from sglang.multimodal_gen.errors import IncompatibleParameters, InvalidValue
 from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory
 from sglang.multimodal_gen.runtime.pipelines_core.pictures import clip_of, latent_mask, mask_of
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
@@ -35,7 +35,7 @@ class LatentEncoder(Protocol):
 class InitialImageStage(Stage):
     """Latents of the picture or clip that a request starts from, for models that are trained on text alone.
 
-    A picture stands for every frame. It comes before the stages that plan the steps and draw the noise: they begin
+    It comes before the stages that plan the steps and draw the noise: they begin
     where `strength` says.
     """
 
@@ -62,11 +62,18 @@ class InitialImageStage(Stage):
         self.default_strength = default_strength
 
     def admit(self, req: Req) -> None:
-        """Raises InvalidValue for a clip that is shorter than what is to be made."""
+        """Raises InvalidValue for a clip that is shorter than what is to be made, IncompatibleParameters for a picture
+        where a clip is to be made, which models of text alone cannot set in motion."""
         frames = starting_frames(req)
         if frames is None:
             return
         num_frames = req.params.num_frames or 1
+        if req.inputs.video is None and num_frames > 1:
+            raise IncompatibleParameters(
+                f"image_path: this model makes videos of a text or a video, accepted is an image with num_frames 1 "
+                f"(got {num_frames})",
+                param="image_path",
+            )
         if len(frames) < num_frames:
             raise InvalidValue("num_frames", num_frames, f"at most the {len(frames)} frames of the video")
         req.strength = self.default_strength if req.params.strength is None else req.params.strength
@@ -111,10 +118,10 @@ class InitialImageStage(Stage):
 
 
 def starting_frames(req: Req) -> Sequence[np.ndarray] | None:
-    """The clip's frames, or the picture for each frame; None for a request that starts from noise alone."""
+    """The clip's frames, or the picture; None for a request that starts from noise alone."""
     if req.inputs.video is not None:
         return list(req.inputs.video)
-    return [req.inputs.images[0]] * (req.params.num_frames or 1) if req.inputs.images else None
+    return req.inputs.images[:1] or None
 
 
 def hold_outside_mask(req: Req, latents: Tensor) -> Tensor:

@@ -32,10 +32,12 @@ class TimestepPreparationStage(Stage):
         default: str | None = None,
         spacing: Callable[[int], np.ndarray] | None = None,
         num_tokens: Callable[[Req], int] | None = None,
+        rounds_strength_down: bool = False,
     ) -> None:
         """`schedulers`: the names that requests may choose, empty: all. `default`: the name of those that choose none.
         `spacing`: the noise levels before the shift, by the number of steps, for samplers that take them.
-        `num_tokens`: the picture's or clip's tokens, on which a dynamic shift depends.
+        `num_tokens`: the picture's or clip's tokens, on which a dynamic shift depends. `rounds_strength_down`: of the
+        steps that a request's strength leaves, a fraction counts as none.
 
         Raises: InvalidRequest when the checkpoint's own sampler or the default cannot be had.
         """
@@ -43,6 +45,7 @@ class TimestepPreparationStage(Stage):
         self.schedulers = schedulers
         self.spacing = spacing
         self.num_tokens = num_tokens
+        self.rounds_strength_down = rounds_strength_down
         self.own_sampler = build_sampler(scheduler_config)
         self._sampler(default)  # refused when the model is loaded rather than with each request
 
@@ -55,7 +58,7 @@ class TimestepPreparationStage(Stage):
         schedule = req.sampler.schedule(
             params.num_inference_steps, shift=params.flow_shift, mu=self._mu(req), sigmas=self._sigmas(req)
         )
-        req.sampler_state = req.sampler.begin(schedule, strength=req.strength)
+        req.sampler_state = req.sampler.begin(schedule, strength=req.strength, round_down=self.rounds_strength_down)
 
     def _mu(self, req: Req) -> float | None:
         if self.num_tokens is None or not self.scheduler_config.get("use_dynamic_shifting", False):
