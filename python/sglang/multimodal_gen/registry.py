@@ -18,7 +18,7 @@ from typing import Any
 
 from sglang.multimodal_gen.configs.declare import hint
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
-from sglang.multimodal_gen.configs.pipeline_configs import flux, hunyuan_video, qwen_image, sd3, wan, zimage
+from sglang.multimodal_gen.configs.pipeline_configs import flux, hunyuan_video, ltx, qwen_image, sd3, wan, zimage
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import (
@@ -78,6 +78,7 @@ _NULL = ModelEntry(
 _BUILTIN: tuple[ModelEntry, ...] = (
     *wan.ENTRIES,
     *flux.ENTRIES,
+    *ltx.ENTRIES,
     *qwen_image.ENTRIES,
     *hunyuan_video.ENTRIES,
     *sd3.ENTRIES,

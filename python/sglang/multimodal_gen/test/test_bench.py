@@ -346,6 +346,7 @@ def test_a_child_s_error_ends_the_benchmark_in_one_sentence(capsys: Capture) -> 
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("sglang: error: model_path: the package has no configs of nobody/nothing; known are ")
+    assert " Wan-AI/" in err
 
 
 def test_dit_from_the_command_line_shows_a_table_and_writes_json(

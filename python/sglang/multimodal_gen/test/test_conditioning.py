@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.configs.sample.sampling_params import PARAMETERS_OF_SOME, SamplingParams
+from sglang.multimodal_gen.errors import UnsupportedParameter
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.conditioning_cache import ConditioningCache
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import ClassifierFreeGuidance, renormed
@@ -87,3 +88,11 @@ def test_renormed_guidance_has_the_conditional_length() -> None:
     result = renormed(guided, conditional, dim=0)
     torch.testing.assert_close(result.norm(dim=0), conditional.norm(dim=0))
     torch.testing.assert_close(result / result.norm(dim=0), guided / guided.norm(dim=0))
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS_OF_SOME))
+def test_a_parameter_that_the_model_has_no_use_for_is_refused(name: str, wan_checkpoint: Callable[[str], Path]) -> None:
+    pipeline = build_pipeline(str(wan_checkpoint("plain")), ExecutionArgs(device="cpu"))
+    value = {"max_area": 1024, "auto_resize": True}.get(name, 0.5)
+    with pytest.raises(UnsupportedParameter, match=f"{name}: not supported here, .* has no use for it"):
+        pipeline.admit("r", SamplingParams.from_values(VALUES | {name: value}))

@@ -117,7 +117,8 @@ def units_of(pipeline: Any, req: Req) -> Iterator[list[OutputBatch]]:
     for phase in req.phases:
         for _ in range(phase.units):
             with torch.inference_mode():
-                yield pipeline.run_unit(phase.name, [req])
+                outputs = pipeline.run_unit(phase.name, [req])
+            yield outputs  # outside, since whoever leaves a generator early would stay in its mode
 
 
 def generate(pipeline: Any, wish: dict[str, Any]) -> tuple[np.ndarray, Req]:

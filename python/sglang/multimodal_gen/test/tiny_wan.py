@@ -61,7 +61,9 @@ def randomised(model: Model, seed: int = 0) -> Model:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name and name.endswith(("weight", "gamma")):
+            if parameter.ndim == 0:  # a factor, such as from a timestep's unit to another
+                parameter.mul_(1 + 0.1 * noise)
+            elif "norm" in name and name.endswith(("weight", "gamma")):
                 parameter.copy_(1 + 0.3 * noise)
             elif name.endswith(("bias", "table", "pos_embed")):
                 parameter.copy_(0.3 * noise)

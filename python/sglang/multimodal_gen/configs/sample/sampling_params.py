@@ -409,6 +409,14 @@ def _texts_in(value: Any) -> Iterator[str]:
             yield from _texts_in(item)
 
 
+PARAMETERS_OF_SOME = frozenset(
+    {
+        *("true_cfg_scale", "guidance_scale_2", "cfg_normalization", "cfg_truncation", "boundary_ratio"),
+        *("decode_timestep", "decode_noise_scale", "image_cond_noise_scale", "max_area", "auto_resize"),
+    }
+)
+"""What only some models have; the others refuse it rather than ignore it."""
+
 # Last in the order of precedence: flag > env > YAML > model default > these.
 GENERAL_DEFAULTS = SamplingParams(
     num_frames=1, fps=24, num_inference_steps=50, guidance_scale=1.0, guidance_rescale=0.0, save_output=False

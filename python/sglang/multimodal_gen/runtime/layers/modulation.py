@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.runtime.layers.embeddings import TimestepEmbedding, sinusoidal_embedding
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.norm import FP32LayerNorm
 
@@ -93,8 +94,11 @@ def grouped(tokens: Tensor, num_groups: int) -> Tensor:
 
 
 def split_modulations(table: Tensor, temb: Tensor) -> tuple[Modulation, ...]:
-    """The learnt table [1, 3·N, D] plus the embedding [B, G, 3·N, D] -> N modulations, in fp32."""
-    parts = (table.float() + temb.float()).unbind(2)
+    """The learnt table [3·N, D] plus the embedding [B, G, 3·N, D] -> N modulations, in fp32.
+
+    Dimensions of one may stand before either's last two, and come back with the modulations.
+    """
+    parts = (table.float() + temb.float()).unbind(-2)
     return tuple(Modulation(*parts[first : first + 3]) for first in range(0, len(parts), 3))
 
 
@@ -118,6 +122,26 @@ class AdaLayerNormZero(nn.Module):
 
     def _modulations(self, temb: Tensor) -> tuple[Modulation, ...]:
         return modulations_of(self.linear(F.silu(temb)), self.num_modulations)
+
+
+class AdaLayerNormSingle(nn.Module):
+    """What the timestep embedding gives to all blocks alike; each adds its own table. Source: arXiv:2310.00426.
+
+    Keys: `emb.timestep_embedder`, `linear`.
+    """
+
+    def __init__(self, hidden_size: int, *, num_values: int = 6, frequency_dim: int = 256) -> None:
+        super().__init__()
+        self.num_values = num_values
+        self.frequency_dim = frequency_dim
+        self.emb = nn.ModuleDict({"timestep_embedder": TimestepEmbedding(frequency_dim, hidden_size)})
+        self.linear = ReplicatedLinear(hidden_size, num_values * hidden_size)
+
+    def forward(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Timesteps [...] in 0 … 1000 -> N values [..., N, D] for the blocks, and the embedding itself [..., D]."""
+        frequencies = sinusoidal_embedding(timestep, self.frequency_dim).to(dtype)
+        temb = self.emb["timestep_embedder"](frequencies)
+        return self.linear(F.silu(temb)).unflatten(-1, (self.num_values, -1)), temb
 
 
 class AdaLayerNormContinuous(nn.Module):

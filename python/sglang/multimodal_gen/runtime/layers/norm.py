@@ -23,6 +23,11 @@ class FP32LayerNorm(nn.LayerNorm):
         return normed.to(hidden_states.dtype)
 
 
+def rms_normed(hidden_states: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm without a weight: [..., D] -> [..., D] in fp32."""
+    return F.rms_norm(hidden_states.float(), hidden_states.shape[-1:], eps=eps)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, with a weight; the mean runs over all ranks of the axis."""
 

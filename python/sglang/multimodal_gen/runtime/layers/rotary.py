@@ -5,10 +5,12 @@ A table holds cosine and sine of each rotation in fp32, [1, S, 1, E/2, 2] for S 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -62,6 +64,23 @@ def rotary_table(
         angles.append(positions[..., axis, None].to(precision) * (1.0 / theta**exponents))
     joined = torch.cat(angles, dim=-1).unsqueeze(2).to(rounded_to or precision)
     return torch.stack((joined.cos(), joined.sin()), dim=-1).float()
+
+
+def fractional_rotary_table(positions: Tensor, hidden_size: int, num_heads: int, *, theta: float = 10000.0) -> Tensor:
+    """Table over all heads' channels for fp32 positions [S, A] or [B, S, A] -> [1 or B, S, N, E/2, 2], fp32.
+
+    The A positions of a token are fractions of some largest one. Frequencies grow from π/2 to theta · π/2 over the
+    whole width and alternate between the axes; channels that are left over stand in front and are not rotated. Angles
+    are rounded to fp32, as models of this kind were trained. Source: https://github.com/Lightricks/LTX-Video
+    """
+    if positions.ndim == 2:
+        positions = positions.unsqueeze(0)
+    num_frequencies = hidden_size // (2 * positions.shape[-1])
+    exponents = torch.linspace(0.0, 1.0, num_frequencies, dtype=torch.float32, device=positions.device)
+    frequencies = theta**exponents * math.pi / 2
+    angles = (frequencies * (positions.unsqueeze(-1) * 2 - 1)).transpose(-1, -2).flatten(2)
+    angles = F.pad(angles, (hidden_size // 2 - angles.shape[-1], 0))
+    return torch.stack((angles.cos(), angles.sin()), dim=-1).unflatten(2, (num_heads, -1))
 
 
 def grid_positions(*sizes: int, device: torch.device | None = None) -> Tensor:

@@ -57,9 +57,9 @@ class RandomSource:
 
 
 def _scale_and_mean(name: str, tensor: Tensor) -> tuple[float, float]:
-    """Matrices and kernels by their fan-in, factors of norms around one, all else small around zero."""
+    """Matrices and kernels by their fan-in, factors and spreads around one, all else small around zero."""
     is_norm = name.endswith("gamma") or (name.endswith("weight") and "norm" in name)
-    if is_norm:
+    if is_norm or name.endswith("_std"):
         return 0.1, 1.0
     if tensor.ndim < 2:
         return 0.1, 0.0

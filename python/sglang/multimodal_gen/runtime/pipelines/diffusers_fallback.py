@@ -17,7 +17,7 @@ from torch import nn
 
 from sglang.multimodal_gen.configs.model_info import ModelInfo, TaskLimits
 from sglang.multimodal_gen.configs.request_plan import Lane, Phase
-from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.configs.sample.sampling_params import PARAMETERS_OF_SOME, SamplingParams
 from sglang.multimodal_gen.errors import InvalidState, UnsupportedParameter
 from sglang.multimodal_gen.registry import ResolvedModel, load_config, read_model_index
 from sglang.multimodal_gen.runtime.pipelines.diffusers_call import LibraryCall, SharedProcessors, private_copy
@@ -36,6 +36,7 @@ class DiffusersPipeline(ComposedPipelineBase):
     """Runs each request in a copy of diffusers' pipeline that shares the weights; requests share no forward."""
 
     takes_diffusers_kwargs: ClassVar[bool] = True
+    own_parameters: ClassVar[frozenset[str]] = PARAMETERS_OF_SOME  # the call refuses what it does not take
     library: Any
     signature: CallSignature
     reason: str

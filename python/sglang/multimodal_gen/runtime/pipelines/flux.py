@@ -150,6 +150,7 @@ def flux_rotary_table(
 class FluxPipeline(PicturePipelineBase):
     """Text to image with FLUX.1 dev, schnell and their fine-tunes."""
 
+    own_parameters: ClassVar[frozenset[str]] = frozenset({"true_cfg_scale"})
     components: ClassVar[Mapping[str, ComponentLoader]] = {
         "tokenizer": Tokenizer(),
         "tokenizer_2": Tokenizer(),

@@ -122,6 +122,8 @@ class KontextDenoiser(FluxDenoiser):
 class FluxKontextPipeline(FluxPipeline):
     """Edits a picture as a text says; without one it makes a picture from the text."""
 
+    own_parameters: ClassVar[frozenset[str]] = frozenset({"true_cfg_scale", "max_area", "auto_resize"})
+
     def create_pipeline_stages(self) -> list[Stage]:
         guidance, geometry, denoiser = DistilledGuidance(), self.geometry(), KontextDenoiser(self)
         return [
@@ -208,6 +210,8 @@ class FillDenoiser(FluxDenoiser):
 
 class FluxFillPipeline(FluxPipeline):
     """Paints into the part of a picture that a mask covers."""
+
+    own_parameters: ClassVar[frozenset[str]] = frozenset()
 
     def create_pipeline_stages(self) -> list[Stage]:
         guidance, geometry = DistilledGuidance(), self.geometry()

@@ -73,6 +73,7 @@ class HunyuanVideoDenoiser(Denoiser):
 class HunyuanVideoPipeline(ComposedPipelineBase):
     """Text to video with HunyuanVideo and its fine-tunes; one frame gives an image."""
 
+    own_parameters: ClassVar[frozenset[str]] = frozenset({"true_cfg_scale"})
     components: ClassVar[Mapping[str, ComponentLoader]] = {
         "tokenizer": Tokenizer(),
         "tokenizer_2": Tokenizer(),

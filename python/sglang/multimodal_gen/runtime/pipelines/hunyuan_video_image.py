@@ -202,6 +202,7 @@ def with_first_frame(req: Req, latents: Tensor) -> Tensor:
 class HunyuanVideoImageToVideoPipeline(HunyuanVideoPipeline):
     """Image to video with HunyuanVideo-I2V, of which there are two kinds of transformer."""
 
+    own_parameters: ClassVar[frozenset[str]] = frozenset({"true_cfg_scale", "max_area"})
     components: ClassVar[Mapping[str, ComponentLoader]] = {
         **HunyuanVideoPipeline.components,
         "text_encoder": transformers_module("LlavaForConditionalGeneration"),
@@ -267,6 +268,7 @@ class ChannelDenoiser(HunyuanVideoDenoiser):
 class HunyuanSkyreelsImageToVideoPipeline(HunyuanVideoPipeline):
     """Image to video with SkyReels-V1: the text encoder does not see the picture."""
 
+    own_parameters: ClassVar[frozenset[str]] = frozenset({"true_cfg_scale", "max_area"})
     condition_types: ClassVar[Mapping[str | None, Any]] = {None: ChannelDenoiser}
 
     def create_pipeline_stages(self) -> list[Stage]:

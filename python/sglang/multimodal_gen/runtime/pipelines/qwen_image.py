@@ -141,6 +141,7 @@ class QwenImageDenoiser(Denoiser):
 class QwenImagePipeline(ComposedPipelineBase):
     """Text to image with Qwen-Image and its fine-tunes."""
 
+    own_parameters: ClassVar[frozenset[str]] = frozenset({"true_cfg_scale"})
     components: ClassVar[Mapping[str, ComponentLoader]] = {
         "tokenizer": Tokenizer(),
         "text_encoder": transformers_module("Qwen2_5_VLForConditionalGeneration", part="model.language_model"),

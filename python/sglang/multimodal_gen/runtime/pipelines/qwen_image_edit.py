@@ -117,6 +117,7 @@ class PictureEncodingStage(Stage):
 class QwenImageEditPipeline(QwenImagePipeline):
     """Editing of one picture."""
 
+    own_parameters: ClassVar[frozenset[str]] = frozenset({"true_cfg_scale", "max_area"})
     rules: ClassVar[EditingRules] = ONE_PICTURE
     components: ClassVar[Mapping[str, ComponentLoader]] = {
         **QwenImagePipeline.components,

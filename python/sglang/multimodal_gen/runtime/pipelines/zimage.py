@@ -136,6 +136,7 @@ class ZImageDenoiser(Denoiser):
 class ZImagePipeline(PicturePipelineBase):
     """Text to image with Z-Image, Z-Image-Turbo and their fine-tunes."""
 
+    own_parameters: ClassVar[frozenset[str]] = frozenset({"cfg_normalization", "cfg_truncation"})
     components: ClassVar[Mapping[str, ComponentLoader]] = {
         "tokenizer": ChatTokenizer(options=(("enable_thinking", True),)),
         "text_encoder": transformers_module("Qwen3Model", "Qwen3ForCausalLM"),

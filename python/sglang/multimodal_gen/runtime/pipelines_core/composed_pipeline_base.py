@@ -19,7 +19,12 @@ from sglang.multimodal_gen.configs.model_info import ModelInfo, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.request_plan import Phase
-from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, MAX_SEED, SamplingParams
+from sglang.multimodal_gen.configs.sample.sampling_params import (
+    GENERAL_DEFAULTS,
+    MAX_SEED,
+    PARAMETERS_OF_SOME,
+    SamplingParams,
+)
 from sglang.multimodal_gen.errors import InsufficientMemory, UnsupportedModel, UnsupportedParameter, shown
 from sglang.multimodal_gen.registry import ResolvedModel, load_config, read_model_index
 from sglang.multimodal_gen.runtime.layers.attention.registry import device_facts
@@ -64,6 +69,8 @@ class ComposedPipelineBase:
     """Those of them that are None where `model_index.json` has null."""
     index_values: ClassVar[tuple[str, ...]] = ()
     """Keys of `model_index.json` that hold a plain value: attributes too, None where the key is missing."""
+    own_parameters: ClassVar[frozenset[str]] = frozenset()
+    """Those of `PARAMETERS_OF_SOME` that the family reads; a request with another is refused."""
     workloads: ClassVar[Mapping[str, Workload]] = {}
     """What benchmarks run: `dit`, `vae_decode`, `vae_encode`, `encoder`, as far as the family has them."""
     takes_diffusers_kwargs: ClassVar[bool] = False
@@ -263,6 +270,9 @@ class ComposedPipelineBase:
         params = params.filled_from(self.defaults, GENERAL_DEFAULTS)
         if params.diffusers_kwargs is not None and not self.takes_diffusers_kwargs:
             raise UnsupportedParameter("diffusers_kwargs", f"{self.name} is not run by diffusers")
+        for name in sorted(PARAMETERS_OF_SOME - self.own_parameters):
+            if getattr(params, name) is not None:
+                raise UnsupportedParameter(name, f"{self.name} has no use for it")
         if params.seed is None:
             params = dataclasses.replace(params, seed=secrets.randbelow(MAX_SEED + 1))
         elif isinstance(params.seed, tuple):

@@ -55,3 +55,9 @@ def text_mask(
         positions = torch.arange(num_text_tokens + num_image_tokens, device="cpu")
         padded = (positions >= torch.tensor(lengths).unsqueeze(-1)) & (positions < num_text_tokens)
         return ~padded[:, None, None].to(device)
+
+
+def drop_padding(text: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """[B, L, D], padding from `lengths[b]` on in row b -> as few tokens as hold all others, and their `text_mask`."""
+    longest = max(lengths)
+    return text[:, :longest], text_mask(tuple(lengths), longest, 0, text.device)

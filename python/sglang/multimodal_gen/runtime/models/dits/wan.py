@@ -18,60 +18,24 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.dits.wan import WanTransformerConfig
 from sglang.multimodal_gen.errors import InvalidRequest
-from sglang.multimodal_gen.runtime.layers.attention.attention import Attention
 from sglang.multimodal_gen.runtime.layers.attention.padding import fold_padding
-from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerContext
+from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.embeddings import TextProjection, TimestepEmbedding, sinusoidal_embedding
-from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.mlp import FeedForward
 from sglang.multimodal_gen.runtime.layers.modulation import modulate, split_modulations
 from sglang.multimodal_gen.runtime.layers.norm import FP32LayerNorm, RMSNorm
-from sglang.multimodal_gen.runtime.layers.rotary import apply_rotary_emb, rotary_table_3d
+from sglang.multimodal_gen.runtime.layers.rotary import rotary_table_3d
+from sglang.multimodal_gen.runtime.layers.wide_attention import WideNormAttention, WideNormSelfAttention
 
 
-class WanAttention(nn.Module):
-    """Projections and query/key norms that self- and cross-attention share."""
-
-    def __init__(
-        self, config: WanTransformerConfig, context: LayerContext, plan: AttentionPlan, *, mask: bool = False
-    ) -> None:
-        super().__init__()
-        dim, axis = config.hidden_size, context.parallel.tp
-        self.num_heads = axis.share(config.num_attention_heads, "attention heads")
-        self.to_q = ColumnParallelLinear(dim, dim, axis=axis)
-        self.to_k = ColumnParallelLinear(dim, dim, axis=axis)
-        self.to_v = ColumnParallelLinear(dim, dim, axis=axis)
-        self.to_out = nn.ModuleList([RowParallelLinear(dim, dim, axis=axis)])
-        # The norm runs over all heads together, not over each.
-        self.norm_q = RMSNorm(dim, config.eps, axis=axis)
-        self.norm_k = RMSNorm(dim, config.eps, axis=axis)
-        self.attention: Attention = plan.build(config.attention_head_dim, mask=mask)
-
-    def split_heads(self, hidden_states: Tensor) -> Tensor:
-        """[B, S, N·E] -> [B, S, N, E]."""
-        return hidden_states.unflatten(-1, (self.num_heads, -1))
-
-
-class WanSelfAttention(WanAttention):
-    """Video tokens attend to each other, with rotary positions."""
-
-    def __init__(self, config: WanTransformerConfig, context: LayerContext) -> None:
-        super().__init__(config, context, context.self_attention)
-
-    def forward(self, hidden_states: Tensor, freqs_cis: Tensor) -> Tensor:
-        """[B, S, D] and the rotary table -> [B, S, D]."""
-        query = apply_rotary_emb(self.split_heads(self.norm_q(self.to_q(hidden_states))), freqs_cis)
-        key = apply_rotary_emb(self.split_heads(self.norm_k(self.to_k(hidden_states))), freqs_cis)
-        value = self.split_heads(self.to_v(hidden_states))
-        return self.to_out[0](self.attention(query, key, value).flatten(2))
-
-
-class WanCrossAttention(WanAttention):
+class WanCrossAttention(WideNormAttention):
     """Video tokens attend to the text, and apart from it to the first frame's image tokens where the model has them."""
 
     def __init__(self, config: WanTransformerConfig, context: LayerContext) -> None:
-        super().__init__(config, context, context.cross_attention, mask=folds_text_padding(config, context))
         dim, axis = config.hidden_size, context.parallel.tp
+        mask = folds_text_padding(config, context)
+        super().__init__(dim, config.num_attention_heads, context, context.cross_attention, eps=config.eps, mask=mask)
         if config.added_kv_proj_dim is not None:
             self.add_k_proj = ColumnParallelLinear(config.added_kv_proj_dim, dim, axis=axis)
             self.add_v_proj = ColumnParallelLinear(config.added_kv_proj_dim, dim, axis=axis)
@@ -100,7 +64,7 @@ class WanBlock(nn.Module):
         super().__init__()
         dim = config.hidden_size
         self.norm1 = FP32LayerNorm(dim, config.eps, elementwise_affine=False)
-        self.attn1 = WanSelfAttention(config, context)
+        self.attn1 = WideNormSelfAttention(dim, config.num_attention_heads, context, eps=config.eps)
         self.norm2 = FP32LayerNorm(dim, config.eps) if config.cross_attn_norm else nn.Identity()
         self.attn2 = WanCrossAttention(config, context)
         self.norm3 = FP32LayerNorm(dim, config.eps, elementwise_affine=False)

@@ -82,3 +82,20 @@ def spaced_to_last(num_steps: int) -> np.ndarray:
 def spaced_to_end(num_steps: int) -> np.ndarray:
     """1, …, 1/N: the first N of N + 1 noise levels that are evenly spaced down to 0."""
     return np.linspace(1.0, 0.0, num_steps + 1)[:-1]
+
+
+def linear_then_quadratic(num_steps: int, *, threshold: float = 0.025) -> np.ndarray:
+    """N noise levels from 1: the first half of the steps covers `threshold` evenly, the others grow larger and larger.
+
+    Source: arXiv:2410.13720, https://github.com/Lightricks/LTX-Video
+    """
+    if num_steps < 2:
+        return np.ones(1)
+    linear = num_steps // 2
+    quadratic = num_steps - linear
+    steps = np.arange(num_steps, dtype=np.float64)
+    # Both parts have the same value and slope where they meet, and the second would reach 1 at step N.
+    slope = threshold / linear
+    beyond = np.clip(steps - linear, 0, None)
+    curvature = (1 - threshold - slope * quadratic) / quadratic**2
+    return 1 - (slope * steps + curvature * beyond**2)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -14,9 +15,13 @@ from sglang.multimodal_gen.runtime.models.vaes.tiling import Tiling
 
 @dataclass(frozen=True)
 class WholeClip:
-    """A clip that is decoded at once has nothing to remember but how it is cut into tiles."""
+    """A clip that is decoded at once has nothing to remember but how it is cut into tiles.
+
+    `arguments`: what the library's decoder is told besides the latents of a tile.
+    """
 
     tiling: Tiling | None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 class LibraryAutoencoder:
@@ -82,17 +87,19 @@ class LibraryAutoencoder:
     def decode_next(self, latents: Tensor, state: WholeClip) -> Tensor:
         """The whole clip [B, C, t, h, w] of the decoder -> [B, 3, T, H, W] in about [-1, 1]."""
         if state.tiling is None:
-            return self.decode(latents)
+            return self.decode(latents, state.arguments)
         height, width = latents.shape[-2:]
         tiling = state.tiling.scaled(self.spatial_ratio)
-        tiles = [self.decode(latents[..., rows, columns]) for rows, columns in tiling.split(height, width)]
+        tiles = [
+            self.decode(latents[..., rows, columns], state.arguments) for rows, columns in tiling.split(height, width)
+        ]
         return state.tiling.join(tiles, height * self.spatial_ratio, width * self.spatial_ratio)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, arguments: Mapping[str, Any] = MappingProxyType({})) -> Tensor:
         """One tile, or all: [B, C, t, h, w] -> [B, 3, T, H, W]."""
         if self.is_video:
-            return self.vae.decode(latents, return_dict=False)[0]
-        return self.vae.decode(latents.squeeze(2), return_dict=False)[0].unsqueeze(2)
+            return self.vae.decode(latents, **arguments, return_dict=False)[0]
+        return self.vae.decode(latents.squeeze(2), **arguments, return_dict=False)[0].unsqueeze(2)
 
 
 def spatial_ratio_of(config: Any) -> int:

@@ -89,10 +89,16 @@ class DecodingStage(Stage):
         free_bytes: Callable[[], int],
         dtype: torch.dtype,
         prepare: Callable[[Req, Tensor], Tensor] | None = None,
+        prepare_state: Callable[[Req, Any], Any] | None = None,
     ) -> None:
-        """`prepare`: what a family does to the final latents [C, T, H, W] before the first chunk is decoded."""
+        """`prepare`: what a family does to the final latents [C, T, H, W] before the first chunk is decoded.
+
+        `prepare_state`: what it makes of the autoencoder's state for a new clip, such as one that knows a request's
+        parameters.
+        """
         self.vae = vae
         self.prepare = prepare
+        self.prepare_state = prepare_state
         self.geometry = geometry
         self.memory = memory
         self.free_bytes = free_bytes
@@ -179,6 +185,7 @@ class DecodingStage(Stage):
         index = req.done(self.name)
         if state is None:
             state = self.vae.new_state(plan.tiling, carry=plan.num_chunks > 1)
+            state = state if self.prepare_state is None else self.prepare_state(req, state)
             for earlier in range(index):
                 self._video(req, earlier, state)
         video = self._video(req, index, state)

@@ -1,0 +1,100 @@
+"""Attention whose query and key norms run over all heads together, not over each: to itself and to a text.
+
+Parameter names are those of published diffusers checkpoints.
+
+Shapes: B batch, S tokens, L text tokens, D hidden_size, T text width, N heads of this rank, E head_dim.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.runtime.layers.attention.attention import Attention
+from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerContext
+from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
+from sglang.multimodal_gen.runtime.layers.norm import RMSNorm
+from sglang.multimodal_gen.runtime.layers.rotary import apply_rotary_emb
+
+
+class WideNormAttention(nn.Module):
+    """Projections and query/key norms that self- and cross-attention share."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        context: LayerContext,
+        plan: AttentionPlan,
+        *,
+        eps: float,
+        key_size: int | None = None,
+        bias: bool = True,
+        out_bias: bool = True,
+        mask: bool = False,
+    ) -> None:
+        super().__init__()
+        axis, key_size = context.parallel.tp, key_size or hidden_size
+        self.num_heads = axis.share(num_heads, "attention heads")
+        self.to_q = ColumnParallelLinear(hidden_size, hidden_size, bias=bias, axis=axis)
+        self.to_k = ColumnParallelLinear(key_size, hidden_size, bias=bias, axis=axis)
+        self.to_v = ColumnParallelLinear(key_size, hidden_size, bias=bias, axis=axis)
+        self.to_out = nn.ModuleList([RowParallelLinear(hidden_size, hidden_size, bias=out_bias, axis=axis)])
+        self.norm_q = RMSNorm(hidden_size, eps, axis=axis)
+        self.norm_k = RMSNorm(hidden_size, eps, axis=axis)
+        self.attention: Attention = plan.build(hidden_size // num_heads, mask=mask)
+
+    def split_heads(self, hidden_states: Tensor) -> Tensor:
+        """[B, S, N·E] -> [B, S, N, E]."""
+        return hidden_states.unflatten(-1, (self.num_heads, -1))
+
+
+class WideNormSelfAttention(WideNormAttention):
+    """Tokens attend to each other, with rotary positions."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        context: LayerContext,
+        *,
+        eps: float,
+        bias: bool = True,
+        out_bias: bool = True,
+    ) -> None:
+        super().__init__(hidden_size, num_heads, context, context.self_attention, eps=eps, bias=bias, out_bias=out_bias)
+
+    def forward(self, hidden_states: Tensor, freqs_cis: Tensor) -> Tensor:
+        """[B, S, D] and the rotary table [1 or B, S, 1 or N, E/2, 2] -> [B, S, D]."""
+        query = apply_rotary_emb(self.split_heads(self.norm_q(self.to_q(hidden_states))), freqs_cis)
+        key = apply_rotary_emb(self.split_heads(self.norm_k(self.to_k(hidden_states))), freqs_cis)
+        value = self.split_heads(self.to_v(hidden_states))
+        return self.to_out[0](self.attention(query, key, value).flatten(2))
+
+
+class WideNormCrossAttention(WideNormAttention):
+    """Tokens attend to a text; calls without a mask are served by kernels that could not take one."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        context: LayerContext,
+        *,
+        eps: float,
+        key_size: int | None = None,
+        bias: bool = True,
+        out_bias: bool = True,
+    ) -> None:
+        plan = context.cross_attention
+        super().__init__(
+            hidden_size, num_heads, context, plan, eps=eps, key_size=key_size, bias=bias, out_bias=out_bias
+        )
+        self.masked_attention = plan.build(hidden_size // num_heads, mask=True)
+
+    def forward(self, hidden_states: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, S, D], [B, L, T], a mask [B, 1, 1, L] or None -> [B, S, D]."""
+        query = self.split_heads(self.norm_q(self.to_q(hidden_states)))
+        key, value = self.split_heads(self.norm_k(self.to_k(text))), self.split_heads(self.to_v(text))
+        if mask is None:
+            return self.to_out[0](self.attention(query, key, value).flatten(2))
+        return self.to_out[0](self.masked_attention(query, key, value, mask).flatten(2))

@@ -1,0 +1,114 @@
+"""LTX-Video transformer: text to video, and image to video through timesteps that differ between frames.
+
+Source: arXiv:2501.00103, https://github.com/Lightricks/LTX-Video. Parameter names are those of the published diffusers
+checkpoints.
+
+Shapes: B batch, S video tokens (one per latent cell), G groups of tokens with one timestep each, L text tokens, C token
+channels, D hidden_size, N heads, E head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.configs.models.dits.ltx import LTXVideoTransformerConfig
+from sglang.multimodal_gen.runtime.layers.attention.padding import drop_padding
+from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.embeddings import TextProjection
+from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
+from sglang.multimodal_gen.runtime.layers.mlp import FeedForward
+from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormSingle, modulate, split_modulations
+from sglang.multimodal_gen.runtime.layers.norm import FP32LayerNorm, rms_normed
+from sglang.multimodal_gen.runtime.layers.wide_attention import WideNormCrossAttention, WideNormSelfAttention
+
+_MLP_RATIO = 4
+_QK_NORM_EPS = 1e-5
+_NORM_OUT_EPS = 1e-6
+
+
+class LTXVideoTransformerBlock(nn.Module):
+    """Self-attention, text cross-attention and MLP; the first and the last under AdaLN-single."""
+
+    def __init__(self, config: LTXVideoTransformerConfig, context: LayerContext) -> None:
+        super().__init__()
+        dim, heads, biases = config.hidden_size, config.num_attention_heads, _biases(config)
+        self.eps = config.norm_eps
+        self.attn1 = WideNormSelfAttention(dim, heads, context, eps=_QK_NORM_EPS, **biases)
+        self.attn2 = WideNormCrossAttention(
+            dim, heads, context, eps=_QK_NORM_EPS, key_size=config.cross_attention_dim, **biases
+        )
+        self.ff = FeedForward(dim, _MLP_RATIO * dim, dim, axis=context.parallel.tp)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+
+    def forward(
+        self, hidden_states: Tensor, text: Tensor, text_mask: Tensor | None, temb: Tensor, freqs_cis: Tensor
+    ) -> Tensor:
+        """[B, G, S/G, D]; [B, L, D] and its mask; [B, G, 1, 6, D]; the rotary table -> [B, G, S/G, D]."""
+        dtype = hidden_states.dtype
+        attn_mod, mlp_mod = split_modulations(self.scale_shift_table, temb)
+        # Norm and modulation stay in fp32 together; only their result is rounded.
+        normed = attn_mod(rms_normed(hidden_states, self.eps)).to(dtype)
+        update = self.attn1(normed.flatten(1, 2), freqs_cis)
+        hidden_states = attn_mod.add_gated(hidden_states, update.view_as(hidden_states))
+        update = self.attn2(hidden_states.flatten(1, 2), text, text_mask)
+        hidden_states = hidden_states + update.view_as(hidden_states)
+        return mlp_mod.add_gated(hidden_states, self.ff(mlp_mod(rms_normed(hidden_states, self.eps)).to(dtype)))
+
+
+class LTXVideoTransformer3DModel(nn.Module):
+    """Predicts the flow velocity of packed video latents."""
+
+    def __init__(self, config: LTXVideoTransformerConfig, context: LayerContext | None = None) -> None:
+        super().__init__()
+        context = LayerContext() if context is None else context
+        self.config = config
+        self.tp = context.parallel.tp
+        dim = config.hidden_size
+        self.proj_in = ReplicatedLinear(config.in_channels, dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+        self.time_embed = AdaLayerNormSingle(dim)
+        self.caption_projection = TextProjection(config.caption_channels, dim)
+        self.transformer_blocks = nn.ModuleList(
+            [LTXVideoTransformerBlock(config, context) for _ in range(config.num_layers)]
+        )
+        self.norm_out = FP32LayerNorm(dim, _NORM_OUT_EPS, elementwise_affine=False)
+        self.proj_out = ReplicatedLinear(dim, config.num_output_channels)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        freqs_cis: Tensor,
+        text_lengths: Sequence[int],
+    ) -> Tensor:
+        """Tokens [B, S, C], timesteps in 0 … 1000, text [B, L, D_text] -> velocity [B, S, C_out].
+
+        `timestep` is [B], or [B, G] where G equal runs of tokens have one each. `freqs_cis` [1 or B, S, N, E/2, 2] is
+        `fractional_rotary_table`'s. `text_lengths`: from there on a row of text is padding, which nothing attends to.
+        """
+        timestep = timestep.unsqueeze(1) if timestep.ndim == 1 else timestep
+        text, text_mask = drop_padding(encoder_hidden_states, text_lengths)
+        text = self.caption_projection(text)
+        modulation, temb = self.time_embed(timestep, hidden_states.dtype)
+        modulation = modulation.unsqueeze(2)
+        hidden_states = self.proj_in(hidden_states).unflatten(1, (timestep.shape[1], -1))
+        freqs_cis = self.of_own_heads(freqs_cis)
+        for block in self.transformer_blocks:
+            hidden_states = block(hidden_states, text, text_mask, modulation, freqs_cis)
+        shift, scale = (self.scale_shift_table.float() + temb.float()[:, :, None, None]).unbind(-2)
+        normed = modulate(self.norm_out(hidden_states.float()), shift, scale).to(hidden_states.dtype)
+        return self.proj_out(normed.flatten(1, 2))
+
+    def of_own_heads(self, freqs_cis: Tensor) -> Tensor:
+        """The table's part for the heads of this rank: each head has rotations of its own."""
+        if self.tp.size == 1:
+            return freqs_cis
+        return freqs_cis.chunk(self.tp.size, dim=2)[self.tp.rank].contiguous()
+
+
+def _biases(config: LTXVideoTransformerConfig) -> dict[str, bool]:
+    return {"bias": config.attention_bias, "out_bias": config.attention_out_bias}
