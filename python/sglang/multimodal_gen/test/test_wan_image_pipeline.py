@@ -264,15 +264,15 @@ def test_a_saved_request_goes_on_without_encoding_again(pipeline_of: Callable[[s
             IncompatibleParameters,
             "last_image_path: one frame has no end",
         ),
-        ("t2v_experts", {"image": FIRST}, {}, UnsupportedParameter, "image_path: .*text alone"),
+        ("t2v_experts", {"image": FIRST}, {}, IncompatibleParameters, "image_path: .*num_frames 1"),
         (
             "ti2v",
             {},
             {"width": 64, "guidance_scale_2": 2.0},
             UnsupportedParameter,
-            "guidance_scale_2: .*one transformer",
+            "guidance_scale_2: .*has no use for it",
         ),
-        ("ti2v", {}, {"width": 64, "boundary_ratio": 0.5}, UnsupportedParameter, "boundary_ratio: .*one transformer"),
+        ("ti2v", {}, {"width": 64, "boundary_ratio": 0.5}, UnsupportedParameter, "boundary_ratio: .*has no use for it"),
         ("ti2v", {"image": FIRST, "last_image": LAST}, {"width": 64}, UnsupportedParameter, "last_image_path"),
     ],
 )

@@ -94,7 +94,7 @@ def grouped(tokens: Tensor, num_groups: int) -> Tensor:
 
 
 def split_modulations(table: Tensor, temb: Tensor) -> tuple[Modulation, ...]:
-    """The learnt table [3·N, D] plus the embedding [B, 1 or S or G, 3·N, D] -> N modulations, in fp32.
+    """The learnt table [3·N, D] plus the embedding [B, G, 3·N, D] -> N modulations, in fp32.
 
     Dimensions of one may stand before either's last two, and come back with the modulations.
     """

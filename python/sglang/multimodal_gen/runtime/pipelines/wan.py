@@ -73,6 +73,7 @@ class WanPipeline(ComposedPipelineBase):
     }
     optional_components: ClassVar[frozenset[str]] = frozenset({"transformer_2"})
     index_values: ClassVar[tuple[str, ...]] = ("boundary_ratio",)
+    own_parameters: ClassVar[frozenset[str]] = frozenset({"guidance_scale_2", "boundary_ratio"})
     workloads: ClassVar[Mapping[str, Workload]] = WAN_WORKLOADS
     denoiser_class: ClassVar[type[WanDenoiser]] = WanDenoiser
     tokenizer: TextTokenizer

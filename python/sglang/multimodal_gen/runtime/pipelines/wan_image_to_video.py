@@ -76,6 +76,7 @@ class WanImageToVideoPipeline(WanPipeline):
         "image_encoder",
         "image_processor",
     }
+    own_parameters: ClassVar[frozenset[str]] = WanPipeline.own_parameters | {"max_area"}
     denoiser_class: ClassVar[type[WanDenoiser]] = WanPictureDenoiser
     image_encoder: Any
     image_processor: ImageProcessor | None

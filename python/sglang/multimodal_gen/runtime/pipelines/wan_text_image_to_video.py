@@ -43,6 +43,7 @@ def with_first_frame(req: Req, latents: Tensor) -> Tensor:
 class WanTextImageToVideoPipeline(WanPipeline):
     """Text to video, or image to video when the request has a picture; both kinds share forwards."""
 
+    own_parameters: ClassVar[frozenset[str]] = WanPipeline.own_parameters | {"max_area"}
     denoiser_class: ClassVar[type[WanDenoiser]] = WanFirstFrameDenoiser
 
     def starting_stages(self) -> list[Stage]:

@@ -67,10 +67,10 @@ class ComposedPipelineBase:
     """Directory of the checkpoint -> what loads it; empty for a family without a checkpoint."""
     optional_components: ClassVar[frozenset[str]] = frozenset()
     """Those of them that are None where `model_index.json` has null."""
-    own_parameters: ClassVar[frozenset[str]] = frozenset()
-    """Those of `PARAMETERS_OF_SOME` that the family reads; a request with another is refused."""
     index_values: ClassVar[tuple[str, ...]] = ()
     """Keys of `model_index.json` that hold a plain value: attributes too, None where the key is missing."""
+    own_parameters: ClassVar[frozenset[str]] = frozenset()
+    """Those of `PARAMETERS_OF_SOME` that the family reads; a request with another is refused."""
     workloads: ClassVar[Mapping[str, Workload]] = {}
     """What benchmarks run: `dit`, `vae_decode`, `vae_encode`, `encoder`, as far as the family has them."""
     takes_diffusers_kwargs: ClassVar[bool] = False
