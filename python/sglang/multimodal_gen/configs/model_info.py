@@ -121,7 +121,13 @@ class InputLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             return "one image"
         if low == high:
             return f"{high} images"
-        return f"{low} to {high} images" if low > 1 else f"up to {high} images"
+        return f"{low} to {high} images" if low else f"up to {high} images"
+
+
+STARTS_FROM_A_PICTURE = InputLimits(max_images=1, takes_mask=True, takes_strength=True)
+"""Of models that are trained on text alone and make pictures: one to start from, and a mask of what is made anew."""
+STARTS_FROM_A_CLIP = InputLimits(max_images=1, takes_mask=True, takes_video=True, takes_strength=True)
+"""Of those that make clips: a clip, or a picture for a single frame."""
 
 
 class SizeFromImage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -169,6 +175,7 @@ class TaskLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     inputs: InputLimits = InputLimits()
     size_from_image: SizeFromImage | None = None
     area_rule: AreaRule | None = None
+    takes_length_from_video: bool = False
 
     def sized(self, params: SamplingParams) -> SamplingParams:
         """Complete parameters with the size that is made; the same again for what it returned."""

@@ -21,7 +21,7 @@ from sglang.multimodal_gen.registry import get_model_info
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer, TokenizedText
 from sglang.multimodal_gen.runtime.pipelines import hunyuan_video_prompts
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
-from sglang.multimodal_gen.test.media import picture
+from sglang.multimodal_gen.test.media import clip, picture
 from sglang.multimodal_gen.test.pipeline_parity import (
     as_uint8,
     assert_close_in_bf16,
@@ -140,6 +140,16 @@ def reference(
         output_type="np",
     ).frames
     return latents[-1][0], as_uint8(frames[0])
+
+
+def test_a_clip_to_start_from_is_kept_as_far_as_the_strength_says(pipeline_of: Callable[[str], Any]) -> None:
+    values = BASE | {"num_inference_steps": 6}
+    frames = clip(11, 48, 32)
+    latents = {}
+    for strength in (0.2, 0.9):
+        req, _ = run(pipeline_of("t2v"), values | {"strength": strength}, RequestInputs(video=frames))
+        latents[strength] = relative_error(req.latents, req.conditioning["initial_latents"])
+    assert latents[0.2] < latents[0.9], "a low strength stays near the clip"
 
 
 @pytest.mark.parametrize(("name", "number"), CASES)

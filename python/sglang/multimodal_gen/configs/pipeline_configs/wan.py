@@ -43,11 +43,15 @@ _UNNAMED = SamplingParams(
 _AT_480P = replace(_UNNAMED, negative_prompt=NEGATIVE_PROMPT)
 _AT_720P = replace(_AT_480P, width=1280, height=720)
 
-WAN21_T2V = _config(_UNNAMED, "T2V", "T2I")
-WAN21_T2V_1_3B = _config(replace(_AT_480P, guidance_scale=3.0), "T2V", "T2I")
-WAN21_T2V_14B = _config(replace(_AT_720P, flow_shift=5.0), "T2V", "T2I")
+# One frame is an image; a clip or an image may stand at the start instead of noise alone.
+_FROM_TEXT = ("T2V", "T2I", "V2V", "I2I")
+
+WAN21_T2V = _config(_UNNAMED, *_FROM_TEXT)
+WAN21_T2V_1_3B = _config(replace(_AT_480P, guidance_scale=3.0), *_FROM_TEXT)
+WAN21_T2V_14B = _config(replace(_AT_720P, flow_shift=5.0), *_FROM_TEXT)
 WAN22_T2V_A14B = _config(
-    replace(_AT_720P, num_inference_steps=40, guidance_scale=4.0, guidance_scale_2=3.0, flow_shift=12.0), "T2V", "T2I"
+    replace(_AT_720P, num_inference_steps=40, guidance_scale=4.0, guidance_scale_2=3.0, flow_shift=12.0),
+    *_FROM_TEXT,
 )
 
 WAN_I2V = _config(_UNNAMED, "I2V")

@@ -50,7 +50,7 @@ def expand_prompts(
         wish.require_prompt()
         _check_profiling(wish)
         inputs.check(model.limits.inputs, strength=wish.strength is not None)
-        wish = _sized(wish, model, inputs)
+        wish = _as_long_as_the_video(_sized(wish, model, inputs), model, inputs)
         complete = model.limits.sized(wish.filled_from(model.defaults, GENERAL_DEFAULTS))
         _check_interval(complete)
         model.limits.check(complete)
@@ -79,6 +79,15 @@ def _sized(wish: SamplingParams, model: ModelInfo, inputs: DecodedInputs) -> Sam
                 param=name,
             )
     return wish
+
+
+def _as_long_as_the_video(wish: SamplingParams, model: ModelInfo, inputs: DecodedInputs) -> SamplingParams:
+    """With as many frames as the input video has, or as many fewer as the model can do, where none are asked for."""
+    if inputs.video is None or wish.num_frames is not None or not model.limits.takes_length_from_video:
+        return wish
+    limits = model.limits
+    num_frames = min(len(inputs.video.frames), limits.max_frames)
+    return dataclasses.replace(wish, num_frames=(num_frames - 1) // limits.frame_stride * limits.frame_stride + 1)
 
 
 def _check_interval(params: SamplingParams) -> None:

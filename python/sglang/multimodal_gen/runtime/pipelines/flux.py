@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sglang.multimodal_gen.configs.model_info import TaskLimits
+from sglang.multimodal_gen.configs.model_info import STARTS_FROM_A_PICTURE, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.flux import FluxTransformerConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
@@ -34,7 +34,6 @@ from sglang.multimodal_gen.runtime.pipelines_core.guidance import DistilledGuida
 from sglang.multimodal_gen.runtime.pipelines_core.library_encoders import PooledCLIP, T5Sequence
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.picture_pipeline_base import (
-    STARTS_FROM_A_PICTURE,
     PicturePipelineBase,
 )
 from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import encoder_memory

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sglang.multimodal_gen.configs.model_info import TaskLimits
+from sglang.multimodal_gen.configs.model_info import STARTS_FROM_A_CLIP, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.hunyuan_video import HunyuanVideoTransformerConfig
 from sglang.multimodal_gen.configs.models.vaes.hunyuan_video import HunyuanVideoVAEConfig
@@ -36,6 +36,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.decoding import PieceDecodingStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import DenoisingStage
+from sglang.multimodal_gen.runtime.pipelines_core.stages.initial_image import InitialImageStage, hold_outside_mask
 from sglang.multimodal_gen.runtime.pipelines_core.stages.latent_preparation import LatentPreparationStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding import TextEncodingStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.timestep_preparation import TimestepPreparationStage
@@ -98,11 +99,20 @@ class HunyuanVideoPipeline(ComposedPipelineBase):
         guidance, geometry = DistilledGuidance(), self.geometry()
         return [
             TextEncodingStage(self.prompt_encoder(), guidance=guidance, cache=self.conditioning_cache),
+            *self.starting_stages(),
             LatentPreparationStage(geometry, self.device),
             self.timesteps(),
-            DenoisingStage(self.denoiser(geometry), guidance=guidance, free_bytes=self.free_bytes),
+            DenoisingStage(
+                self.denoiser(geometry), guidance=guidance, free_bytes=self.free_bytes, constraint=hold_outside_mask
+            ),
             self.decoding(geometry),
         ]
+
+    def starting_stages(self) -> list[Stage]:
+        """What a clip, or a picture for a single frame, starts from instead of noise alone."""
+        dtype = self.vae.post_quant_conv.weight.dtype
+        memory = self.decoder_memory_of({"vae": self.vae.config}, dtype.itemsize)
+        return [InitialImageStage(self.vae, memory=memory, device=self.device, dtype=dtype, samples=False)]
 
     def prompt_encoder(self) -> HunyuanVideoPrompts:
         """Both text encoders."""
@@ -116,7 +126,12 @@ class HunyuanVideoPipeline(ComposedPipelineBase):
 
     def timesteps(self) -> TimestepPreparationStage:
         """The schedule."""
-        return TimestepPreparationStage(self.scheduler, spacing=spaced_to_end)
+        return TimestepPreparationStage(
+            self.scheduler,
+            schedulers=self.config.schedulers,
+            default=self.defaults.scheduler,
+            spacing=spaced_to_end,
+        )
 
     def denoiser(self, geometry: VideoGeometry) -> HunyuanVideoDenoiser:
         """The transformer."""
@@ -195,7 +210,11 @@ class HunyuanVideoPipeline(ComposedPipelineBase):
         return VideoGeometry
 
     def limits(self) -> TaskLimits:
-        return self.geometry().limits(max_sequence_length=self.config.max_sequence_length)
+        return self.geometry().limits(
+            max_sequence_length=self.config.max_sequence_length,
+            inputs=STARTS_FROM_A_CLIP,
+            takes_length_from_video=True,
+        )
 
     @classmethod
     def decoder_memory_of(cls, configs: Mapping[str, ModelConfig], element_size: int) -> DecoderMemory:

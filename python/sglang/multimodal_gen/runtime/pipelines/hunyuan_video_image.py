@@ -272,6 +272,9 @@ class HunyuanSkyreelsImageToVideoPipeline(HunyuanVideoPipeline):
     def create_pipeline_stages(self) -> list[Stage]:
         return [picture_encoding(self, samples=True), *super().create_pipeline_stages()]
 
+    def starting_stages(self) -> list[Stage]:
+        return []
+
     def limits(self) -> TaskLimits:
         return picture_limits(self)
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sglang.multimodal_gen.configs.model_info import InputLimits, TaskLimits
+from sglang.multimodal_gen.configs.model_info import STARTS_FROM_A_PICTURE, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.qwen_image import QwenImageTransformerConfig
 from sglang.multimodal_gen.configs.models.vaes.qwen_image import QwenImageVAEConfig
@@ -249,7 +249,7 @@ class QwenImagePipeline(ComposedPipelineBase):
     def limits(self) -> TaskLimits:
         return self.geometry().limits(
             max_sequence_length=self.config.max_sequence_length,
-            inputs=InputLimits(max_images=1, takes_mask=True, takes_strength=True),
+            inputs=STARTS_FROM_A_PICTURE,
         )
 
     @classmethod

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sglang.multimodal_gen.configs.model_info import TaskLimits
+from sglang.multimodal_gen.configs.model_info import STARTS_FROM_A_PICTURE, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.sd3 import SD3TransformerConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
@@ -32,7 +32,6 @@ from sglang.multimodal_gen.runtime.pipelines_core.guidance import ClassifierFree
 from sglang.multimodal_gen.runtime.pipelines_core.library_encoders import ProjectedCLIP, T5Sequence
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.picture_pipeline_base import (
-    STARTS_FROM_A_PICTURE,
     PicturePipelineBase,
 )
 from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import encoder_memory

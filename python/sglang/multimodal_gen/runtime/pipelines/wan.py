@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sglang.multimodal_gen.configs.model_info import InputLimits, SizeFromImage, TaskLimits
+from sglang.multimodal_gen.configs.model_info import STARTS_FROM_A_CLIP, SizeFromImage, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.wan import WanTransformerConfig
 from sglang.multimodal_gen.configs.models.encoders import UMT5EncoderConfig
@@ -242,7 +242,8 @@ class WanPipeline(ComposedPipelineBase):
     def limits(self) -> TaskLimits:
         return self.geometry().limits(
             max_sequence_length=self.config.max_sequence_length,
-            inputs=InputLimits(max_images=1, takes_mask=True, takes_video=True, takes_strength=True),
+            inputs=STARTS_FROM_A_CLIP,
+            takes_length_from_video=True,
         )
 
     def size_from_picture(self) -> SizeFromImage | None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from sglang.multimodal_gen.configs.model_info import TaskLimits
+from sglang.multimodal_gen.configs.model_info import STARTS_FROM_A_PICTURE, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.zimage import ZImageTransformerConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
@@ -32,7 +32,6 @@ from sglang.multimodal_gen.runtime.pipelines_core.guidance import (
 from sglang.multimodal_gen.runtime.pipelines_core.library_encoders import LanguageModelStates
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.picture_pipeline_base import (
-    STARTS_FROM_A_PICTURE,
     PicturePipelineBase,
 )
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import RequestInputs

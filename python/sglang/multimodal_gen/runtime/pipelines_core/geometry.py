@@ -55,6 +55,7 @@ class VideoGeometry:
         inputs: InputLimits = NO_INPUTS,
         size_from_image: SizeFromImage | None = None,
         area_rule: AreaRule | None = None,
+        takes_length_from_video: bool = False,
     ) -> TaskLimits:
         """What can be done, for every process to check: sizes from here, the rest from the family."""
         return TaskLimits(
@@ -67,6 +68,7 @@ class VideoGeometry:
             inputs=inputs,
             size_from_image=size_from_image,
             area_rule=area_rule,
+            takes_length_from_video=takes_length_from_video,
         )
 
     def latent_shape(self, params: SamplingParams) -> tuple[int, int, int, int]:

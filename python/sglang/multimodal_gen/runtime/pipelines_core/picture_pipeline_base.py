@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang.multimodal_gen.configs.model_info import InputLimits
 from sglang.multimodal_gen.runtime.models.vaes.library_vae import LibraryAutoencoder
 from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory
 from sglang.multimodal_gen.runtime.pipelines_core.stages.decoding import DecodingStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.initial_image import InitialImageStage
-
-STARTS_FROM_A_PICTURE = InputLimits(max_images=1, takes_mask=True, takes_strength=True)
-"""What models take that are trained on text alone: a picture to start from, and a mask of what is made anew."""
 
 
 class PicturePipelineBase(ComposedPipelineBase):

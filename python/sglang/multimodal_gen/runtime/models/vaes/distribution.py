@@ -28,3 +28,7 @@ class LatentDistribution(NamedTuple):
         device = self.mean.device if generator is None else generator.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
         return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean.device)
+
+    def chosen(self, generator: torch.Generator | None) -> Tensor:
+        """The most likely latents, or with a generator a draw."""
+        return self.mean if generator is None else self.sample(generator)

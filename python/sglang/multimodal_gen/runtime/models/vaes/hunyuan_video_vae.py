@@ -106,6 +106,13 @@ class AutoencoderKLHunyuanVideo(nn.Module):
         """The inverse of `normalise`; `decode` takes its result."""
         return latents / self.config.scaling_factor
 
+    def to_latents(self, video: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Video [B, 3, T, H, W] in [-1, 1] -> latents [B, Z, t, h, w] as the transformer has them.
+
+        The most likely ones, or with a generator of the CPU a sample.
+        """
+        return self.normalise(self.encode(video).chosen(generator))
+
     def encode(self, video: Tensor, *, tiling: Tiling | None = None) -> LatentDistribution:
         """Video [B, 3, T, H, W] in [-1, 1] -> latent distribution."""
         pieces, config = TemporalTiling(), self.config

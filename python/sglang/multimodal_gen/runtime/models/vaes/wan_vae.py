@@ -76,8 +76,7 @@ class AutoencoderKLWan(nn.Module):
 
         The most likely ones, or with a generator of the CPU a sample.
         """
-        distribution = self.encode(video)
-        return self.normalise(distribution.mean if generator is None else distribution.sample(generator))
+        return self.normalise(self.encode(video).chosen(generator))
 
     def encode(
         self, video: Tensor, *, chunk_frames: int | None = None, tiling: Tiling | None = None
