@@ -375,7 +375,7 @@ def test_requests_that_cannot_be_served_are_refused(
 @pytest.mark.parametrize(
     ("recipe", "sentence"),
     [
-        (TinyLTX(transformer={"in_channels": 6}), "transformer.in_channels is 6, but vae.latent_channels has 8"),
+        (TinyLTX(transformer={"in_channels": 6}), "transformer.in_channels is 6, but vae.latent_channels wants 8"),
         (TinyLTX(pipeline="LTXConditionPipeline"), "scheduler.use_dynamic_shifting is True, accepted is False"),
     ],
 )

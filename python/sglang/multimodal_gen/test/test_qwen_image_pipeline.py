@@ -245,5 +245,5 @@ def test_only_the_part_of_the_text_encoder_that_is_used_is_kept(pipeline_of: Cal
 def test_a_text_encoder_of_another_width_is_refused(tmp_path: Path) -> None:
     recipe = replace(TINY_QWEN_IMAGES["plain"], transformer={"joint_attention_dim": 40})
     directory = save_tiny_qwen_image(tmp_path / "odd", recipe)
-    with pytest.raises(UnsupportedModel, match=r"joint_attention_dim is 40, but text_encoder\.hidden_size is 32"):
+    with pytest.raises(UnsupportedModel, match=r"joint_attention_dim is 40, but text_encoder\.hidden_size wants 32"):
         load(directory)

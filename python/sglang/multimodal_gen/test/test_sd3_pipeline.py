@@ -168,8 +168,8 @@ def test_sizes_outside_the_position_table_are_refused_at_admission(pipeline_of: 
 @pytest.mark.parametrize(
     ("component", "source", "sentence"),
     [
-        ("vae", "dynamic", "transformer.in_channels is 4, but vae.latent_channels is 8"),
-        ("text_encoder_2", "medium/text_encoder", "pooled_projection_dim is 24, but that of both CLIPs is 16"),
+        ("vae", "dynamic", "transformer.in_channels is 4, but vae.latent_channels wants 8"),
+        ("text_encoder_2", "medium/text_encoder", "pooled_projection_dim is 24, but that of both CLIPs wants 16"),
     ],
 )
 def test_components_that_do_not_fit_together_are_refused(

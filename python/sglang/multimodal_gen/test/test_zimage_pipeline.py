@@ -174,7 +174,7 @@ def test_components_that_do_not_fit_together_are_refused(checkpoint: Callable[[s
     directory = shutil.copytree(checkpoint("base"), tmp_path / "model")
     shutil.rmtree(directory / "vae")
     shutil.copytree(checkpoint("shallow_vae") / "vae", directory / "vae")
-    with pytest.raises(UnsupportedModel, match=r"transformer.in_channels is 4, but vae.latent_channels is 8"):
+    with pytest.raises(UnsupportedModel, match=r"transformer.in_channels is 4, but vae.latent_channels wants 8"):
         load(directory)
 
 

@@ -14,7 +14,6 @@ from sglang.multimodal_gen.configs.model_info import STARTS_FROM_A_PICTURE, Task
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.flux import FluxTransformerConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
-from sglang.multimodal_gen.errors import UnsupportedModel
 from sglang.multimodal_gen.runtime.layers.rotary import grid_positions, rotary_table
 from sglang.multimodal_gen.runtime.loader.component_loader import (
     ComponentLoader,
@@ -29,6 +28,7 @@ from sglang.multimodal_gen.runtime.models.schedulers.shifting import spaced_to_l
 from sglang.multimodal_gen.runtime.models.vaes.library_vae import spatial_ratio_of
 from sglang.multimodal_gen.runtime.pipelines.flux_workloads import FLUX_WORKLOADS
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row, pack, unpack
+from sglang.multimodal_gen.runtime.pipelines_core.fitting import require_equal
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import DistilledGuidance, guidance_scale
 from sglang.multimodal_gen.runtime.pipelines_core.library_encoders import PooledCLIP, T5Sequence
@@ -211,19 +211,24 @@ class FluxPipeline(PicturePipelineBase):
         transformer, vae = self.transformer.config, self.vae.config
         t5, clip = self.text_encoder_2.config, self.text_encoder.config
         channels = vae.latent_channels * PATCH_SIZE**2
-        for what, got, wanted, source in (
-            ("transformer.in_channels", transformer.in_channels, self.input_channels(), "the pipeline's input"),
-            ("transformer.out_channels", transformer.num_output_channels, channels, "4 x vae.latent_channels"),
-            ("transformer.joint_attention_dim", transformer.joint_attention_dim, t5.d_model, "text_encoder_2.d_model"),
+        require_equal(
             (
-                "transformer.pooled_projection_dim",
-                transformer.pooled_projection_dim,
-                clip.hidden_size,
-                "text_encoder.hidden_size",
-            ),
-        ):
-            if got != wanted:
-                raise UnsupportedModel(f"{what} is {got}, but {source} is {wanted}; they must be equal")
+                ("transformer.in_channels", transformer.in_channels, self.input_channels(), "the pipeline's input"),
+                ("transformer.out_channels", transformer.num_output_channels, channels, "4 x vae.latent_channels"),
+                (
+                    "transformer.joint_attention_dim",
+                    transformer.joint_attention_dim,
+                    t5.d_model,
+                    "text_encoder_2.d_model",
+                ),
+                (
+                    "transformer.pooled_projection_dim",
+                    transformer.pooled_projection_dim,
+                    clip.hidden_size,
+                    "text_encoder.hidden_size",
+                ),
+            )
+        )
 
     def input_channels(self) -> int:
         """Channels of an input token: the noisy latents alone."""

@@ -28,6 +28,7 @@ from sglang.multimodal_gen.runtime.pipelines.hunyuan_video_prompts import Hunyua
 from sglang.multimodal_gen.runtime.pipelines.hunyuan_video_workloads import HUNYUAN_VIDEO_WORKLOADS
 from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row
+from sglang.multimodal_gen.runtime.pipelines_core.fitting import require_equal
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import DistilledGuidance, guidance_scale
 from sglang.multimodal_gen.runtime.pipelines_core.library_encoders import PooledCLIP
@@ -172,14 +173,24 @@ class HunyuanVideoPipeline(ComposedPipelineBase):
         encoder = getattr(self.text_encoder.config, "text_config", self.text_encoder.config)
         pooled = self.text_encoder_2.config.hidden_size
         channels = self.model_channels(transformer, vae.latent_channels)
-        for what, got, wanted, source in (
-            ("transformer.in_channels", transformer.in_channels, channels, "vae.latent_channels"),
-            ("transformer.out_channels", transformer.num_output_channels, vae.latent_channels, "vae.latent_channels"),
-            ("transformer.text_embed_dim", transformer.text_embed_dim, encoder.hidden_size, "text_encoder.hidden_size"),
-            ("transformer.pooled_projection_dim", transformer.pooled_projection_dim, pooled, "text_encoder_2"),
-        ):
-            if got != wanted:
-                raise UnsupportedModel(f"{what} is {got}, but {source} wants {wanted}")
+        require_equal(
+            (
+                ("transformer.in_channels", transformer.in_channels, channels, "vae.latent_channels"),
+                (
+                    "transformer.out_channels",
+                    transformer.num_output_channels,
+                    vae.latent_channels,
+                    "vae.latent_channels",
+                ),
+                (
+                    "transformer.text_embed_dim",
+                    transformer.text_embed_dim,
+                    encoder.hidden_size,
+                    "text_encoder.hidden_size",
+                ),
+                ("transformer.pooled_projection_dim", transformer.pooled_projection_dim, pooled, "text_encoder_2"),
+            )
+        )
 
     @classmethod
     def model_channels(cls, transformer: HunyuanVideoTransformerConfig, latent_channels: int) -> int:

@@ -44,6 +44,7 @@ from sglang.multimodal_gen.runtime.pipelines.ltx_conditioning import (
 from sglang.multimodal_gen.runtime.pipelines.ltx_denoiser import LTXConditionDenoiser, LTXDenoiser
 from sglang.multimodal_gen.runtime.pipelines.ltx_workloads import LTX_WORKLOADS
 from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase
+from sglang.multimodal_gen.runtime.pipelines_core.fitting import require_equal
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import ClassifierFreeGuidance
 from sglang.multimodal_gen.runtime.pipelines_core.library_encoders import T5Sequence
@@ -213,14 +214,19 @@ class LTXPipeline(ComposedPipelineBase):
 
     def check_components(self) -> None:
         transformer, vae, t5 = self.transformer.config, self.vae.config, self.text_encoder.config
-        for what, got, wanted, source in (
-            ("transformer.in_channels", transformer.in_channels, vae.latent_channels, "vae.latent_channels"),
-            ("transformer.out_channels", transformer.num_output_channels, vae.latent_channels, "vae.latent_channels"),
-            ("transformer.caption_channels", transformer.caption_channels, t5.d_model, "text_encoder.d_model"),
-            ("vae.scaling_factor", vae.scaling_factor, 1.0, "every published checkpoint"),
-        ):
-            if got != wanted:
-                raise UnsupportedModel(f"{what} is {got}, but {source} has {wanted}; the pipeline needs them equal")
+        require_equal(
+            (
+                ("transformer.in_channels", transformer.in_channels, vae.latent_channels, "vae.latent_channels"),
+                (
+                    "transformer.out_channels",
+                    transformer.num_output_channels,
+                    vae.latent_channels,
+                    "vae.latent_channels",
+                ),
+                ("transformer.caption_channels", transformer.caption_channels, t5.d_model, "text_encoder.d_model"),
+                ("vae.scaling_factor", vae.scaling_factor, 1.0, "every published checkpoint"),
+            )
+        )
 
     def geometry(self) -> VideoGeometry:
         """How pixels map to latents and tokens."""

@@ -15,7 +15,6 @@ from sglang.multimodal_gen.configs.models.dits.qwen_image import QwenImageTransf
 from sglang.multimodal_gen.configs.models.vaes.qwen_image import QwenImageVAEConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.errors import UnsupportedModel
 from sglang.multimodal_gen.runtime.loader.component_loader import (
     ComponentLoader,
     NativeModule,
@@ -31,6 +30,7 @@ from sglang.multimodal_gen.runtime.pipelines.qwen_image_prompts import TEXT_TO_I
 from sglang.multimodal_gen.runtime.pipelines.qwen_image_workloads import QWEN_IMAGE_WORKLOADS
 from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row, pack, unpack
+from sglang.multimodal_gen.runtime.pipelines_core.fitting import require_equal
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import ClassifierFreeGuidance, guidance_scale, renormed
 from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory, TransformerMemory
@@ -217,18 +217,18 @@ class QwenImagePipeline(ComposedPipelineBase):
     def check_components(self) -> None:
         transformer, channels = self.transformer.config, 4 * self.vae.config.z_dim
         text_config = getattr(self.text_encoder.config, "text_config", self.text_encoder.config)
-        for what, got, wanted, source in (
-            ("transformer.in_channels", transformer.in_channels, channels, "4 x vae.z_dim"),
-            ("transformer.out_channels", transformer.num_output_channels, channels, "4 x vae.z_dim, in all cells,"),
+        require_equal(
             (
-                "transformer.joint_attention_dim",
-                transformer.joint_attention_dim,
-                text_config.hidden_size,
-                "text_encoder.hidden_size",
-            ),
-        ):
-            if got != wanted:
-                raise UnsupportedModel(f"{what} is {got}, but {source} is {wanted}; the pipeline needs them equal")
+                ("transformer.in_channels", transformer.in_channels, channels, "4 x vae.z_dim"),
+                ("transformer.out_channels", transformer.num_output_channels, channels, "4 x vae.z_dim, in all cells,"),
+                (
+                    "transformer.joint_attention_dim",
+                    transformer.joint_attention_dim,
+                    text_config.hidden_size,
+                    "text_encoder.hidden_size",
+                ),
+            )
+        )
 
     def geometry(self) -> VideoGeometry:
         """How pixels map to latents and tokens."""

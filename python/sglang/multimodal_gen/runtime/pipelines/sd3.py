@@ -27,6 +27,7 @@ from sglang.multimodal_gen.runtime.models.dits.sd3 import SD3Transformer2DModel
 from sglang.multimodal_gen.runtime.models.vaes.library_vae import spatial_ratio_of
 from sglang.multimodal_gen.runtime.pipelines.sd3_workloads import SD3_WORKLOADS
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row
+from sglang.multimodal_gen.runtime.pipelines_core.fitting import require_equal
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import ClassifierFreeGuidance
 from sglang.multimodal_gen.runtime.pipelines_core.library_encoders import ProjectedCLIP, T5Sequence
@@ -210,13 +211,13 @@ class StableDiffusion3Pipeline(PicturePipelineBase):
         transformer, latents = self.transformer.config, self.vae.config.latent_channels
         clips = (self.text_encoder.config, self.text_encoder_2.config)
         pooled = sum(config.projection_dim for config in clips)
-        for what, got, wanted, source in (
-            ("transformer.in_channels", transformer.in_channels, latents, "vae.latent_channels"),
-            ("transformer.out_channels", transformer.num_output_channels, latents, "vae.latent_channels"),
-            ("transformer.pooled_projection_dim", transformer.pooled_projection_dim, pooled, "that of both CLIPs"),
-        ):
-            if got != wanted:
-                raise UnsupportedModel(f"{what} is {got}, but {source} is {wanted}; they must be equal")
+        require_equal(
+            (
+                ("transformer.in_channels", transformer.in_channels, latents, "vae.latent_channels"),
+                ("transformer.out_channels", transformer.num_output_channels, latents, "vae.latent_channels"),
+                ("transformer.pooled_projection_dim", transformer.pooled_projection_dim, pooled, "that of both CLIPs"),
+            )
+        )
         if (self.text_encoder_3 is None) != (self.tokenizer_3 is None):
             raise UnsupportedModel("text_encoder_3 and tokenizer_3: one is missing; both or neither must be there")
         self._check_text_widths(sum(config.hidden_size for config in clips))

@@ -31,6 +31,7 @@ from sglang.multimodal_gen.runtime.pipelines.wan_experts import Boundary, LowNoi
 from sglang.multimodal_gen.runtime.pipelines.wan_workloads import WAN_WORKLOADS
 from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row
+from sglang.multimodal_gen.runtime.pipelines_core.fitting import require_equal
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import ClassifierFreeGuidance
 from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory, TransformerMemory
@@ -201,13 +202,13 @@ class WanPipeline(ComposedPipelineBase):
         if self.transformer_2 is not None and self.transformer_2.config != self.transformer.config:
             raise UnsupportedModel("transformer_2/config.json differs from transformer/config.json; both must be equal")
         transformer, vae, text_encoder = self.transformer.config, self.vae.config, self.text_encoder.config
-        for what, got, wanted, source in (
-            ("transformer.in_channels", transformer.in_channels, *self.input_channels()),
-            ("transformer.out_channels", transformer.num_output_channels, vae.z_dim, "vae.z_dim"),
-            ("transformer.text_dim", transformer.text_dim, text_encoder.d_model, "text_encoder.d_model"),
-        ):
-            if got != wanted:
-                raise UnsupportedModel(f"{what} is {got}, but {source} wants {wanted}")
+        require_equal(
+            (
+                ("transformer.in_channels", transformer.in_channels, *self.input_channels()),
+                ("transformer.out_channels", transformer.num_output_channels, vae.z_dim, "vae.z_dim"),
+                ("transformer.text_dim", transformer.text_dim, text_encoder.d_model, "text_encoder.d_model"),
+            )
+        )
         self.check_pictures()
 
     def input_channels(self) -> tuple[int, str]:

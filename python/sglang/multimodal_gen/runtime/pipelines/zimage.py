@@ -14,7 +14,6 @@ from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.zimage import ZImageTransformerConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.errors import UnsupportedModel
 from sglang.multimodal_gen.runtime.loader.chat_tokenizer import ChatPromptTokenizer, ChatTokenizer
 from sglang.multimodal_gen.runtime.loader.component_loader import ComponentLoader, NativeModule, SchedulerConfig
 from sglang.multimodal_gen.runtime.loader.library_module import diffusers_module, transformers_module
@@ -23,6 +22,7 @@ from sglang.multimodal_gen.runtime.models.schedulers.shifting import spaced_to_l
 from sglang.multimodal_gen.runtime.models.vaes.library_vae import spatial_ratio_of
 from sglang.multimodal_gen.runtime.pipelines.zimage_workloads import Z_IMAGE_WORKLOADS
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row
+from sglang.multimodal_gen.runtime.pipelines_core.fitting import require_equal
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import (
     ClassifierFreeGuidance,
@@ -185,12 +185,12 @@ class ZImagePipeline(PicturePipelineBase):
 
     def check_components(self) -> None:
         transformer, vae, text = self.transformer.config, self.vae.config, self.text_encoder.config
-        for what, got, wanted, source in (
-            ("transformer.in_channels", transformer.in_channels, vae.latent_channels, "vae.latent_channels"),
-            ("transformer.cap_feat_dim", transformer.cap_feat_dim, text.hidden_size, "text_encoder.hidden_size"),
-        ):
-            if got != wanted:
-                raise UnsupportedModel(f"{what} is {got}, but {source} is {wanted}; they must be equal")
+        require_equal(
+            (
+                ("transformer.in_channels", transformer.in_channels, vae.latent_channels, "vae.latent_channels"),
+                ("transformer.cap_feat_dim", transformer.cap_feat_dim, text.hidden_size, "text_encoder.hidden_size"),
+            )
+        )
 
     @property
     def max_sequence_length(self) -> int:
