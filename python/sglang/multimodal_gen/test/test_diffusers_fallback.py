@@ -15,6 +15,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
@@ -58,9 +59,11 @@ from sglang.multimodal_gen.runtime.pipelines.diffusers_facts import CallSignatur
 from sglang.multimodal_gen.runtime.pipelines.diffusers_fallback import DiffusersPipeline
 from sglang.multimodal_gen.runtime.pipelines.stepped_call import StepEnd, SteppedCall
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
+from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 from sglang.multimodal_gen.runtime.pipelines_core.state_file import write_state
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs, ModelArgs, ServerArgs
+from sglang.multimodal_gen.test.media import disc, picture
 
 # The library's own: of names that it uses itself, and of how it calls numpy and torch.
 pytestmark = pytest.mark.filterwarnings(
@@ -74,7 +77,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "sd15": {"width": 24, "height": 16},
     "sd15_pag": {"width": 16, "height": 24},
     "sdxl": {"width": 24, "height": 16},
-    "sd3": {"width": 24, "height": 16},
     "sana": {"width": 64, "height": 32},
     "pixart_sigma": {"width": 24, "height": 16},
     "chroma": {"width": 24, "height": 16},
@@ -121,8 +123,8 @@ def units_of(pipeline: Any, req: Req) -> Iterator[list[OutputBatch]]:
             yield outputs  # outside, since whoever leaves a generator early would stay in its mode
 
 
-def generate(pipeline: Any, wish: dict[str, Any]) -> tuple[np.ndarray, Req]:
-    req = admitted(pipeline, "r", wish)
+def generate(pipeline: Any, wish: dict[str, Any], inputs: RequestInputs = EMPTY) -> tuple[np.ndarray, Req]:
+    req: Req = pipeline.admit("r", SamplingParams.from_values(wish), inputs)
     outputs = [output for unit in units_of(pipeline, req) for output in unit]
     pipeline.release(req)
     return (outputs[0].frames.numpy() if outputs else np.empty(0)), req
@@ -220,7 +222,7 @@ def test_lists_become_tuples_where_the_call_wants_them() -> None:
 
 
 def test_a_schedule_of_ones_own_says_how_many_units_there_are(loaded: Callable[[str], DiffusersPipeline]) -> None:
-    req = admitted(loaded("sd3"), "r", wish_for("sd3", diffusers_kwargs={"sigmas": [1.0, 0.8, 0.5, 0.2]}))
+    req = admitted(loaded("chroma"), "r", wish_for("chroma", diffusers_kwargs={"sigmas": [1.0, 0.8, 0.5, 0.2]}))
     assert req.phases[0].units == 4
 
 
@@ -561,6 +563,40 @@ def test_an_input_that_a_call_cannot_do_without_is_named() -> None:
     signature = CallSignature.of(diffusers.CogVideoXImageToVideoPipeline)
     with pytest.raises(MissingParameter, match=r"image: .*CogVideoXImageToVideoPipeline needs image"):
         signature.call_arguments(SamplingParams(prompt="x"), SamplingParams())
+
+
+@pytest.mark.parametrize(
+    ("class_name", "masked"), [("StableDiffusionImg2ImgPipeline", False), ("StableDiffusionInpaintPipeline", True)]
+)
+def test_pictures_and_masks_reach_the_call(
+    class_name: str, masked: bool, fallback_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    directory = changed(fallback_checkpoint("sd15"), tmp_path / "m", renamed(class_name))
+    pipeline = build_pipeline(str(directory), CPU)
+    image, mask = picture(24, 16), disc(24, 16)
+    wish = wish_for("sd15", strength=0.7)
+    frames, _ = generate(pipeline, wish, RequestInputs(images=(image,), mask=mask if masked else None))
+    given: dict[str, Any] = {"image": Image.fromarray(image)}
+    if masked:
+        given["mask_image"] = Image.fromarray(mask)
+    theirs = {name: value for name, value in wish.items() if masked or name not in ("width", "height")}
+    assert np.array_equal(frames, as_pixels(reference(directory, theirs, **given)))
+    limits = pipeline.limits().inputs
+    assert (limits.min_images, limits.max_images, limits.takes_mask) == (0, 1, masked)
+    assert limits.takes_strength and not limits.takes_video
+
+
+def test_which_inputs_a_call_takes_is_read_from_it() -> None:
+    for name, minimum, most, mask, last, video in (
+        ("CogVideoXImageToVideoPipeline", 1, 1, False, False, False),
+        ("CogVideoXVideoToVideoPipeline", 0, 0, False, False, True),
+        ("SkyReelsV2ImageToVideoPipeline", 1, 1, False, True, False),
+        ("StableDiffusionXLInpaintPipeline", 0, 1, True, False, False),
+        ("SanaPipeline", 0, 0, False, False, False),
+    ):
+        limits = CallSignature.of(getattr(diffusers, name)).input_limits()
+        found = (limits.min_images, limits.max_images, limits.takes_mask, limits.takes_last_image, limits.takes_video)
+        assert found == (minimum, most, mask, last, video), name
 
 
 # --- natively or not ---

@@ -146,35 +146,6 @@ def stable_diffusion_xl(seed: int) -> Any:
     )
 
 
-def stable_diffusion_3(seed: int) -> Any:
-    """SD3 with its three text encoders."""
-    return diffusers.StableDiffusion3Pipeline(
-        tokenizer=clip_tokenizer(),
-        tokenizer_2=clip_tokenizer(),
-        tokenizer_3=tiny_tokenizer(),
-        text_encoder=clip_encoder(seed, with_projection=True),
-        text_encoder_2=clip_encoder(seed + 1, with_projection=True),
-        text_encoder_3=t5_encoder(seed + 2, 2 * _WIDTH),
-        transformer=randomised(
-            diffusers.SD3Transformer2DModel(
-                sample_size=16,
-                in_channels=4,
-                out_channels=4,
-                num_layers=1,
-                attention_head_dim=8,
-                num_attention_heads=2,
-                joint_attention_dim=2 * _WIDTH,
-                caption_projection_dim=16,
-                pooled_projection_dim=2 * _WIDTH,
-                pos_embed_max_size=32,
-            ),
-            seed + 3,
-        ),
-        vae=image_vae(seed + 4),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-    )
-
-
 def sana(seed: int) -> Any:
     """Sana, which would bin sizes."""
     vae = diffusers.AutoencoderDC(
@@ -386,7 +357,6 @@ TINY_FALLBACKS: dict[str, Callable[[int], Any]] = {
     "sd15": stable_diffusion,
     "sd15_pag": stable_diffusion_pag,
     "sdxl": stable_diffusion_xl,
-    "sd3": stable_diffusion_3,
     "sana": sana,
     "pixart_sigma": pixart_sigma,
     "chroma": chroma,

@@ -13,15 +13,25 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from sglang.multimodal_gen.configs.declare import hint, parameters
-from sglang.multimodal_gen.configs.model_info import TaskLimits
+from sglang.multimodal_gen.configs.model_info import InputLimits, TaskLimits
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.pipeline_configs.fallback import FRAMES_PER_SECOND
 from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, SamplingParams
 from sglang.multimodal_gen.errors import InvalidValue, MissingParameter, UnsupportedModel, UnsupportedParameter
+from sglang.multimodal_gen.runtime.pipelines_core.pictures import resized
+from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
 
 # SamplingParams and what calls name them; the others go by their own names.
 _ALIASES = {"num_frames": ("num_frames", "frames", "video_length"), "fps": ("frame_rate", "fps")}
+# What calls name the inputs; one with a plural name takes several pictures.
+_IMAGE_ARGUMENTS = ("image", "images", "input_images", "control_image")
+_SEVERAL = ("images", "input_images")
+_MOST_IMAGES = 16
+_MASK_ARGUMENTS = ("mask_image", "mask")
 # Parameters that are about the result's file, or that are given in another way.
 _OTHER_GROUPS = frozenset({"output", "observation", "fallback"})
 _GIVEN_OTHERWISE = frozenset({"seed", "num_outputs_per_prompt"})
@@ -61,14 +71,17 @@ class CallSignature:
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         call = inspect.signature(pipeline_class.__call__)  # type: ignore[operator]
         arguments = {name: p for name, p in call.parameters.items() if name != "self" and p.kind in named}
-        missing = [name for name in ("prompt", "height", "width") if name not in arguments]
+        found = cls(pipeline_class.__name__, MappingProxyType(arguments))
+        missing = [] if "prompt" in arguments else ["prompt"]
+        if not found.takes_size and found.image_argument is None:
+            missing += [name for name in ("height", "width") if name not in arguments]
         if missing:
             raise UnsupportedModel(
                 f"diffusers' {pipeline_class.__name__} takes no {', '.join(missing)}; supported are pipelines that "
-                "make images or videos of a given size from a text",
+                "make images or videos of a given size, or of a given image, from a text",
                 param="model_path",
             )
-        return cls(pipeline_class.__name__, MappingProxyType(arguments))
+        return found
 
     def argument_for(self, field: str) -> str | None:
         """The argument that a SamplingParams field is; None where the call has none."""
@@ -90,6 +103,58 @@ class CallSignature:
         """Whether the call is told a number of frames."""
         return self.argument_for("num_frames") is not None
 
+    @property
+    def takes_size(self) -> bool:
+        """Whether the call is told a size; one that is not makes its image's."""
+        return "height" in self.arguments and "width" in self.arguments
+
+    @property
+    def image_argument(self) -> str | None:
+        """The argument that pictures are given as."""
+        return next((name for name in _IMAGE_ARGUMENTS if name in self.arguments), None)
+
+    @property
+    def mask_argument(self) -> str | None:
+        """The argument that a mask is given as."""
+        return next((name for name in _MASK_ARGUMENTS if name in self.arguments), None)
+
+    def input_limits(self) -> InputLimits:
+        """Which inputs the call takes."""
+        image, required = self.image_argument, self.required()
+        return InputLimits(
+            min_images=int(image in required),
+            max_images=0 if image is None else _MOST_IMAGES if image in _SEVERAL else 1,
+            takes_mask=self.mask_argument is not None,
+            requires_mask=self.mask_argument in required,
+            takes_last_image="last_image" in self.arguments,
+            takes_video="video" in self.arguments,
+            requires_video="video" in required,
+            takes_strength="strength" in self.arguments,
+        )
+
+    def input_arguments(self, inputs: RequestInputs, params: SamplingParams) -> dict[str, Any]:
+        """The inputs as the call takes them: PIL images and lists of them.
+
+        A call that is told no size makes what it is given, so it is given the size that is wanted.
+        """
+
+        def as_image(array: np.ndarray) -> Image.Image:
+            if self.takes_size or params.height is None or params.width is None:
+                return Image.fromarray(array)
+            return Image.fromarray(resized(array, params.height, params.width))
+
+        given: dict[str, Any] = {}
+        images, image = [as_image(array) for array in inputs.images], self.image_argument
+        if images and image is not None:
+            given[image] = images if image in _SEVERAL else images[0]
+        if inputs.mask is not None and self.mask_argument is not None:
+            given[self.mask_argument] = as_image(inputs.mask)
+        if inputs.last_image is not None:
+            given["last_image"] = as_image(inputs.last_image)
+        if inputs.video is not None:
+            given["video"] = [as_image(frame) for frame in inputs.video]
+        return given
+
     def tasks(self) -> tuple[str, ...]:
         """What the pipeline makes of what."""
         needs_image = any(name in self.required() for name in ("image", "video", "image_embeds"))
@@ -101,8 +166,10 @@ class CallSignature:
         """Arguments without a default."""
         return tuple(name for name, p in self.arguments.items() if p.default is inspect.Parameter.empty)
 
-    def call_arguments(self, params: SamplingParams, defaults: SamplingParams) -> dict[str, Any]:
-        """What complete parameters say to the call. What nobody set is left to the call.
+    def call_arguments(
+        self, params: SamplingParams, defaults: SamplingParams, inputs: RequestInputs = EMPTY
+    ) -> dict[str, Any]:
+        """What complete parameters and inputs say to the call. What nobody set is left to the call.
 
         `defaults` are the model's own, by which `params` were completed, then by GENERAL_DEFAULTS.
 
@@ -115,6 +182,8 @@ class CallSignature:
         for field, parameter in parameters(SamplingParams).items():
             if parameter.declaration.group in _OTHER_GROUPS or field in _GIVEN_OTHERWISE:
                 continue
+            if field in ("width", "height") and not self.takes_size:
+                continue
             value, own, general = (getattr(source, field) for source in (params, defaults, GENERAL_DEFAULTS))
             name = self.argument_for(field)
             is_unset = value is None or (own is None and value == general)
@@ -122,7 +191,7 @@ class CallSignature:
                 given[name] = value
             elif name is None and not is_unset and value != own and field != "fps":
                 raise UnsupportedParameter(field, f"diffusers' {self.class_name} takes none")
-        given |= self._extra(params.diffusers_kwargs or {})
+        given |= self._extra(params.diffusers_kwargs or {}) | self.input_arguments(inputs, params)
         missing = [name for name in self.required() if name not in given]
         if missing:
             raise MissingParameter(
@@ -174,8 +243,8 @@ def own_defaults(pipeline: Any, signature: CallSignature) -> SamplingParams:
     return SamplingParams(**values)
 
 
-def limits_of(pipeline: Any, defaults: SamplingParams, config: PipelineConfig) -> TaskLimits:
-    """The sizes that the pipeline can do, as far as it says.
+def limits_of(pipeline: Any, signature: CallSignature, defaults: SamplingParams, config: PipelineConfig) -> TaskLimits:
+    """The sizes that the pipeline can do, as far as it says, and the inputs that its call takes.
 
     Its processor of images knows the multiple of pixels, its transformer the patch. Frames have a stride where the
     default number keeps to it: some autoencoders cut what is too much.
@@ -188,6 +257,8 @@ def limits_of(pipeline: Any, defaults: SamplingParams, config: PipelineConfig) -
         frame_stride=temporal if (own_frames - 1) % temporal == 0 else 1,
         max_frames=config.max_frames,
         max_sequence_length=defaults.max_sequence_length or config.max_sequence_length,
+        inputs=signature.input_limits(),
+        takes_length_from_video=signature.argument_for("num_frames") is None and "video" in signature.arguments,
     )
 
 

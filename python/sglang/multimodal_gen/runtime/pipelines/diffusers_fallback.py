@@ -88,7 +88,7 @@ class DiffusersPipeline(ComposedPipelineBase):
         ]
 
     def limits(self) -> TaskLimits:
-        return limits_of(self.library, self.defaults, self.config)
+        return limits_of(self.library, self.signature, self.defaults, self.config)
 
     def model_info(self) -> ModelInfo:
         name = f"diffusers.{self.signature.class_name}"
@@ -164,7 +164,7 @@ class LibraryDenoising(Stage):
         self._arguments(req)
 
     def _arguments(self, req: Req) -> dict[str, Any]:
-        return self.signature.call_arguments(req.params, self.defaults)
+        return self.signature.call_arguments(req.params, self.defaults, req.inputs)
 
     def phase(self, req: Req) -> Phase:
         return _phase(req, self.name, "denoise", self.signature.num_steps(self._arguments(req)))
