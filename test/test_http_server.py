@@ -141,7 +141,7 @@ def test_errors_are_the_clients_own_exceptions(client: openai.OpenAI) -> None:
     assert unknown.value.code == "unknown_parameter"
     with pytest.raises(openai.BadRequestError) as file:
         client.videos.create(prompt="a star", input_reference=b"\x89PNG")
-    assert (file.value.code, file.value.param) == ("unsupported_parameter", "input_reference")
+    assert (file.value.code, file.value.param) == ("invalid_image", "input_reference")
     with pytest.raises(openai.BadRequestError) as empty:
         client.images.generate(prompt="  ")
     assert empty.value.code == "empty_prompt"

@@ -151,7 +151,7 @@ def tensor_bytes() -> int:
     storages = {
         (storage := value.untyped_storage()).data_ptr(): storage.nbytes()
         for value in gc.get_objects()
-        if issubclass(type(value), torch.Tensor) and not value.is_meta
+        if type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_meta
     }
     return sum(storages.values())
 
