@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import statistics
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import diffusers
 import pytest
-import torch
 
-from sglang.multimodal_gen.test.pipeline_parity import BF16_RATIO, LATENT_TOLERANCE, MEASUREMENTS, Measurement
+if TYPE_CHECKING:
+    from sglang.multimodal_gen.test.pipeline_parity import Measurement
 
 _ROOT = Path(__file__).parent.parent
 _TESTS = _ROOT / "python/sglang/multimodal_gen/test"
@@ -37,23 +38,23 @@ def table(measurements: list[Measurement]) -> str:
     return "\n".join(rows)
 
 
-def page(measurements: list[Measurement]) -> str:
+def page(measurements: list[Measurement], *, latent_tolerance: float, bf16_ratio: float) -> str:
     """The whole page."""
-    torch_version = torch.__version__.partition("+")[0]
+    torch_version = version("torch").partition("+")[0]
     return f"""# Parity
 
 <!-- Written by scripts/parity_table.py. Run that, do not edit this page. -->
 
 Each native pipeline is compared with the diffusers pipeline of the same class: tiny random checkpoints of several
 shapes, every parameter redrawn, the same seed, fp32 on a CPU. *Latents* is the norm of the difference of the final
-latents over the norm of the reference's (accepted: {LATENT_TOLERANCE:.0e}), *frames* the largest difference of a pixel
-(accepted: 1/255), *bf16* our error in bf16 against fp32 over diffusers' own error in bf16 (accepted: {BF16_RATIO}). The
+latents over the norm of the reference's (accepted: {latent_tolerance:.0e}), *frames* the largest difference of a pixel
+(accepted: 1/255), *bf16* our error in bf16 against fp32 over diffusers' own error in bf16 (accepted: {bf16_ratio}). The
 comparisons cover sizes, lengths of prompt and clip, guidance, samplers, pictures and masks; the same tests then run
 requests in company and ask for the same latents.
 
 {table(measurements)}
 
-Made with `python scripts/parity_table.py`, torch {torch_version}, diffusers {diffusers.__version__}.
+Made with `python scripts/parity_table.py`, torch {torch_version}, diffusers {version("diffusers")}.
 """
 
 
@@ -63,7 +64,11 @@ def main() -> int:
     status = pytest.main(["-q", "-p", "no:cacheprovider", *files])
     if status != 0:
         return 1
-    _PAGE.write_text(page(MEASUREMENTS), encoding="utf-8")
+    # Late: what pytest is to look into must not be loaded before it.
+    from sglang.multimodal_gen.test.pipeline_parity import BF16_RATIO, LATENT_TOLERANCE, MEASUREMENTS
+
+    text = page(MEASUREMENTS, latent_tolerance=LATENT_TOLERANCE, bf16_ratio=BF16_RATIO)
+    _PAGE.write_text(text, encoding="utf-8")
     sys.stdout.write(f"{len(MEASUREMENTS)} measurements in {_PAGE.relative_to(_ROOT)}\n")
     return 0
 

@@ -131,10 +131,14 @@ def test_bf16_is_as_close_to_fp32_as_diffusers_is(
 
 
 def edited(
-    pipeline_class: Any, checkpoint: Path, values: dict[str, Any], **images: np.ndarray
+    pipeline_class: Any,
+    checkpoint: Path,
+    values: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    **images: np.ndarray,
 ) -> tuple[Tensor, np.ndarray]:
     """What a diffusers pipeline makes of pictures: latents [C, 1, H, W] and frames [1, H, W, 3]."""
-    pipeline = pipeline_class.from_pretrained(checkpoint, local_files_only=True)
+    pipeline = pipeline_class.from_pretrained(checkpoint, local_files_only=True, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     arguments = {key: value for key, value in values.items() if key != "seed"}
     arguments |= {name: Image.fromarray(array) for name, array in images.items()}
@@ -195,6 +199,10 @@ def test_editing_by_instruction_matches_diffusers(
     expected = edited(diffusers.FluxKontextPipeline, kontext, theirs, **images)
     inputs = RequestInputs(images=tuple(images.values()))
     assert_same(run(load(kontext), values, inputs), *expected)
+    if images:
+        in_bf16, _ = edited(diffusers.FluxKontextPipeline, kontext, theirs, torch.bfloat16, **images)
+        rounded, _ = run(load(kontext, precision="bf16"), values, inputs)
+        assert_close_in_bf16(rounded, in_bf16, expected[0])
 
 
 def test_the_sizes_that_a_picture_is_brought_to_are_the_published_ones() -> None:
@@ -211,6 +219,10 @@ def test_painting_into_a_mask_matches_diffusers(strength: float, tmp_path: Path)
     pipeline = load(directory)
     inputs = RequestInputs(images=(image,), mask=mask)
     assert_same(run(pipeline, values, inputs), *expected)
+    if strength == 1.0:
+        theirs, _ = edited(diffusers.FluxFillPipeline, directory, values, torch.bfloat16, image=image, mask_image=mask)
+        rounded, _ = run(load(directory, precision="bf16"), values, inputs)
+        assert_close_in_bf16(rounded, theirs, expected[0])
     other = (values | {"seed": 8, "num_inference_steps": 3}, RequestInputs(images=(picture(64, 48, 1),), mask=mask))
     [(together, _), _] = run_together(pipeline, [(values, inputs), other])
     assert relative_error(together.latents, expected[0]) <= LATENT_TOLERANCE

@@ -335,14 +335,15 @@ def test_random_weights_need_the_configs_alone(tmp_path: Path) -> None:
     assert frames.std() > 5
 
 
+@pytest.mark.parametrize("name", ["timed", "condition", "image"])
 def test_bf16_is_as_close_to_fp32_as_diffusers_is(
-    checkpoint: Callable[[str], Path], pipeline_of: Callable[[str], Any]
+    name: str, checkpoint: Callable[[str], Path], pipeline_of: Callable[[str], Any]
 ) -> None:
-    directory = checkpoint("timed")
-    exact, _ = run(pipeline_of("timed"), BASE, ONE_IMAGE)
+    directory = checkpoint(name)
+    exact, _ = run(pipeline_of(name), BASE, ONE_IMAGE)
     assert exact.latents is not None
     ours, _ = run(load(directory, precision="bf16"), BASE, ONE_IMAGE)
-    theirs, _ = reference(directory, "timed", BASE, ONE_IMAGE, dtype=torch.bfloat16)
+    theirs, _ = reference(directory, name, BASE, ONE_IMAGE, dtype=torch.bfloat16)
     assert_close_in_bf16(ours, theirs, exact.latents)
 
 

@@ -219,14 +219,15 @@ def test_equal_pictures_are_encoded_once(pipeline_of: Callable[[str], Any]) -> N
         hook.remove()
 
 
+@pytest.mark.parametrize("name", ["edit", "edit_plus"])
 def test_bf16_is_as_close_to_fp32_as_diffusers_is(
-    checkpoint: Callable[[str], Path], pipeline_of: Callable[[str], Any]
+    name: str, checkpoint: Callable[[str], Path], pipeline_of: Callable[[str], Any]
 ) -> None:
     images, values = (TALL,), BASE | {"width": 48, "height": 48}
-    exact, _ = run(pipeline_of("edit"), values, RequestInputs(images=images))
+    exact, _ = run(pipeline_of(name), values, RequestInputs(images=images))
     assert exact.latents is not None
-    ours, _ = run(load(checkpoint("edit"), precision="bf16"), values, RequestInputs(images=images))
-    theirs, _ = reference("edit", values, images, dtype=torch.bfloat16)
+    ours, _ = run(load(checkpoint(name), precision="bf16"), values, RequestInputs(images=images))
+    theirs, _ = reference(name, values, images, dtype=torch.bfloat16)
     assert_close_in_bf16(ours, theirs, exact.latents)
 
 

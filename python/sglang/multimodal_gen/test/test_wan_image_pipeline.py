@@ -335,12 +335,18 @@ def test_checkpoints_whose_parts_do_not_fit_are_refused(
         load(directory)
 
 
+@pytest.mark.parametrize(
+    ("name", "pictures"), [("i2v", {"image": FIRST}), ("ti2v", {"image": FIRST}), ("t2v_experts", {})]
+)
 def test_bf16_is_as_close_to_fp32_as_diffusers_is(
-    checkpoint: Callable[[str], Path], pipeline_of: Callable[[str], Any]
+    name: str,
+    pictures: dict[str, Image.Image],
+    checkpoint: Callable[[str], Path],
+    pipeline_of: Callable[[str], Any],
 ) -> None:
-    values, pictures = BASE | {"num_inference_steps": 4}, {"image": FIRST}
-    exact, _ = run(pipeline_of("i2v"), values | {"output_type": "latent"}, inputs_of(pictures))
+    values = BASE | {"num_inference_steps": 4, "width": 64}
+    exact, _ = run(pipeline_of(name), values | {"output_type": "latent"}, inputs_of(pictures))
     assert exact.latents is not None
-    ours, _ = run(load(checkpoint("i2v"), precision="bf16"), values | {"output_type": "latent"}, inputs_of(pictures))
-    theirs, _ = reference(checkpoint("i2v"), values, pictures, torch.bfloat16)
+    ours, _ = run(load(checkpoint(name), precision="bf16"), values | {"output_type": "latent"}, inputs_of(pictures))
+    theirs, _ = reference(checkpoint(name), values, pictures, torch.bfloat16)
     assert_close_in_bf16(ours, theirs, exact.latents)
