@@ -93,7 +93,7 @@ class InputLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def _check_alone(self, given: GivenInputs, names: InputNames) -> None:
         """Raises for what says something about an image or a video that is not there."""
         others = [names.images] * (self.max_images > 0) + [names.video] * (self.takes_video or self.requires_video)
-        for name, is_given in ((names.mask, given.mask), ("strength", given.strength)):
+        for name, is_given in ((names.mask, given.mask), ("strength", given.strength and not given.last_image)):
             if is_given:
                 raise IncompatibleParameters(
                     f"{name}: says how to change what is not there, accepted is {name} with {' or '.join(others)}",

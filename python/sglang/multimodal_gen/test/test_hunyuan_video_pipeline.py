@@ -57,10 +57,12 @@ REQUESTS: dict[str, list[dict[str, Any]]] = {
     "i2v": [
         {"num_frames": 5},
         {"width": 32, "height": 48, "true_cfg_scale": 2.0, "negative_prompt": "blue star", "num_frames": 9},
+        {"true_cfg_scale": 3.0, "negative_prompt": "", "image_embed_interleave": 1, "num_frames": 5},
         {"prompt": "moving star, " * 40, "num_frames": 1, "width": 16},
     ],
     "i2v_33ch": [
         {"num_frames": 17, "guidance_scale": 1.0},
+        {"num_frames": 5, "image_embed_interleave": 5},
         {"prompt": "", "num_frames": 1, "true_cfg_scale": 4.0, "negative_prompt": "a"} | {"prompt": "red " * 14},
     ],
     "skyreels": [

@@ -24,6 +24,7 @@ from sglang.multimodal_gen.errors import (
     FramesNotSupported,
     IncompatibleParameters,
     InvalidRequest,
+    InvalidValue,
     MissingParameter,
     SizeNotDivisible,
     TooManyImages,
@@ -67,6 +68,9 @@ ONE_IMAGE = RequestInputs(images=(PICTURE,))
 VIDEO = RequestInputs(video=CLIP)
 ENDS = RequestInputs(images=(PICTURE,), last_image=PICTURE[::-1, ::-1])
 LAST = RequestInputs(last_image=PICTURE)
+LONG = RequestInputs(
+    video=np.random.default_rng(2).integers(0, 256, (14, 32, 64, 3), dtype=np.uint8), last_image=PICTURE
+)
 # By checkpoint: sizes, lengths, steps, guidance, frame rates, prompt lengths and what the clip begins with.
 REQUESTS: dict[str, list[tuple[dict[str, Any], RequestInputs]]] = {
     "first": [
@@ -88,6 +92,13 @@ REQUESTS: dict[str, list[tuple[dict[str, Any], RequestInputs]]] = {
         ({"num_frames": 5, "image_cond_noise_scale": 0.0}, VIDEO),
         ({"num_frames": 13, "guidance_rescale": 0.6, "fps": 10, "decode_timestep": 0.2}, ENDS),
         ({"image_cond_noise_scale": 0.0, "guidance_scale": 1.0}, LAST),
+        ({"num_frames": 13, "frame_index": 4, "strength": 0.5, "decode_noise_scale": 0.1}, ENDS),
+        ({"strength": 0.3, "num_inference_steps": 6, "image_cond_noise_scale": 0.4, "decode_timestep": 0.2}, VIDEO),
+        ({"num_frames": 17, "frame_index": 5, "strength": 0.8, "num_inference_steps": 5}, LONG),
+        ({"num_frames": 17, "frame_index": 3, "denoise_strength": 0.7, "num_inference_steps": 6}, LONG),
+        ({"num_frames": 9, "frame_index": 8, "fps": 10}, VIDEO),
+        ({"denoise_strength": 0.5, "num_inference_steps": 5}, EMPTY),
+        ({"strength": 0.6, "guidance_scale": 1.0}, LAST),
     ],
 }
 CASES = [(name, number) for name, requests in REQUESTS.items() for number in range(len(requests))]
@@ -131,11 +142,12 @@ def reference(
     cls = getattr(diffusers, reference_class(name, inputs))
     pipeline = cls.from_pretrained(directory, local_files_only=True, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
-    arguments = {key: value for key, value in values.items() if key not in ("seed", "fps")}
+    given = {"frame_index", "strength"}  # of each condition
+    arguments = {key: value for key, value in values.items() if key not in {"seed", "fps"} | given}
     if cls is diffusers.LTXImageToVideoPipeline:
         arguments["image"] = Image.fromarray(inputs.images[0])
     elif inputs is not EMPTY:
-        arguments["conditions"] = conditions(inputs, values["num_frames"])
+        arguments["conditions"] = conditions(inputs, values)
     packed: list[Tensor] = []
 
     def keep(_: Any, step: int, timestep: Any, found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -158,13 +170,16 @@ def reference(
     return unpack(own, grid, 1)[0], as_uint8(frames)
 
 
-def conditions(inputs: RequestInputs, num_frames: int) -> list[Any]:
+def conditions(inputs: RequestInputs, values: dict[str, Any]) -> list[Any]:
     """As diffusers is told them."""
-    found = [LTXVideoCondition(image=Image.fromarray(image)) for image in inputs.images]
+    strength = values.get("strength", 1.0)
+    place = {"frame_index": values.get("frame_index", 0), "strength": strength}
+    found = [LTXVideoCondition(image=Image.fromarray(image), **place) for image in inputs.images]
     if inputs.video is not None:
-        found.append(LTXVideoCondition(video=[Image.fromarray(frame) for frame in inputs.video]))
+        found.append(LTXVideoCondition(video=[Image.fromarray(frame) for frame in inputs.video], **place))
     if inputs.last_image is not None:
-        found.append(LTXVideoCondition(image=Image.fromarray(inputs.last_image), frame_index=num_frames - 1))
+        last = {"frame_index": values["num_frames"] - 1, "strength": strength}
+        found.append(LTXVideoCondition(image=Image.fromarray(inputs.last_image), **last))
     return found
 
 
@@ -356,6 +371,16 @@ def test_bf16_is_as_close_to_fp32_as_diffusers_is(
         ("first", {}, LAST, UnsupportedParameter, "the model works from text and one image"),
         ("condition", {}, RequestInputs(mask=PICTURE[..., 0]), UnsupportedParameter, "image, a last image and a video"),
         ("condition", {}, RequestInputs(images=(PICTURE,), video=CLIP), IncompatibleParameters, "got both"),
+        ("condition", {"frame_index": 0}, LAST, IncompatibleParameters, "accepted is frame_index with an image"),
+        (
+            "condition",
+            {"frame_index": 9},
+            ONE_IMAGE,
+            InvalidValue,
+            "got 9, accepted is a frame from 0 to 8",
+        ),
+        ("condition", {"denoise_strength": 0.3}, EMPTY, InvalidValue, "leaves a step of num_inference_steps 3"),
+        ("first", {"frame_index": 1}, ONE_IMAGE, UnsupportedParameter, "frame_index"),
         ("first", {"num_frames": 10}, EMPTY, FramesNotSupported, "num_frames"),
         ("first", {"width": 36}, EMPTY, SizeNotDivisible, "36x32"),
     ],

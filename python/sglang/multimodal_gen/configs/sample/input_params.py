@@ -65,6 +65,33 @@ class InputParams:
         maximum=1.0,
         recorded=True,
     )
+    frame_index: int | None = arg(
+        None,
+        help="Frame of the clip that the image shows, or that the video begins at.",
+        group="inputs",
+        unset=FROM_MODEL,
+        minimum=0,
+        maximum=100_000,
+        recorded=True,
+    )
+    denoise_strength: float | None = arg(
+        None,
+        help="Share of the steps that are taken; the first ones, at high noise, are left out.",
+        group="inputs",
+        unset=FROM_MODEL,
+        minimum=0.001,
+        maximum=1.0,
+        recorded=True,
+    )
+    image_embed_interleave: int | None = arg(
+        None,
+        help="Of the image's tokens that the text encoder gives one in so many is kept.",
+        group="inputs",
+        unset=FROM_MODEL,
+        minimum=1,
+        maximum=5,
+        recorded=True,
+    )
     auto_resize: bool | None = arg(
         None,
         help="Whether the image is first brought to the nearest size that the model was trained on.",

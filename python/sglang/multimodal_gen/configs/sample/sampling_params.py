@@ -413,6 +413,7 @@ PARAMETERS_OF_SOME = frozenset(
     {
         *("true_cfg_scale", "guidance_scale_2", "cfg_normalization", "cfg_truncation", "boundary_ratio"),
         *("decode_timestep", "decode_noise_scale", "image_cond_noise_scale", "max_area", "auto_resize"),
+        *("frame_index", "denoise_strength", "image_embed_interleave"),
     }
 )
 """What only some models have; the others refuse it rather than ignore it."""

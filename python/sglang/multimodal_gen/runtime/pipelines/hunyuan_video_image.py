@@ -5,6 +5,7 @@ Source: https://github.com/Tencent/HunyuanVideo-I2V, https://github.com/SkyworkA
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -144,6 +145,13 @@ class BesidePictureStage(TextEncodingStage):
         """See TextEncodingStage."""
         return EMPTY
 
+    def admit(self, req: Req) -> None:
+        """See TextEncodingStage."""
+        super().admit(req)
+        if req.params.image_embed_interleave is not None:
+            assert req.prompt is not None, "prepared just now"
+            req.prompt = dataclasses.replace(req.prompt, options=(req.params.image_embed_interleave,))
+
 
 class PictureAndNoiseStage(LatentPreparationStage):
     """Noise with a trace of the picture in every frame."""
@@ -168,7 +176,8 @@ class PictureDenoiser(HunyuanVideoDenoiser):
 
     def num_text_tokens(self, req: Req) -> int:
         """See Denoiser."""
-        return super().num_text_tokens(req) + IMAGE_TOKENS // min(NEGATIVE_INTERLEAVE, *INTERLEAVE.values())
+        kept = min(NEGATIVE_INTERLEAVE, *INTERLEAVE.values(), req.params.image_embed_interleave or NEGATIVE_INTERLEAVE)
+        return super().num_text_tokens(req) + IMAGE_TOKENS // kept
 
     @staticmethod
     def pictures(rows: Sequence[Row]) -> Tensor:
@@ -202,6 +211,7 @@ def with_first_frame(req: Req, latents: Tensor) -> Tensor:
 class HunyuanVideoImageToVideoPipeline(HunyuanVideoPipeline):
     """Image to video with HunyuanVideo-I2V, of which there are two kinds of transformer."""
 
+    own_parameters: ClassVar[frozenset[str]] = HunyuanVideoPipeline.own_parameters | {"image_embed_interleave"}
     components: ClassVar[Mapping[str, ComponentLoader]] = {
         **HunyuanVideoPipeline.components,
         "text_encoder": transformers_module("LlavaForConditionalGeneration"),

@@ -188,6 +188,8 @@ class HunyuanVideoImagePrompts(HunyuanVideoPrompts):
     def kept(self, states: Tensor, prompt: Prompt) -> Tensor:
         """The picture's states, thinned out, then the prompt's, without the assistant's header."""
         interleave = self.interleave if prompt.images else NEGATIVE_INTERLEAVE
+        if prompt.options:
+            [interleave] = prompt.options
         image = states[IMAGE_POSITION : IMAGE_POSITION + IMAGE_TOKENS : interleave]
         text = states[IMAGE_TOKENS - 1 :]  # so that a token is at its place in `ids`
         after = self._assistant_start(prompt)

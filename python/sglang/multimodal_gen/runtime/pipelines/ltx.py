@@ -280,16 +280,18 @@ class LTXImageToVideoPipeline(LTXPipeline):
 
 
 class LTXConditionPipeline(LTXPipeline):
-    """Releases from 0.9.5 on: the clip may also go on from a video, and end with a picture.
+    """Releases from 0.9.5 on: the clip may also go on from a video or come to one, and end with a picture.
 
-    What is given gets some noise. Pictures and videos at other frames are not implemented.
+    What is given gets some noise, and with a `strength` below 1 it is changed.
     """
 
-    own_parameters: ClassVar[frozenset[str]] = frozenset(
-        {"decode_timestep", "decode_noise_scale", "image_cond_noise_scale"}
-    )
+    own_parameters: ClassVar[frozenset[str]] = LTXPipeline.own_parameters | {
+        *("image_cond_noise_scale", "frame_index", "denoise_strength"),
+    }
 
-    inputs: ClassVar[InputLimits] = InputLimits(max_images=1, takes_last_image=True, takes_video=True)
+    inputs: ClassVar[InputLimits] = InputLimits(
+        max_images=1, takes_last_image=True, takes_video=True, takes_strength=True
+    )
     denoiser_class: ClassVar[type[LTXDenoiser]] = LTXConditionDenoiser
     masks_text: ClassVar[bool] = True
 
@@ -300,7 +302,7 @@ class LTXConditionPipeline(LTXPipeline):
 
     def timesteps(self, denoiser: LTXDenoiser) -> TimestepPreparationStage:
         """The schedule, which no size moves."""
-        return TimestepPreparationStage(self.scheduler, spacing=self.spacing)
+        return TimestepPreparationStage(self.scheduler, spacing=self.spacing, rounds_strength_down=True)
 
     def spacing(self, num_steps: int) -> np.ndarray:
         """The levels that a distilled model was trained for, if it is given as many steps."""

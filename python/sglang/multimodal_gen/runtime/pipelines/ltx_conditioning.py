@@ -2,8 +2,9 @@
 
 Source: arXiv:2501.00103, https://github.com/Lightricks/LTX-Video
 
-A picture that the clip ends with stands before all others as a frame of its own while the transformer works, with the
-position of the last; so what is given always comes first.
+What is given for another frame than the first stands before the clip as frames of its own while the transformer works,
+with the positions that it is meant for: a picture, or the first two latent frames of a video, whose others are in the
+clip.
 
 Shapes: C latent channels, T, h, w latent frames, height, width, t given latent frames.
 """
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.request_plan import Phase
-from sglang.multimodal_gen.errors import IncompatibleParameters
+from sglang.multimodal_gen.errors import IncompatibleParameters, InvalidValue
 from sglang.multimodal_gen.runtime.models.vaes.library_vae import LibraryAutoencoder, WholeClip
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory
@@ -28,12 +29,16 @@ from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBa
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.latent_preparation import request_generator
 
-GIVEN = "given_frames"
-"""Latents [C, t, h, w] fp32 of a last picture, if there is one, and of what the clip begins with."""
-HELD = "held_frames"
+GIVEN = "given_latents"
+"""Latents [C, t, h, w] fp32 of what is given, ordered as `given_frames`; with noise where `strength` is below 1."""
+HELD = "held_latents"
 """The same as the present step has them, with noise in them."""
 _HELD_AT = "held_at"
+_LEADING = "leading_frames"
+_GIVEN_AT = "given_frames_at"
 _DECODE_NOISE = "decode_noise"
+_FULL_STRENGTH = 1.0 - 1e-6
+_LEADING_VIDEO_FRAMES = 2
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class LTXAutoencoder(LibraryAutoencoder):
 
 
 class GivenFramesStage(Stage):
-    """Encodes the picture, or the beginning of a video, that a clip begins with, and the picture that it ends with.
+    """Encodes the picture or video that a clip begins with or comes to, and the picture that it ends with.
 
     What counts is a sample of what they encode to.
 
@@ -90,8 +95,8 @@ class GivenFramesStage(Stage):
     """
 
     name: str = "image_encode"
-    reads: ClassVar[tuple[str, ...]] = ("params", "inputs", "generator")
-    writes: ClassVar[tuple[str, ...]] = ("conditioning", "generator")
+    reads: ClassVar[tuple[str, ...]] = ("params", "inputs", "generator", "latents")
+    writes: ClassVar[tuple[str, ...]] = ("strength", "conditioning", "generator")
 
     def __init__(
         self,
@@ -105,15 +110,37 @@ class GivenFramesStage(Stage):
         self.memory = memory
 
     def admit(self, req: Req) -> None:
-        """Raises IncompatibleParameters for a picture and a video."""
-        if req.inputs.images and req.inputs.video is not None:
+        """Raises IncompatibleParameters for a picture and a video, or the frame of neither, InvalidValue for a frame
+        that the clip does not have."""
+        params, inputs = req.params, req.inputs
+        if inputs.images and inputs.video is not None:
             raise IncompatibleParameters(
                 "image, video: got both, accepted is one of them, which the clip begins with", param="video"
             )
+        if params.frame_index is not None and not inputs.images and inputs.video is None:
+            raise IncompatibleParameters(
+                f"frame_index: got {params.frame_index}, accepted is frame_index with an image or a video",
+                param="frame_index",
+            )
+        assert params.num_frames is not None, "the family has a default"
+        if not 0 <= frame_index(req) < params.num_frames:
+            raise InvalidValue("frame_index", frame_index(req), f"a frame from 0 to {params.num_frames - 1}")
+        if params.denoise_strength is not None:
+            if params.denoise_strength * (params.num_inference_steps or 0) < 1:
+                raise InvalidValue(
+                    "denoise_strength",
+                    params.denoise_strength,
+                    f"one that leaves a step of num_inference_steps {params.num_inference_steps}",
+                )
+            req.strength = params.denoise_strength
+        leading, own = self._places(req)
+        held = [*range(len(leading)), *(len(leading) + frame for frame in own)]
+        if held:
+            req.conditioning |= {_LEADING: torch.tensor(leading, dtype=torch.long), _GIVEN_AT: torch.tensor(held)}
 
     def phase(self, req: Req) -> Phase | None:
         """One unit; None for a clip from a text alone."""
-        num_frames = max(self.num_frames(req), num_leading_frames(req))
+        num_frames = max(self.num_frames(req), int(req.inputs.last_image is not None))
         if num_frames == 0:
             return None
         height, width = req.params.height, req.params.width
@@ -128,12 +155,28 @@ class GivenFramesStage(Stage):
         )
 
     def num_frames(self, req: Req) -> int:
-        """Frames that the clip begins with: of a video as many as fit and make whole latent frames."""
+        """Frames of the picture or video: of a video as many as fit and make whole latent frames."""
         if req.inputs.video is None:
             return len(req.inputs.images)
         assert req.params.num_frames is not None, "checked by the stages before"
-        usable = min(len(req.inputs.video), req.params.num_frames)
+        usable = min(len(req.inputs.video), req.params.num_frames - frame_index(req))
         return (usable - 1) // self.geometry.temporal_ratio * self.geometry.temporal_ratio + 1
+
+    def _places(self, req: Req) -> tuple[list[int], list[int]]:
+        """Frame numbers of the latent frames that stand before the clip, and those of the clip that are given."""
+        assert req.params.num_frames is not None, "checked at admission"
+        ratio, first = self.geometry.temporal_ratio, frame_index(req)
+        num_frames = self.num_frames(req)
+        num_latent = (num_frames - 1) // ratio + 1 if num_frames else 0
+        leading: list[int] = []
+        own = list(range(num_latent))
+        if first:
+            num_leading = min(num_latent, _LEADING_VIDEO_FRAMES)
+            leading = [first + max(0, (frame - 1) * ratio + 1) for frame in range(num_leading)]
+            own = [first // ratio + frame for frame in range(num_leading, num_latent)]
+        if req.inputs.last_image is not None:
+            leading.append(req.params.num_frames - 1)
+        return leading, own
 
     def step(self, requests: Sequence[Req]) -> list[OutputBatch]:
         encoded = [self._encoded(req) for req in requests]
@@ -146,21 +189,42 @@ class GivenFramesStage(Stage):
         """Latents [C, t, h, w], and the generator after the draws; the request's own stays as it is."""
         generator = torch.Generator("cpu")
         generator.set_state((req.generator or request_generator(req)).get_state())
-        parts: list[Tensor] = []
+        _, own = self._places(req)
+        before: list[Tensor] = []
+        within: list[Tensor] = []
         if self.num_frames(req):
             frames = req.inputs.images if req.inputs.video is None else req.inputs.video[: self.num_frames(req)]
-            parts.append(self._sample(list(frames), req, generator))
+            latents = self._sample(list(frames), req, generator)
+            split = latents.shape[1] - len(own)
+            if split:
+                before.append(_weakened(latents[:, :split], req, generator))
+            if own:
+                within.append(_weakened(latents[:, split:], req, self._noise_at(own, req)))
         if req.inputs.last_image is not None:
-            parts.insert(0, self._sample([req.inputs.last_image], req, generator))
-            # Noise that a weaker last picture would be mixed with; at full strength only the draw is left of it.
-            torch.randn((1, *parts[0].shape), generator=generator)
-        return torch.cat(parts, dim=1), generator
+            before.append(_weakened(self._sample([req.inputs.last_image], req, generator), req, generator))
+        return torch.cat([*before, *within], dim=1), generator
+
+    @staticmethod
+    def _noise_at(frames: list[int], req: Req) -> Tensor | None:
+        """The clip's noise at these frames, where it was drawn already: no other requests have a strength."""
+        return None if req.latents is None else req.latents[:, frames]
 
     def _sample(self, frames: list[np.ndarray], req: Req, generator: torch.Generator) -> Tensor:
         """T pictures uint8 [H, W, 3] -> latents [C, t, h, w]."""
         width, height = req.params.width, req.params.height
         assert width is not None and height is not None, "checked by the stages before"
         return self.autoencoder.to_latents(clip_of(frames, height, width), generator=generator)[0]
+
+
+def _weakened(latents: Tensor, req: Req, noise: Tensor | torch.Generator | None) -> Tensor:
+    """Latents [C, t, h, w] of what is given -> with as much noise as `strength` leaves out; a generator draws it."""
+    if isinstance(noise, torch.Generator):
+        noise = torch.randn((1, *latents.shape), generator=noise)[0].to(latents.device)
+    weight = strength(req)
+    if weight > _FULL_STRENGTH:
+        return latents
+    assert noise is not None, "pipelines that take a strength draw the noise first"
+    return torch.lerp(noise, latents.float(), weight)
 
 
 class FirstFramesStage(Stage):
@@ -172,9 +236,9 @@ class FirstFramesStage(Stage):
 
     def begin(self, req: Req) -> None:
         assert req.latents is not None and req.latent_shape is not None, "drawn by the stages before"
-        if req.latents.shape[1] == req.latent_shape[1]:
-            leading = req.latents[:, : num_leading_frames(req)]  # replaced right away
-            req.latents = torch.cat((leading, req.latents), dim=1)
+        num_leading = len(leading_frames(req))
+        if num_leading and req.latents.shape[1] == req.latent_shape[1]:
+            req.latents = torch.cat((req.conditioning[GIVEN][:, :num_leading], req.latents), dim=1)
         req.latents = with_given_frames(req, req.latents)
 
 
@@ -209,33 +273,56 @@ def decode_timestep(req: Req) -> float:
     return req.params.decode_timestep or 0.0
 
 
-def num_given_frames(req: Req) -> int:
-    """Latent frames at the beginning that are no noise."""
-    return req.conditioning[GIVEN].shape[1] if GIVEN in req.conditioning else 0
+def strength(req: Req) -> float:
+    """How much of what is given counts; below 1 it is let go when the noise has fallen to what it has itself."""
+    return 1.0 if req.params.strength is None else req.params.strength
 
 
-def num_leading_frames(req: Req) -> int:
-    """Latent frames that stand before the clip's own: one where a last picture is given."""
-    return int(req.inputs.last_image is not None)
+def frame_index(req: Req) -> int:
+    """The frame of the clip that the picture or the video is given for."""
+    return req.params.frame_index or 0
+
+
+def leading_frames(req: Req) -> list[int]:
+    """The frame numbers of the latent frames that stand before the clip's own."""
+    return req.conditioning[_LEADING].tolist() if _LEADING in req.conditioning else []
+
+
+def given_frames(req: Req) -> list[int]:
+    """Which of all latent frames, the leading ones first, are given."""
+    return req.conditioning[_GIVEN_AT].tolist() if _GIVEN_AT in req.conditioning else []
+
+
+def given_timestep(req: Req, timestep: float) -> float:
+    """What the transformer is told of given frames where others are at `timestep`."""
+    return min(timestep, (1.0 - strength(req)) * 1000.0)
 
 
 def with_given_frames(req: Req, latents: Tensor) -> Tensor:
-    """Latents [C, T, h, w] whose first frames are the given ones."""
+    """Latents [C, T, h, w] with the given frames in their places."""
     given = req.conditioning.get(HELD, req.conditioning.get(GIVEN))
-    return latents if given is None else torch.cat((given, latents[:, given.shape[1] :]), dim=1)
+    if given is None:
+        return latents
+    latents = latents.clone()
+    latents[:, given_frames(req)] = given.to(latents.dtype)
+    return latents
 
 
 def after_step(req: Req, latents: Tensor) -> Tensor:
-    """The same after a step; after the last one without what stands before the clip."""
-    assert req.sampler_state is not None, "prepared at admission"
-    latents = with_given_frames(req, latents)
-    return latents[:, num_leading_frames(req) :] if req.sampler_state.finished else latents
+    """The same after a step that holds them; after the last one without what stands before the clip."""
+    state = req.sampler_state
+    assert state is not None, "prepared at admission"
+    taken = state.schedule.timesteps[state.step_index - 1].item()
+    if taken / 1000.0 - 1e-6 >= 1.0 - strength(req):
+        latents = with_given_frames(req, latents)
+    return latents[:, len(leading_frames(req)) :] if state.finished else latents
 
 
 def add_noise_to_given_frames(req: Req) -> None:
     """Before a step: give the given frames fresh noise, less and less of it, so that what follows may move.
 
     Once for each step, whatever is called again. The noise has the size of the whole clip, in the order of its tokens.
+    Frames that have noise of their own get none of it.
     """
     state = req.sampler_state
     assert req.latents is not None and req.generator is not None and state is not None, "prepared before"
@@ -244,10 +331,10 @@ def add_noise_to_given_frames(req: Req) -> None:
         return
     if _HELD_AT in req.conditioning and int(req.conditioning[_HELD_AT]) == state.step_index:
         return
-    given = req.conditioning[GIVEN]
-    channels, num_frames, height, width = given.shape
-    clip = torch.randn((1, req.latents[0].numel(), channels), generator=req.generator, dtype=torch.float32)
-    noise = clip[0, : num_frames * height * width].T.reshape(given.shape).to(given.device)
-    req.conditioning[HELD] = given + scale * noise * (state.timestep / 1000.0) ** 2
+    given, shape = req.conditioning[GIVEN], req.latents.shape
+    clip = torch.randn((1, req.latents[0].numel(), shape[0]), generator=req.generator, dtype=torch.float32)
     req.conditioning[_HELD_AT] = torch.tensor(state.step_index)
-    req.latents = with_given_frames(req, req.latents)
+    if strength(req) > _FULL_STRENGTH:
+        noise = clip[0].T.reshape(shape)[:, given_frames(req)].to(given.device)
+        req.conditioning[HELD] = given + scale * noise * (state.timestep / 1000.0) ** 2
+        req.latents = with_given_frames(req, req.latents)

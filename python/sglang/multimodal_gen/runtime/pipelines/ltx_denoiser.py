@@ -17,8 +17,9 @@ from sglang.multimodal_gen.runtime.layers.rotary import fractional_rotary_table,
 from sglang.multimodal_gen.runtime.models.dits.ltx import LTXVideoTransformer3DModel
 from sglang.multimodal_gen.runtime.pipelines.ltx_conditioning import (
     add_noise_to_given_frames,
-    num_given_frames,
-    num_leading_frames,
+    given_frames,
+    given_timestep,
+    leading_frames,
 )
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row, pack, unpack
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
@@ -48,21 +49,23 @@ class LTXDenoiser(Denoiser):
 
     def batch_key(self, req: Req) -> str:
         """The frame rate is where frames stand in time; texts may differ in length."""
-        return f"fps{req.params.fps}:leading{num_leading_frames(req)}"
+        return f"fps{req.params.fps}:leading{leading_frames(req)}"
 
     def num_tokens(self, req: Req) -> int:
-        """See Denoiser; a last picture has tokens of its own."""
+        """See Denoiser; leading frames have tokens of their own."""
         assert req.latent_shape is not None, "planned by the stages before"
-        return super().num_tokens(req) + num_leading_frames(req) * math.prod(req.latent_shape[2:])
+        return super().num_tokens(req) + len(leading_frames(req)) * math.prod(req.latent_shape[2:])
 
     def frame_timesteps(self, rows: Sequence[Row], num_frames: int) -> Tensor:
-        """[B] where all frames are noise, else [B, T] with 0 for given frames."""
-        if not any(num_given_frames(row.req) for row in rows):
+        """[B] where all frames are noise, else [B, T] with 0, or what `strength` leaves, for given frames."""
+        if not any(given_frames(row.req) for row in rows):
             return self.timesteps(rows)
         values = []
         for row in rows:
-            given = num_given_frames(row.req)
-            values.append([0.0] * given + [row.timestep] * (num_frames - given))
+            frames = [row.timestep] * num_frames
+            for frame in given_frames(row.req):
+                frames[frame] = given_timestep(row.req, row.timestep)
+            values.append(frames)
         return torch.tensor(values, dtype=torch.float32, device=self.device)
 
     def rotary_table(self, req: Req, grid: tuple[int, int, int]) -> Tensor:
@@ -71,13 +74,8 @@ class LTXDenoiser(Denoiser):
         config, geometry = self.transformer.config, self.geometry
         strides = (geometry.temporal_ratio, geometry.spatial_ratio, geometry.spatial_ratio)
         positions = causal_positions if self.counts_causally else latent_positions
-        clip = ClipGrid(grid, strides, req.params.fps, self.leading(req))
+        clip = ClipGrid(grid, strides, req.params.fps, tuple(leading_frames(req)))
         return clip_rotary_table(positions, clip, config.hidden_size, config.num_attention_heads, self.device)
-
-    def leading(self, req: Req) -> tuple[int, ...]:
-        """The numbers of the frames that stand before the clip's own."""
-        assert req.params.num_frames is not None, "checked at admission"
-        return (req.params.num_frames - 1,) * num_leading_frames(req)
 
 
 class LTXConditionDenoiser(LTXDenoiser):

@@ -20,14 +20,15 @@ class Prompt:
     """A text on its way to the encoders, as token ids; equal prompts have equal embeddings, so it is a cache's key.
 
     `ids` are those of the encoder of the token sequence, `pooled_ids` those of an encoder that gives one vector, both
-    without padding. `num_tokens` is how many ids the whole text would have. `images` are pictures that the encoder sees
-    beside the text, known by their `digest`.
+    without padding. `num_tokens` is how many ids the whole text would have; `options` what else the request tells the
+    family's encoder. `images` are pictures that the encoder sees beside the text, known by their `digest`.
     """
 
     ids: tuple[int, ...]
     num_tokens: int
     pooled_ids: tuple[tuple[int, ...], ...] = ()
     max_length: int = 0
+    options: tuple[int, ...] = ()
     digest: str = ""
     images: tuple[Any, ...] = field(default=(), compare=False, repr=False)
 
