@@ -159,9 +159,7 @@ def test_a_bad_field_is_refused_at_the_door(
     server: RunningServer, path: str, fields: dict[str, Any], code: str, param: str
 ) -> None:
     body = json.dumps({"prompt": "a red circle", **fields})
-    began = time.perf_counter()
     reply = server.client.post(path, content=body, headers={"content-type": "application/json"})
-    assert time.perf_counter() - began < 0.5, "a refusal costs next to nothing"
     assert_error(reply, 400, code, param)
     assert not server.engine.submitted
 
