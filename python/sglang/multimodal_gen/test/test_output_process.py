@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+import zmq
 from PIL import Image
 
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import IncompatibleParameters
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator, GenerationResult
+from sglang.multimodal_gen.runtime.managers.messages import (
+    Codec,
+    DropOutput,
+    OpenOutput,
+    OutputDone,
+    OutputFrames,
+    OutputHello,
+    encode,
+)
+from sglang.multimodal_gen.runtime.managers.output_process import OutputJob, OutputProcess
+from sglang.multimodal_gen.runtime.managers.run_dir import OwnedRunDir
 from sglang.multimodal_gen.runtime.postprocess.metadata import read_metadata
 from sglang.multimodal_gen.test import null_family
 from sglang.multimodal_gen.test.clips import decode
@@ -96,3 +111,36 @@ def unfinished_bytes(directory: Path) -> int:
                 with contextlib.suppress(FileNotFoundError):  # closed meanwhile
                     total += file.stat().st_size if str(file.readlink()).startswith(f"{directory}/") else 0
     return total
+
+
+def test_an_output_that_is_dropped_and_opened_again_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when its request is put aside: taking the first one's file away may last until after the second began."""
+    dropped = threading.Event()
+
+    def abandon_late(_: OutputJob) -> None:
+        time.sleep(0.3)
+        dropped.set()
+
+    monkeypatch.setattr(OutputJob, "abandon", abandon_late)
+    owned = OwnedRunDir()
+    paths, codec = owned.paths, Codec(OutputHello | OutputDone)
+    with zmq.Context() as context, context.socket(zmq.PAIR) as scheduler:
+        scheduler.bind(paths.output_address)
+        threading.Thread(target=OutputProcess(paths, model="null").run, daemon=True).start()
+        assert isinstance(codec.decode(scheduler.recv()), OutputHello)
+        params = SamplingParams.from_values({"prompt": "x", "return_frames": True})
+        for message in (
+            OpenOutput(request_id="r", params=params, num_frames=2, directory=None),
+            DropOutput(request_id="r"),
+            OpenOutput(request_id="r", params=params, num_frames=2, directory=None),
+        ):
+            scheduler.send(encode(message))
+        assert dropped.wait(10)
+        time.sleep(0.1)  # the first one's thread ends
+        frames = np.full((2, 4, 4, 3), 7, dtype=np.uint8)
+        scheduler.send(encode(OutputFrames(request_id="r", first_frame=0, last=True, frames=paths.put(frames))))
+        assert scheduler.poll(10_000), "its frames were thrown away"
+        done = codec.decode(scheduler.recv())
+        assert isinstance(done, OutputDone) and done.frames is not None
+        assert np.array_equal(paths.take(done.frames), frames)
+    owned.close()

@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 import time
+from dataclasses import dataclass, field
 from typing import cast
 
 import msgspec
@@ -107,6 +108,14 @@ class OutputJob:
             self.run_dir.discard(self.returned.file)
 
 
+@dataclass(frozen=True)
+class _Inbox:
+    """What a thread is sent. A request that was put aside or lost its worker is opened more than once."""
+
+    opening: int
+    messages: queue.SimpleQueue[ToOutput] = field(default_factory=queue.SimpleQueue)
+
+
 class OutputProcess:
     """Deals messages to one thread per output and brings their replies back."""
 
@@ -119,7 +128,8 @@ class OutputProcess:
         self.scheduler.connect(run_dir.output_address)
         self.replies = self.context.socket(zmq.PULL)
         self.replies.bind(_WAKE)
-        self.inboxes: dict[str, queue.SimpleQueue[ToOutput]] = {}
+        self.inboxes: dict[str, _Inbox] = {}
+        self.num_openings = 0
         self._codec = Codec(ToOutput)
 
     def run(self) -> None:
@@ -131,10 +141,10 @@ class OutputProcess:
         while True:
             ready = dict(poller.poll())
             if self.replies in ready:
-                request_id, payload = self.replies.recv_multipart()
+                request_id, opening, payload = self.replies.recv_multipart()
                 if payload:
                     self.scheduler.send(payload)
-                self.inboxes.pop(request_id.decode(), None)
+                self._close(request_id.decode(), int(opening))
             if self.scheduler in ready:
                 self._dispatch(self.scheduler.recv())
 
@@ -145,24 +155,30 @@ class OutputProcess:
             logger.exception("a message does not decode")
             return
         if isinstance(message, OpenOutput):
-            inbox: queue.SimpleQueue[ToOutput] = queue.SimpleQueue()
-            self.inboxes[message.request_id] = inbox
+            self.num_openings += 1
+            inbox = self.inboxes[message.request_id] = _Inbox(self.num_openings)
             thread = threading.Thread(target=self._serve, args=(message, inbox), name="output", daemon=True)
             thread.start()
         elif message.request_id in self.inboxes:
-            self.inboxes[message.request_id].put(message)
+            self.inboxes[message.request_id].messages.put(message)
         elif isinstance(message, OutputFrames):
             self.run_dir.discard(message.frames.file)
 
-    def _serve(self, opened: OpenOutput, inbox: queue.SimpleQueue[ToOutput]) -> None:
+    def _close(self, request_id: str, opening: int) -> None:
+        """A thread has ended. Its request may have come again meanwhile: that one's inbox stays."""
+        if request_id in self.inboxes and self.inboxes[request_id].opening == opening:
+            del self.inboxes[request_id]
+
+    def _serve(self, opened: OpenOutput, inbox: _Inbox) -> None:
         """One output, from opening to its one reply."""
-        PRIVATE_TEXTS.keep(opened.request_id, opened.params.private_texts())
+        text_key = f"{opened.request_id}:{inbox.opening}"
+        PRIVATE_TEXTS.keep(text_key, opened.params.private_texts())
         reply: Message | None = None
         job: OutputJob | None = None
         try:
             job = OutputJob(opened, self.run_dir, model=self.model)
             while reply is None:
-                message = inbox.get()
+                message = inbox.messages.get()
                 if isinstance(message, DropOutput):
                     break
                 reply = job.add(cast(OutputFrames, message))
@@ -175,13 +191,13 @@ class OutputProcess:
             reply = OutputFailed(request_id=opened.request_id, error=failure.info())
         if job is not None and not isinstance(reply, OutputDone):
             job.abandon()
-        PRIVATE_TEXTS.forget(opened.request_id)
-        self._reply(opened.request_id, reply)
+        PRIVATE_TEXTS.forget(text_key)
+        self._reply(opened.request_id, inbox.opening, reply)
 
-    def _reply(self, request_id: str, reply: Message | None) -> None:
+    def _reply(self, request_id: str, opening: int, reply: Message | None) -> None:
         push = self.context.socket(zmq.PUSH)
         push.connect(_WAKE)
-        push.send_multipart([request_id.encode(), b"" if reply is None else encode(reply)])
+        push.send_multipart([request_id.encode(), b"%d" % opening, b"" if reply is None else encode(reply)])
         push.close()
 
 
