@@ -16,9 +16,10 @@ from sglang.cli.main import main
 from sglang.multimodal_gen.test import null_family
 
 COMMAND = """
-import sys
+import signal, sys
 from sglang.cli.main import main
 from sglang.multimodal_gen.test import null_family
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as on a terminal, also where the tests run in the background
 null_family.register()
 sys.exit(main(["generate", "--model-path", "null-model", *sys.argv[1:]]))
 """
