@@ -12,6 +12,6 @@ def require_equal(facts: Iterable[tuple[str, object, object, str]]) -> None:
 
     Raises: UnsupportedModel for the first two that differ.
     """
-    for name, found, wanted, source in facts:
-        if found != wanted:
-            raise UnsupportedModel(f"{name} is {found}, but {source} wants {wanted}; they must be equal")
+    for name, found, expected, source in facts:
+        if found != expected:
+            raise UnsupportedModel(f"{name} is {found}, but {source} wants {expected}; they must be equal")
