@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from gpu_checks.engine import check_engine
+from gpu_checks.families import check_families
 from gpu_checks.kernels import check_kernels
 from gpu_checks.parity import check_checkpoint, make_checkpoints
 from gpu_checks.report import Report, describe_machine
@@ -39,6 +40,8 @@ def main() -> int:
         if "parity" in arguments.only:
             for name, checkpoint in make_checkpoints(Path(directory)):
                 check_checkpoint(report, name, checkpoint, device)
+        if "families" in arguments.only:
+            check_families(report, device, Path(directory) / "families")
     if "engine" in arguments.only:
         check_engine(report, device)
     if arguments.json is not None:
@@ -49,7 +52,7 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parts = ("kernels", "parity", "engine")
+    parts = ("kernels", "parity", "families", "engine")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="only these parts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, results and figures here")

@@ -25,9 +25,12 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version  # late: costs more than the rest of this package's import
+        from importlib.metadata import PackageNotFoundError, version  # late: costs more than the rest of this import
 
-        value: Any = version(_DISTRIBUTION)
+        try:
+            value: Any = version(_DISTRIBUTION)
+        except PackageNotFoundError:  # a source tree on the path, not installed
+            value = "0+source"
     elif name in _LAZY:
         value = getattr(importlib.import_module(_LAZY[name]), name)
     else:

@@ -126,7 +126,8 @@ class QwenPicturePrompts(QwenPrompts):
     def prepare(self, text: str, *, max_length: int, inputs: RequestInputs) -> Prompt:
         """See PromptEncoder. `max_length` counts neither the dropped tokens nor the pictures'.
 
-        Raises: InvalidValue for a text with the token that stands for pictures, of which there are no more.
+        Raises: InvalidValue for a text with the token that stands for pictures, of which there are no more, and for a
+            length at which pictures would be cut.
         """
         if PICTURE_TOKEN in text:
             raise InvalidValue("prompt", PICTURE_TOKEN, "a text without the token that stands for pictures")
@@ -135,7 +136,13 @@ class QwenPicturePrompts(QwenPrompts):
             f"{self.label.format(index)}<|vision_start|>{PICTURE_TOKEN * count}<|vision_end|>"
             for index, count in enumerate(counts, start=1)
         )
-        tokens = self.tokenizer(EDITING(pictures + text), max_length=EDITING.num_dropped + sum(counts) + max_length)
+        uncounted = EDITING.num_dropped + sum(counts)
+        tokens = self.tokenizer(EDITING(pictures + text), max_length=uncounted + max_length)
+        picture_id = self.text_encoder.config.image_token_id
+        if tokens.ids.count(picture_id) < sum(counts):
+            whole = self.tokenizer(EDITING(pictures + text), max_length=tokens.num_tokens).ids
+            behind = len(whole) - whole[::-1].index(picture_id)
+            raise InvalidValue("max_sequence_length", max_length, f"at least {behind - uncounted} with such pictures")
         return Prompt(ids=tokens.ids, num_tokens=tokens.num_tokens, digest=inputs.digest(), images=inputs.images)
 
     def _num_tokens(self, image: np.ndarray) -> int:

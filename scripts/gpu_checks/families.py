@@ -1,0 +1,116 @@
+"""A tiny random checkpoint of each native pipeline on the device against the CPU, in fp32 and bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpu_checks.report import Report
+from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
+from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
+from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
+from sglang.multimodal_gen.test.pipeline_parity import LATENT_TOLERANCE, relative_error, run_together
+from sglang.multimodal_gen.test.tiny_flux import TINY_FLUXES, save_tiny_flux
+from sglang.multimodal_gen.test.tiny_hunyuan_video import TINY_HUNYUAN_VIDEOS, save_tiny_hunyuan_video
+from sglang.multimodal_gen.test.tiny_ltx import TINY_LTXS, save_tiny_ltx
+from sglang.multimodal_gen.test.tiny_qwen_image import TINY_QWEN_IMAGES, save_tiny_qwen_image
+from sglang.multimodal_gen.test.tiny_sd3 import TINY_SD3S, save_tiny_sd3
+from sglang.multimodal_gen.test.tiny_wan_image import TINY_WAN_IMAGES, save_tiny_wan_image
+from sglang.multimodal_gen.test.tiny_zimage import TINY_Z_IMAGES, save_tiny_zimage
+
+_PICTURE = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+_ONE_PICTURE = RequestInputs(images=(_PICTURE,))
+# The device adds in another order than the CPU does; in bf16 that rounds otherwise, so the errors are alike, not equal.
+_BF16_RATIO = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Case:
+    """A checkpoint and what to ask of it."""
+
+    save: Callable[[Path], Path]
+    inputs: RequestInputs = EMPTY
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+_CFG = {"guidance_scale": 4.0, "negative_prompt": "green"}
+_TRUE_CFG = {"true_cfg_scale": 4.0, "negative_prompt": "green"}
+_BESIDE_PICTURES = {"max_sequence_length": 512}  # the template of edits counts some of its own tokens
+_CASES = {
+    "flux": _Case(save=lambda path: save_tiny_flux(path, TINY_FLUXES["dev"])),
+    "qwen": _Case(save=lambda path: save_tiny_qwen_image(path, TINY_QWEN_IMAGES["plain"]), values=_TRUE_CFG),
+    "qwen edit": _Case(
+        save=lambda path: save_tiny_qwen_image(path, TINY_QWEN_IMAGES["edit"]),
+        inputs=_ONE_PICTURE,
+        values=_TRUE_CFG | _BESIDE_PICTURES,
+    ),
+    "qwen edit plus": _Case(
+        save=lambda path: save_tiny_qwen_image(path, TINY_QWEN_IMAGES["edit_plus_2511"]),
+        inputs=RequestInputs(images=(_PICTURE, _PICTURE[::-1].copy())),
+        values=_BESIDE_PICTURES,
+    ),
+    "wan i2v": _Case(save=lambda path: save_tiny_wan_image(path, TINY_WAN_IMAGES["i2v"]), inputs=_ONE_PICTURE),
+    "wan flf2v": _Case(
+        save=lambda path: save_tiny_wan_image(path, TINY_WAN_IMAGES["flf2v"]),
+        inputs=RequestInputs(images=(_PICTURE,), last_image=_PICTURE[:, ::-1].copy()),
+    ),
+    "wan t2v experts": _Case(save=lambda path: save_tiny_wan_image(path, TINY_WAN_IMAGES["t2v_experts"]), values=_CFG),
+    "wan ti2v": _Case(
+        save=lambda path: save_tiny_wan_image(path, TINY_WAN_IMAGES["ti2v"]), inputs=_ONE_PICTURE, values=_CFG
+    ),
+    "hunyuan t2v": _Case(save=lambda path: save_tiny_hunyuan_video(path, TINY_HUNYUAN_VIDEOS["t2v"]), values=_TRUE_CFG),
+    "hunyuan i2v": _Case(
+        save=lambda path: save_tiny_hunyuan_video(path, TINY_HUNYUAN_VIDEOS["i2v"]), inputs=_ONE_PICTURE
+    ),
+    "ltx": _Case(save=lambda path: save_tiny_ltx(path, TINY_LTXS["timed"]), values=_CFG),
+    "ltx condition": _Case(save=lambda path: save_tiny_ltx(path, TINY_LTXS["condition"]), inputs=_ONE_PICTURE),
+    "z-image": _Case(save=lambda path: save_tiny_zimage(path, TINY_Z_IMAGES["base"]), values=_CFG),
+    "sd3": _Case(save=lambda path: save_tiny_sd3(path, TINY_SD3S["dual"]), values=_CFG),
+}
+_BASE = {"width": 64, "height": 64, "max_sequence_length": 16, "num_inference_steps": 3}
+_PROMPTS = ({"prompt": "a red circle", "seed": 3}, {"prompt": "a blue star and a small square", "seed": 4})
+
+
+def check_families(report: Report, device: torch.device, directory: Path) -> None:
+    """Two requests at a time; in fp32 the CPU's latents, in bf16 as far from them as the CPU's own bf16."""
+    for number, (name, case) in enumerate(_CASES.items()):
+        exact: list[Tensor] = []
+        path = None
+        with report.check(f"family {name} fp32") as result:
+            path = case.save(directory / str(number))
+            exact, frames = _run(path, "cpu", "fp32", case)
+            there, frames_there = _run(path, device.type, "fp32", case)
+            error = _error(there, exact)
+            level = max(
+                int(np.abs(a.astype(int) - b.astype(int)).max()) for a, b in zip(frames, frames_there, strict=True)
+            )
+            good = error <= LATENT_TOLERANCE and level <= 1
+            result.expect(good, f"latents {error:.1e} from the CPU, frames {level}/255", latents=error, level=level)
+        with report.check(f"family {name} bf16") as result:
+            assert path is not None and exact, "no result in fp32"
+            errors = [_error(_run(path, where, "bf16", case)[0], exact) for where in (device.type, "cpu")]
+            detail = f"latents {errors[0]:.2e} from fp32, the CPU's {errors[1]:.2e}"
+            result.expect(errors[0] <= _BF16_RATIO * errors[1], detail, here=errors[0], cpu=errors[1])
+
+
+def _run(path: Path, device: str, precision: str, case: _Case) -> tuple[list[Tensor], list[np.ndarray]]:
+    pipeline = build_pipeline(str(path), ExecutionArgs(device=device, precision=precision))
+    wishes = [(_values(pipeline, case) | prompt, case.inputs) for prompt in _PROMPTS]
+    results = run_together(pipeline, wishes)
+    latents = [req.latents for req, _ in results]
+    return [found.cpu() for found in latents if found is not None], [frames for _, frames in results]
+
+
+def _values(pipeline: Any, case: _Case) -> dict[str, Any]:
+    clip = {"num_frames": 9} if any(task.endswith("V") for task in pipeline.model_info().tasks) else {}
+    return _BASE | clip | case.values
+
+
+def _error(found: list[Tensor], exact: list[Tensor]) -> float:
+    return max(relative_error(one, other) for one, other in zip(found, exact, strict=True))
