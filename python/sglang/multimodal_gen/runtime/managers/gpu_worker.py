@@ -149,6 +149,7 @@ class GPUWorker:
         req = self.requests.pop(request_id, None)
         if req is not None:
             self.pipeline.release(req)
+        self.states.forget(request_id)
         self.profiler.release(request_id)
         PRIVATE_TEXTS.forget(request_id)
 
@@ -207,6 +208,8 @@ class GPUWorker:
                     )
                 )
             for req in requests if lane == "denoise" else ():
+                # Written while the step ran: nobody hears of a step that is further than one interval from a state.
+                self.states.wait(req.request_id)
                 self._send_latents(req)
         except Exception as error:
             info = _error_info(error, [unit.request_id for unit in units])

@@ -15,12 +15,15 @@ from sglang.multimodal_gen.runtime.pipelines_core.state_file import write_state
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_WAIT_S = 10.0
+
 
 class _Job(NamedTuple):
     request_id: str
     path: Path
     state: Mapping[str, Any]
     identity: str
+    done: threading.Event
 
 
 class StateWriter:
@@ -29,11 +32,23 @@ class StateWriter:
     def __init__(self, report: Callable[[StateSaved], None]) -> None:
         self._report = report
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._unwritten: dict[str, threading.Event] = {}
         threading.Thread(target=self._run, name="state-writer", daemon=True).start()
 
     def put(self, request_id: str, path: Path, state: Mapping[str, Any], *, identity: str) -> None:
         """Write `state` to `path`; a StateSaved is reported once it is on disk or has failed."""
-        self._jobs.put(_Job(request_id, path, state, identity))
+        done = self._unwritten[request_id] = threading.Event()
+        self._jobs.put(_Job(request_id, path, state, identity, done))
+
+    def wait(self, request_id: str) -> None:
+        """Until the newest state of the request is reported; a slow disk holds nobody up for longer than a while."""
+        done = self._unwritten.pop(request_id, None)
+        if done is not None and not done.wait(_LONGEST_WAIT_S):
+            logger.warning("request %s: goes on though its state is not on disk yet", request_id)
+
+    def forget(self, request_id: str) -> None:
+        """The request has left; its state is written all the same."""
+        self._unwritten.pop(request_id, None)
 
     def _run(self) -> None:
         while True:
@@ -52,3 +67,4 @@ class StateWriter:
                     error=error,
                 )
             )
+            job.done.set()
