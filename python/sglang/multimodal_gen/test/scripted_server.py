@@ -36,6 +36,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Queued,
     Started,
 )
+from sglang.multimodal_gen.runtime.managers.state_dir import StateDir
 
 MODEL = ModelInfo(
     name="tiny",
@@ -80,7 +81,12 @@ class ScriptedEngine:
         del self._stored[id(media)]
 
     async def submit(
-        self, params: SamplingParams, *, request_id: str | None = None, inputs: MediaInputs | None = None
+        self,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        inputs: MediaInputs | None = None,
+        durable: bool = False,
     ) -> RequestHandle:
         """Record it and play its events."""
         assert request_id is not None
@@ -221,8 +227,8 @@ def servers(new_directory: Callable[[], Path]) -> Iterator[Start]:
     stops: list[Callable[[], None]] = []
 
     def start(**options: Any) -> RunningServer:
-        files_dir = new_directory()
-        settings = HttpSettings(model_names=("tiny", "org/tiny"), files_dir=files_dir, **options)
+        state = StateDir(new_directory())
+        settings = HttpSettings(model_names=("tiny", "org/tiny"), state=state, **options)
         engine = ScriptedEngine()
         sock = socket.create_server(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -243,7 +249,7 @@ def servers(new_directory: Callable[[], Path]) -> Iterator[Start]:
             loop.close()
 
         stops.append(end)
-        return RunningServer(engine=engine, client=client, port=port, files_dir=files_dir, stop=stop_soon)
+        return RunningServer(engine=engine, client=client, port=port, files_dir=state.files, stop=stop_soon)
 
     try:
         yield start

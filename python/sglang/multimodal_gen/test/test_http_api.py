@@ -22,6 +22,7 @@ from PIL import Image
 
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.errors import NotAModel, QueueFull
+from sglang.multimodal_gen.runtime.entrypoints.openai.engine import JobSettings
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import BodyLimits
 from sglang.multimodal_gen.runtime.managers.messages import (
     EngineState,
@@ -661,7 +662,7 @@ def test_deleting_a_running_video_cancels_it(server: RunningServer) -> None:
 
 
 def test_only_so_many_videos_are_kept(start_server: Start) -> None:
-    server = start_server(max_videos=2)
+    server = start_server(jobs=JobSettings(capacity=2))
     old = finished_video(server)
     server.engine.held = True
     running = [server.post_video().json()["id"] for _ in range(2)]

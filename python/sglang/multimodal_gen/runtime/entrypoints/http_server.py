@@ -53,7 +53,8 @@ def create_app(engine: Engine, settings: HttpSettings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        _remove_orphans(settings.files_dir)
+        _remove_orphans(settings.state.files)
+        await videos.start()
         yield
         await videos.jobs.close()
 
@@ -83,8 +84,8 @@ def create_app(engine: Engine, settings: HttpSettings) -> FastAPI:
 
 
 def _remove_orphans(files_dir: Path) -> None:
-    """Results of an HTTP process before this one, which nobody can ask for any more: jobs live in memory."""
-    for path in (*files_dir.glob("images/img_*"), *files_dir.glob("videos/*video_*")):
+    """Images of an HTTP process before this one, which nobody can ask for any more."""
+    for path in files_dir.glob("images/img_*"):
         path.unlink(missing_ok=True)
 
 
