@@ -142,7 +142,7 @@ class VideoJobs:
         reply_for: Callable[[VideoJob], KeptReply | None] = lambda job: None,
     ) -> VideoJob:
         """Hand one complete request that saves its output to the engine; returns once the engine has queued it and the
-        job is on disk, with the reply that `reply_for` makes of it.
+        job is on disk, with the reply that `reply_for` makes of it. Returned is what that reply tells of.
 
         Raises:
             QueueFull: all jobs held are unfinished.
@@ -164,7 +164,7 @@ class VideoJobs:
         self._jobs[job.id] = job
         self._apply(job.id, first)
         self._watchers[job.id] = asyncio.create_task(self._watch(job.id, events))
-        return self._jobs[job.id]
+        return job
 
     def _new_job(self, params: SamplingParams, *, model: str, inputs: DecodedInputs) -> VideoJob:
         job_id = f"video_{secrets.token_hex(16)}"
