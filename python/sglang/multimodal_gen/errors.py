@@ -287,6 +287,12 @@ class StorageError(ServingError):
     http_status = 507
 
 
+class InsufficientStorage(StorageError):
+    """The disk is full: what was asked for was not accepted."""
+
+    code = "insufficient_storage"
+
+
 class RequestCancelled(ServingError):
     """The request was cancelled before it finished."""
 
@@ -298,6 +304,19 @@ class PortInUse(ServingError):
     """The HTTP port is taken."""
 
     code = "port_in_use"
+
+
+class StateDirInUse(ServingError):
+    """Another server holds the state directory."""
+
+    code = "state_dir_in_use"
+
+    def __init__(self, path: object, holder: str) -> None:
+        super().__init__(
+            f"state_dir: {path} belongs to {holder}; accepted is a directory of this server's own: name one with "
+            "--state-dir",
+            param="state_dir",
+        )
 
 
 class InvalidJson(InvalidRequest):

@@ -20,11 +20,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
+
+import platformdirs
 
 from sglang.multimodal_gen.errors import EngineStopped, PortInUse
 from sglang.multimodal_gen.registry import get_model_info
 from sglang.multimodal_gen.runtime.managers.child_process import ChildProcess, inherited_connection
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
+from sglang.multimodal_gen.runtime.managers.job_store import prepare_job_store
 from sglang.multimodal_gen.runtime.managers.messages import (
     HTTP_CLIENT_NAME,
     ClientLost,
@@ -34,12 +38,14 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     encode,
 )
 from sglang.multimodal_gen.runtime.managers.run_dir import OwnedRunDir
+from sglang.multimodal_gen.runtime.managers.state_dir import StateDir, claimed
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
 from sglang.multimodal_gen.runtime.server_args import HttpArgs, LoggingArgs, ServerArgs
 
 # Started with -m, this module's own name is __main__, which is outside the package's logger.
 logger = logging.getLogger("sglang.multimodal_gen.runtime.launch_server")
 
+_APPLICATION = "sglang-diffusion"
 _PACKAGE = "sglang.multimodal_gen.runtime"
 _MODULES = {
     "scheduler": f"{_PACKAGE}.managers.scheduler",
@@ -54,10 +60,12 @@ _RESTART_WINDOW_S = 60.0
 
 @dataclass
 class Supervisor:
-    """The engine's processes. `notify` gets notes for an entry point that is our parent."""
+    """The engine's processes. `notify` gets notes for an entry point that is our parent; `state_lock` is the descriptor
+    that keeps other servers out of the state directory, for as long as the HTTP process lives as well."""
 
     args: ServerArgs
     http_socket: socket.socket | None = None
+    state_lock: int | None = None
     notify: Callable[[Message], None] = lambda note: None
     children: dict[str, ChildProcess] = field(default_factory=dict)
     restarts: list[float] = field(default_factory=list)
@@ -80,7 +88,9 @@ class Supervisor:
 
     def _start(self, name: str) -> None:
         assert self.config is not None
-        fds = (self.http_socket.fileno(),) if name == "http" and self.http_socket else ()
+        fds: tuple[int, ...] = ()
+        if name == "http" and self.http_socket:
+            fds = (self.http_socket.fileno(), *(() if self.state_lock is None else (self.state_lock,)))
         self.children[name] = ChildProcess(_MODULES[name], config=self.config.to_bytes(), pass_fds=fds, nice_name=name)
 
     def _child_fds(self) -> list[int]:
@@ -171,7 +181,9 @@ def launch_server(args: ServerArgs, *, warnings: Sequence[str] = ()) -> int:
 
     Raises:
         PortInUse: before anything is started.
-        ModelError: a local path holds no model that we can serve, likewise.
+        StateDirInUse: another server holds the state directory, likewise.
+        StorageError: it cannot be written, or its jobs cannot be read.
+        ModelError: a local path holds no model that we can serve.
     """
     args = dataclasses.replace(args, logging=_server_logging(args.logging))
     configure_logging(args.logging)
@@ -179,8 +191,26 @@ def launch_server(args: ServerArgs, *, warnings: Sequence[str] = ()) -> int:
         logger.warning("%s", warning)
     get_model_info(args.model.model_path, model_id=args.model.model_id, backend=args.model.backend)
     stop = StopSignal()
-    with _listening_socket(args.http) as http_socket, contextlib.closing(OwnedRunDir()) as run_dir:
-        return Supervisor(args, http_socket=http_socket).run(run_dir, stop)
+    with (
+        _listening_socket(args.http) as http_socket,
+        _claimed_state(args, http_socket) as (args_with_state, state_lock),
+        contextlib.closing(OwnedRunDir()) as run_dir,
+    ):
+        return Supervisor(args_with_state, http_socket=http_socket, state_lock=state_lock).run(run_dir, stop)
+
+
+@contextlib.contextmanager
+def _claimed_state(args: ServerArgs, listener: socket.socket) -> Iterator[tuple[ServerArgs, int | None]]:
+    """The options with this server's state directory in them, and the lock that keeps others out of it."""
+    given = args.storage.state_dir
+    if given is None and args.http.port == 0:  # another port at each start: nobody would come back to it
+        yield args, None
+        return
+    base = platformdirs.user_state_path(_APPLICATION) / f"port-{args.http.port}" if given is None else Path(given)
+    base = base.expanduser().absolute()
+    with claimed(base, address=address_of(listener)) as lock:
+        prepare_job_store(StateDir(base).jobs)
+        yield dataclasses.replace(args, storage=dataclasses.replace(args.storage, state_dir=str(base))), lock
 
 
 def _server_logging(args: LoggingArgs) -> LoggingArgs:
@@ -203,6 +233,12 @@ def _listening_socket(http: HttpArgs) -> Iterator[socket.socket]:
             raise PortInUse(_why_not_bound(http, error), param="port") from None
         listener.listen(2048)
         yield listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """The listening socket's `http://HOST:PORT`."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _why_not_bound(http: HttpArgs, error: OSError) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_MODEL = "demo"
 _MAX_GPUS = 1024
 _MIN_KEY_CHARACTERS = 16
+_WEB_ADDRESS = re.compile(r"https?://[^\s/@?#]+(/[^\s#]*)?")
+_WEBHOOK_SECRET = re.compile(r"whsec_(?:[A-Za-z0-9+/]{4}){8,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +226,14 @@ def _weak_key(key: str) -> str | None:
     return None
 
 
+def _not_http(url: str) -> str | None:
+    return None if _WEB_ADDRESS.fullmatch(url) else "an http:// or https:// address without a user"
+
+
+def _no_webhook_secret(secret: str) -> str | None:
+    return None if _WEBHOOK_SECRET.fullmatch(secret) else "`whsec_` and at least 24 bytes in base64"
+
+
 @dataclass(frozen=True, kw_only=True)
 class HttpArgs:
     """Where the server listens."""
@@ -237,6 +248,24 @@ class HttpArgs:
         unset="nobody may",
         metavar="KEY",
         check=_weak_key,
+        secret=True,
+    )
+    webhook_url: str | None = arg(
+        None,
+        help="Told of each video that is completed or failed, as OpenAI's webhooks do: a signed POST, sent again for a "
+        "day until it is answered with 2xx.",
+        group="http",
+        unset="nobody is told",
+        metavar="URL",
+        check=_not_http,
+    )
+    webhook_secret: str | None = arg(
+        None,
+        help="Signs webhooks, as OpenAI's client checks it: `whsec_` and at least 24 bytes in base64.",
+        group="http",
+        unset="a webhook needs one",
+        metavar="SECRET",
+        check=_no_webhook_secret,
         secret=True,
     )
 
@@ -255,10 +284,34 @@ class StorageArgs:
     )
     state_dir: str | None = arg(
         None,
-        help="Directory that belongs to this server alone.",
+        help="Directory that belongs to this server alone: its jobs, their results, saved states. A server that starts "
+        "with the directory of one that ended, or was killed, goes on with its jobs.",
         group="storage",
-        unset="a private temporary one",
+        unset="one for each port in the user's state directory; in Python, and with port 0, a private temporary one",
         metavar="DIR",
+    )
+    max_jobs: int = arg(
+        10_000,
+        help="Video jobs that a server keeps; the oldest finished one goes first.",
+        group="storage",
+        minimum=1,
+        maximum=1_000_000,
+    )
+    job_lifetime_h: float = arg(
+        168.0,
+        help="Hours that a finished video job and its files are kept.",
+        group="storage",
+        metavar="HOURS",
+        minimum=0.001,
+        maximum=100_000.0,
+    )
+    max_output_gib: float = arg(
+        50.0,
+        help="Disk space for the files of finished video jobs; beyond it the oldest go first.",
+        group="storage",
+        metavar="GIB",
+        minimum=0.001,
+        maximum=1_000_000.0,
     )
 
 
@@ -358,6 +411,7 @@ def resolve_server_args(
     settings |= {name: Setting(coerce(options[name], value), "flag") for name, value in flags.items()}
     settings |= _choose_degrees(settings)
     _check_degrees(settings)
+    _check_webhook(settings)
     return ResolvedServerArgs(
         args=_grouped({name: setting.value for name, setting in settings.items()}),
         sources=types.MappingProxyType({name: setting.source for name, setting in settings.items()}),
@@ -401,6 +455,14 @@ def _check_degrees(settings: Mapping[str, Setting]) -> None:
         given = [name for name, value in degrees.items() if value > 1 and settings[name].source != "chosen"]
         name = given[0] if given else "num_gpus"
         raise InvalidValue(name, settings[name].value, "1; running a model on several GPUs comes with a later release")
+
+
+def _check_webhook(settings: Mapping[str, Setting]) -> None:
+    """Raises InvalidValue for an address without a secret, or a secret for nobody."""
+    for name, other in (("webhook_url", "webhook_secret"), ("webhook_secret", "webhook_url")):
+        if settings[name].value is not None and settings[other].value is None:
+            given = "(hidden)" if name == "webhook_secret" else settings[name].value
+            raise InvalidValue(name, given, f"a {name} with a {other}, which is not set")
 
 
 def _grouped(values: Mapping[str, Any]) -> ServerArgs:

@@ -4,6 +4,7 @@ when the test says so."""
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import io
@@ -36,6 +37,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Queued,
     Started,
 )
+from sglang.multimodal_gen.runtime.managers.state_dir import StateDir
 
 MODEL = ModelInfo(
     name="tiny",
@@ -63,6 +65,8 @@ class ScriptedEngine:
         self.submitted: dict[str, SamplingParams] = {}
         self.inputs: dict[str, DecodedInputs] = {}
         self.cancelled: list[str] = []
+        self.durable: set[str] = set()
+        self.num_submits: collections.Counter[str] = collections.Counter()
         self._handles: dict[str, RequestHandle] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._arrays: dict[str, bytes] = {}
@@ -80,10 +84,19 @@ class ScriptedEngine:
         del self._stored[id(media)]
 
     async def submit(
-        self, params: SamplingParams, *, request_id: str | None = None, inputs: MediaInputs | None = None
+        self,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        inputs: MediaInputs | None = None,
+        durable: bool = False,
     ) -> RequestHandle:
         """Record it and play its events."""
         assert request_id is not None
+        self._loop = asyncio.get_running_loop()
+        self.num_submits[request_id] += 1
+        if durable:
+            self.durable.add(request_id)
         if inputs is not None:
             self.inputs[request_id] = self._stored[id(inputs)]
         handle = self._handles[request_id] = RequestHandle(request_id)
@@ -101,6 +114,18 @@ class ScriptedEngine:
         if task is not None and not task.done():
             task.cancel()
             self._handles[request_id].put(Cancelled(request_id=request_id))
+
+    def interrupt(self) -> None:
+        """End all that runs as when the scheduler process dies; from any thread."""
+
+        def end() -> None:
+            for request_id, task in self._tasks.items():
+                if not task.done():
+                    task.cancel()
+                    error = EngineStopped("the scheduler process died").info()
+                    self._handles[request_id].put(Failed(request_id=request_id, error=error))
+
+        self._loop.call_soon_threadsafe(end)
 
     async def metrics(self, *, open_metrics: bool = False) -> str:
         """As when there is no scheduler."""
@@ -177,6 +202,7 @@ class RunningServer:
     port: int
     files_dir: Path
     stop: Callable[[], None]
+    end: Callable[[], None]
 
     def post_image(self, **fields: Any) -> httpx.Response:
         """POST an image request with a default prompt."""
@@ -204,6 +230,12 @@ def error_of(reply: httpx.Response, status: int) -> dict[str, Any]:
     return error
 
 
+def assert_error(reply: httpx.Response, status: int, code: str, param: str | None = None) -> None:
+    """The whole error contract of one reply."""
+    error = error_of(reply, status)
+    assert (error["code"], error["param"]) == (code, param), error["message"]
+
+
 def wait_for(condition: Callable[[], bool], *, seconds: float = 5.0) -> None:
     """Poll until the condition holds."""
     deadline = time.monotonic() + seconds
@@ -220,9 +252,9 @@ def servers(new_directory: Callable[[], Path]) -> Iterator[Start]:
     """A function that starts a server; all of them stop at the end."""
     stops: list[Callable[[], None]] = []
 
-    def start(**options: Any) -> RunningServer:
-        files_dir = new_directory()
-        settings = HttpSettings(model_names=("tiny", "org/tiny"), files_dir=files_dir, **options)
+    def start(*, state: StateDir | None = None, **options: Any) -> RunningServer:
+        state = StateDir(new_directory()) if state is None else state
+        settings = HttpSettings(model_names=("tiny", "org/tiny"), state=state, **options)
         engine = ScriptedEngine()
         sock = socket.create_server(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -237,13 +269,15 @@ def servers(new_directory: Callable[[], Path]) -> Iterator[Start]:
             loop.call_soon_threadsafe(stop.set)
 
         def end() -> None:
+            if loop.is_closed():
+                return
             stop_soon()
             thread.join()
             client.close()
             loop.close()
 
         stops.append(end)
-        return RunningServer(engine=engine, client=client, port=port, files_dir=files_dir, stop=stop_soon)
+        return RunningServer(engine=engine, client=client, port=port, files_dir=state.files, stop=stop_soon, end=end)
 
     try:
         yield start

@@ -22,6 +22,7 @@ from PIL import Image
 
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.errors import NotAModel, QueueFull
+from sglang.multimodal_gen.runtime.entrypoints.openai.engine import JobSettings
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import BodyLimits
 from sglang.multimodal_gen.runtime.managers.messages import (
     EngineState,
@@ -33,7 +34,7 @@ from sglang.multimodal_gen.test.scripted_server import (
     SECRET_PATH,
     RunningServer,
     Start,
-    error_of,
+    assert_error,
     servers,
     wait_for,
 )
@@ -60,12 +61,6 @@ def server(shared_server: RunningServer) -> RunningServer:
     shared_server.engine.submitted.clear()
     shared_server.engine.cancelled.clear()
     return shared_server
-
-
-def assert_error(reply: httpx.Response, status: int, code: str, param: str | None = None) -> None:
-    """The whole error contract of one reply."""
-    error = error_of(reply, status)
-    assert (error["code"], error["param"]) == (code, param), error["message"]
 
 
 IMAGES, VIDEOS = "/v1/images/generations", "/v1/videos"
@@ -669,7 +664,7 @@ def test_deleting_a_running_video_cancels_it(server: RunningServer) -> None:
 
 
 def test_only_so_many_videos_are_kept(start_server: Start) -> None:
-    server = start_server(max_videos=2)
+    server = start_server(jobs=JobSettings(capacity=2))
     old = finished_video(server)
     server.engine.held = True
     running = [server.post_video().json()["id"] for _ in range(2)]

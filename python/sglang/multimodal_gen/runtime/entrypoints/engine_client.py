@@ -194,15 +194,20 @@ class EngineClient:
             self.run_dir.discard(array.file)
 
     async def submit(
-        self, params: SamplingParams, *, request_id: str | None = None, inputs: MediaInputs | None = None
+        self,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        inputs: MediaInputs | None = None,
+        durable: bool = False,
     ) -> RequestHandle:
-        """Queue one complete, checked request; `inputs` come from `stored`."""
+        """Queue one complete, checked request; `inputs` come from `stored`, `durable` see GenerateRequest."""
         handle = RequestHandle(request_id or new_request_id())
         own = None if inputs is None else self._linked(inputs)
         self._handles[handle.request_id] = handle
         if own is not None:
             self._inputs[handle.request_id] = own
-        await self._send(GenerateRequest(request_id=handle.request_id, params=params, inputs=own))
+        await self._send(GenerateRequest(request_id=handle.request_id, params=params, inputs=own, durable=durable))
         return handle
 
     async def cancel(self, request_id: str) -> None:

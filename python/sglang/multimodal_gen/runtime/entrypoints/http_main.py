@@ -10,11 +10,11 @@ import signal
 import socket
 import time
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from sglang.multimodal_gen.runtime.entrypoints.engine_client import EngineClient
 from sglang.multimodal_gen.runtime.entrypoints.http_server import create_app, serve
-from sglang.multimodal_gen.runtime.entrypoints.openai.engine import HttpSettings
+from sglang.multimodal_gen.runtime.entrypoints.openai.engine import HttpSettings, JobSettings
+from sglang.multimodal_gen.runtime.entrypoints.openai.webhooks import WebhookTarget
 from sglang.multimodal_gen.runtime.managers.child_process import (
     exit_with_parent,
     inherited_connection,
@@ -22,18 +22,25 @@ from sglang.multimodal_gen.runtime.managers.child_process import (
 )
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.managers.messages import HTTP_CLIENT_NAME, Codec, SchedulerLost, SupervisorNote
-from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
 from sglang.multimodal_gen.runtime.server_args import model_names
 
 
 def _settings(config: EngineConfig) -> HttpSettings:
-    state_dir = config.args.storage.state_dir
-    files = Path(state_dir) if state_dir is not None else RunDir.at(config.run_dir).private_state
+    http, storage = config.args.http, config.args.storage
+    webhook = None
+    if http.webhook_url is not None and http.webhook_secret is not None:
+        webhook = WebhookTarget(url=http.webhook_url, secret=http.webhook_secret)
     return HttpSettings(
         model_names=model_names(config.args.model),
-        files_dir=files / "files",
-        admin_api_key=config.args.http.admin_api_key,
+        state=config.state_dir(),
+        jobs=JobSettings(
+            capacity=storage.max_jobs,
+            lifetime_s=storage.job_lifetime_h * 3600,
+            max_output_bytes=round(storage.max_output_gib * 2**30),
+            webhook=webhook,
+        ),
+        admin_api_key=http.admin_api_key,
     )
 
 
@@ -41,7 +48,6 @@ async def _run(config: EngineConfig, connection: Connection, listener: socket.so
     loop = asyncio.get_running_loop()
     client = EngineClient(config.run_dir, name=HTTP_CLIENT_NAME)
     settings, stop, codec = _settings(config), asyncio.Event(), Codec(SupervisorNote)
-    settings.files_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def on_note(payload: bytes) -> None:
         note = codec.decode(payload)
@@ -63,7 +69,7 @@ async def _run(config: EngineConfig, connection: Connection, listener: socket.so
 def main() -> None:
     """Entry point of the process."""
     connection = inherited_connection()
-    (listener_fd,) = inherited_fds()
+    listener_fd, *_ = inherited_fds()  # behind it, the lock of the state directory: it is only to be held
     config = EngineConfig.from_bytes(connection.recv_bytes())
     configure_logging(config.args.logging)
     asyncio.run(_run(config, connection, socket.socket(fileno=listener_fd)))

@@ -21,7 +21,13 @@ from sglang.multimodal_gen.runtime.entrypoints.metrics_api import MetricsApi
 from sglang.multimodal_gen.runtime.entrypoints.openai.connection import Connection
 from sglang.multimodal_gen.runtime.entrypoints.openai.content import MEDIA_TYPES
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, HttpSettings, load_failure
-from sglang.multimodal_gen.runtime.entrypoints.openai.fields import EDIT_CALL, IMAGE_CALL, VIDEO_CALL
+from sglang.multimodal_gen.runtime.entrypoints.openai.fields import (
+    DERIVED_VIDEO_CALL,
+    EDIT_CALL,
+    IMAGE_CALL,
+    REMIX_CALL,
+    VIDEO_CALL,
+)
 from sglang.multimodal_gen.runtime.entrypoints.openai.frame import RequestFrame
 from sglang.multimodal_gen.runtime.entrypoints.openai.image_api import ImageApi
 from sglang.multimodal_gen.runtime.entrypoints.openai.model_api import ModelApi
@@ -33,6 +39,7 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.replies import (
     error_response,
 )
 from sglang.multimodal_gen.runtime.entrypoints.openai.video_api import ContentQuery, ListQuery, VideoApi
+from sglang.multimodal_gen.runtime.entrypoints.openai.video_derivation import VideoDerivationApi
 from sglang.multimodal_gen.runtime.observability.metrics import HttpMetrics
 
 logger = logging.getLogger(__name__)
@@ -53,7 +60,8 @@ def create_app(engine: Engine, settings: HttpSettings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        _remove_orphans(settings.files_dir)
+        _remove_orphans(settings.state.files)
+        await videos.start()
         yield
         await videos.jobs.close()
 
@@ -83,8 +91,8 @@ def create_app(engine: Engine, settings: HttpSettings) -> FastAPI:
 
 
 def _remove_orphans(files_dir: Path) -> None:
-    """Results of an HTTP process before this one, which nobody can ask for any more: jobs live in memory."""
-    for path in (*files_dir.glob("images/img_*"), *files_dir.glob("videos/*video_*")):
+    """Images of an HTTP process before this one, which nobody can ask for any more."""
+    for path in files_dir.glob("images/img_*"):
         path.unlink(missing_ok=True)
 
 
@@ -130,6 +138,13 @@ def _add_video_routes(app: FastAPI, videos: VideoApi) -> None:
     app.post("/v1/videos", response_model=None, openapi_extra=request_body(VIDEO_CALL, [_MULTIPART, _JSON]))(
         videos.create
     )
+    derived = VideoDerivationApi(videos)
+    for name, call in (("edits", derived.edit), ("extensions", derived.extend)):
+        described = request_body(DERIVED_VIDEO_CALL, [_MULTIPART, _JSON])
+        app.post(f"/v1/videos/{name}", response_model=None, openapi_extra=described)(call)
+    app.post("/v1/videos/{video_id}/remix", response_model=None, openapi_extra=request_body(REMIX_CALL, [_JSON]))(
+        derived.remix
+    )
     app.get("/v1/videos", response_model=None, openapi_extra=query(ListQuery))(videos.list)
     app.get("/v1/videos/{video_id}", response_model=None)(videos.retrieve)
     app.delete("/v1/videos/{video_id}", response_model=None)(videos.delete)
@@ -154,8 +169,9 @@ async def _on_routing_error(request: Request, error: Exception) -> Response:
         allowed = (error.headers or {}).get("Allow", "")
         message = f"method: got {shown(request.method)}, accepted for {shown(path)} is {allowed}"
         return error_response(MethodNotAllowed(message), {"allow": allowed})
-    if path.startswith("/v1/videos/") and request.method in ("GET", "DELETE"):
-        return error_response(VideoNotFound(path.removeprefix("/v1/videos/").removesuffix("/content")))
+    if path.startswith("/v1/videos/") and (request.method in ("GET", "DELETE") or path.endswith("/remix")):
+        video_id = path.removeprefix("/v1/videos/")
+        return error_response(VideoNotFound(video_id.removesuffix("/content").removesuffix("/remix")))
     return error_response(RouteNotFound(f"path: {shown(path)} does not exist; GET /openapi.json lists what does"))
 
 

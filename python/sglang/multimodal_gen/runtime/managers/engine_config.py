@@ -11,6 +11,7 @@ import msgspec
 from sglang.multimodal_gen import registry
 from sglang.multimodal_gen.runtime.managers.messages import PROTOCOL_VERSION
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
+from sglang.multimodal_gen.runtime.managers.state_dir import StateDir
 from sglang.multimodal_gen.runtime.server_args import ServerArgs
 
 
@@ -38,12 +39,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             python_path=tuple(entry or str(Path.cwd()) for entry in sys.path),  # "" in a REPL: the working directory
         )
 
+    def state_dir(self) -> StateDir:
+        """What belongs to this server beyond its processes' lives; without a directory, beyond none."""
+        given = self.args.storage.state_dir
+        return StateDir(RunDir.at(self.run_dir).private_state if given is None else Path(given))
+
     def checkpoint_dir(self) -> Path:
         """Where requests' states are saved."""
-        state_dir = self.args.storage.state_dir
-        path = (RunDir.at(self.run_dir).private_state if state_dir is None else Path(state_dir)) / "checkpoints"
-        path.mkdir(parents=True, mode=0o700, exist_ok=True)
-        return path
+        return self.state_dir().checkpoints
 
     def profile_dir(self) -> Path:
         """Where profiles go; made when the first one is asked for."""

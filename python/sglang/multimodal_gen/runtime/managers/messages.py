@@ -71,12 +71,14 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
 
 class GenerateRequest(Message, frozen=True, kw_only=True, tag="generate"):
     """One output of one prompt. `params` is complete: defaults merged in, seed drawn. Answered by events that end with
-    exactly one Finished, Failed or Cancelled. The files of `inputs` are this request's own."""
+    exactly one Finished, Failed or Cancelled. The files of `inputs` are this request's own. `durable`: whoever asks may
+    come again with the same id after any process has died, and the request goes on from its last saved state."""
 
     request_id: str
     params: SamplingParams
     max_attempts: int = 2
     inputs: MediaInputs | None = None
+    durable: bool = False
 
 
 class CancelRequest(Message, frozen=True, kw_only=True, tag="cancel"):
@@ -222,10 +224,11 @@ class Failed(Message, frozen=True, kw_only=True, tag="failed"):
 
 
 class Cancelled(Message, frozen=True, kw_only=True, tag="cancelled"):
-    """Terminal: the request was stopped on demand or by shutdown."""
+    """Terminal: the request was stopped on demand, or with `engine_stopped` since the engine ends."""
 
     request_id: str
     reason: str = "cancelled"
+    engine_stopped: bool = False
 
 
 RequestEvent = Queued | Started | Progress | Finished | Failed | Cancelled

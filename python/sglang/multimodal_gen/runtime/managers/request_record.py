@@ -19,7 +19,7 @@ class RequestRecord:
     """`client` is the ZMQ identity that gets the events, None for a warm-up. Times are seconds of the monotonic clock.
 
     `reserved`: memory is set aside, so units may run. `parking`: the state is being saved to make room for another
-    request, after which this one is back in the queue.
+    request, after which this one is back in the queue. `durable`: its client may ask for it again after a death.
     """
 
     request_id: str
@@ -27,6 +27,7 @@ class RequestRecord:
     params: SamplingParams
     order: int
     max_attempts: int
+    durable: bool = False
     received_at: float = field(default_factory=time.monotonic)
     status: Literal["queued", "admitting", "running", "parking", "saving"] = "queued"
     attempts: int = 1

@@ -229,6 +229,8 @@ class Scheduler:
         self.ledger.keep_inputs(message.request_id, message.inputs)
         self._warm_up_for(message.params, message.inputs)
         record = self._enqueue(message.request_id, client, message.params, max_attempts=message.max_attempts)
+        record.durable = message.durable
+        self.states.find(record)
         self.observer.received(record, num_before=len(self.waiting) - 1)
         self._tell(record, Queued(request_id=record.request_id, position=len(self.waiting) - 1))
 
@@ -255,7 +257,8 @@ class Scheduler:
     def _on_client_lost(self, message: ClientLost) -> None:
         gone = self.clients.forget(message.client_name)
         for record in [r for r in self.requests.values() if r.client in gone]:
-            self._end(record.request_id, Cancelled(request_id=record.request_id, reason="the client is gone"))
+            cancelled = Cancelled(request_id=record.request_id, reason="the client is gone")
+            self._end(record.request_id, cancelled, comes_again=True)
 
     def _status(self, query_id: str) -> Status:
         files, size = self.ledger.settle()
@@ -361,7 +364,7 @@ class Scheduler:
         """The model cannot run at all: say so to everybody who waits, and to all who come."""
         self._set_state("failed", error=error)
         for request_id in list(self.requests):
-            self._end(request_id, Failed(request_id=request_id, error=error))
+            self._end(request_id, Failed(request_id=request_id, error=error), comes_again=True)
 
     def _on_workers_lost(self, how: str) -> None:
         """A failing rank is a failing replica: replace all of it and requeue what it held. `how`: "" when it died."""
@@ -553,8 +556,11 @@ class Scheduler:
     def _on_failure(self, message: AdmitFailed | OutputFailed) -> None:
         self._end(message.request_id, Failed(request_id=message.request_id, error=message.error))
 
-    def _end(self, request_id: str, event: Failed | Cancelled) -> None:
-        """The one place where a request ends without a result. The Release follows all its ticks in the pipe."""
+    def _end(self, request_id: str, event: Failed | Cancelled, *, comes_again: bool = False) -> None:
+        """The one place where a request ends without a result. The Release follows all its ticks in the pipe.
+
+        `comes_again`: the client or the engine ends, not the request's purpose; a durable one keeps its saved state.
+        """
         record = self.requests.pop(request_id, None)
         if record is None:
             return
@@ -568,17 +574,20 @@ class Scheduler:
         self.ledger.drop_inputs(request_id)
         self.observer.stopped(record, event)
         self._tell(record, event)
-        self._after_end(record, event)
+        self._after_end(record, event, comes_again=comes_again)
 
-    def _after_end(self, record: RequestRecord, event: Failed | Cancelled | None) -> None:
-        self.states.drop(record)
+    def _after_end(self, record: RequestRecord, event: Failed | Cancelled | None, *, comes_again: bool = False) -> None:
+        self.states.drop(record, comes_again=comes_again)
         if record.client is None:
             self._on_warm_up_ended(record.request_id, event)
 
     def _shut_down(self) -> None:
         self._set_state("stopping")
+        self.states.save_before_end(self.requests)
         for request_id in list(self.requests):
-            self._end(request_id, Cancelled(request_id=request_id, reason=EngineStopped("the engine stopped").message))
+            reason = EngineStopped("the engine stopped").message
+            cancelled = Cancelled(request_id=request_id, reason=reason, engine_stopped=True)
+            self._end(request_id, cancelled, comes_again=True)
         self.workers.stop()
         self.context.destroy(linger=500)
         self.run_dir.remove()  # a killed supervisor could not; one that lives does it again

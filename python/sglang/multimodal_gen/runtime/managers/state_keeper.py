@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing.connection
 import secrets
 import time
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # Each time costs writing and reading the state; after so many a request runs to its end.
 _MAX_PREEMPTIONS = 3
+_OF_ONE_ENGINE, _OF_A_JOB = "state-", "job-"
+_LAST_SAVES_S = 3.5  # the supervisor waits a little longer for the scheduler's end
 
 
 class StateKeeper:
@@ -28,7 +31,8 @@ class StateKeeper:
         self.execution = execution
         self.workers = workers
         self.directory = directory
-        for leftover in directory.glob("state-*"):  # of a scheduler that died
+        self._kept: set[str] = set()
+        for leftover in directory.glob(f"{_OF_ONE_ENGINE}*"):  # of a scheduler that died
             leftover.unlink(missing_ok=True)
 
     def after_step(self, record: RequestRecord) -> None:
@@ -37,23 +41,53 @@ class StateKeeper:
         if every and step % every == 0 and step < total and record.status == "running":
             self.save(record)
 
+    def find(self, record: RequestRecord) -> None:
+        """Let a durable request go on from what was saved of it before its client, or the engine, ended."""
+        if record.durable:
+            record.state_file = state_name(record.request_id)
+            self._kept.discard(record.state_file)
+            record.has_saved_state = (self.directory / record.state_file).is_file()
+
     def save(self, record: RequestRecord) -> None:
         """Ask for the state as it is between two ticks; `saved` hears of it."""
         if record.state_file is None:
-            record.state_file = f"state-{secrets.token_hex(12)}.safetensors"
+            record.state_file = f"{_OF_ONE_ENGINE}{secrets.token_hex(12)}.safetensors"
         self.workers.send(SaveState(request_id=record.request_id, state_file=record.state_file))
 
     def saved(self, message: StateSaved, record: RequestRecord | None) -> None:
         """The answer to `save`."""
         if record is None:
-            self._unlink(message.state_file)  # its request ended while it was written
+            if message.state_file not in self._kept:
+                self._unlink(message.state_file)  # its request ended while it was written
         elif message.error is None:
             record.has_saved_state = True
 
-    def drop(self, record: RequestRecord) -> None:
-        """The request has ended."""
-        if record.state_file is not None:
+    def drop(self, record: RequestRecord, *, comes_again: bool = False) -> None:
+        """The request has ended; with `comes_again` a durable one is only interrupted, and its state stays."""
+        if record.state_file is None:
+            return
+        if comes_again and record.durable:
+            self._kept.add(record.state_file)
+        else:
             self._unlink(record.state_file)
+
+    def save_before_end(self, requests: Mapping[str, RequestRecord]) -> None:
+        """Save durable requests that run, so that they lose no step; as far as it goes before the engine must end."""
+        unsaved = {
+            record.request_id
+            for record in requests.values()
+            if record.durable and record.status == "running" and record.lane == "denoise" and record.steps()[0] > 0
+        }
+        for request_id in unsaved:
+            self.save(requests[request_id])
+        deadline = time.monotonic() + _LAST_SAVES_S
+        while unsaved and self.workers.ranks and time.monotonic() < deadline:
+            multiprocessing.connection.wait([rank.connection for rank in self.workers.ranks], timeout=0.2)
+            try:
+                for rank in range(len(self.workers.ranks)):
+                    unsaved -= {m.request_id for m in self.workers.receive(rank) if isinstance(m, StateSaved)}
+            except EOFError:
+                return
 
     def _unlink(self, name: str) -> None:
         (self.directory / name).unlink(missing_ok=True)
@@ -81,3 +115,8 @@ class StateKeeper:
                 record.num_preemptions += 1
                 self.save(record)
                 return
+
+
+def state_name(request_id: str) -> str:
+    """The file in which a durable request's state is saved."""
+    return f"{_OF_A_JOB}{request_id}.safetensors"

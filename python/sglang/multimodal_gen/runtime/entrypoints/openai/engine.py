@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from sglang.multimodal_gen.configs.model_info import ModelInfo
@@ -19,6 +18,7 @@ from sglang.multimodal_gen.errors import (
 )
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import BodyLimits
+from sglang.multimodal_gen.runtime.entrypoints.openai.webhooks import WebhookTarget
 from sglang.multimodal_gen.runtime.managers.messages import (
     EngineState,
     Finished,
@@ -26,6 +26,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     MediaInputs,
     RequestEvent,
 )
+from sglang.multimodal_gen.runtime.managers.state_dir import StateDir
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,9 +55,14 @@ class Engine(Protocol):
         """Inputs as `submit` takes them, any number of times within the block. Raises StorageError."""
 
     async def submit(
-        self, params: SamplingParams, *, request_id: str | None = None, inputs: MediaInputs | None = None
+        self,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        inputs: MediaInputs | None = None,
+        durable: bool = False,
     ) -> Handle:
-        """Start one output; `params` are complete."""
+        """Start one output; `params` are complete. A `durable` one goes on where it was if its id has come before."""
 
     async def cancel(self, request_id: str) -> None:
         """Stop a request; ids that are unknown or ended are ignored."""
@@ -69,22 +75,32 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """How many video jobs are kept, how long, in how many bytes, and who is told of their ends."""
+
+    capacity: int = 10_000
+    lifetime_s: float = 7 * 24 * 3600.0
+    max_output_bytes: int = 50 * 2**30
+    delete_timeout_s: float = 10.0
+    webhook: WebhookTarget | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class HttpSettings:
     """How this server answers. `model_names`: the served name, then the others that requests may use.
 
-    `files_dir` is a private directory of this server; images and videos wait there to be fetched.
+    `state` is the directory of this server; images and videos wait there to be fetched.
     """
 
     model_names: tuple[str, ...]
-    files_dir: Path
+    state: StateDir
+    jobs: JobSettings = field(default_factory=JobSettings)
     body: BodyLimits = field(default_factory=BodyLimits)
     header_timeout_s: float = 10.0
     shutdown_grace_s: float = 5.0
-    max_videos: int = 1000
     max_images: int = 1000
     image_lifetime_s: float = 3600.0
     idempotency_lifetime_s: float = 3600.0
-    delete_timeout_s: float = 10.0
     admin_api_key: str | None = field(default=None, repr=False)
 
 

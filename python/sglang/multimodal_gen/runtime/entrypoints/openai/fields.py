@@ -109,6 +109,18 @@ class VideoFields(CommonFields):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DerivedVideoFields(VideoFields):
+    """What OpenAI's calls for videos from videos have."""
+
+    video_id: str | None = arg(
+        None,
+        help="Id of a completed video of this server, in place of a file; `video[id]` says the same.",
+        group="openai",
+        max_length=_NAME_LENGTH,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CallFields:
     """Every field of one call; `admin_only` are taken from an administrator alone, `unsupported` are OpenAI's fields
     that this server cannot honour, with the reason; `files` are those that take files, by name."""
@@ -248,14 +260,19 @@ def _edit_call() -> CallFields:
     return _image_call(EditFields, unsupported=unsupported, files=files)
 
 
-def _video_call() -> CallFields:
-    files = (
-        FileField(name="input_reference", kind="image", help="Image that the video starts from or shows."),
-        FileField(name="last_image", kind="image", help="Image that the video ends with."),
-        FileField(name="video", kind="video", help="MP4, WebM or GIF that the video is made from."),
-    )
+_NEW_VIDEO_FILES = (
+    FileField(name="input_reference", kind="image", help="Image that the video starts from or shows."),
+    FileField(name="last_image", kind="image", help="Image that the video ends with."),
+    FileField(name="video", kind="video", help="MP4, WebM or GIF that the video is made from."),
+)
+_SOURCE_VIDEO = FileField(
+    name="video", kind="video", help="MP4, WebM or GIF, or the id of a video of this server.", by_id=True
+)
+
+
+def _video_call(own: type[VideoFields], files: Iterable[FileField]) -> CallFields:
     return CallFields(
-        accepted=MappingProxyType(_declared(VideoFields, without=("num_outputs_per_prompt",), formats=VIDEO_FORMATS)),
+        accepted=MappingProxyType(_declared(own, without=("num_outputs_per_prompt",), formats=VIDEO_FORMATS)),
         admin_only=_admin_only(),
         unsupported=MappingProxyType({"n": "a job makes one video", "num_outputs_per_prompt": "a job makes one video"}),
         files=MappingProxyType({field.name: field for field in files}),
@@ -269,7 +286,9 @@ def private_texts(body: Body) -> list[str]:
 
 IMAGE_CALL = _image_call(ImageFields, unsupported=_NOT_MADE)
 EDIT_CALL = _edit_call()
-VIDEO_CALL = _video_call()
+VIDEO_CALL = _video_call(VideoFields, _NEW_VIDEO_FILES)
+REMIX_CALL = _video_call(VideoFields, ())
+DERIVED_VIDEO_CALL = _video_call(DerivedVideoFields, (_SOURCE_VIDEO,))
 
 
 Own = TypeVar("Own", bound=CommonFields)

@@ -15,6 +15,7 @@ from starlette.requests import Request
 
 from sglang.multimodal_gen.errors import IdempotencyMismatch, InvalidRequest
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import Body
+from sglang.multimodal_gen.runtime.managers.job_store import KeptReply
 
 _HEADER = "idempotency-key"
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -29,7 +30,7 @@ class _Run:
     """One call. `num_waiting` clients want its reply; when the last of them goes, the run is cancelled."""
 
     fingerprint: bytes
-    reply: asyncio.Task[bytes]
+    reply: asyncio.Future[bytes]
     expires: float
     num_waiting: int = 0
 
@@ -40,7 +41,10 @@ class _Run:
 
 
 class IdempotentReplies:
-    """The newest replies by key, in memory. Failures are not kept: sent again, the call runs again."""
+    """The newest replies by key, in memory; those that created jobs come back with the jobs after a restart.
+
+    Failures are not kept: sent again, the call runs again.
+    """
 
     def __init__(self, *, lifetime_s: float) -> None:
         self._lifetime_s = lifetime_s
@@ -53,12 +57,11 @@ class IdempotentReplies:
             IdempotencyMismatch: the key came before, with another body.
             ServingError: what `work` raises.
         """
-        key = request.headers.get(_HEADER)
-        if key is None:
+        identity = identity_of(request, body)
+        if identity is None:
             return await work()
-        if _KEY.fullmatch(key) is None:
-            raise InvalidRequest(f"{_HEADER}: accepted are 1 to 255 visible ASCII characters", param=_HEADER)
-        run = self._find_or_start(key, _fingerprint(request, body), work)
+        key, fingerprint = identity
+        run = self._find_or_start(key, fingerprint, work)
         run.num_waiting += 1
         try:
             return await asyncio.shield(run.reply)
@@ -71,6 +74,13 @@ class IdempotentReplies:
                 self._forget(key, run)
                 run.reply.cancel()
                 await asyncio.wait({run.reply})
+
+    def remember(self, kept: KeptReply) -> None:
+        """A reply of the server before this one."""
+        reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        reply.set_result(kept.reply)
+        expires = time.monotonic() + self._lifetime_s
+        self._runs[kept.key] = _Run(fingerprint=kept.fingerprint, reply=reply, expires=expires)
 
     def _find_or_start(self, key: str, fingerprint: bytes, work: Work) -> _Run:
         self._forget_old()
@@ -98,6 +108,16 @@ class IdempotentReplies:
             if run.reply.done():
                 kept_bytes -= run.num_kept_bytes
                 del self._runs[key]
+
+
+def identity_of(request: Request, body: Body) -> tuple[str, bytes] | None:
+    """The request's key and what tells its content from another's; None without a key. Raises InvalidRequest."""
+    key = request.headers.get(_HEADER)
+    if key is None:
+        return None
+    if _KEY.fullmatch(key) is None:
+        raise InvalidRequest(f"{_HEADER}: accepted are 1 to 255 visible ASCII characters", param=_HEADER)
+    return key, _fingerprint(request, body)
 
 
 def _fingerprint(request: Request, body: Body) -> bytes:

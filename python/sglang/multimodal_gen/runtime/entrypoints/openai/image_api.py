@@ -68,7 +68,7 @@ class ImageApi:
         self._inputs = InputReader()
         self._replies = IdempotentReplies(lifetime_s=settings.idempotency_lifetime_s)
         self._store = ImageStore(
-            settings.files_dir / "images", capacity=settings.max_images, lifetime_s=settings.image_lifetime_s
+            settings.state.files / "images", capacity=settings.max_images, lifetime_s=settings.image_lifetime_s
         )
 
     async def generate(self, request: Request) -> Response:

@@ -37,13 +37,15 @@ _URL_KEYS = ("image_url", "video_url")
 
 @dataclass(frozen=True, kw_only=True)
 class FileField:
-    """A field of a call that takes files. `alias`: another name that JSON bodies may use."""
+    """A field of a call that takes files. `alias`: another name that JSON bodies may use. `by_id`: in place of a file,
+    `{"id": …}` names a result of this server; the id is then the field `NAME_id`."""
 
     name: str
     kind: Literal["image", "mask", "video"]
     help: str
     max_files: int = 1
     alias: str | None = None
+    by_id: bool = False
 
     def invalid(self, problem: str) -> InvalidRequest:
         """What is wrong with its content."""
@@ -125,6 +127,9 @@ class Uploads:
                     f"{field.alias}: says the same as {field.name}, accepted is one of them", param=field.alias
                 )
             for value in given.values():
+                if field.by_id and isinstance(value, dict) and value.keys() == {"id"}:
+                    rest[f"{field.name}_id"] = value["id"]
+                    continue
                 for each in value if isinstance(value, list) else [value]:
                     self.begin(field.name).write(_bytes_of(field, each))
         return rest

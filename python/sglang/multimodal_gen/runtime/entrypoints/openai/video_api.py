@@ -6,10 +6,10 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -37,12 +37,13 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.fields import (
     sampling_values,
 )
 from sglang.multimodal_gen.runtime.entrypoints.openai.frame import keep_private, link_engine_requests
-from sglang.multimodal_gen.runtime.entrypoints.openai.idempotency import IdempotentReplies
+from sglang.multimodal_gen.runtime.entrypoints.openai.idempotency import IdempotentReplies, identity_of
 from sglang.multimodal_gen.runtime.entrypoints.openai.inputs import InputReader, video_sources
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse, error_object, to_json
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import Body, read_json_or_multipart
-from sglang.multimodal_gen.runtime.entrypoints.openai.video_jobs import VideoJob, VideoJobs
+from sglang.multimodal_gen.runtime.entrypoints.openai.video_jobs import VideoJobs
 from sglang.multimodal_gen.runtime.entrypoints.request_builder import check_output, expand
+from sglang.multimodal_gen.runtime.managers.job_store import KeptReply, VideoJob
 
 _SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 _POLL_AFTER_MS = 500
@@ -70,48 +71,106 @@ class ContentQuery:
     )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VideoWish:
+    """A video that a client asked for, whichever call it used. `sampling` are SamplingParams fields; `name` is what the
+    client called the model."""
+
+    sampling: Mapping[str, Any]
+    inputs: DecodedInputs
+    model: ModelInfo
+    seconds: str | int | float | None = None
+    name: str | None = None
+    safety_identifier: str | None = None
+    remixed_from: str | None = None
+
+
 class VideoApi:
     """The video routes."""
 
     def __init__(self, engine: Engine, settings: HttpSettings) -> None:
-        self._engine = engine
-        self._settings = settings
-        self._inputs = InputReader()
+        self.engine = engine
+        self.settings = settings
+        self.inputs = InputReader()
         self._replies = IdempotentReplies(lifetime_s=settings.idempotency_lifetime_s)
-        self.jobs = VideoJobs(
-            engine,
-            settings.files_dir / "videos",
-            capacity=settings.max_videos,
-            delete_timeout_s=settings.delete_timeout_s,
-        )
+        self.jobs = VideoJobs(engine, settings.state, settings.jobs)
+
+    async def start(self) -> None:
+        """Go on with the jobs of the server before this one."""
+        for reply in await self.jobs.start():
+            self._replies.remember(reply)
 
     async def create(self, request: Request) -> Response:
         """Start a video from a text and what the model takes besides; poll it until its status is `completed` or
         `failed`."""
         call = VIDEO_CALL
-        body = await read_json_or_multipart(
-            request, self._settings.body, files=call.files, refuse_file=call.refuse_file
-        )
+        body = await read_json_or_multipart(request, self.settings.body, files=call.files, refuse_file=call.refuse_file)
         with contextlib.closing(body):
             return await self._create(request, body)
 
     async def _create(self, request: Request, body: Body) -> Response:
         keep_private(request, private_texts(body))
-        surface = surface_of(request, self._settings)
-        wish, sampling = sampling_values(VIDEO_CALL.checked(body, surface=surface), VideoFields)
-        model = require_model(self._engine, self._settings, wish.model)
+        wish, sampling = sampling_values(VIDEO_CALL.checked(body, surface=self.surface(request)), VideoFields)
+        model = require_model(self.engine, self.settings, wish.model)
+        wanted = VideoWish(
+            sampling=sampling,
+            inputs=await self.inputs.read(video_sources(body), model, sampling),
+            model=model,
+            seconds=wish.seconds,
+            name=wish.model,
+            safety_identifier=wish.safety_identifier,
+        )
+        return await self.start_job(request, body, wanted)
+
+    def surface(self, request: Request) -> Surface:
+        """Whose fields the request may use."""
+        return surface_of(request, self.settings)
+
+    async def start_job(self, request: Request, body: Body, wish: VideoWish) -> Response:
+        """Start the job, once for each idempotency key, and tell of it."""
+        sampling = dict(wish.sampling)
         if wish.seconds is not None:
-            sampling["num_frames"] = frames_for(wish.seconds, sampling, model)
-        inputs = await self._inputs.read(video_sources(body), model, sampling)
-        params = _video_request(sampling, model, surface, inputs)
-        name = wish.model or self._settings.model_names[0]
+            sampling["num_frames"] = frames_for(wish.seconds, sampling, wish.model)
+        params = _video_request(sampling, wish.model, self.surface(request), wish.inputs)
+
+        def reply_for(job: VideoJob) -> KeptReply | None:
+            identity = identity_of(request, body)
+            if identity is None:
+                return None
+            return KeptReply(key=identity[0], fingerprint=identity[1], reply=to_json(video_object(job)))
 
         async def start() -> bytes:
-            job = await self.jobs.create(params, model=name, safety_identifier=wish.safety_identifier, inputs=inputs)
+            job = await self.jobs.create(
+                params,
+                model=wish.name or self.settings.model_names[0],
+                safety_identifier=wish.safety_identifier,
+                inputs=wish.inputs,
+                remixed_from=wish.remixed_from,
+                reply_for=reply_for,
+            )
             link_engine_requests(request, [job.id])
             return to_json(video_object(job))
 
         return JsonResponse(await self._replies.once(request, body, start), headers=_poll_headers(done=False))
+
+    def completed(self, video_id: str) -> VideoJob:
+        """The job, whose result is there. Raises VideoNotFound, VideoFailed, VideoNotReady."""
+        job = self.jobs.get(video_id)
+        if job.status == "failed":
+            raise VideoFailed(f"video {video_id} has no content: its generation failed", param="video_id")
+        if job.status != "completed":
+            raise VideoNotReady(video_id, status=job.status, progress=job.progress)
+        return job
+
+    @contextlib.contextmanager
+    def opened(self, job: VideoJob) -> Iterator[BinaryIO]:
+        """A completed job's video. Raises VideoNotFound when it is gone."""
+        try:
+            stream = self.jobs.path(job).open("rb")
+        except FileNotFoundError:
+            raise VideoNotFound(job.id) from None
+        with stream:
+            yield stream
 
     async def retrieve(self, request: Request, video_id: str) -> Response:
         """A video's status and progress."""
@@ -134,30 +193,25 @@ class VideoApi:
     async def content(self, request: Request, video_id: str) -> Response:
         """The bytes of a completed video, or of one of the images made of it."""
         variant = _query(request, ContentQuery).variant
-        job = self.jobs.get(video_id)
-        if job.status == "failed":
-            raise VideoFailed(f"video {video_id} has no content: its generation failed", param="video_id")
-        if job.status != "completed":
-            raise VideoNotReady(video_id, status=job.status, progress=job.progress)
+        job = self.completed(video_id)
         try:
-            path, file_format = _variant(job, variant)
+            path, file_format = self._variant(job, variant)
             return content_response(request, path, file_format=file_format)
         except FileNotFoundError:
             raise VideoNotFound(video_id) from None
+
+    def _variant(self, job: VideoJob, variant: str) -> tuple[Path, str]:
+        """The file of a `ContentQuery.variant` and its format."""
+        if variant == "thumbnail":
+            return self.jobs.thumbnail(job), "webp"
+        if variant == "spritesheet":
+            return self.jobs.contact_sheet(job), "jpeg"
+        return self.jobs.path(job), str(job.params.output_format)
 
     async def delete(self, request: Request, video_id: str) -> Response:
         """Delete a video and its bytes; one that runs is cancelled."""
         await self.jobs.delete(video_id)
         return JsonResponse({"id": video_id, "object": "video.deleted", "deleted": True})
-
-
-def _variant(job: VideoJob, variant: str) -> tuple[Path, str]:
-    """The file of a `ContentQuery.variant` and its format."""
-    if variant == "thumbnail":
-        return job.thumbnail, "webp"
-    if variant == "spritesheet":
-        return job.contact_sheet, "jpeg"
-    return job.path, str(job.params.output_format)
 
 
 def frames_for(seconds: str | int | float, sampling: Mapping[str, Any], model: ModelInfo) -> int:
@@ -226,21 +280,25 @@ def video_object(job: VideoJob) -> dict[str, Any]:
         "object": "video",
         "created_at": job.created_at,
         "completed_at": job.completed_at,
-        "expires_at": None,
+        "expires_at": job.expires_at,
         "model": job.model,
         "status": job.status,
         "progress": job.progress,
         "seconds": _plain((params.num_frames - 1) / params.fps),
         "size": f"{params.width}x{params.height}",
         "prompt": params.prompt,
-        "remixed_from_video_id": None,
+        "remixed_from_video_id": job.remixed_from,
         "error": None if job.error is None else error_object(job.error),
         "num_frames": params.num_frames,
         "fps": params.fps,
         "seed": params.seed,
+        "started_at": job.started_at,
+        "queue_position": job.queue_position,
         "eta_seconds": _rounded(job.eta_s, 1),
         "generation_time": _rounded(job.generation_time, 3),
         "inference_time_s": _rounded(job.generation_time, 3),
+        "queue_seconds": _rounded(job.queue_seconds, 3),
+        "attempts": job.attempts,
         "peak_memory_mb": _rounded(job.peak_memory_mb, 1),
         "notes": list(job.notes),
         "safety_identifier": job.safety_identifier,

@@ -1,4 +1,4 @@
-"""Video jobs: created, watched to their one end, listed, deleted. In memory; files in a private directory."""
+"""Video jobs: created, watched to their one end, listed, deleted; they outlive the processes that work on them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,34 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import math
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import msgspec
 
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.errors import ErrorInfo, InternalError, InvalidValue, QueueFull, VideoNotFound
+from sglang.multimodal_gen.errors import (
+    EngineStopped,
+    ErrorInfo,
+    InternalError,
+    InvalidValue,
+    QueueFull,
+    ServingError,
+    StorageError,
+    VideoNotFound,
+)
 from sglang.multimodal_gen.runtime.entrypoints.engine_client import raise_if_terminal
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import NO_INPUTS, DecodedInputs
-from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine
+from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, JobSettings
+from sglang.multimodal_gen.runtime.entrypoints.openai.job_keeper import JobKeeper
+from sglang.multimodal_gen.runtime.entrypoints.openai.kept_inputs import load_inputs, save_inputs
+from sglang.multimodal_gen.runtime.entrypoints.openai.webhooks import Webhooks
+from sglang.multimodal_gen.runtime.managers.job_store import KeptReply, VideoJob
 from sglang.multimodal_gen.runtime.managers.messages import (
     Cancelled,
     Failed,
@@ -29,66 +44,92 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     RequestEvent,
     Started,
 )
+from sglang.multimodal_gen.runtime.managers.state_dir import StateDir
+from sglang.multimodal_gen.runtime.managers.state_keeper import state_name
+from sglang.multimodal_gen.runtime.observability.logging_setup import fields
 from sglang.multimodal_gen.runtime.postprocess.naming import CONTACT_SHEET_ENDING, THUMBNAIL_ENDING, beside
 
 logger = logging.getLogger(__name__)
 
 _ID = re.compile(r"video_[0-9a-f]{32}")
+_SWEEP_S = 30.0
+_RETRY_S = 0.5
 Order = Literal["asc", "desc"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class VideoJob:
-    """One video as clients see it. Times in unix seconds; `progress` in percent, 100 only when it is complete.
-    `profile` is the bare name of the trace file."""
-
-    id: str
-    model: str
-    params: SamplingParams
-    created_at: int
-    path: Path
-    status: Literal["queued", "in_progress", "completed", "failed"] = "queued"
-    progress: int = 0
-    eta_s: float | None = None
-    completed_at: int | None = None
-    generation_time: float | None = None
-    peak_memory_mb: float | None = None
-    profile: str | None = None
-    error: ErrorInfo | None = None
-    notes: tuple[str, ...] = ()
-    safety_identifier: str | None = None
-
-    @property
-    def thumbnail(self) -> Path:
-        """Where the still of its middle frame lies once it is complete."""
-        return beside(self.path, THUMBNAIL_ENDING)
-
-    @property
-    def contact_sheet(self) -> Path:
-        """Where the image of its frames in a grid lies once it is complete."""
-        return beside(self.path, CONTACT_SHEET_ENDING)
-
-    def unlink(self) -> None:
-        """Remove its files, as far as they are there."""
-        for path in (self.path, self.thumbnail, self.contact_sheet):
-            path.unlink(missing_ok=True)
-
-    @property
-    def is_final(self) -> bool:
-        """No event will change it any more."""
-        return self.status in ("completed", "failed")
-
-
 class VideoJobs:
-    """All jobs of this server, at most `capacity`: beyond it the oldest finished one goes, bytes and all."""
+    """All jobs of this server. What is kept of them is on disk before anybody hears of it.
 
-    def __init__(self, engine: Engine, directory: Path, *, capacity: int, delete_timeout_s: float) -> None:
+    At most `capacity` jobs and `max_output_bytes` of results: beyond that the oldest finished ones go, as do those
+    whose lifetime is over.
+    """
+
+    def __init__(self, engine: Engine, state: StateDir, settings: JobSettings) -> None:
+        """Raises StorageError when the database of jobs cannot be used."""
         self._engine = engine
-        self._directory = directory
-        self._capacity = capacity
-        self._delete_timeout_s = delete_timeout_s
+        self._state = state
+        self._settings = settings
+        self._directory = state.files / "videos"
+        self._keeper = JobKeeper(state.jobs)
         self._jobs: dict[str, VideoJob] = {}  # in order of creation
         self._watchers: dict[str, asyncio.Task[None]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._next_expiry = math.inf
+        self._webhooks = None if settings.webhook is None else Webhooks(settings.webhook, self._webhook_settled)
+
+    # -- the server's life --
+
+    async def start(self) -> list[KeptReply]:
+        """Find the jobs of the server before this one and go on with them; returns the replies that told of them."""
+        self._directory.mkdir(mode=0o700, exist_ok=True)
+        jobs, replies = await self._keeper.load()
+        self._jobs = {job.id: msgspec.structs.replace(job, eta_s=None, queue_position=None) for job in jobs}
+        await asyncio.to_thread(self._remove_strangers)
+        unfinished = [job for job in jobs if not job.is_final]
+        if unfinished:
+            logger.info("going on with %d videos of the server before this one", len(unfinished))
+        self._tasks = [asyncio.create_task(self._go_on(unfinished)), asyncio.create_task(self._sweep())]
+        for job in jobs:
+            self._tell(job)
+        return replies
+
+    async def close(self) -> None:
+        """Stop watching. The engine ends what runs, and the next server goes on with it."""
+        tasks = [*self._tasks, *self._watchers.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._webhooks is not None:
+            await self._webhooks.close()
+        await self._keeper.close()
+
+    def _remove_strangers(self) -> None:
+        """Files that no job knows: of jobs that were deleted, or not accepted, when a process was killed."""
+        known = {path.name for job in self._jobs.values() for path in self.files(job)}
+        inputs = {self._inputs_of(job.id).name for job in self._jobs.values() if job.has_inputs}
+        states = {state_name(job.id) for job in self._jobs.values() if not job.is_final}
+        for directory, names in (
+            (self._directory, known),
+            (self._state.inputs, inputs),
+            (self._state.checkpoints, states),
+        ):
+            for path in directory.iterdir():
+                if path.name not in names:
+                    path.unlink(missing_ok=True)
+
+    async def _go_on(self, unfinished: Iterable[VideoJob]) -> None:
+        """Hand the jobs to the engine again, in their old order."""
+        for job in unfinished:
+            if job.id in self._jobs:
+                self._watchers[job.id] = asyncio.create_task(self._watch(job.id, None))
+                await asyncio.sleep(0)
+
+    async def _sweep(self) -> None:
+        while True:
+            self._forget_old()
+            await asyncio.sleep(_SWEEP_S)
+
+    # -- what clients do --
 
     async def create(
         self,
@@ -97,39 +138,70 @@ class VideoJobs:
         model: str,
         safety_identifier: str | None = None,
         inputs: DecodedInputs = NO_INPUTS,
+        remixed_from: str | None = None,
+        reply_for: Callable[[VideoJob], KeptReply | None] = lambda job: None,
     ) -> VideoJob:
-        """Hand one complete request that saves its output to the engine; returns once the engine has queued it.
+        """Hand one complete request that saves its output to the engine; returns once the engine has queued it and the
+        job is on disk, with the reply that `reply_for` makes of it. Returned is what that reply tells of.
 
         Raises:
             QueueFull: all jobs held are unfinished.
+            StorageError: the job cannot be kept.
             ServingError: the engine refused the request.
         """
         self._make_room()
+        job = self._new_job(params, model=model, inputs=inputs)
+        job = msgspec.structs.replace(job, safety_identifier=safety_identifier, remixed_from=remixed_from)
+        try:
+            await self._keep_inputs(job, inputs)
+            await self._keeper.insert(job, reply_for(job))
+            events = await self._submit(job, inputs)
+            first = await anext(events)
+            raise_if_terminal(first)
+        except BaseException:
+            await asyncio.shield(self._discard(job))
+            raise
+        self._jobs[job.id] = job
+        self._apply(job.id, first)
+        self._watchers[job.id] = asyncio.create_task(self._watch(job.id, events))
+        return job
+
+    def _new_job(self, params: SamplingParams, *, model: str, inputs: DecodedInputs) -> VideoJob:
         job_id = f"video_{secrets.token_hex(16)}"
         file_name = f"{job_id}.{params.output_format}"
-        job = VideoJob(
+        saved = dataclasses.replace(
+            params,
+            output_path=str(self._directory),
+            output_file_name=file_name,
+            thumbnail=True,
+            contact_sheet=True,
+        )
+        return VideoJob(
             id=job_id,
             model=model,
             created_at=int(time.time()),
-            path=self._directory / file_name,
-            params=dataclasses.replace(
-                params,
-                output_path=str(self._directory),
-                output_file_name=file_name,
-                thumbnail=True,
-                contact_sheet=True,
-            ),
-            safety_identifier=safety_identifier,
+            file_name=file_name,
+            params=saved,
+            has_inputs=bool(inputs),
         )
-        async with self._engine.stored(inputs) as media:
-            events = aiter(await self._engine.submit(job.params, request_id=job_id, inputs=media))
-        raise_if_terminal(await anext(events))
-        self._jobs[job_id] = job
-        self._watchers[job_id] = asyncio.create_task(self._watch(job_id, events))
-        return self._jobs[job_id]
+
+    async def _keep_inputs(self, job: VideoJob, inputs: DecodedInputs) -> None:
+        if not job.has_inputs:
+            return
+        try:
+            await asyncio.to_thread(save_inputs, self._inputs_of(job.id), inputs)
+        except OSError as error:
+            raise StorageError(f"the server cannot keep what the video starts from: {error.strerror}") from error
+
+    async def _discard(self, job: VideoJob) -> None:
+        """The job was not accepted."""
+        await self._engine.cancel(job.id)
+        self._unlink_all(job)
+        self._keeper.forget(job.id)
 
     def get(self, job_id: str) -> VideoJob:
         """The job as it is now. Raises VideoNotFound."""
+        self._forget_expired()
         if _ID.fullmatch(job_id) is None or job_id not in self._jobs:
             raise VideoNotFound(job_id)
         return self._jobs[job_id]
@@ -140,46 +212,99 @@ class VideoJobs:
         Raises:
             InvalidValue: `after` is no job's id (code `invalid_cursor`).
         """
-        jobs = list(self._jobs.values())
-        if order == "desc":
-            jobs.reverse()
+        self._forget_expired()
+        jobs: Iterable[VideoJob] = self._jobs.values() if order == "asc" else reversed(self._jobs.values())
         if after is not None:
             if after not in self._jobs:
                 raise InvalidValue("after", after, "the id of a video in the list", code="invalid_cursor")
-            jobs = list(itertools.dropwhile(lambda job: job.id != after, jobs))[1:]
-        return jobs[:limit], len(jobs) > limit
+            jobs = itertools.islice(itertools.dropwhile(lambda job: job.id != after, jobs), 1, None)
+        page = list(itertools.islice(jobs, limit + 1))
+        return page[:limit], len(page) > limit
 
     async def delete(self, job_id: str) -> None:
-        """Cancel the job when it runs, and remove it and its bytes. Raises VideoNotFound."""
+        """Cancel the job when it runs, and remove it and its bytes. Raises VideoNotFound, StorageError."""
         job = self.get(job_id)
-        del self._jobs[job_id]  # from here on nobody finds it; its watcher removes what may still be written
+        await self._keeper.delete(job_id)
+        self._jobs.pop(job_id, None)  # from here on nobody finds it; its watcher removes what may still be written
         watcher = self._watchers.get(job_id)
         if watcher is not None:
             await self._engine.cancel(job_id)
-            await asyncio.wait({watcher}, timeout=self._delete_timeout_s)
-        job.unlink()
+            await asyncio.wait({watcher}, timeout=self._settings.delete_timeout_s)
+        self._unlink_all(job)
 
-    async def close(self) -> None:
-        """Stop watching; the engine ends what runs."""
-        watchers = list(self._watchers.values())
-        for watcher in watchers:
-            watcher.cancel()
-        await asyncio.gather(*watchers, return_exceptions=True)
+    # -- files --
 
-    async def _watch(self, job_id: str, events: AsyncIterator[RequestEvent]) -> None:
-        """Follow a job to its end. Whatever happens here, the job ends: clients poll until it does."""
+    def path(self, job: VideoJob) -> Path:
+        """Where the result lies once the job is complete."""
+        return self._directory / job.file_name
+
+    def thumbnail(self, job: VideoJob) -> Path:
+        """Where the still of its middle frame lies then."""
+        return beside(self.path(job), THUMBNAIL_ENDING)
+
+    def contact_sheet(self, job: VideoJob) -> Path:
+        """Where the image of its frames in a grid lies then."""
+        return beside(self.path(job), CONTACT_SHEET_ENDING)
+
+    def files(self, job: VideoJob) -> tuple[Path, ...]:
+        """All of the result."""
+        return self.path(job), self.thumbnail(job), self.contact_sheet(job)
+
+    def _inputs_of(self, job_id: str) -> Path:
+        return self._state.inputs / f"{job_id}.npz"
+
+    def _unlink_all(self, job: VideoJob) -> None:
+        for path in (*self.files(job), self._inputs_of(job.id), self._state.checkpoints / state_name(job.id)):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    # -- the engine --
+
+    async def _submit(self, job: VideoJob, inputs: DecodedInputs) -> AsyncIterator[RequestEvent]:
+        async with self._engine.stored(inputs) as media:
+            return aiter(await self._engine.submit(job.params, request_id=job.id, inputs=media, durable=True))
+
+    async def _watch(self, job_id: str, events: AsyncIterator[RequestEvent] | None) -> None:
+        """Follow a job to its end, from engine to engine; without `events` it is handed over first.
+
+        Whatever happens here, the job ends: clients poll until it does.
+        """
         created = self._jobs[job_id]
         try:
-            async for event in events:
-                self._apply(job_id, event)
+            while job_id in self._jobs and not self._jobs[job_id].is_final:
+                events = await self._again(self._jobs[job_id]) if events is None else events
+                if not await self._follow(job_id, events):
+                    return
+                events = None
+                await asyncio.sleep(_RETRY_S)
+        except ServingError as error:
+            self._end(job_id, error.info())
+        except Exception:
+            logger.exception("a job was lost track of", extra=fields(request_id=job_id))
+            self._end(job_id, InternalError("the server lost track of this video; create it again").info())
         finally:
             self._watchers.pop(job_id, None)
-            job = self._jobs.get(job_id)
-            if job is None:
-                with contextlib.suppress(OSError):
-                    created.unlink()
-            elif not job.is_final:
-                self._end(job, InternalError("the server lost track of this video; create it again").info())
+            if job_id not in self._jobs:
+                self._unlink_all(created)
+
+    async def _again(self, job: VideoJob) -> AsyncIterator[RequestEvent]:
+        inputs = await asyncio.to_thread(load_inputs, self._inputs_of(job.id)) if job.has_inputs else NO_INPUTS
+        return await self._submit(job, inputs)
+
+    async def _follow(self, job_id: str, events: AsyncIterator[RequestEvent]) -> bool:
+        """The events of one engine; whether the job is to be handed to the next one."""
+        async for event in events:
+            if self._interrupts(event):
+                self._become(job_id, status="queued", eta_s=None, queue_position=None)
+                return self._engine.state.state not in ("failed", "stopping")
+            self._apply(job_id, event)
+        return False
+
+    def _interrupts(self, event: RequestEvent) -> bool:
+        """Whether it is the engine that ends here, or has no room for jobs of before, and not the job."""
+        if isinstance(event, Failed):
+            return event.error.code in (EngineStopped.code, QueueFull.code) or self._engine.state.state == "failed"
+        return isinstance(event, Cancelled) and event.engine_stopped
 
     def _apply(self, job_id: str, event: RequestEvent) -> None:
         job = self._jobs.get(job_id)
@@ -187,42 +312,103 @@ class VideoJobs:
             return
         match event:
             case Queued():
-                pass
+                self._become(job_id, queue_position=event.position)
             case Started():
-                self._jobs[job_id] = dataclasses.replace(job, status="in_progress", notes=event.notes)
+                running: dict[str, Any] = {"status": "in_progress", "notes": event.notes, "queue_position": None}
+                self._become(job_id, **running, started_at=job.started_at or int(time.time()))
+                self._keeper.update(self._jobs[job_id])
             case Progress():
                 percent = max(job.progress, min(99, int(event.fraction * 100)))
-                self._jobs[job_id] = dataclasses.replace(job, status="in_progress", progress=percent, eta_s=event.eta_s)
+                self._become(job_id, status="in_progress", progress=percent, eta_s=event.eta_s, queue_position=None)
             case Finished():
                 self._complete(job, event)
             case Failed():
-                self._end(job, event.error)
+                self._end(job_id, event.error)
             case Cancelled():
-                self._end(job, ErrorInfo(code="cancelled", message=f"the video was not finished: {event.reason}"))
+                self._end(job_id, ErrorInfo(code="cancelled", message=f"the video was not finished: {event.reason}"))
 
     def _complete(self, job: VideoJob, event: Finished) -> None:
-        self._jobs[job.id] = dataclasses.replace(
-            job,
+        self._finish(
+            job.id,
             status="completed",
             progress=100,
-            eta_s=None,
-            completed_at=int(time.time()),
             generation_time=event.generation_time,
+            queue_seconds=event.queue_seconds,
             peak_memory_mb=event.peak_memory_bytes / 2**20,
             profile=None if event.profile_path is None else Path(event.profile_path).name,
             notes=event.notes or job.notes,
+            attempts=event.attempts,
+            num_bytes=sum(path.stat().st_size for path in self.files(job) if path.exists()),
         )
 
-    def _end(self, job: VideoJob, error: ErrorInfo) -> None:
+    def _end(self, job_id: str, error: ErrorInfo) -> None:
         # OpenAI's client knows no status `cancelled`: it would take it for a success.
-        self._jobs[job.id] = dataclasses.replace(
-            job, status="failed", eta_s=None, completed_at=int(time.time()), error=error
+        self._finish(job_id, status="failed", error=error)
+
+    def _finish(self, job_id: str, **changes: Any) -> None:
+        if job_id not in self._jobs:
+            return
+        now = int(time.time())
+        self._become(
+            job_id,
+            **changes,
+            eta_s=None,
+            queue_position=None,
+            completed_at=now,
+            expires_at=now + round(self._settings.lifetime_s),
+            webhook="none" if self._webhooks is None else "due",
         )
+        job = self._jobs[job_id]
+        self._keeper.update(job)
+        self._inputs_of(job_id).unlink(missing_ok=True)
+        self._tell(job)
+        self._forget_old()
+
+    def _become(self, job_id: str, **changes: Any) -> None:
+        job = self._jobs.get(job_id)
+        if job is not None:
+            self._jobs[job_id] = msgspec.structs.replace(job, **changes)
+
+    # -- webhooks --
+
+    def _tell(self, job: VideoJob) -> None:
+        if self._webhooks is not None and job.webhook == "due":
+            self._webhooks.tell(job)
+
+    def _webhook_settled(self, job: VideoJob, sent: bool) -> None:
+        self._become(job.id, webhook="sent" if sent else "given_up")
+        if job.id in self._jobs:
+            self._keeper.update(self._jobs[job.id])
+
+    # -- room --
 
     def _make_room(self) -> None:
-        while len(self._jobs) >= self._capacity:
+        """For one more job. Raises QueueFull."""
+        self._forget_old()
+        while len(self._jobs) >= self._settings.capacity:
             oldest = next((job for job in self._jobs.values() if job.is_final), None)
             if oldest is None:
-                raise QueueFull(self._capacity)
-            del self._jobs[oldest.id]
-            oldest.unlink()
+                raise QueueFull(self._settings.capacity)
+            self._forget(oldest)
+
+    def _forget_old(self) -> None:
+        """Jobs whose time is over, and the oldest ones while results take more than their room."""
+        now = time.time()
+        final = [job for job in self._jobs.values() if job.is_final]
+        total, self._next_expiry = sum(job.num_bytes for job in final), math.inf
+        for job in final:
+            expires_at = math.inf if job.expires_at is None else job.expires_at
+            if total > self._settings.max_output_bytes or expires_at <= now:
+                total -= job.num_bytes
+                self._forget(job)
+            else:
+                self._next_expiry = min(self._next_expiry, expires_at)
+
+    def _forget_expired(self) -> None:
+        if time.time() >= self._next_expiry:
+            self._forget_old()
+
+    def _forget(self, job: VideoJob) -> None:
+        del self._jobs[job.id]
+        self._unlink_all(job)
+        self._keeper.forget(job.id)

@@ -1,0 +1,331 @@
+"""Video jobs over a server's death: the store, who goes on, what is forgotten, who is told. The engine is scripted."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.errors import InsufficientStorage, StateDirInUse, StorageError
+from sglang.multimodal_gen.runtime.entrypoints.media_inputs import Clip, DecodedInputs
+from sglang.multimodal_gen.runtime.entrypoints.openai.engine import JobSettings
+from sglang.multimodal_gen.runtime.entrypoints.openai.kept_inputs import load_inputs, save_inputs
+from sglang.multimodal_gen.runtime.entrypoints.openai.webhooks import WebhookTarget
+from sglang.multimodal_gen.runtime.managers.job_store import JobStore, KeptReply, VideoJob
+from sglang.multimodal_gen.runtime.managers.messages import EngineState
+from sglang.multimodal_gen.runtime.managers.state_dir import StateDir, claimed
+from sglang.multimodal_gen.test.scripted_server import RunningServer, Start, assert_error, servers, wait_for
+
+VIDEOS = "/v1/videos"
+SECRET = "whsec_" + "c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0"
+
+
+@pytest.fixture(scope="module")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    with servers(lambda: tmp_path_factory.mktemp("state")) as start:
+        yield start
+
+
+def job(number: int = 0, **changes: Any) -> VideoJob:
+    values: dict[str, Any] = {
+        "id": f"video_{number:032x}",
+        "model": "tiny",
+        "params": SamplingParams(prompt="a", seed=number, output_format="mp4"),
+        "created_at": 1000 + number,
+        "file_name": f"video_{number:032x}.mp4",
+    }
+    return VideoJob(**(values | changes))
+
+
+# --- the store ---
+
+
+def test_what_was_inserted_and_updated_is_there_after_the_process(tmp_path: Path) -> None:
+    store = JobStore(tmp_path / "jobs")
+    reply = KeptReply(key="k", fingerprint=b"f", reply=b"{}")
+    jobs = [job(2), job(0), job(1)]
+    for one in jobs:
+        store.insert(one, reply if one.id == jobs[0].id else None)
+    store.update(job(0, status="failed", progress=7))
+    store.delete(job(1).id)
+    other = JobStore(tmp_path / "jobs")  # the first one was never closed: as after a kill
+    assert other.load() == [jobs[0], job(0, status="failed", progress=7)]
+    assert other.replies() == [reply]
+    store.delete(jobs[0].id)
+    assert other.replies() == []
+    store.update(jobs[0])
+    assert [found.id for found in other.load()] == [job(0).id], "what was deleted stays so"
+
+
+def test_a_job_and_its_reply_are_kept_both_or_not_at_all(tmp_path: Path) -> None:
+    store = JobStore(tmp_path / "jobs")
+    store.insert(job(0))
+    with pytest.raises(StorageError):
+        store.insert(job(0), KeptReply(key="k", fingerprint=b"f", reply=b"{}"))
+    assert (len(store.load()), store.replies()) == (1, [])
+
+
+@pytest.mark.parametrize("content", [b"no database at all, but long enough to be taken for one" * 20, None])
+def test_a_database_that_is_none_of_ours_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "jobs"
+    if content is None:
+        with sqlite3.connect(path) as connection:
+            connection.execute("PRAGMA user_version=99")
+        connection.close()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(StorageError, match=r"state_dir: .*jobs"):
+        JobStore(path)
+
+
+def test_a_full_disk_is_said_so_and_the_jobs_before_stay(tmp_path: Path) -> None:
+    store = JobStore(tmp_path / "jobs")
+    store.insert(job(0))
+    [pages] = store._connection.execute("PRAGMA page_count").fetchone()
+    store._connection.execute(f"PRAGMA max_page_count={pages}")
+    with pytest.raises(InsufficientStorage):
+        for number in range(1, 100):
+            store.insert(job(number, notes=("x" * 500,)))
+    store._connection.execute("PRAGMA max_page_count=1000000")
+    before = len(store.load())
+    store.insert(job(1000))
+    assert [found.id for found in store.load()][:: before or 1] == [job(0).id, job(1000).id]
+
+
+def test_a_row_of_another_release_is_left_alone(tmp_path: Path) -> None:
+    store = JobStore(tmp_path / "jobs")
+    store.insert(job(0))
+    store.insert(job(1))
+    store._connection.execute("UPDATE jobs SET record = x'81' WHERE id = ?", (job(0).id,))
+    assert store.load() == [job(1)]
+
+
+def test_inputs_come_back_as_they_were(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 5, 4, 3), dtype=np.uint8)
+    inputs = DecodedInputs(
+        images=tuple(pixels[:11]), mask=pixels[0, :, :, 0], last_image=pixels[11], video=Clip(frames=pixels, fps=12.5)
+    )
+    save_inputs(tmp_path / "a.npz", inputs)
+    found = load_inputs(tmp_path / "a.npz")
+    assert [np.array_equal(a, b) for a, b in zip(found.images, inputs.images, strict=True)] == [True] * 11
+    assert np.array_equal(found.mask, inputs.mask) and np.array_equal(found.last_image, inputs.last_image)
+    assert found.video is not None and found.video.fps == 12.5 and np.array_equal(found.video.frames, pixels)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+    (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:100])
+    with pytest.raises(StorageError):
+        load_inputs(tmp_path / "a.npz")
+
+
+def test_a_state_directory_belongs_to_one_server(tmp_path: Path) -> None:
+    holder = r"belongs to the server on http://127\.0\.0\.1:1234 \(pid \d+\)"
+    with (
+        claimed(tmp_path / "s", address="http://127.0.0.1:1234"),
+        pytest.raises(StateDirInUse, match=holder),
+        claimed(tmp_path / "s", address="http://127.0.0.1:9"),
+    ):
+        pass
+    with claimed(tmp_path / "s", address="http://127.0.0.1:9"):
+        pass
+
+
+# --- over restarts ---
+
+
+def restarted(start_server: Start, server: RunningServer, **options: Any) -> RunningServer:
+    """A new server, and engine, on the state directory of one that has gone."""
+    server.end()
+    return start_server(state=StateDir(server.files_dir.parent), **options)
+
+
+def test_finished_videos_are_served_after_a_restart(start_server: Start) -> None:
+    server = start_server()
+    created = server.post_video(prompt="a").json()
+    wait_for(lambda: server.client.get(f"{VIDEOS}/{created['id']}").json()["status"] == "completed")
+    before = server.client.get(f"{VIDEOS}/{created['id']}").json()
+    content = server.client.get(f"{VIDEOS}/{created['id']}/content").content
+    again = restarted(start_server, server)
+    assert again.client.get(f"{VIDEOS}/{created['id']}").json() == before
+    assert again.client.get(f"{VIDEOS}/{created['id']}/content").content == content
+    assert [video["id"] for video in again.client.get(VIDEOS).json()["data"]] == [created["id"]]
+    assert again.engine.submitted == {}
+    assert before["expires_at"] == before["completed_at"] + 7 * 24 * 3600
+
+
+def test_unfinished_videos_go_on_after_a_restart_in_their_order(start_server: Start) -> None:
+    server = start_server()
+    server.engine.held = True
+    ids = [server.post_video(prompt=f"p{number}", seed=number).json()["id"] for number in range(5)]
+    assert server.client.delete(f"{VIDEOS}/{ids[3]}").status_code == 200
+    again = restarted(start_server, server)
+    expected = [ids[0], ids[1], ids[2], ids[4]]
+    for video_id in expected:
+        wait_for(lambda video_id=video_id: again.client.get(f"{VIDEOS}/{video_id}").json()["status"] == "completed")
+    assert list(again.engine.submitted) == expected
+    assert [params.seed for params in again.engine.submitted.values()] == [0, 1, 2, 4]
+    assert again.engine.durable == set(expected)
+    assert_error(again.client.get(f"{VIDEOS}/{ids[3]}"), 404, "video_not_found", "video_id")
+
+
+def test_one_idempotency_key_is_one_job_over_a_restart(start_server: Start) -> None:
+    server = start_server()
+    headers = {"idempotency-key": "once"}
+    first = server.client.post(VIDEOS, json={"prompt": "a"}, headers=headers)
+    again = restarted(start_server, server)
+    assert again.client.post(VIDEOS, json={"prompt": "a"}, headers=headers).content == first.content
+    other = again.client.post(VIDEOS, json={"prompt": "b"}, headers=headers)
+    assert_error(other, 400, "idempotency_mismatch", "idempotency-key")
+    assert len(again.client.get(VIDEOS).json()["data"]) == 1
+
+
+def test_files_that_no_job_knows_are_removed_at_the_start(start_server: Start) -> None:
+    server = start_server()
+    created = server.post_video(prompt="a").json()
+    wait_for(lambda: server.client.get(f"{VIDEOS}/{created['id']}").json()["status"] == "completed")
+    state = StateDir(server.files_dir.parent)
+    strangers = [
+        state.files / "videos" / "video_x.mp4",
+        state.inputs / "y.npz",
+        state.checkpoints / "job-z.safetensors",
+    ]
+    for path in strangers:
+        path.touch()
+    restarted(start_server, server)
+    assert not any(path.exists() for path in strangers)
+    assert len(list((state.files / "videos").iterdir())) == 3
+
+
+def test_an_engine_that_dies_does_not_end_the_jobs_it_held(start_server: Start) -> None:
+    server = start_server()
+    server.engine.held = True
+    video_id = server.post_video(prompt="a").json()["id"]
+    server.engine.interrupt()
+    wait_for(lambda: server.engine.num_submits[video_id] == 2)
+    assert server.client.get(f"{VIDEOS}/{video_id}").json()["status"] in ("queued", "in_progress")
+    server.engine.held = False
+    wait_for(lambda: server.client.get(f"{VIDEOS}/{video_id}").json()["status"] == "completed")
+
+
+def test_a_job_waits_for_the_next_server_when_the_engine_has_failed(start_server: Start) -> None:
+    server = start_server()
+    server.engine.held = True
+    video_id = server.post_video(prompt="a").json()["id"]
+    server.engine.state = EngineState(state="failed")
+    server.engine.interrupt()
+    wait_for(lambda: server.client.get(f"{VIDEOS}/{video_id}").json()["status"] == "queued")
+    again = restarted(start_server, server)
+    wait_for(lambda: again.client.get(f"{VIDEOS}/{video_id}").json()["status"] == "completed")
+
+
+# --- what is forgotten ---
+
+
+def test_a_video_expires_with_its_bytes(start_server: Start) -> None:
+    server = start_server(jobs=JobSettings(lifetime_s=1.0))
+    video_id = server.post_video(prompt="a").json()["id"]
+    wait_for(lambda: server.client.get(f"{VIDEOS}/{video_id}").status_code == 404)
+    assert list((server.files_dir / "videos").iterdir()) == []
+    assert server.client.get(VIDEOS).json()["data"] == []
+
+
+def test_the_oldest_results_go_when_the_disk_budget_is_spent(start_server: Start) -> None:
+    server = start_server(jobs=JobSettings(max_output_bytes=2 * 250))  # a scripted result takes some 220 bytes
+    ids = []
+    for number in range(4):
+        ids.append(server.post_video(prompt="a", seed=number).json()["id"])
+        wait_for(lambda: server.client.get(f"{VIDEOS}/{ids[-1]}").json()["status"] == "completed")
+    assert [video["id"] for video in server.client.get(VIDEOS).json()["data"]] == ids[:1:-1]
+    assert len(list((server.files_dir / "videos").iterdir())) == 2 * 3
+
+
+def test_a_refused_video_leaves_nothing(start_server: Start) -> None:
+    server = start_server()
+    server.engine.refusal = StorageError("no room")
+    assert_error(server.post_video(prompt="a"), 507, "storage_error")
+    again = restarted(start_server, server)
+    assert again.client.get(VIDEOS).json()["data"] == []
+
+
+# --- webhooks ---
+
+
+class Receiver(http.server.BaseHTTPRequestHandler):
+    """Keeps what it is told; refuses the first `refusals` times."""
+
+    calls: list[tuple[dict[str, str], bytes]]
+    refusals: int
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        type(self).calls.append((dict(self.headers), body))
+        refused = len(type(self).calls) <= type(self).refusals
+        self.send_response(503 if refused else 204)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """Keep quiet."""
+
+
+@pytest.fixture
+def receiver() -> Iterator[Callable[[int], tuple[str, list[tuple[dict[str, str], bytes]]]]]:
+    servers = []
+
+    def start(refusals: int) -> tuple[str, list[tuple[dict[str, str], bytes]]]:
+        handler = type("Handler", (Receiver,), {"calls": [], "refusals": refusals})
+        listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        servers.append(listener)
+        threading.Thread(target=listener.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{listener.server_port}/hook?a=b", handler.calls
+
+    yield start
+    for listener in servers:
+        listener.shutdown()
+        listener.server_close()
+
+
+def test_a_webhook_is_signed_as_openais_client_checks_it_and_sent_until_it_is_taken(
+    start_server: Start, receiver: Callable[[int], tuple[str, list[tuple[dict[str, str], bytes]]]]
+) -> None:
+    url, calls = receiver(2)
+    target = WebhookTarget(url=url, secret=SECRET, delays_s=(0.05,) * 3)
+    server = start_server(jobs=JobSettings(webhook=target))
+    done = server.post_video(prompt="a").json()["id"]
+    wait_for(lambda: len(calls) == 3)
+    client = openai.OpenAI(api_key="unused", base_url="http://unused", webhook_secret=SECRET)
+    for headers, body in calls:
+        client.webhooks.verify_signature(body, headers)
+        with pytest.raises(openai.InvalidWebhookSignatureError):
+            client.webhooks.verify_signature(body + b" ", headers)
+    event = json.loads(calls[-1][1])
+    assert (event["type"], event["data"], event["object"]) == ("video.completed", {"id": done}, "event")
+    assert len({headers["webhook-id"] for headers, _ in calls}) == 1
+    failed = server.post_video(prompt="fail").json()["id"]
+    wait_for(lambda: len(calls) == 4)
+    assert json.loads(calls[3][1])["data"] == {"id": failed}
+    assert json.loads(calls[3][1])["type"] == "video.failed"
+
+
+def test_a_webhook_that_was_not_taken_is_sent_after_a_restart_and_one_that_was_is_not(
+    start_server: Start, receiver: Callable[[int], tuple[str, list[tuple[dict[str, str], bytes]]]]
+) -> None:
+    url, calls = receiver(1)
+    target = WebhookTarget(url=url, secret=SECRET, delays_s=(60.0,))
+    server = start_server(jobs=JobSettings(webhook=target))
+    server.post_video(prompt="a")
+    wait_for(lambda: len(calls) == 1)
+    again = restarted(start_server, server, jobs=JobSettings(webhook=target))
+    wait_for(lambda: len(calls) == 2)
+    time.sleep(0.2)
+    third = restarted(start_server, again, jobs=JobSettings(webhook=target))
+    time.sleep(0.5)
+    assert len(calls) == 2 and third.client.get(VIDEOS).json()["data"] != []

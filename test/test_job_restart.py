@@ -1,0 +1,147 @@
+"""Video jobs of a real server over `kill -9` of its processes: nothing that was accepted is lost."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from server_process import ServerProcess, running_server
+
+STEPS = 24
+VIDEO = {"prompt": "a red circle moving right", "size": "64x64", "num_frames": 9, "num_inference_steps": STEPS}
+
+
+def command(state: Path, *options: str) -> list[str]:
+    serve = [sys.executable, "-m", "sglang.cli.main", "serve", "--port", "0", "--state-dir", str(state)]
+    return [*serve, "--checkpoint-every", "2", "--warmup-mode", "off", *options]
+
+
+@contextmanager
+def server_to_be_killed(state: Path, *options: str) -> Iterator[tuple[ServerProcess, Callable[[], None]]]:
+    """A server that is ready, and what ends all of its processes at once without a word."""
+    process = subprocess.Popen(command(state, *options), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    running = ServerProcess(process, time.monotonic())
+    reader = threading.Thread(target=running.follow_log)
+    reader.start()
+
+    def kill() -> None:
+        root = psutil.Process(process.pid)
+        for each in [root, *root.children(recursive=True)]:
+            each.send_signal(signal.SIGKILL)
+        process.wait()
+        reader.join()
+
+    try:
+        assert running.listening.wait(30), "".join(running.log)
+        running.wait_ready()
+        yield running, kill
+    finally:
+        if process.poll() is None:
+            kill()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+def create(url: str, **changes: Any) -> str:
+    reply = httpx.post(f"{url}/v1/videos", json=VIDEO | changes, timeout=30)
+    assert reply.status_code == 200, reply.text
+    return str(reply.json()["id"])
+
+
+def video(url: str, video_id: str) -> dict[str, Any]:
+    found: dict[str, Any] = httpx.get(f"{url}/v1/videos/{video_id}", timeout=30).json()
+    return found
+
+
+def wait_until(condition: Callable[[], bool], what: str, *, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come true"
+        time.sleep(0.02)
+
+
+def content(url: str, video_id: str) -> bytes:
+    return httpx.get(f"{url}/v1/videos/{video_id}/content", timeout=30).raise_for_status().content
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, bytes]:
+    """The bytes by seed of a server that nobody kills."""
+    with running_server(command(tmp_path_factory.mktemp("undisturbed"))) as server:
+        ids = {seed: create(server.url, seed=seed) for seed in (1, 2)}
+        for video_id in ids.values():
+            wait_until(lambda video_id=video_id: video(server.url, video_id)["status"] == "completed", "the end")
+        return {seed: content(server.url, video_id) for seed, video_id in ids.items()}
+
+
+def test_jobs_go_on_after_every_process_was_killed(tmp_path: Path, undisturbed: dict[int, bytes]) -> None:
+    with server_to_be_killed(tmp_path, "--max-batch-size", "1") as (server, kill):
+        first = create(server.url, seed=1)
+        second = create(server.url, seed=2)
+        wait_until(lambda: video(server.url, first)["progress"] >= 30, "a third of the first video")
+        kill()
+    with running_server(command(tmp_path)) as server:
+        for video_id in (first, second):
+            wait_until(lambda video_id=video_id: video(server.url, video_id)["status"] == "completed", "the end")
+        assert content(server.url, first) == undisturbed[1]
+        assert content(server.url, second) == undisturbed[2]
+        listed = httpx.get(f"{server.url}/v1/videos", timeout=30).json()["data"]
+        assert [found["id"] for found in listed] == [second, first]
+        log = "".join(server.log)
+    assert "going on with 2 videos of the server before this one" in log
+    [finished] = [line for line in server.log if first in line and "finished:" in line]
+    steps_here = int(finished.split("finished: ")[1].split(" steps")[0])
+    assert 0 < steps_here < STEPS, f"it began again instead of going on: {finished}"
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("victim", ["http_main", "managers.scheduler"])
+def test_jobs_go_on_when_one_process_is_killed(tmp_path: Path, victim: str, undisturbed: dict[int, bytes]) -> None:
+    with running_server(command(tmp_path)) as server:
+        video_id = create(server.url, seed=1)
+        wait_until(lambda: video(server.url, video_id)["progress"] >= 20, "a fifth of the video")
+        children = psutil.Process(server.process.pid).children()
+        [process] = [child for child in children if any(victim in part for part in child.cmdline())]
+        process.send_signal(signal.SIGKILL)
+
+        def completed() -> bool:
+            try:
+                return video(server.url, video_id)["status"] == "completed"
+            except httpx.TransportError:  # the connection to the process that was killed
+                return False
+
+        wait_until(completed, "the end")
+        assert content(server.url, video_id) == undisturbed[1]
+
+
+def test_a_server_that_is_told_to_end_saves_what_runs(tmp_path: Path, undisturbed: dict[int, bytes]) -> None:
+    options = ("--checkpoint-every", "0")  # nothing but the end makes it save
+    with running_server([*command(tmp_path), *options]) as server:
+        video_id = create(server.url, seed=1)
+        wait_until(lambda: video(server.url, video_id)["progress"] >= 30, "a third of the video")
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+    with running_server(command(tmp_path)) as server:
+        wait_until(lambda: video(server.url, video_id)["status"] == "completed", "the end")
+        assert content(server.url, video_id) == undisturbed[1]
+    [finished] = [line for line in server.log if video_id in line and "finished:" in line]
+    assert int(finished.split("finished: ")[1].split(" steps")[0]) < STEPS
+
+
+def test_a_second_server_on_the_same_directory_is_refused(tmp_path: Path) -> None:
+    with running_server(command(tmp_path)) as server:
+        second = subprocess.run(command(tmp_path), capture_output=True, text=True, timeout=60)
+        assert second.returncode == 1
+        [line] = second.stderr.strip().splitlines()
+        assert str(tmp_path) in line and server.url in line and "--state-dir" in line
+        assert server.answers("/health")
