@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -98,7 +99,7 @@ class LoadClient:
         if not isinstance(images, list) or not images:
             raise RequestFailure("invalid reply", "the reply has no images")
         seen.num_outputs = len(images)
-        seen.reply(found)
+        seen.says(found)
 
     async def _image_events(self, reply: aiohttp.ClientResponse, seen: Observation) -> None:
         async for kind, found in _events(reply, seen):
@@ -107,7 +108,7 @@ class LoadClient:
             elif kind.endswith(".completed"):
                 seen.end()
                 seen.num_outputs += 1
-                seen.reply(found)
+                seen.says(found)
         if not seen.num_outputs:
             raise RequestFailure("invalid reply", "the stream ended without an image")
 
@@ -216,7 +217,7 @@ async def _events(reply: aiohttp.ClientResponse, seen: Observation) -> AsyncGene
 def _goes_on(job: Mapping[str, Any], seen: Observation) -> bool:
     """Whether the video is not at its end; what its object says is noted."""
     seen.status(str(job.get("status")))
-    seen.reply(job)
+    seen.says(job)
     return job.get("status") in (WAITING, RUNNING)
 
 
@@ -231,5 +232,9 @@ def _form(body: Mapping[str, Any]) -> aiohttp.FormData:
 def _reason(error: BaseException) -> str:
     """What a foreign error says, on one line."""
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-    text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+    text = str(cause)
+    if isinstance(cause, OSError) and cause.strerror:
+        # asyncio writes addresses into it; a name that cannot be resolved has a number of another kind.
+        number = cause.errno or 0
+        text = os.strerror(number) if number > 0 else cause.strerror
     return " ".join(text.split()) or type(error).__name__

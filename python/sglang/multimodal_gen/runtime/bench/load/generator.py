@@ -32,7 +32,7 @@ class LoadGenerator:
         self._timeout_s = timeout_s
         self._begin = time.perf_counter()
         self._stop = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
         self._deletions: set[asyncio.Task[None]] = set()
         self._refusal: LoadRefused | None = None
         self._bug: BaseException | None = None
@@ -92,7 +92,7 @@ class LoadGenerator:
             await self._pause(self._begin + planned.due_s - time.perf_counter())
             if self._stop.is_set():
                 return
-            self._start(self._alone(planned))
+            self._start(self._one(planned))
 
     async def _so_many_at_a_time(self, plan: Plan, number: int) -> None:
         """Closed loop: each lane takes the next request when its last one has ended."""
@@ -109,12 +109,12 @@ class LoadGenerator:
         for _ in range(number):
             self._start(lane())
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, object]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (bug := task.exception()) is not None:
             self._bug = bug
@@ -131,22 +131,21 @@ class LoadGenerator:
 
     async def _all_ended(self) -> None:
         """Until nothing is under way, or it is all over."""
-        stopped = asyncio.create_task(self._stop.wait())
-        while self._tasks and not stopped.done():
-            await asyncio.wait([*self._tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
+        stopped = asyncio.ensure_future(self._stop.wait())
+        everything = asyncio.gather(*self._tasks, return_exceptions=True)
+        either: list[asyncio.Future[Any]] = [everything, stopped]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
 
     async def _all_deleted(self) -> None:
         await asyncio.gather(*self._deletions)
 
-    async def _alone(self, planned: PlannedRequest) -> None:
-        await self._one(planned)
-
     async def _one(self, planned: PlannedRequest) -> bool:
         """Send it and make its sample, however it ends; whether it has a result."""
         self._num_sent += 1
         is_video = self._endpoint == "videos"
-        seen = Observation(size=planned.body.get("size"), num_frames=planned.body.get("num_frames") if is_video else 1)
+        seen = Observation(num_frames=None if is_video else 1)
+        seen.says(planned.body)
         send = self._client.video if is_video else self._client.image
         outcome, detail = INTERRUPTED, ""
         try:

@@ -40,8 +40,8 @@ class Observation:
     queue_s: float | None = None
     execution_s: float | None = None
 
-    def reply(self, found: Mapping[str, Any]) -> None:
-        """Take from an image's reply or a video's object what it says besides the result."""
+    def says(self, found: Mapping[str, Any]) -> None:
+        """Take from a request, an image's reply or a video's object what it says of size and times."""
         size, num_frames = found.get("size"), found.get("num_frames")
         if isinstance(size, str) and _SIZE.fullmatch(size):
             self.size = size

@@ -115,13 +115,13 @@ def _draw_latencies(pen: _Pen, result: LoadResult) -> None:
     if not latencies or result.latency_s is None:
         pen.text((panel.left + panel.right) / 2, (panel.top + panel.bottom) / 2, "no request was done", anchor="mm")
         return
-    pen.line([*points, (panel.right, points[-1][1])], _RUNNING, width=2)
     found, row = result.latency_s, panel.bottom - 100
-    pen.bar(panel.right - 140, row - 6, panel.right, panel.bottom - 4, _PAPER)  # nothing runs through the numbers
+    pen.bar(panel.right - 140, row - 6, panel.right, panel.bottom - 4, _PAPER)  # no grid behind the numbers
     for name, value in (("p50", found.p50), ("p90", found.p90), ("p95", found.p95), ("p99", found.p99)):
         pen.text(panel.right - 130, row, name, colour=_FAINT)
         pen.text(panel.right - 10, row, as_time(value), anchor="ra")
         row += 22
+    pen.line([*points, (panel.right, points[-1][1])], _RUNNING, width=2)
 
 
 def _draw_timeline(pen: _Pen, result: LoadResult) -> None:
