@@ -12,6 +12,7 @@ import contextlib
 import email.parser
 import email.policy
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,11 @@ class Peer(ThreadingHTTPServer):
         self.refuses_all = False
         self.stopping = threading.Event()
         self.num_open = self.most_open = 0
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that is gone is nothing to talk about."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     def of(self, method: str, path: str) -> list[Seen]:
         """The requests to a path that begins so, in order of arrival."""

@@ -27,7 +27,8 @@ class ShowHelp:
         """Print it."""
         names = "\n".join(f"  {name:<10} {benchmark.summary}" for name, benchmark in BENCHMARKS.items())
         sys.stdout.write(
-            f"usage: sglang bench BENCHMARK [options]\n\nHow fast this machine runs a model, part by part, and what a server bears.\n\n"
+            f"usage: sglang bench BENCHMARK [options]\n\n"
+            "How fast this machine runs a model, part by part, and what a server bears.\n\n"
             f"benchmarks:\n{names}\n\n`sglang bench BENCHMARK --help` lists the options of a benchmark.\n"
         )
         return 0
