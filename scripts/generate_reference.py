@@ -21,6 +21,7 @@ from sglang.multimodal_gen.runtime.server_args import option_groups, server_opti
 
 PAGES_DIRECTORY = Path(__file__).resolve().parent.parent / "docs" / "reference"
 _NOTICE = "<!-- Written by scripts/generate_reference.py from the declarations. Change those, not this page. -->"
+_BENCH_KEY = "As `--api-key`: the key of the server that is measured."
 _WAYS_IN = {"cli": "command line", "python": "Python", "http": "HTTP", "admin": "HTTP for administrators"}
 
 
@@ -85,6 +86,10 @@ at the start and has no effect."""
         "## Options of the server",
         "",
         _table(header, options),
+        "",
+        "## Of commands",
+        "",
+        _table(["Variable", "Command", "Meaning"], [[_code(envs.BENCH_API_KEY), "`sglang bench serve`", _BENCH_KEY]]),
         "",
         "## Read by libraries",
         "",

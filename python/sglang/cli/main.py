@@ -26,7 +26,7 @@ Image and video generation with diffusion models.
 commands:
   generate   make images or videos from prompts, then exit
   serve      start an HTTP server with an OpenAI-compatible interface
-  bench      measure how fast this machine runs a model, part by part
+  bench      measure how fast this machine runs a model, part by part, and what a server bears
   models     list the models that run natively, or show one of them
   version    print the version
 

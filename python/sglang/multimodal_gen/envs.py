@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 OPTION_PREFIX = "SGLANG_DIFFUSION_"
+BENCH_API_KEY = "SGLANG_BENCH_API_KEY"
+"""The key that `sglang bench serve` sends: not the server's own variable, since the server may be somebody else's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,11 @@ LIBRARY_VARIABLES = (
 def current() -> Mapping[str, str]:
     """The environment of this process."""
     return os.environ
+
+
+def bench_api_key() -> str | None:
+    """The key for the server that is measured, if the environment has one."""
+    return os.environ.get(BENCH_API_KEY) or None
 
 
 def silence_profiler_library() -> None:

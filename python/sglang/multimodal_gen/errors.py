@@ -587,6 +587,26 @@ class MissingPackage(InvalidRequest):
 
 
 class BenchmarkFailed(ServingError):
-    """A benchmark's process ended without a result."""
+    """A benchmark ended without a result."""
 
     code = "benchmark_failed"
+
+
+class ServerNotReachable(ServingError):
+    """Nothing that speaks HTTP answers at the address of the server that is to be measured."""
+
+    code = "server_not_reachable"
+
+    def __init__(self, url: str, reason: str) -> None:
+        self.url, self.reason = url, reason
+        super().__init__(f"base_url: no answer from {url} ({reason}); accepted is the address of a running server")
+
+
+class LoadRefused(ServingError):
+    """The server that is to be measured refuses a request that it would refuse every time."""
+
+    code = "load_refused"
+
+    def __init__(self, url: str, *, status: int, reason: str, remedy: str) -> None:
+        self.url, self.status, self.reason = url, status, reason
+        super().__init__(f"{url} answered {status} ({reason}); {remedy}")

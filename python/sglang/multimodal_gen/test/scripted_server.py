@@ -176,7 +176,7 @@ class ScriptedEngine:
             latents=None,
             encoded=encoded,
             generation_time=0.5,
-            queue_seconds=0.0,
+            queue_seconds=0.25,
             stage_seconds={},
             step_ms=(),
             step_batch_sizes=(),

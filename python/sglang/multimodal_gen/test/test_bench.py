@@ -19,13 +19,13 @@ from sglang.multimodal_gen.configs.models.encoders import UMT5EncoderConfig
 from sglang.multimodal_gen.configs.published import published_directory
 from sglang.multimodal_gen.errors import BenchmarkFailed, MissingPackage, UnsupportedModel
 from sglang.multimodal_gen.registry import read_json_object
-from sglang.multimodal_gen.runtime.bench import report
 from sglang.multimodal_gen.runtime.bench.child import BenchChild
 from sglang.multimodal_gen.runtime.bench.messages import ComponentResult, ComponentTask, StartupTask, StartupTimes
 from sglang.multimodal_gen.runtime.bench.options import BENCHMARKS
 from sglang.multimodal_gen.runtime.bench.pipeline_result import Batch
 from sglang.multimodal_gen.runtime.bench.startup import summarise_runs
-from sglang.multimodal_gen.runtime.bench.statistics import compare, percentile, summarise
+from sglang.multimodal_gen.runtime.bench.statistics import compare, distribution, percentile, summarise
+from sglang.multimodal_gen.runtime.bench.tables import Section, as_text, show_with_colour
 from sglang.multimodal_gen.runtime.bench.worker.component import ComponentBench
 from sglang.multimodal_gen.runtime.bench.worker.flops import count_flops
 from sglang.multimodal_gen.runtime.bench.worker.memory import peak_bytes
@@ -91,6 +91,14 @@ def test_a_summary_interpolates_between_samples_and_keeps_their_order() -> None:
     assert summary.spread == pytest.approx(2.4 / 2.5)
     assert summary.samples == (4.0, 1.0, 2.0, 3.0)
     assert percentile([7.0], 0.9) == 7.0
+
+
+def test_a_distribution_says_how_long_the_tail_is() -> None:
+    found = distribution([float(number) for number in range(101)])
+    assert found is not None
+    assert (found.count, found.mean, found.maximum) == (101, 50.0, 100.0)
+    assert (found.p50, found.p90, found.p95, found.p99) == (50.0, 90.0, 95.0, 99.0)
+    assert distribution([]) is None
 
 
 def test_a_ratio_is_the_others_time_over_ours_and_its_range_is_of_pairs() -> None:
@@ -306,7 +314,10 @@ def test_help_of_a_benchmark_loads_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        ("bench ditt", "unknown benchmark 'ditt', accepted is one of dit, vae, encoder, pipeline, engine, startup"),
+        (
+            "bench ditt",
+            "unknown benchmark 'ditt', accepted is one of dit, vae, encoder, pipeline, engine, startup, serve",
+        ),
         ("bench dit --compare torch", "--compare: got torch, accepted is one of diffusers"),
         ("bench dit --max-batch-size 2", "unknown flag --max-batch-size"),
         ("bench vae --direction up", "--direction: got up, accepted is one of decode, encode"),
@@ -445,11 +456,11 @@ def test_a_server_that_cannot_load_ends_the_benchmark(capsys: Capture) -> None:
 
 
 def test_tables_for_a_terminal_show_every_cell_as_it_is(capsys: Capture) -> None:
-    report.show_with_colour([report.Section("title", [("a", "prompt cut [short]")], ("", "median"))])
+    show_with_colour([Section("title", [("a", "prompt cut [short]")], ("", "median"))])
     out = capsys.readouterr().out
     assert all(text in out for text in ("title", "median", "prompt cut [short]"))
 
 
 def test_tables_align_their_columns() -> None:
-    text = report.as_text(report.Section("title", [("a", "1.00 s"), ("long name", "2 s")], ("", "median")))
+    text = as_text(Section("title", [("a", "1.00 s"), ("long name", "2 s")], ("", "median")))
     assert text == "title\n             median\n  a          1.00 s\n  long name  2 s\n"

@@ -820,7 +820,7 @@ def test_the_engines_ids_begin_with_the_requests_id(server: RunningServer) -> No
 
 def test_replies_tell_inference_time_and_memory(server: RunningServer) -> None:
     image = server.post_image().json()
-    assert (image["inference_time_s"], image["peak_memory_mb"]) == (0.5, 0.0)
+    assert (image["queue_time_s"], image["inference_time_s"], image["peak_memory_mb"]) == (0.25, 0.5, 0.0)
     video = server.post_video().json()
     assert video["peak_memory_mb"] is None
     wait_for(lambda: server.client.get(f"/v1/videos/{video['id']}").json()["status"] == "completed")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sglang.multimodal_gen.configs.declare import CLI_ONLY, Parameter, arg, parameters
 from sglang.multimodal_gen.configs.sample.sampling_params import MAX_SEED, SamplingParams
+from sglang.multimodal_gen.runtime.bench.load.options import LoadArgs, check_load_options
+from sglang.multimodal_gen.runtime.bench.load.plan import BODY_OPTIONS
 from sglang.multimodal_gen.runtime.server_args import server_options
 
 REFERENCES = ("diffusers",)
@@ -22,16 +25,9 @@ _NOT_OF_ITS_ENGINE = ("output_path",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimingArgs:
-    """How often what is measured runs, and where the result goes."""
+class JsonArgs:
+    """Where the result goes."""
 
-    warmup_runs: int = arg(
-        1, help="Runs that are not counted, before the others.", group="bench", minimum=0, exposed=CLI_ONLY
-    )
-    repeats: int = arg(5, help="Runs that are counted, at least.", group="bench", minimum=1, exposed=CLI_ONLY)
-    min_seconds: float = arg(
-        0.0, help="Go on until the counted runs together took this long.", group="bench", minimum=0, exposed=CLI_ONLY
-    )
     json: str | None = arg(
         None,
         help="Write everything that was measured, every sample included, as JSON; `-` writes it to the terminal "
@@ -41,6 +37,24 @@ class TimingArgs:
         exposed=CLI_ONLY,
         metavar="FILE",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepeatArgs:
+    """How often what is measured runs."""
+
+    warmup_runs: int = arg(
+        1, help="Runs that are not counted, before the others.", group="bench", minimum=0, exposed=CLI_ONLY
+    )
+    repeats: int = arg(5, help="Runs that are counted, at least.", group="bench", minimum=1, exposed=CLI_ONLY)
+    min_seconds: float = arg(
+        0.0, help="Go on until the counted runs together took this long.", group="bench", minimum=0, exposed=CLI_ONLY
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimingArgs(JsonArgs, RepeatArgs):
+    """How often what is measured runs, and where the result goes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,11 +148,24 @@ class StartupArgs(TimingArgs):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServeArgs(JsonArgs, LoadArgs):
+    """Load on a server."""
+
+
+def _nothing_to_check(options: Mapping[str, Any]) -> None:
+    """Most benchmarks' options do not depend on each other."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """One of the benchmarks: what it measures, its own options, and which of the shared ones it takes."""
+    """One of the benchmarks: what it measures, its own options, and which of the shared ones it takes.
+
+    `check` raises InvalidRequest when options do not go together.
+    """
 
     summary: str
     own: type
+    check: Callable[[Mapping[str, Any]], None] = _nothing_to_check
     of_requests: Callable[[Parameter], bool] = lambda option: False
     of_engine: Callable[[Parameter], bool] = lambda option: False
 
@@ -205,5 +232,11 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         summary="from the process's start to the first result",
         own=StartupArgs,
         of_engine=_of_whole_engine,
+    ),
+    "serve": Benchmark(
+        summary="a running server under load, ours or another with OpenAI's interface",
+        own=ServeArgs,
+        check=check_load_options,
+        of_requests=lambda option: option.name in BODY_OPTIONS,
     ),
 }

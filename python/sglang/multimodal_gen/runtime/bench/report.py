@@ -1,89 +1,45 @@
-"""A benchmark's result for people: sections of rows, as aligned text, with colour where somebody looks."""
+"""A benchmark's result for people, as tables."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from sglang.multimodal_gen.runtime.bench.engine import EngineResult
+from sglang.multimodal_gen.runtime.bench.load.result import LoadResult
+from sglang.multimodal_gen.runtime.bench.load.tables import load_sections
 from sglang.multimodal_gen.runtime.bench.machine import Machine
 from sglang.multimodal_gen.runtime.bench.messages import ComponentResult, Side
 from sglang.multimodal_gen.runtime.bench.pipeline_result import PipelineResult
 from sglang.multimodal_gen.runtime.bench.startup import StartupResult
 from sglang.multimodal_gen.runtime.bench.statistics import Ratio, Summary
+from sglang.multimodal_gen.runtime.bench.tables import Row, Section, as_size, as_time, show_sections
 
 _SHORTEST_SHOWN_S = 0.0005
-Row = tuple[str, ...]
+
+Result = ComponentResult | PipelineResult | EngineResult | StartupResult | LoadResult
 
 
-@dataclass(frozen=True)
-class Section:
-    """A table with a title; the first row is its header where `header` is not empty."""
-
-    title: str
-    rows: Sequence[Row]
-    header: Row = ()
-
-
-def show(name: str, machine: Machine, result: ComponentResult | PipelineResult | EngineResult | StartupResult) -> None:
+def show(name: str, machine: Machine, result: Result) -> None:
     """Print the tables on stdout."""
-    tables = [_machine(machine), *_sections(name, result)]
-    if sys.stdout.isatty():
-        show_with_colour(tables)
-        return
-    sys.stdout.write("\n".join(as_text(table) for table in tables))
+    show_sections([_machine(machine), *_sections(name, result)])
 
 
-def as_text(section: Section) -> str:
-    """The section as lines with aligned columns."""
-    rows = [section.header, *section.rows] if section.header else list(section.rows)
-    widths = [max((len(row[column]) for row in rows if column < len(row)), default=0) for column in range(len(rows[0]))]
-    lines = [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows
-    ]
-    return "\n".join([section.title, *lines]) + "\n"
-
-
-def show_with_colour(sections: Sequence[Section]) -> None:
-    """Print the sections for a terminal."""
-    # Late: a result that goes to a file or a pipe does without it.
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    for section in sections:
-        table = Table(
-            title=section.title,
-            title_justify="left",
-            title_style="bold",
-            box=box.SIMPLE,
-            show_header=bool(section.header),
-        )
-        for index in range(len(section.rows[0])):
-            table.add_column(section.header[index] if section.header else "", style="cyan" if index == 0 else "")
-        for row in section.rows:
-            table.add_row(*map(Text, row))  # not as markup, which takes words in brackets away
-        console.print(table)
-
-
-def _sections(name: str, result: object) -> Iterator[Section]:
+def _sections(name: str, result: Result) -> Iterator[Section]:
     if isinstance(result, ComponentResult):
         return _component(name, result)
     if isinstance(result, PipelineResult):
         return _pipeline(result)
     if isinstance(result, EngineResult):
         return _engine(result)
-    assert isinstance(result, StartupResult), "the four kinds of results"
+    if isinstance(result, LoadResult):
+        return load_sections(result)
     return _startup(result)
 
 
 def _machine(machine: Machine) -> Section:
     packages = ", ".join(f"{name} {version}" for name, version in machine.packages.items())
     rows = [
-        ("processor", f"{machine.processor}, {machine.num_cores} cores, {_size(machine.memory_bytes)}"),
+        ("processor", f"{machine.processor}, {machine.num_cores} cores, {as_size(machine.memory_bytes)}"),
         ("load", f"{machine.load_average:.2f} in the minute before"),
         ("packages", packages),
     ]
@@ -126,7 +82,7 @@ def _side(name: str, side: Side) -> Row:
         str(len(side.seconds.samples)),
         _flops(side.flops_per_second) + "/s",
         f"{side.matmul_ratio:.1%}",
-        "unknown" if side.peak_bytes is None else _size(side.peak_bytes),
+        "unknown" if side.peak_bytes is None else as_size(side.peak_bytes),
     )
 
 
@@ -140,7 +96,7 @@ def _pipeline(result: PipelineResult) -> Iterator[Section]:
             ("request", f"{request['width']}x{request['height']}, {request['num_frames']} frames, "
                         f"{request['num_inference_steps']} steps, guidance {request['guidance_scale']:g}"),
             ("throughput", f"{alone.requests_per_second:.3g} requests/s"),
-            ("peak memory", _size(alone.peak_memory_bytes)),
+            ("peak memory", as_size(alone.peak_memory_bytes)),
             *(("note", note) for note in result.notes),
         ],
     )  # fmt: skip
@@ -178,8 +134,8 @@ def _together(result: PipelineResult) -> Iterator[Section]:
             ("all", *_pair(shared.seconds, shared.seconds_one_by_one, shared.ratio)),
             ("  denoising", *_pair(shared.denoise_seconds, shared.denoise_seconds_one_by_one, shared.denoise_ratio)),
             ("requests/s", f"{shared.requests_per_second:.3g}", f"{result.alone.requests_per_second:.3g}", ""),
-            ("one request", _time(shared.request_seconds.median), _time(result.alone.seconds.median), ""),
-            ("peak memory", _size(shared.peak_memory_bytes), _size(result.alone.peak_memory_bytes), ""),
+            ("one request", as_time(shared.request_seconds.median), as_time(result.alone.seconds.median), ""),
+            ("peak memory", as_size(shared.peak_memory_bytes), as_size(result.alone.peak_memory_bytes), ""),
             ("requests in a step", f"{shared.mean_batch_size:.2f}", "1", ""),
         ],
         ("", "together", "one by one", "times as fast"),
@@ -187,7 +143,7 @@ def _together(result: PipelineResult) -> Iterator[Section]:
 
 
 def _pair(ours: Summary, other: Summary, ratio: Ratio) -> Row:
-    return _time(ours.median), _time(other.median), _ratio(ratio)
+    return as_time(ours.median), as_time(other.median), _ratio(ratio)
 
 
 def _engine(result: EngineResult) -> Iterator[Section]:
@@ -225,23 +181,15 @@ def _startup(result: StartupResult) -> Iterator[Section]:
 
 def _summary(summary: Summary, *, scale: float = 1.0) -> tuple[str, str, str]:
     """Median, p10 and p90, as times."""
-    return _time(scale * summary.median), _time(scale * summary.p10), _time(scale * summary.p90)
+    return as_time(scale * summary.median), as_time(scale * summary.p10), as_time(scale * summary.p90)
 
 
 def _parameters(number: int, num_bytes: int, load_seconds: float) -> str:
-    return f"{number:,}, {_size(num_bytes)}, loaded in {_time(load_seconds)}"
+    return f"{number:,}, {as_size(num_bytes)}, loaded in {as_time(load_seconds)}"
 
 
 def _ratio(ratio: Ratio) -> str:
     return f"{ratio.value:.2f} ({ratio.p10:.2f} to {ratio.p90:.2f})"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.3f} s" if seconds >= 1 else f"{seconds * 1000:.2f} ms"
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def _flops(flops: float) -> str:

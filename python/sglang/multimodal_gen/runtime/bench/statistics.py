@@ -19,6 +19,18 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     samples: tuple[float, ...]
 
 
+class Distribution(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `count` samples say, those in the tail first of all."""
+
+    count: int
+    mean: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+    maximum: float
+
+
 class Ratio(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How many times as long the other took: `value` is the quotient of the medians, p10 and p90 are of the pairs."""
 
@@ -39,6 +51,15 @@ def summarise(samples: Sequence[float]) -> Summary:
         spread=(p90 - p10) / median if median else 0.0,
         samples=tuple(samples),
     )
+
+
+def distribution(samples: Sequence[float]) -> Distribution | None:
+    """None of no samples."""
+    if not samples:
+        return None
+    p50, p90, p95, p99 = (percentile(samples, share) for share in (0.5, 0.9, 0.95, 0.99))
+    mean = sum(samples) / len(samples)
+    return Distribution(count=len(samples), mean=mean, p50=p50, p90=p90, p95=p95, p99=p99, maximum=max(samples))
 
 
 def percentile(samples: Sequence[float], share: float) -> float:

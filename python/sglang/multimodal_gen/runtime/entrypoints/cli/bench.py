@@ -27,7 +27,8 @@ class ShowHelp:
         """Print it."""
         names = "\n".join(f"  {name:<10} {benchmark.summary}" for name, benchmark in BENCHMARKS.items())
         sys.stdout.write(
-            f"usage: sglang bench BENCHMARK [options]\n\nHow fast this machine runs a model, part by part.\n\n"
+            f"usage: sglang bench BENCHMARK [options]\n\n"
+            "How fast this machine runs a model, part by part, and what a server bears.\n\n"
             f"benchmarks:\n{names}\n\n`sglang bench BENCHMARK --help` lists the options of a benchmark.\n"
         )
         return 0
@@ -77,15 +78,19 @@ def _configured(name: str, arguments: Sequence[str]) -> BenchJob:
     benchmark = BENCHMARKS[name]
     flags = parser(name).typed(arguments)
     config_file = read_config(flags.pop("config", None))
-    engine_flags = {option: flags.pop(option) for option in server_options() if option in flags}
     known = {**benchmark.own_options(), **benchmark.request_options()}
+    # A benchmark's own option may be called as one of the server's, such as a key.
+    of_server = [option for option in server_options() if option not in known]
+    engine_flags = {option: flags.pop(option) for option in of_server if option in flags}
     engine_file = None
     if config_file is not None:
-        flags = config_file.without(server_options()).read(known) | flags
-        engine_file = config_file.only(server_options())
+        flags = config_file.without(of_server).read(known) | flags
+        engine_file = config_file.only(of_server)
     resolved = resolve_server_args(engine_flags, environ=envs.current(), config_file=engine_file)
     args = resolved.args
     if resolved.sources["log_level"] == "default":
         args = dataclasses.replace(args, logging=dataclasses.replace(args.logging, log_level=_QUIET))
     warn(resolved.warnings)
-    return BenchJob(name=name, options={n: o.default for n, o in known.items()} | flags, args=args)
+    options = {n: o.default for n, o in known.items()} | flags
+    benchmark.check(options)
+    return BenchJob(name=name, options=options, args=args)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang.multimodal_gen import envs
@@ -14,6 +13,7 @@ from sglang.multimodal_gen.configs.sample.input_params import INPUT_FILES
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import EmptyPrompt, MissingParameter, UsageError
 from sglang.multimodal_gen.runtime.entrypoints.cli.options import CommandArgs, OptionParser, read_config, warn
+from sglang.multimodal_gen.runtime.entrypoints.prompt_file import read_prompts
 from sglang.multimodal_gen.runtime.server_args import ServerArgs, resolve_server_args, server_options
 
 if TYPE_CHECKING:
@@ -124,33 +124,10 @@ def _prompts(given: str | tuple[str, ...] | None, file: str | None) -> list[str]
     if file is not None:
         if given is not None:
             raise UsageError("--prompt and --prompt-file-path: accepted is one of the two")
-        return read_prompts(file)
+        return read_prompts(file, flag="--prompt-file-path")
     if given is None:
         raise MissingParameter(_NO_PROMPT, param="prompt")
     prompts = [given] if isinstance(given, str) else list(given)
     if not all(prompt.strip() for prompt in prompts):
         raise EmptyPrompt
-    return prompts
-
-
-def read_prompts(path: str) -> list[str]:
-    """The lines of a UTF-8 file that are not blank.
-
-    Raises:
-        UsageError: the file cannot be read, is not UTF-8 or holds no prompt.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UsageError(f"--prompt-file-path: cannot read {path}: {error.strerror}") from None
-    prompts = []
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        try:
-            prompt = line.decode("utf-8").strip()
-        except UnicodeDecodeError:
-            raise UsageError(f"--prompt-file-path: {path}, line {number}: not UTF-8 text") from None
-        if prompt:
-            prompts.append(prompt)
-    if not prompts:
-        raise UsageError(f"--prompt-file-path: {path} has no prompt; accepted is one prompt per line")
     return prompts

@@ -132,6 +132,7 @@ class ImageApi:
             "size": f"{first.width}x{first.height}",
             "safety_identifier": wish.safety_identifier,
             "usage": None,
+            "queue_time_s": round(max(result.finished.queue_seconds for result in results), 3),
             "inference_time_s": round(max(result.finished.generation_time for result in results), 3),
             "peak_memory_mb": round(max(result.finished.peak_memory_bytes for result in results) / 2**20, 1),
         }
