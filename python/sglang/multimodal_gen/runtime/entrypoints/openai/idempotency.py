@@ -14,6 +14,7 @@ from typing import Any
 from starlette.requests import Request
 
 from sglang.multimodal_gen.errors import IdempotencyMismatch, InvalidRequest
+from sglang.multimodal_gen.runtime.entrypoints.openai.admin import caller_of
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import Body
 
 _HEADER = "idempotency-key"
@@ -58,6 +59,8 @@ class IdempotentReplies:
             return await work()
         if _KEY.fullmatch(key) is None:
             raise InvalidRequest(f"{_HEADER}: accepted are 1 to 255 visible ASCII characters", param=_HEADER)
+        # One caller's key is nothing to another: it must not get the other's reply.
+        key = f"{caller_of(request).id} {key}"
         run = self._find_or_start(key, _fingerprint(request, body), work)
         run.num_waiting += 1
         try:
