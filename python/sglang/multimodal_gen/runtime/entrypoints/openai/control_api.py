@@ -1,6 +1,6 @@
-"""The administrator's routes: flush the cache, release and resume memory, load weights anew. The gate has checked the key.
+"""The administrator's routes: flush the cache, release and resume memory, load weights anew.
 
-Each answers when it is done. A client that goes away meanwhile stops nothing.
+The gate has checked the key. Each answers when it is done. A client that goes away meanwhile stops nothing.
 """
 
 from __future__ import annotations
