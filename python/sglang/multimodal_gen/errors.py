@@ -435,6 +435,17 @@ class BadHttp(InvalidRequest):
     code = "invalid_http"
 
 
+class HeadTooLarge(InvalidRequest):
+    """The request's line and headers have more bytes than the server takes."""
+
+    code = "head_too_large"
+    http_status = 431
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        super().__init__(f"headers: larger than the {limit_bytes} bytes that are accepted, see --max-header-kib")
+
+
 class RouteNotFound(InvalidRequest):
     """No such path."""
 

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sglang.multimodal_gen.errors import (
     AdminRequired,
+    HeadTooLarge,
     HostNotAllowed,
     InvalidApiKey,
     OriginNotAllowed,
@@ -46,6 +47,7 @@ class Gate:
     def __init__(self, app: ASGIApp, *, settings: HttpSettings, lifecycle: Lifecycle) -> None:
         self._app = app
         self._hosts = settings.allowed_hosts
+        self._max_header_bytes = settings.max_header_bytes
         self._origins = settings.cors_origins
         self._keys = Keys(settings.api_keys, settings.admin_api_key)
         self._lifecycle = lifecycle
@@ -69,6 +71,9 @@ class Gate:
 
     def _admit(self, scope: Scope, headers: Headers) -> Response | None:
         """A reply when it is only asked what a page may do. Raises ServingError."""
+        # The parser's own cap is for heads that come in parts: what comes at once it takes whole.
+        if _head_bytes(scope) > self._max_header_bytes:
+            raise HeadTooLarge(self._max_header_bytes)
         path, method = scope["path"], scope["method"]
         if path not in OPEN_PATHS:
             self._check_host(headers.get("host"))
@@ -100,6 +105,12 @@ class Gate:
             raise AdminRequired(path, is_field=False)
         if self._keys.required and caller.role is None and path not in OPEN_PATHS:
             raise InvalidApiKey(given=given)
+
+
+def _head_bytes(scope: Scope) -> int:
+    """About as many as came, with four for what stands around each header."""
+    line = len(scope["raw_path"]) + len(scope["query_string"])
+    return line + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
 
 
 def host_name(host: str) -> str:

@@ -11,6 +11,7 @@ from sglang.multimodal_gen.errors import (
     BadHttp,
     BodyTimeout,
     BodyTooLarge,
+    HeadTooLarge,
     HostNotAllowed,
     InternalError,
     InvalidApiKey,
@@ -49,7 +50,14 @@ ERROR_SCHEMA: dict[str, Any] = {
     },
 }
 _ERROR_CONTENT = {"application/json": {"schema": ERROR_SCHEMA}}
-ALWAYS: tuple[type[ServingError], ...] = (BadHttp, InvalidApiKey, HostNotAllowed, TooManyConnections, InternalError)
+ALWAYS: tuple[type[ServingError], ...] = (
+    BadHttp,
+    InvalidApiKey,
+    HostNotAllowed,
+    TooManyConnections,
+    HeadTooLarge,
+    InternalError,
+)
 """What any route may answer."""
 READING: tuple[type[ServingError], ...] = (InvalidValue,)
 CALLING: tuple[type[ServingError], ...] = (
@@ -86,6 +94,7 @@ _IN_WORDS = {
     415: "Another media type",
     416: "The range begins after the end",
     429: "Too much at once; see Retry-After",
+    431: "The headers are too large",
     499: "Cancelled",
     500: "The server failed",
     503: "Not now; see x-should-retry",
