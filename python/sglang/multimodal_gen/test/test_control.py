@@ -21,7 +21,10 @@ from sglang.multimodal_gen.test import null_family
 
 null_family.register()
 
+pytestmark = pytest.mark.timeout(240)  # each of these loads torch once or twice
+
 DEMO = Path(sglang.__file__).parent / "multimodal_gen/assets/demo_model"
+_DONE_S = 100.0
 Pending = concurrent.futures.Future[str]
 
 
@@ -38,7 +41,7 @@ def begin(engine: DiffGenerator, operation: Any, **options: Any) -> Pending:
 
 def do(engine: DiffGenerator, operation: Any, **options: Any) -> str:
     """The operation, done."""
-    return begin(engine, operation, **options).result(60)
+    return begin(engine, operation, **options).result(_DONE_S)
 
 
 def refusal(engine: DiffGenerator, operation: Any, **options: Any) -> RemoteError:
@@ -101,7 +104,7 @@ def test_what_has_begun_ends_first_and_what_waits_waits(engine: DiffGenerator) -
                 status = engine.status()
                 assert not operation.done() and status.worker_pids == (worker,)
         assert operation is not None and later is not None
-        assert "loaded" in operation.result(60)
+        assert "loaded" in operation.result(_DONE_S)
         assert one(later.result(30)).metrics["attempts"] == 1
     status = engine.status()
     assert pid_of(status) != worker and status.num_worker_restarts == before.num_worker_restarts
@@ -127,10 +130,11 @@ def test_a_request_whose_worker_is_lost_meanwhile_still_ends_first(engine: DiffG
         if isinstance(item.event, Progress) and operation is None:
             operation = begin(engine, "update_weights_from_disk")
     assert (tmp_path / "died").exists() and operation is not None
-    assert "loaded" in operation.result(60)
+    assert "loaded" in operation.result(_DONE_S)
     assert engine.status().num_worker_restarts == before + 1
 
 
+@pytest.mark.timeout(400)  # three workers load torch one after another
 def test_results_are_of_the_weights_that_were_loaded(tmp_path: Path) -> None:
     """The embedded model, and a copy of it with other numbers in one matrix."""
     other = shutil.copytree(DEMO, tmp_path / "other")
@@ -153,9 +157,8 @@ def test_results_are_of_the_weights_that_were_loaded(tmp_path: Path) -> None:
         assert "0.0 MiB" in do(engine, "flush_cache")
         assert np.array_equal(latents(), first)
         do(engine, "update_weights_from_disk", model_path=str(other))
-        assert np.abs(latents() - first).max() > 0.01
+        second = latents()
+        assert np.abs(second - first).max() > 0.01
         do(engine, "release_memory_occupation")
         do(engine, "resume_memory_occupation")
-        assert np.abs(latents() - first).max() > 0.01, "resumed are the weights that were released"
-        do(engine, "update_weights_from_disk", model_path=str(DEMO))
-        assert np.array_equal(latents(), first)
+        assert np.array_equal(latents(), second), "resumed are the weights that were released"
