@@ -454,6 +454,17 @@ class BadHttp(InvalidRequest):
     code = "invalid_http"
 
 
+class HeadTooLarge(InvalidRequest):
+    """The request's line and headers have more bytes than the server takes."""
+
+    code = "head_too_large"
+    http_status = 431
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        super().__init__(f"headers: larger than the {limit_bytes} bytes that are accepted, see --max-header-kib")
+
+
 class RouteNotFound(InvalidRequest):
     """No such path."""
 
@@ -535,17 +546,105 @@ class RangeNotSatisfiable(InvalidRequest):
 
 
 class AdminRequired(InvalidRequest):
-    """A field that only the server's administrator may send."""
+    """A field or a route that only the server's administrator may use."""
 
     code = "admin_required"
     http_status = 403
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, is_field: bool = True) -> None:
         super().__init__(
             f"{name}: accepted only from the server's administrator, with `Authorization: Bearer` and the key that "
             "--admin-api-key sets",
-            param=name,
+            param=name if is_field else None,
         )
+
+
+class InvalidApiKey(InvalidRequest):
+    """The request carries no key of this server; the sentence never repeats what was sent."""
+
+    code = "invalid_api_key"
+    http_status = 401
+
+    def __init__(self, *, given: bool) -> None:
+        got = "got a key that this server does not know" if given else "got none"
+        super().__init__(f"authorization: {got}, accepted is `Authorization: Bearer` and one of the server's keys")
+
+
+class InvalidKeyFile(InvalidRequest):
+    """The file of keys cannot be read, or a line of it is no key."""
+
+    code = "invalid_key_file"
+
+
+class HostNotAllowed(InvalidRequest):
+    """The request calls the server by a name that it does not go by, as a web page does that was made to point here."""
+
+    code = "host_not_allowed"
+    http_status = 403
+
+    def __init__(self, host: str) -> None:
+        super().__init__(f"host: {shown(host)} is no name of this server; --allowed-host adds names")
+
+
+class OriginNotAllowed(InvalidRequest):
+    """A web page of another origin wants to change something."""
+
+    code = "origin_not_allowed"
+    http_status = 403
+
+    def __init__(self, origin: str) -> None:
+        super().__init__(f"origin: pages of {shown(origin)} may not use this server; --cors-origin adds origins")
+
+
+class TooManyConnections(ServingError):
+    """One address holds as many connections as it may."""
+
+    code = "too_many_connections"
+    http_status = 429
+    retryable = True
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        super().__init__(f"this address holds {limit} connections, which is all that max-connections-per-ip allows")
+
+
+class ServerDraining(ServingError):
+    """The server ends what runs and takes nothing new; another one may take the request."""
+
+    code = "server_draining"
+    http_status = 503
+    retryable = True
+
+
+class MemoryReleased(ServingError):
+    """The administrator has released the engine's memory; it takes requests again once that is resumed."""
+
+    code = "memory_released"
+    http_status = 503
+
+
+class OperationInProgress(InvalidRequest):
+    """Another operation on the whole engine is under way."""
+
+    code = "operation_in_progress"
+    http_status = 409
+
+
+class WeightsDoNotFit(InvalidRequest):
+    """The directory holds a model of another architecture than the one that is served."""
+
+    code = "weights_do_not_fit"
+
+    def __init__(self, *, served: str, found: str) -> None:
+        self.served, self.found = served, found
+        super().__init__(f"model_path: holds {found}, accepted is a directory of the model served, {served}")
+
+
+class ProbeTimedOut(ServingError):
+    """The generation of /health_generate was not done in time."""
+
+    code = "probe_timed_out"
+    http_status = 503
 
 
 class IdempotencyMismatch(InvalidRequest):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import ipaddress
 import logging
 import os
 import select
@@ -17,7 +18,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,6 +27,7 @@ import platformdirs
 
 from sglang.multimodal_gen.errors import EngineStopped, PortInUse
 from sglang.multimodal_gen.registry import get_model_info
+from sglang.multimodal_gen.runtime.entrypoints.openai.keys import read_key_file
 from sglang.multimodal_gen.runtime.managers.child_process import ChildProcess, inherited_connection
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.managers.job_store import prepare_job_store
@@ -35,6 +37,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     EngineStarted,
     Message,
     SchedulerLost,
+    StopServing,
     encode,
 )
 from sglang.multimodal_gen.runtime.managers.run_dir import OwnedRunDir
@@ -56,6 +59,8 @@ _STOP_ORDER = ("http", "scheduler", "output")
 _STOP_GRACE_S = {"http": 5.0, "scheduler": 5.0, "output": 1.0}
 _MAX_RESTARTS = 3
 _RESTART_WINDOW_S = 60.0
+# What the HTTP process may take beyond the grace time of its requests, to answer those that were not done.
+_BEYOND_GRACE_S = 8.0
 
 
 @dataclass
@@ -67,6 +72,7 @@ class Supervisor:
     http_socket: socket.socket | None = None
     state_lock: int | None = None
     notify: Callable[[Message], None] = lambda note: None
+    sources: Mapping[str, str] = field(default_factory=dict)
     children: dict[str, ChildProcess] = field(default_factory=dict)
     restarts: list[float] = field(default_factory=list)
     config: EngineConfig | None = None
@@ -74,7 +80,9 @@ class Supervisor:
     def run(self, run_dir: OwnedRunDir, stop: StopSignal) -> int:
         """Until a stop signal; 0 after an orderly stop, 1 when processes kept dying."""
         serves_http = self.http_socket is not None
-        self.config = EngineConfig.of_this_process(self.args, str(run_dir.paths.base), serves_http=serves_http)
+        self.config = EngineConfig.of_this_process(
+            self.args, str(run_dir.paths.base), serves_http=serves_http, sources=self.sources
+        )
         for name in ("scheduler", "output", *(("http",) if self.http_socket else ())):
             self._start(name)
         self.notify(EngineStarted(run_dir=self.config.run_dir))
@@ -82,6 +90,8 @@ class Supervisor:
         try:
             while healthy and not stop.wait(self._child_fds()):
                 healthy = all(self._replace(name) for name in _STOP_ORDER if self._is_dead(name))
+            if healthy:
+                self._drain(stop)
         finally:
             self._stop_all(stop)
         return 0 if healthy else 1
@@ -134,6 +144,21 @@ class Supervisor:
         if "http" in self.children:
             self.children["http"].send(encode(note))
 
+    def _drain(self, stop: StopSignal) -> None:
+        """Let the HTTP process end what runs; it exits when that is done. A second signal ends the wait."""
+        http = self.children.get("http")
+        if http is None or not http.send(encode(StopServing())):
+            return
+        deadline = time.monotonic() + self.args.http.shutdown_grace_s + _BEYOND_GRACE_S
+        while http.is_alive() and not stop.urgent and time.monotonic() < deadline:
+            if self._is_dead("scheduler"):
+                self.children.pop("scheduler").close(grace_s=0)
+                error = EngineStopped("the scheduler process died").info()
+                self._tell_clients(SchedulerLost(error=error, restarting=False))
+            if self._is_dead("output"):
+                self._renew_output()
+            stop.pause(self._child_fds())
+
     def _stop_all(self, stop: StopSignal) -> None:
         for name in _STOP_ORDER:
             child = self.children.pop(name, None)
@@ -158,6 +183,14 @@ class StopSignal:
             self.urgent = self.requested
             self.requested = True
 
+    def pause(self, child_fds: list[int]) -> None:
+        """Sleep until a signal or a child's end of file, for a moment at most."""
+        ready, _, _ = select.select([self._read, *child_fds], [], [], 1.0)
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._read, 4096)
+        if ready:
+            time.sleep(0.01)  # as below
+
     def wait(self, child_fds: list[int]) -> bool:
         """Sleep until a signal, a child's end of file or the parent's; whether to stop."""
         if self.requested:
@@ -176,16 +209,18 @@ class StopSignal:
         return self.requested
 
 
-def launch_server(args: ServerArgs, *, warnings: Sequence[str] = ()) -> int:
-    """Serve over HTTP until a signal; the exit status. `warnings` about the options go to the log.
+def launch_server(args: ServerArgs, *, warnings: Sequence[str] = (), sources: Mapping[str, str] | None = None) -> int:
+    """Serve over HTTP until a signal; the exit status. `warnings` about the options go to the log; `sources` says where
+    each option came from.
 
     Raises:
         PortInUse: before anything is started.
         StateDirInUse: another server holds the state directory, likewise.
         StorageError: it cannot be written, or its jobs cannot be read.
-        ModelError: a local path holds no model that we can serve.
+        InvalidKeyFile: the file of keys cannot be used, likewise.
+        ModelError: a local path holds no model that we can serve, likewise.
     """
-    args = dataclasses.replace(args, logging=_server_logging(args.logging))
+    args = dataclasses.replace(args, http=_with_keys(args.http), logging=_server_logging(args.logging))
     configure_logging(args.logging)
     for warning in warnings:
         logger.warning("%s", warning)
@@ -196,7 +231,14 @@ def launch_server(args: ServerArgs, *, warnings: Sequence[str] = ()) -> int:
         _claimed_state(args, http_socket) as (args_with_state, state_lock),
         contextlib.closing(OwnedRunDir()) as run_dir,
     ):
-        return Supervisor(args_with_state, http_socket=http_socket, state_lock=state_lock).run(run_dir, stop)
+        if is_exposed(args.http, http_socket.getsockname()[0]):
+            logger.warning(
+                "anybody who reaches %s may use the server: it listens beyond this machine without --api-key or "
+                "--api-key-file",
+                args.http.host,
+            )
+        supervisor = Supervisor(args_with_state, http_socket=http_socket, state_lock=state_lock, sources=sources or {})
+        return supervisor.run(run_dir, stop)
 
 
 @contextlib.contextmanager
@@ -211,6 +253,19 @@ def _claimed_state(args: ServerArgs, listener: socket.socket) -> Iterator[tuple[
     with claimed(base, address=address_of(listener)) as lock:
         prepare_job_store(StateDir(base).jobs)
         yield dataclasses.replace(args, storage=dataclasses.replace(args.storage, state_dir=str(base))), lock
+
+
+def _with_keys(http: HttpArgs) -> HttpArgs:
+    """With the keys of the file beside the others; read once, so that a restarted HTTP process has the same."""
+    if http.api_key_file is None:
+        return http
+    keys = (*(http.api_key or ()), *read_key_file(http.api_key_file))
+    return dataclasses.replace(http, api_key=tuple(dict.fromkeys(keys)))
+
+
+def is_exposed(http: HttpArgs, address: str) -> bool:
+    """Whether other machines may reach the server, which listens on `address`, and need no key."""
+    return not http.api_key and not ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def _server_logging(args: LoggingArgs) -> LoggingArgs:

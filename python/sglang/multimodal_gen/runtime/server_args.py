@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
-from sglang.multimodal_gen.configs.declare import Parameter, arg, check_names, coerce, from_text, parameters
+from sglang.multimodal_gen.configs.declare import HIDDEN, Parameter, arg, check_names, coerce, from_text, parameters
 from sglang.multimodal_gen.configs.schedulers import SCHEDULER_NAMES
 from sglang.multimodal_gen.errors import FieldError, InvalidValue
 from sglang.multimodal_gen.registry import BACKENDS
@@ -33,6 +33,8 @@ _MAX_GPUS = 1024
 _MIN_KEY_CHARACTERS = 16
 _WEB_ADDRESS = re.compile(r"https?://[^\s/@?#]+(/[^\s#]*)?")
 _WEBHOOK_SECRET = re.compile(r"whsec_(?:[A-Za-z0-9+/]{4}){8,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9_])?|[0-9A-Fa-f:.]{2,45}")
+_ORIGIN = re.compile(r"https?://([a-z0-9_]([a-z0-9_.-]{0,252}[a-z0-9_])?|\[[0-9a-f:.]{2,45}\])(:[0-9]{1,5})?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +221,7 @@ class ParallelArgs:
     tp_size: int = arg(1, help="Tensor-parallel ranks.", group="parallel", minimum=1, maximum=_MAX_GPUS)
 
 
-def _weak_key(key: str) -> str | None:
+def key_problem(key: str) -> str | None:
     """What would be accepted instead of `key`, or None when it can be a header's value and is hard to guess."""
     if len(key) < _MIN_KEY_CHARACTERS or not key.isascii() or not key.isprintable() or " " in key:
         return f"at least {_MIN_KEY_CHARACTERS} visible ASCII characters without spaces"
@@ -234,20 +236,48 @@ def _no_webhook_secret(secret: str) -> str | None:
     return None if _WEBHOOK_SECRET.fullmatch(secret) else "`whsec_` and at least 24 bytes in base64"
 
 
+def _origin_problem(text: str) -> str | None:
+    good = _ORIGIN.fullmatch(text) is not None
+    return None if good else "an origin as browsers send it, such as https://studio.example.com"
+
+
+def _host_problem(text: str) -> str | None:
+    good = text == "*" or _HOST_NAME.fullmatch(text) is not None
+    return None if good else "a host name or address without port, such as images.example.com, or *"
+
+
 @dataclass(frozen=True, kw_only=True)
 class HttpArgs:
-    """Where the server listens."""
+    """Where the server listens, to whom it answers, and how long it waits."""
 
     host: str = arg("127.0.0.1", help="Address to listen on.", group="http", metavar="ADDRESS")
     port: int = arg(30000, help="Port to listen on; 0 takes a free one.", group="http", minimum=0, maximum=65535)
+    api_key: tuple[str, ...] | None = arg(
+        None,
+        help="Keys of clients: requests must carry one as `Authorization: Bearer KEY`. Better in --api-key-file: other "
+        "users of the machine can read a command line.",
+        group="http",
+        unset="anybody may use the server",
+        metavar="KEY",
+        check=key_problem,
+        secret=True,
+    )
+    api_key_file: str | None = arg(
+        None,
+        help="File of further keys of clients, one a line; lines that begin with # are comments.",
+        group="http",
+        unset="no file",
+        metavar="FILE",
+    )
     admin_api_key: str | None = arg(
         None,
-        help="Whoever sends it as `Authorization: Bearer KEY` may use the fields for administrators, such as "
-        "`profile`. Give it in the environment or a file: other users of the machine can read a command line.",
+        help="Whoever sends it as `Authorization: Bearer KEY` may use the routes and fields for administrators, such "
+        "as `/update_weights_from_disk` and `profile`, and everything else. Give it in the environment or a file: "
+        "other users of the machine can read a command line.",
         group="http",
         unset="nobody may",
         metavar="KEY",
-        check=_weak_key,
+        check=key_problem,
         secret=True,
     )
     webhook_url: str | None = arg(
@@ -267,6 +297,59 @@ class HttpArgs:
         metavar="SECRET",
         check=_no_webhook_secret,
         secret=True,
+    )
+    allowed_host: tuple[str, ...] | None = arg(
+        None,
+        help="Names by which the server may be called, besides the loopback ones; * for any. A web page whose name "
+        "points at this machine cannot use the server then.",
+        group="http",
+        unset="the address listened on; any, where that is all addresses",
+        metavar="NAME",
+        check=_host_problem,
+    )
+    cors_origin: tuple[str, ...] | None = arg(
+        None,
+        help="Origins of web pages that may use the server from a browser.",
+        group="http",
+        unset="the server's own alone",
+        metavar="ORIGIN",
+        check=_origin_problem,
+    )
+    header_timeout_s: float = arg(
+        10.0,
+        help="Seconds that the head of a request may take, and that a connection may be idle.",
+        group="http",
+        minimum=0.1,
+        maximum=3600.0,
+    )
+    body_timeout_s: float = arg(
+        30.0,
+        help="Seconds that the body of a request may take; longer for one that comes with 64 KiB a second.",
+        group="http",
+        minimum=0.1,
+        maximum=3600.0,
+    )
+    max_header_kib: int = arg(64, help="Largest head of a request, in KiB.", group="http", minimum=4, maximum=1024)
+    max_upload_mib: int = arg(
+        256,
+        help="Largest body with files, in MiB; a fourth of it where files come in JSON.",
+        group="http",
+        minimum=4,
+        maximum=65_536,
+    )
+    max_connections_per_ip: int = arg(
+        0,
+        help="Most connections from one address at a time; 0 is without limit. Leave it at 0 behind a proxy.",
+        group="http",
+        minimum=0,
+        maximum=1_000_000,
+    )
+    shutdown_grace_s: float = arg(
+        30.0,
+        help="Seconds that running requests get to finish after SIGTERM or Ctrl-C; a second signal ends at once.",
+        group="http",
+        minimum=0.0,
+        maximum=86_400.0,
     )
 
 
@@ -388,6 +471,17 @@ def server_options() -> Mapping[str, Parameter]:
     return types.MappingProxyType(
         {name: option for group in option_groups().values() for name, option in parameters(group).items()}
     )
+
+
+def shown_options(args: ServerArgs, sources: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Each option's value and source by its name, for showing: secrets stay hidden."""
+    found = {}
+    for group, owner in option_groups().items():
+        for name, option in parameters(owner).items():
+            value = getattr(getattr(args, group), name)
+            hidden = option.declaration.secret and value is not None
+            found[name] = {"value": HIDDEN if hidden else value, "source": sources.get(name, "default")}
+    return found
 
 
 def resolve_server_args(

@@ -33,9 +33,11 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Finished,
     MappedArray,
     MediaInputs,
+    Operation,
     Progress,
     Queued,
     Started,
+    Status,
 )
 from sglang.multimodal_gen.runtime.managers.state_dir import StateDir
 
@@ -67,6 +69,7 @@ class ScriptedEngine:
         self.cancelled: list[str] = []
         self.durable: set[str] = set()
         self.num_submits: collections.Counter[str] = collections.Counter()
+        self.operations: list[tuple[str, str | None]] = []
         self._handles: dict[str, RequestHandle] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._arrays: dict[str, bytes] = {}
@@ -130,6 +133,32 @@ class ScriptedEngine:
     async def metrics(self, *, open_metrics: bool = False) -> str:
         """As when there is no scheduler."""
         raise EngineStopped("the scheduler process died")
+
+    async def status(self) -> Status:
+        """As when one request waits."""
+        return Status(
+            query_id="",
+            state=self.state,
+            num_queued=1,
+            num_running=2,
+            num_workers=1,
+            worker_pids=(4711,),
+            num_worker_restarts=0,
+            budget_bytes=1000,
+            reserved_bytes=10,
+            allocated_bytes=None,
+            ledger_files=0,
+            ledger_bytes=0,
+            ticks=7,
+            mean_batch_size=1.5,
+        )
+
+    async def control(self, operation: Operation, *, model_path: str | None = None) -> str:
+        """Record it, and refuse it if the test says so."""
+        self.operations.append((operation, model_path))
+        if self.refusal is not None:
+            raise self.refusal
+        return "done"
 
     def take(self, ref: MappedArray) -> np.ndarray:
         """Once, as the engine's files."""

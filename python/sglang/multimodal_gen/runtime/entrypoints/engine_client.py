@@ -21,6 +21,8 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Cancelled,
     CancelRequest,
     Codec,
+    ControlReply,
+    ControlRequest,
     EngineState,
     Failed,
     Finished,
@@ -31,6 +33,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Message,
     MetricsReply,
     MetricsRequest,
+    Operation,
     Refused,
     RequestEvent,
     Status,
@@ -223,6 +226,20 @@ class EngineClient:
         reply = await self._ask(lambda query_id: MetricsRequest(query_id=query_id, open_metrics=open_metrics))
         return cast(MetricsReply, reply).text
 
+    async def control(self, operation: Operation, *, model_path: str | None = None) -> str:
+        """Do an operation on the whole engine and wait until it is done; what was done, in a sentence.
+
+        Raises: RemoteError when it was refused or failed.
+        """
+
+        def request(query_id: str) -> Message:
+            return ControlRequest(query_id=query_id, operation=operation, model_path=model_path)
+
+        reply = cast(ControlReply, await self._ask(request))
+        if reply.error is not None:
+            raise RemoteError(reply.error)
+        return reply.message
+
     async def _ask(self, question: Callable[[str], Message]) -> Any:
         query_id = secrets.token_hex(8)
         answer = self._queries[query_id] = asyncio.get_running_loop().create_future()
@@ -266,7 +283,7 @@ class EngineClient:
     def _on_message(self, message: ToClient) -> None:
         if isinstance(message, EngineState):
             self._set_state(message)
-        elif isinstance(message, Status | MetricsReply):
+        elif isinstance(message, Status | MetricsReply | ControlReply):
             waiting = self._queries.get(message.query_id)
             if waiting is not None and not waiting.done():
                 waiting.set_result(message)

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,21 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sglang.multimodal_gen.errors import MethodNotAllowed, RouteNotFound, ServingError, VideoNotFound, shown
+from sglang.multimodal_gen.errors import (
+    ImageNotFound,
+    MethodNotAllowed,
+    ModelNotFound,
+    RouteNotFound,
+    ServingError,
+    VideoNotFound,
+    shown,
+)
 from sglang.multimodal_gen.runtime.entrypoints.metrics_api import MetricsApi
+from sglang.multimodal_gen.runtime.entrypoints.openai import reply_schemas as schemas
 from sglang.multimodal_gen.runtime.entrypoints.openai.connection import Connection
 from sglang.multimodal_gen.runtime.entrypoints.openai.content import MEDIA_TYPES
-from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, HttpSettings, load_failure
+from sglang.multimodal_gen.runtime.entrypoints.openai.control_api import ControlApi, WeightsFields
+from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, HttpSettings
 from sglang.multimodal_gen.runtime.entrypoints.openai.fields import (
     DERIVED_VIDEO_CALL,
     EDIT_CALL,
@@ -29,22 +40,32 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.fields import (
     VIDEO_CALL,
 )
 from sglang.multimodal_gen.runtime.entrypoints.openai.frame import RequestFrame
+from sglang.multimodal_gen.runtime.entrypoints.openai.gate import ADMIN_PATHS, OPEN_PATHS, Gate
 from sglang.multimodal_gen.runtime.entrypoints.openai.image_api import ImageApi
+from sglang.multimodal_gen.runtime.entrypoints.openai.lifecycle import Lifecycle
 from sglang.multimodal_gen.runtime.entrypoints.openai.model_api import ModelApi
-from sglang.multimodal_gen.runtime.entrypoints.openai.openapi import ERROR_RESPONSES, binary, query, request_body
-from sglang.multimodal_gen.runtime.entrypoints.openai.replies import (
-    RETRY_AFTER_S,
-    JsonResponse,
-    error_object,
-    error_response,
+from sglang.multimodal_gen.runtime.entrypoints.openai.openapi import (
+    ALWAYS,
+    CALLING,
+    CONTROLLING,
+    READING,
+    binary,
+    plain_body,
+    query,
+    replies,
+    request_body,
+    tidied,
 )
+from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse, error_response
+from sglang.multimodal_gen.runtime.entrypoints.openai.state_api import StateApi
 from sglang.multimodal_gen.runtime.entrypoints.openai.video_api import ContentQuery, ListQuery, VideoApi
 from sglang.multimodal_gen.runtime.entrypoints.openai.video_derivation import VideoDerivationApi
 from sglang.multimodal_gen.runtime.observability.metrics import HttpMetrics
 
 logger = logging.getLogger(__name__)
 
-_DRAIN_SHARE = 0.6
+# For those that are told that the time is over to have that answer, and for their connections to end.
+_LAST_ANSWERS_S = 2.0
 _JSON = "application/json"
 _PROMETHEUS: dict[int | str, dict[str, Any]] = {
     200: {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}}
@@ -65,8 +86,8 @@ def create_app(engine: Engine, settings: HttpSettings) -> FastAPI:
         yield
         await videos.jobs.close()
 
-    # No /docs: its page loads scripts from elsewhere. No CORS: any web page could use a server on localhost.
-    app = FastAPI(
+    # No /docs: its page loads scripts from elsewhere.
+    app = _Application(
         title="SGLang Diffusion",
         description="Images and videos from text, images and videos, in the form of OpenAI's API.",
         version="1",
@@ -74,15 +95,19 @@ def create_app(engine: Engine, settings: HttpSettings) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         default_response_class=JsonResponse,
-        responses=ERROR_RESPONSES,
+        responses=replies(*ALWAYS),
         lifespan=lifespan,
     )
+    app.key_paths = None if settings.api_keys else ADMIN_PATHS
     app.state.draining = asyncio.Event()
+    lifecycle = app.state.lifecycle = Lifecycle()
     metrics = HttpMetrics()
-    app.add_middleware(RequestFrame, metrics=metrics)
+    app.add_middleware(Gate, settings=settings, lifecycle=lifecycle)
+    app.add_middleware(RequestFrame, metrics=metrics, lifecycle=lifecycle)
     app.add_exception_handler(ServingError, _on_serving_error)
     app.add_exception_handler(HTTPException, _on_routing_error)
-    _add_state_routes(app, engine)
+    _add_state_routes(app, StateApi(engine, settings, lifecycle))
+    _add_control_routes(app, ControlApi(engine, settings))
     app.get("/metrics", response_model=None, responses=_PROMETHEUS)(MetricsApi(engine, metrics).scrape)
     _add_model_routes(app, ModelApi(engine, settings))
     _add_image_routes(app, ImageApi(engine, settings))
@@ -96,63 +121,114 @@ def _remove_orphans(files_dir: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _add_state_routes(app: FastAPI, engine: Engine) -> None:
-    @app.get("/liveness", response_model=None)
-    async def liveness() -> Response:
-        """The HTTP server answers."""
-        return JsonResponse({"status": "ok"})
+class _Application(FastAPI):
+    """`key_paths` are those that need a key, None for all but the open ones."""
 
-    @app.get("/health", response_model=None)
-    async def health() -> Response:
-        """The engine can take requests; until then 503 and its state."""
-        state = engine.state
-        if state.state == "ready":
-            return JsonResponse({"status": "ok", "state": "ready"})
-        body: dict[str, Any] = {"status": "unavailable", "state": state.state}
-        headers = {"retry-after": str(RETRY_AFTER_S)}
-        if state.state == "failed":
-            body["error"] = error_object(load_failure(state))
-            headers = {"x-should-retry": "false"}
-        return JsonResponse(body, status_code=503, headers=headers)
+    key_paths: Collection[str] | None = None
+
+    def openapi(self) -> dict[str, Any]:
+        """The page that describes the routes."""
+        if self.openapi_schema is None:
+            self.openapi_schema = tidied(super().openapi(), open_paths=OPEN_PATHS, key_paths=self.key_paths)
+        return self.openapi_schema
+
+
+def _add_state_routes(app: FastAPI, state: StateApi) -> None:
+    def unavailable(*errors: type[ServingError], schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+        content = {_JSON: {"schema": schemas.UNHEALTHY}}
+        return replies(*errors, schema=schema) | {503: {"description": "Not ready, and why.", "content": content}}
+
+    app.get("/liveness", response_model=None, responses=replies(schema=schemas.LIVENESS))(state.liveness)
+    app.get("/health", response_model=None, responses=unavailable(schema=schemas.HEALTHY))(state.health)
+    app.get("/health_generate", response_model=None, responses=unavailable(schema=schemas.GENERATES))(
+        state.health_generate
+    )
+    app.get("/server_info", response_model=None, responses=replies(schema=schemas.SERVER_INFO))(state.server_info)
+
+
+def _add_control_routes(app: FastAPI, control: ControlApi) -> None:
+    responses = replies(*CONTROLLING, schema=schemas.DONE)
+    app.post("/flush_cache", response_model=None, responses=responses)(control.flush_cache)
+    app.post("/release_memory_occupation", response_model=None, responses=responses)(control.release_memory)
+    app.post("/resume_memory_occupation", response_model=None, responses=responses)(control.resume_memory)
+    app.post(
+        "/update_weights_from_disk",
+        response_model=None,
+        responses=responses,
+        openapi_extra=plain_body(WeightsFields),
+    )(control.update_weights)
 
 
 def _add_model_routes(app: FastAPI, models: ModelApi) -> None:
-    app.get("/v1/models", response_model=None)(models.list)
-    app.get("/v1/models/{model_id:path}", response_model=None)(models.retrieve)  # hub ids hold a slash
+    app.get("/v1/models", response_model=None, responses=replies(schema=schemas.MODELS))(models.list)
+    app.get(
+        "/v1/models/{model_id:path}",  # hub ids hold a slash
+        response_model=None,
+        responses=replies(ModelNotFound, schema=schemas.MODEL),
+    )(models.retrieve)
 
 
 def _add_image_routes(app: FastAPI, images: ImageApi) -> None:
-    app.post("/v1/images/generations", response_model=None, openapi_extra=request_body(IMAGE_CALL, [_JSON]))(
-        images.generate
-    )
-    app.post("/v1/images/edits", response_model=None, openapi_extra=request_body(EDIT_CALL, [_MULTIPART, _JSON]))(
-        images.edit
-    )
+    responses = replies(*CALLING, schema=schemas.IMAGES)
+    app.post(
+        "/v1/images/generations",
+        response_model=None,
+        openapi_extra=request_body(IMAGE_CALL, [_JSON]),
+        responses=responses,
+    )(images.generate)
+    app.post(
+        "/v1/images/edits",
+        response_model=None,
+        openapi_extra=request_body(EDIT_CALL, [_MULTIPART, _JSON]),
+        responses=responses,
+    )(images.edit)
     app.post("/v1/images/variations", response_model=None, include_in_schema=False)(images.vary)
-    app.get("/v1/images/{image_id}/content", response_model=None, name="image_content", responses=binary(_IMAGES))(
-        images.content
-    )
+    app.get(
+        "/v1/images/{image_id}/content",
+        response_model=None,
+        name="image_content",
+        responses=binary(_IMAGES, ImageNotFound),
+    )(images.content)
 
 
 def _add_video_routes(app: FastAPI, videos: VideoApi) -> None:
-    app.post("/v1/videos", response_model=None, openapi_extra=request_body(VIDEO_CALL, [_MULTIPART, _JSON]))(
-        videos.create
+    app.post(
+        "/v1/videos",
+        response_model=None,
+        openapi_extra=request_body(VIDEO_CALL, [_MULTIPART, _JSON]),
+        responses=replies(*CALLING, schema=schemas.VIDEO),
+    )(videos.create)
+    app.get(
+        "/v1/videos",
+        response_model=None,
+        openapi_extra=query(ListQuery),
+        responses=replies(*READING, schema=schemas.VIDEOS),
+    )(videos.list)
+    app.get("/v1/videos/{video_id}", response_model=None, responses=replies(VideoNotFound, schema=schemas.VIDEO))(
+        videos.retrieve
     )
     derived = VideoDerivationApi(videos)
     for name, call in (("edits", derived.edit), ("extensions", derived.extend)):
-        described = request_body(DERIVED_VIDEO_CALL, [_MULTIPART, _JSON])
-        app.post(f"/v1/videos/{name}", response_model=None, openapi_extra=described)(call)
-    app.post("/v1/videos/{video_id}/remix", response_model=None, openapi_extra=request_body(REMIX_CALL, [_JSON]))(
-        derived.remix
-    )
-    app.get("/v1/videos", response_model=None, openapi_extra=query(ListQuery))(videos.list)
-    app.get("/v1/videos/{video_id}", response_model=None)(videos.retrieve)
-    app.delete("/v1/videos/{video_id}", response_model=None)(videos.delete)
+        app.post(
+            f"/v1/videos/{name}",
+            response_model=None,
+            openapi_extra=request_body(DERIVED_VIDEO_CALL, [_MULTIPART, _JSON]),
+            responses=replies(*CALLING, VideoNotFound, schema=schemas.VIDEO),
+        )(call)
+    app.post(
+        "/v1/videos/{video_id}/remix",
+        response_model=None,
+        openapi_extra=request_body(REMIX_CALL, [_JSON]),
+        responses=replies(*CALLING, VideoNotFound, schema=schemas.VIDEO),
+    )(derived.remix)
+    app.delete(
+        "/v1/videos/{video_id}", response_model=None, responses=replies(VideoNotFound, schema=schemas.VIDEO_DELETED)
+    )(videos.delete)
     app.get(
         "/v1/videos/{video_id}/content",
         response_model=None,
         openapi_extra=query(ContentQuery),
-        responses=binary(_VIDEO_VARIANTS),
+        responses=binary(_VIDEO_VARIANTS, *READING, VideoNotFound),
     )(videos.content)
 
 
@@ -185,13 +261,37 @@ class _Server(uvicorn.Server):
 
 
 async def serve(app: FastAPI, sock: socket.socket, *, stop: asyncio.Event, settings: HttpSettings) -> None:
-    """Serve on a bound socket until `stop` is set; then no new connections, and running requests get most of the grace
-    time before they are answered that the server stops.
+    """Serve on a bound socket until `stop` is set. Then nothing new is taken, and requests that run get the grace time;
+    those that are not done by then are answered that the server stops.
 
     Writes `Listening on http://HOST:PORT` to the log.
     """
-    protocol = type("Connection", (Connection,), {"header_timeout_s": settings.header_timeout_s})
-    config = uvicorn.Config(
+    server = _Server(_configuration(app, settings))
+    host, port = sock.getsockname()[:2]
+    running = asyncio.create_task(server.serve(sockets=[sock]))
+    logger.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    lifecycle: Lifecycle = app.state.lifecycle
+    await lifecycle.drain(settings.shutdown_grace_s)
+    app.state.draining.set()
+    await lifecycle.settle(_LAST_ANSWERS_S)
+    server.should_exit = True
+    await running
+
+
+def _configuration(app: FastAPI, settings: HttpSettings) -> uvicorn.Config:
+    protocol = type(
+        "Connection",
+        (Connection,),
+        {
+            "header_timeout_s": settings.header_timeout_s,
+            "max_per_address": settings.max_connections_per_ip,
+            "num_by_address": Counter(),
+        },
+    )
+    return uvicorn.Config(
         app,
         http=protocol,
         ws="none",
@@ -201,16 +301,6 @@ async def serve(app: FastAPI, sock: socket.socket, *, stop: asyncio.Event, setti
         access_log=False,
         server_header=False,
         timeout_keep_alive=max(1, round(settings.header_timeout_s)),
-        timeout_graceful_shutdown=max(1, round(settings.shutdown_grace_s)),
+        timeout_graceful_shutdown=round(_LAST_ANSWERS_S),
+        h11_max_incomplete_event_size=settings.max_header_bytes,
     )
-    server = _Server(config)
-    host, port = sock.getsockname()[:2]
-    running = asyncio.create_task(server.serve(sockets=[sock]))
-    logger.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    server.should_exit = True
-    await asyncio.wait({running}, timeout=settings.shutdown_grace_s * _DRAIN_SHARE)
-    app.state.draining.set()
-    await running

@@ -79,7 +79,12 @@ class ChildProcess:
 
 
 def inherited_connection() -> Connection:
-    """The pipe end that `ChildProcess` handed to this process."""
+    """The pipe end that `ChildProcess` handed to this process.
+
+    From here on SIGTERM does nothing: service managers send it to every process of a service, and the parent, which
+    gets it too, ends its children in order. A handler and not SIG_IGN, which programs started from here would inherit.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     return Connection(int(sys.argv[1]))
 
 

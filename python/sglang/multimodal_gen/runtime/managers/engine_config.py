@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,28 @@ from sglang.multimodal_gen.runtime.server_args import ServerArgs
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Options, the run directory, and what `register_configs` added in the parent process.
 
-    `python_path` lets a worker import pipeline classes from where the parent could.
+    `sources` says where each option came from, as far as that is known. `python_path` lets a worker import pipeline
+    classes from where the parent could.
     """
 
     args: ServerArgs
     run_dir: str
     serves_http: bool = False
+    sources: dict[str, str] = {}
     registrations: tuple[dict[str, Any], ...] = ()
     python_path: tuple[str, ...] = ()
     protocol_version: int = PROTOCOL_VERSION
 
     @classmethod
-    def of_this_process(cls, args: ServerArgs, run_dir: str, *, serves_http: bool = False) -> EngineConfig:
+    def of_this_process(
+        cls, args: ServerArgs, run_dir: str, *, serves_http: bool = False, sources: Mapping[str, str] | None = None
+    ) -> EngineConfig:
         """The configuration for children of this process."""
         return cls(
             args=args,
             run_dir=run_dir,
             serves_http=serves_http,
+            sources=dict(sources or {}),
             registrations=tuple(registry.registrations()),
             python_path=tuple(entry or str(Path.cwd()) for entry in sys.path),  # "" in a REPL: the working directory
         )

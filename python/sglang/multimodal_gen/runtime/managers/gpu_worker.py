@@ -25,7 +25,9 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Admit,
     AdmitFailed,
     Admitted,
+    CacheFlushed,
     Codec,
+    FlushCache,
     Heartbeat,
     LaneDone,
     LatentsReady,
@@ -109,6 +111,8 @@ class GPUWorker:
                 self._save(message)
             elif isinstance(message, Release):
                 self._release(message.request_id)
+            elif isinstance(message, FlushCache):
+                self.channel.send(CacheFlushed(query_id=message.query_id, freed_bytes=self.pipeline.flush()))
             elif isinstance(message, StopWorker):
                 return
 

@@ -100,7 +100,19 @@ class MetricsRequest(Message, frozen=True, kw_only=True, tag="metrics"):
     open_metrics: bool = False
 
 
-ToScheduler = Hello | GenerateRequest | CancelRequest | StatusRequest | MetricsRequest
+Operation = Literal["flush_cache", "release_memory_occupation", "resume_memory_occupation", "update_weights_from_disk"]
+
+
+class ControlRequest(Message, frozen=True, kw_only=True, tag="control"):
+    """An operation on the whole engine; answered by exactly one ControlReply, when it is done. `model_path` None: the
+    directory that the weights came from."""
+
+    query_id: str
+    operation: Operation
+    model_path: str | None = None
+
+
+ToScheduler = Hello | GenerateRequest | CancelRequest | StatusRequest | MetricsRequest | ControlRequest
 
 
 # --- scheduler -> entry point ---
@@ -120,9 +132,10 @@ class Refused(Message, frozen=True, kw_only=True, tag="refused"):
 
 
 class EngineState(Message, frozen=True, kw_only=True, tag="state"):
-    """Sent on every change. `model` is set from the first `ready` on."""
+    """Sent on every change. `model` is set from the first `ready` on. `reloading`: the weights are loaded anew, and
+    requests wait; `asleep`: the administrator has released the memory."""
 
-    state: Literal["starting", "loading", "ready", "recovering", "stopping", "failed"]
+    state: Literal["starting", "loading", "ready", "recovering", "reloading", "asleep", "stopping", "failed"]
     detail: str = ""
     model: ModelInfo | None = None
     error: ErrorInfo | None = None
@@ -152,6 +165,14 @@ class MetricsReply(Message, frozen=True, kw_only=True, tag="metrics_reply"):
 
     query_id: str
     text: str
+
+
+class ControlReply(Message, frozen=True, kw_only=True, tag="control_reply"):
+    """The operation is done, as `message` says, or it is not, for the reason in `error`."""
+
+    query_id: str
+    message: str = ""
+    error: ErrorInfo | None = None
 
 
 class Queued(Message, frozen=True, kw_only=True, tag="queued"):
@@ -238,6 +259,7 @@ ToClient = (
     | EngineState
     | Status
     | MetricsReply
+    | ControlReply
     | Queued
     | Started
     | Progress
@@ -298,11 +320,17 @@ class Release(Message, frozen=True, kw_only=True, tag="release"):
     request_id: str
 
 
+class FlushCache(Message, frozen=True, kw_only=True, tag="flush_cache"):
+    """Forget what was kept across requests and give unused memory back; answered by CacheFlushed."""
+
+    query_id: str
+
+
 class StopWorker(Message, frozen=True, kw_only=True, tag="stop"):
     """Exit after the running tick."""
 
 
-ToWorker = Admit | Tick | SaveState | Release | StopWorker
+ToWorker = Admit | Tick | SaveState | Release | FlushCache | StopWorker
 
 
 # --- worker -> scheduler ---
@@ -418,6 +446,13 @@ class StateSaved(Message, frozen=True, kw_only=True, tag="state_saved"):
     error: ErrorInfo | None = None
 
 
+class CacheFlushed(Message, frozen=True, kw_only=True, tag="cache_flushed"):
+    """One rank's answer to FlushCache: the bytes of the embeddings that it forgot."""
+
+    query_id: str
+    freed_bytes: int
+
+
 FromWorker = (
     Heartbeat
     | Loading
@@ -430,6 +465,7 @@ FromWorker = (
     | ProfileReady
     | TickDone
     | StateSaved
+    | CacheFlushed
 )
 
 
@@ -516,7 +552,11 @@ class EngineStarted(Message, frozen=True, kw_only=True, tag="engine_started"):
     run_dir: str
 
 
-SupervisorNote = ClientLost | SchedulerLost | EngineStarted
+class StopServing(Message, frozen=True, kw_only=True, tag="stop_serving"):
+    """To the HTTP process: take nothing new, let what runs finish within the grace time, and exit."""
+
+
+SupervisorNote = ClientLost | SchedulerLost | EngineStarted | StopServing
 
 
 _ENCODER = msgspec.msgpack.Encoder()

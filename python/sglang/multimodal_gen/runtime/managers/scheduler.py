@@ -26,16 +26,20 @@ from sglang.multimodal_gen.errors import (
 )
 from sglang.multimodal_gen.runtime.managers.child_process import inherited_connection
 from sglang.multimodal_gen.runtime.managers.clients import Clients
+from sglang.multimodal_gen.runtime.managers.control import Control
 from sglang.multimodal_gen.runtime.managers.dispatcher import Dispatcher
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
+from sglang.multimodal_gen.runtime.managers.engine_status import snapshot_of, status_of
 from sglang.multimodal_gen.runtime.managers.messages import (
     Admit,
     AdmitFailed,
     Admitted,
+    CacheFlushed,
     Cancelled,
     CancelRequest,
     ClientLost,
     Codec,
+    ControlRequest,
     DropOutput,
     EngineState,
     Failed,
@@ -62,7 +66,6 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     RequestEvent,
     Started,
     StateSaved,
-    Status,
     StatusRequest,
     SupervisorNote,
     TickDone,
@@ -76,7 +79,7 @@ from sglang.multimodal_gen.runtime.managers.state_keeper import StateKeeper
 from sglang.multimodal_gen.runtime.managers.warm_up import InputShapes, WarmUp, input_shapes, shape_of
 from sglang.multimodal_gen.runtime.managers.worker_group import WorkerGroup
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging, fields
-from sglang.multimodal_gen.runtime.observability.metrics import MODEL_FACTS, EngineSnapshot
+from sglang.multimodal_gen.runtime.observability.metrics import EngineSnapshot
 from sglang.multimodal_gen.runtime.server_args import model_names
 
 # Started with -m, this module's own name is __main__, which is outside the package's logger.
@@ -110,6 +113,15 @@ class Scheduler:
         self.context = zmq.Context()
         self.clients = Clients(self._bind(zmq.ROUTER, self.run_dir.scheduler_address))
         self.output = OutputLink(self._bind(zmq.PAIR, self.run_dir.output_address))
+        self.control = Control(
+            self.workers,
+            self.clients,
+            self.dispatcher,
+            self.requests,
+            state=lambda: self.state,
+            set_state=self._set_state,
+            forget_warm=self.warm_up.forget,
+        )
         self.observer = RequestObserver(logger, self._snapshot, log_prompts=config.args.logging.log_prompts)
         self._from_output, self._from_parent = Codec(FromOutput), Codec(SupervisorNote)
         self._handlers = self._handler_table()
@@ -134,6 +146,7 @@ class Scheduler:
             ProfileReady: self._on_profile,
             TickDone: self._on_tick_done,
             StateSaved: self._on_state_saved,
+            CacheFlushed: self.control.flushed,
             OutputHello: self._on_output_hello,
             OutputDone: self._on_output_done,
             OutputFailed: self._on_failure,
@@ -155,6 +168,7 @@ class Scheduler:
             self._read_output(ready)
             self._read_workers(ready)
             self._check_silence()
+            self.control.advance()
             self._admit_waiting()
             self.states.preempt(self.requests, self.dispatcher)
             self.dispatcher.issue(self.requests, depth=self._depth())
@@ -214,10 +228,12 @@ class Scheduler:
             if record is not None and record.client == client:
                 self._end(message.request_id, Cancelled(request_id=message.request_id))
         elif isinstance(message, StatusRequest):
-            self.clients.send(client, self._status(message.query_id))
+            self.clients.send(client, status_of(message.query_id, ledger=self.ledger, **self._facts()))
         elif isinstance(message, MetricsRequest):
             text = self.observer.metrics.text(open_metrics=message.open_metrics)
             self.clients.send(client, MetricsReply(query_id=message.query_id, text=text))
+        elif isinstance(message, ControlRequest):
+            self.control.asked(client, message)
 
     def _on_generate(self, client: bytes, message: GenerateRequest) -> None:
         refusal = self._refusal(message)
@@ -260,38 +276,17 @@ class Scheduler:
             cancelled = Cancelled(request_id=record.request_id, reason="the client is gone")
             self._end(record.request_id, cancelled, comes_again=True)
 
-    def _status(self, query_id: str) -> Status:
-        files, size = self.ledger.settle()
-        return Status(
-            query_id=query_id,
-            state=self.state,
-            num_queued=len(self.waiting),
-            num_running=len(self.requests) - len(self.waiting),
-            num_workers=len(self.workers.ranks),
-            worker_pids=tuple(rank.pid for rank in self.workers.ranks),
-            num_worker_restarts=self.num_restarts,
-            budget_bytes=self.workers.budget_bytes,
-            reserved_bytes=self.dispatcher.budget().reserved_bytes(self.dispatcher.holders(self.requests)),
-            allocated_bytes=self.workers.allocated_bytes,
-            ledger_files=files,
-            ledger_bytes=size,
-            ticks=self.dispatcher.num_ticks,
-            mean_batch_size=self.dispatcher.mean_batch_size,
-        )
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "state": self.state,
+            "requests": self.requests,
+            "waiting": self.waiting,
+            "dispatcher": self.dispatcher,
+            "num_restarts": self.num_restarts,
+        }
 
     def _snapshot(self) -> EngineSnapshot:
-        model, name = self.state.model, model_names(self.config.args.model)[0]
-        return EngineSnapshot(
-            ready=self.state.state == "ready",
-            num_queued=len(self.waiting),
-            num_running=len(self.requests) - len(self.waiting),
-            num_workers=len(self.workers.ranks),
-            num_worker_restarts=self.num_restarts,
-            budget_bytes=self.workers.budget_bytes,
-            reserved_bytes=self.dispatcher.budget().reserved_bytes(self.dispatcher.holders(self.requests)),
-            allocated_bytes=self.workers.allocated_bytes,
-            model={} if model is None else {"model": name, **{fact: getattr(model, fact) for fact in MODEL_FACTS}},
-        )
+        return snapshot_of(model_names(self.config.args.model)[0], **self._facts())
 
     def _tell(self, record: RequestRecord, event: RequestEvent) -> None:
         if record.client is not None:
@@ -304,9 +299,11 @@ class Scheduler:
     # -- workers: loading, loss --
 
     def _on_model_ready(self, message: ModelReady) -> None:
+        self.load_attempts = 0
+        if not self.control.took(message.model):
+            return
         self.workers.ready = True
         self.workers.budget_bytes = message.budget_bytes
-        self.load_attempts = 0
         mode = self.warm_up.choose_mode(serves_http=self.config.serves_http, device=message.model.device)
         if mode != "server":
             self._set_state("ready", model=message.model)
@@ -362,6 +359,9 @@ class Scheduler:
 
     def _fail_engine(self, error: ErrorInfo) -> None:
         """The model cannot run at all: say so to everybody who waits, and to all who come."""
+        if self.control.goes_back(error):
+            self.load_attempts = 0
+            return
         self._set_state("failed", error=error)
         for request_id in list(self.requests):
             self._end(request_id, Failed(request_id=request_id, error=error), comes_again=True)
@@ -374,6 +374,7 @@ class Scheduler:
         ended = self.workers.kill()
         logger.error("worker lost: %s", how or ended, extra=fields(request_ids=sorted(blamed)))
         self.observer.worker_lost()
+        self.control.workers_lost()
         self._requeue_running(blamed, how or "its process died")
         self.load_attempts += 0 if loaded else 1
         if self.load_attempts >= _MAX_LOAD_ATTEMPTS:
@@ -417,7 +418,7 @@ class Scheduler:
         held_back = []
         while self.workers.ready and self.waiting and active < most:
             record = self.requests[self.waiting.popleft()]
-            if record.client is not None and self.warm_up.blocks(record.params):
+            if self.control.holds(record) or (record.client is not None and self.warm_up.blocks(record.params)):
                 held_back.append(record.request_id)
                 continue
             active += 1

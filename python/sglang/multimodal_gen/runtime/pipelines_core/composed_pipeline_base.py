@@ -355,12 +355,18 @@ class ComposedPipelineBase:
 
         False when there is no less.
         """
-        self.conditioning_cache.clear()
-        self.reclaim()
+        self.flush()
         if not self.stages[self._stage_order[phase_name]].shrink(req):
             return False
         req.phases = self._phases(req)
         return True
+
+    def flush(self) -> int:
+        """Forget what is kept across requests, and give unused memory back; the bytes that were forgotten."""
+        held_bytes = self.conditioning_cache.held_bytes
+        self.conditioning_cache.clear()
+        self.reclaim()
+        return held_bytes
 
     def reclaim(self) -> None:
         """Give back what a failed unit left behind."""

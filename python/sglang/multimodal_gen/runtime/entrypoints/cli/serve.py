@@ -47,7 +47,7 @@ class ServeJob:
         # Late: the options are checked and shown before anything heavy loads.
         from sglang.multimodal_gen.runtime.launch_server import launch_server
 
-        return launch_server(self.resolved.args, warnings=self.resolved.warnings)
+        return launch_server(self.resolved.args, warnings=self.resolved.warnings, sources=self.resolved.sources)
 
 
 def parser() -> OptionParser:

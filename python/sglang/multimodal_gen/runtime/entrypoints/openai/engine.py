@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import (
     EngineStopped,
     ErrorInfo,
+    MemoryReleased,
     ModelNotFound,
     NotReady,
     RemoteError,
@@ -24,7 +25,9 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Finished,
     MappedArray,
     MediaInputs,
+    Operation,
     RequestEvent,
+    Status,
 )
 from sglang.multimodal_gen.runtime.managers.state_dir import StateDir
 
@@ -70,6 +73,12 @@ class Engine(Protocol):
     async def metrics(self, *, open_metrics: bool = False) -> str:
         """The scheduler's metrics in Prometheus' text format or as OpenMetrics. Raises ServingError."""
 
+    async def status(self) -> Status:
+        """A snapshot of the scheduler. Raises ServingError."""
+
+    async def control(self, operation: Operation, *, model_path: str | None = None) -> str:
+        """An operation on the whole engine; what was done, in a sentence. Raises ServingError."""
+
     def take(self, ref: MappedArray) -> np.ndarray:
         """The array of a result; its file is unlinked."""
 
@@ -89,7 +98,8 @@ class JobSettings:
 class HttpSettings:
     """How this server answers. `model_names`: the served name, then the others that requests may use.
 
-    `state` is the directory of this server; images and videos wait there to be fetched.
+    `state` is the directory of this server; images and videos wait there to be fetched. `allowed_hosts` None is any.
+    `options` are those of the server with their sources, as administrators may see them.
     """
 
     model_names: tuple[str, ...]
@@ -102,6 +112,15 @@ class HttpSettings:
     image_lifetime_s: float = 3600.0
     idempotency_lifetime_s: float = 3600.0
     admin_api_key: str | None = field(default=None, repr=False)
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    allowed_hosts: frozenset[str] | None = None
+    cors_origins: frozenset[str] = frozenset()
+    max_header_bytes: int = 64 * 2**10
+    max_connections_per_ip: int = 0
+    max_queued_requests: int = 0
+    health_timeout_s: float = 30.0
+    backend: str = "auto"
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def require_model(engine: Engine, settings: HttpSettings, name: str | None) -> ModelInfo:
@@ -118,8 +137,10 @@ def require_model(engine: Engine, settings: HttpSettings, name: str | None) -> M
         raise RemoteError(load_failure(state))
     if state.state == "stopping":
         raise EngineStopped("the server is shutting down")
-    # A recovering engine queues what arrives until its worker is replaced.
-    if state.model is None or state.state not in ("ready", "recovering"):
+    if state.state == "asleep":
+        raise MemoryReleased("the engine's memory is released; the administrator must resume it")
+    # An engine that recovers or loads new weights queues what arrives until it has a worker again.
+    if state.model is None or state.state not in ("ready", "recovering", "reloading"):
         raise NotReady(f"the model is not ready yet (state: {state.state}); try again")
     return state.model
 

@@ -6,7 +6,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sglang.multimodal_gen.errors import BadHttp, InternalError, ServingError
+from sglang.multimodal_gen.runtime.entrypoints.openai.lifecycle import Lifecycle
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import error_response
 from sglang.multimodal_gen.runtime.observability.logging_setup import fields
 from sglang.multimodal_gen.runtime.observability.metrics import HttpMetrics
@@ -24,22 +25,24 @@ logger = logging.getLogger("sglang.multimodal_gen.http")
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _QUIET_PATHS = frozenset({"/liveness", "/health", "/metrics"})
 _CLIENT_GONE = 499
-_REQUEST_ID, _ENGINE_IDS = "request_id", "engine_request_ids"
+_EVENT_STREAM = "text/event-stream"
+_REQUEST_ID, _ENGINE_IDS, _REPLY_HEADERS = "request_id", "engine_request_ids", "reply_headers"
 
 
 class RequestFrame:
     """Outermost layer of the application."""
 
-    def __init__(self, app: ASGIApp, *, metrics: HttpMetrics) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: HttpMetrics, lifecycle: Lifecycle) -> None:
         self._app = app
         self._metrics = metrics
+        self._lifecycle = lifecycle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope, send)
+        exchange = _Exchange(scope, send, self._lifecycle)
         self._metrics.in_flight.inc()
         try:
             _refuse_smuggling(scope)
@@ -59,8 +62,11 @@ class RequestFrame:
 class _Exchange:
     """One request and its reply."""
 
-    def __init__(self, scope: Scope, send: Send) -> None:
+    def __init__(self, scope: Scope, send: Send, lifecycle: Lifecycle) -> None:
         self._scope = scope
+        self._lifecycle = lifecycle
+        self._is_waited_for = True
+        lifecycle.begin()
         self._send = send
         self._began = time.perf_counter()
         self._headers = Headers(scope=scope)
@@ -77,6 +83,10 @@ class _Exchange:
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self.request_id
             headers["x-content-type-options"] = "nosniff"
+            for name, value in self._state.get(_REPLY_HEADERS, {}).items():
+                headers[name] = value
+            if headers.get("content-type", "").startswith(_EVENT_STREAM):
+                self._release()
         await self._send(message)
 
     async def answer(self, error: ServingError, receive: Receive) -> None:
@@ -84,8 +94,14 @@ class _Exchange:
         if self.status == 0:
             await error_response(error)(self._scope, receive, self.send)
 
+    def _release(self) -> None:
+        if self._is_waited_for:
+            self._is_waited_for = False
+            self._lifecycle.end()
+
     def end(self, metrics: HttpMetrics) -> None:
         """Count the request and write its line, without query, headers or body: those may hold what users wrote."""
+        self._release()
         PRIVATE_TEXTS.forget(_owner(self._scope))
         seconds = time.perf_counter() - self._began
         route = getattr(self._scope.get("route"), "path", None)
@@ -108,6 +124,11 @@ class _Exchange:
 def http_request_id(request: Request) -> str:
     """The id that the reply's `x-request-id` will hold: the client's own, or one drawn for it."""
     return str(request.scope["state"][_REQUEST_ID])
+
+
+def add_reply_headers(scope: Scope, headers: Mapping[str, str]) -> None:
+    """Headers of the reply to this request, whoever answers it and with whatever status."""
+    scope["state"].setdefault(_REPLY_HEADERS, {}).update(headers)
 
 
 def link_engine_requests(request: Request, ids: Iterable[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from starlette.requests import Request
 
 from sglang.multimodal_gen.errors import IdempotencyMismatch, InvalidRequest
+from sglang.multimodal_gen.runtime.entrypoints.openai.admin import caller_of
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import Body
 from sglang.multimodal_gen.runtime.managers.job_store import KeptReply
 
@@ -117,7 +118,8 @@ def identity_of(request: Request, body: Body) -> tuple[str, bytes] | None:
         return None
     if _KEY.fullmatch(key) is None:
         raise InvalidRequest(f"{_HEADER}: accepted are 1 to 255 visible ASCII characters", param=_HEADER)
-    return key, _fingerprint(request, body)
+    # One caller's key is nothing to another: it must not get the other's reply.
+    return f"{caller_of(request).id} {key}", _fingerprint(request, body)
 
 
 def _fingerprint(request: Request, body: Body) -> bytes:

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from sglang.multimodal_gen.configs.declare import Parameter, parameters
+from sglang.multimodal_gen.errors import (
+    AdminRequired,
+    BadHttp,
+    BodyTimeout,
+    BodyTooLarge,
+    HeadTooLarge,
+    HostNotAllowed,
+    InternalError,
+    InvalidApiKey,
+    InvalidValue,
+    ModelNotFound,
+    NotReady,
+    OperationInProgress,
+    OutOfMemory,
+    QueueFull,
+    RangeNotSatisfiable,
+    RequestCancelled,
+    ServingError,
+    StorageError,
+    TooManyConnections,
+    UnsupportedMediaType,
+)
 from sglang.multimodal_gen.runtime.entrypoints.openai.fields import CallFields
 from sglang.multimodal_gen.runtime.entrypoints.openai.uploads import FileField
 
@@ -27,10 +49,83 @@ ERROR_SCHEMA: dict[str, Any] = {
         }
     },
 }
-# As every route's `default` response it also keeps FastAPI from documenting its own 422.
-ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    "default": {"description": "Any error.", "content": {"application/json": {"schema": ERROR_SCHEMA}}}
+_ERROR_CONTENT = {"application/json": {"schema": ERROR_SCHEMA}}
+ALWAYS: tuple[type[ServingError], ...] = (
+    BadHttp,
+    InvalidApiKey,
+    HostNotAllowed,
+    TooManyConnections,
+    HeadTooLarge,
+    InternalError,
+)
+"""What any route may answer."""
+READING: tuple[type[ServingError], ...] = (InvalidValue,)
+CALLING: tuple[type[ServingError], ...] = (
+    InvalidValue,
+    AdminRequired,
+    ModelNotFound,
+    BodyTimeout,
+    BodyTooLarge,
+    UnsupportedMediaType,
+    QueueFull,
+    RequestCancelled,
+    OutOfMemory,
+    NotReady,
+    StorageError,
+)
+"""What a call that generates may answer besides."""
+CONTROLLING: tuple[type[ServingError], ...] = (
+    InvalidValue,
+    AdminRequired,
+    BodyTimeout,
+    OperationInProgress,
+    BodyTooLarge,
+    UnsupportedMediaType,
+    NotReady,
+)
+_IN_WORDS = {
+    400: "The request is at fault",
+    401: "No key of this server",
+    403: "Not allowed",
+    404: "Not found",
+    408: "The body came too slowly",
+    409: "Another operation is under way",
+    413: "Too large",
+    415: "Another media type",
+    416: "The range begins after the end",
+    429: "Too much at once; see Retry-After",
+    431: "The headers are too large",
+    499: "Cancelled",
+    500: "The server failed",
+    503: "Not now; see x-should-retry",
+    507: "No room to save the result",
 }
+
+
+def replies(*errors: type[ServingError], schema: Mapping[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route: its success as JSON of this schema, and the statuses of these errors."""
+    found: dict[int | str, dict[str, Any]] = {}
+    if schema is not None:
+        found[200] = {"description": "Success.", "content": {"application/json": {"schema": dict(schema)}}}
+    for status in sorted({error.http_status for error in errors}):
+        found[status] = {"description": _IN_WORDS[status], "content": _ERROR_CONTENT}
+    return found
+
+
+def tidied(page: dict[str, Any], *, open_paths: Collection[str], key_paths: Collection[str] | None) -> dict[str, Any]:
+    """FastAPI's page without its own 422, and with what the gate does: `open_paths` need no key, `key_paths` (None: all
+    the others) do."""
+    page.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, item in page["paths"].items():
+        needs_key = path not in open_paths if key_paths is None else path in key_paths
+        for operation in item.values():
+            operation["responses"].pop("422", None)
+            if path in open_paths:
+                for status in ("401", "403"):
+                    operation["responses"].pop(status, None)
+            if needs_key:
+                operation["security"] = [{"key": []}]
+    return page
 
 
 def request_body(call: CallFields, media_types: Iterable[str]) -> dict[str, Any]:
@@ -51,6 +146,13 @@ def request_body(call: CallFields, media_types: Iterable[str]) -> dict[str, Any]
 
     content = {media_type: {"schema": schema(media_type)} for media_type in media_types}
     return {"requestBody": {"required": True, "content": content}}
+
+
+def plain_body(owner: type) -> dict[str, Any]:
+    """The `openapi_extra` of a route whose JSON body, which may be left out, has the fields that `owner` declares."""
+    fields = {name: field_schema(parameter) for name, parameter in parameters(owner).items()}
+    schema = {"type": "object", "additionalProperties": False, "properties": fields}
+    return {"requestBody": {"required": False, "content": {"application/json": {"schema": schema}}}}
 
 
 def _file_schema(field: FileField, media_type: str) -> dict[str, Any]:
@@ -75,9 +177,14 @@ def query(owner: type) -> dict[str, Any]:
     }
 
 
-def binary(media_types: Iterable[str]) -> dict[int | str, dict[str, Any]]:
-    """The success response of a content route."""
-    return {200: {"description": "The file's bytes.", "content": dict.fromkeys(media_types, _BINARY)}}
+def binary(media_types: Iterable[str], *errors: type[ServingError]) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a content route: the bytes or a range of them, and the statuses of these errors."""
+    content = dict.fromkeys(media_types, _BINARY)
+    return {
+        200: {"description": "The file's bytes.", "content": content},
+        206: {"description": "The range that was asked for.", "content": content},
+        **replies(*errors, RangeNotSatisfiable),
+    }
 
 
 def field_schema(parameter: Parameter) -> dict[str, Any]:

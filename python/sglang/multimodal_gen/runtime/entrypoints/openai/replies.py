@@ -49,9 +49,12 @@ def error_object(info: ErrorInfo) -> dict[str, Any]:
 def error_headers(info: ErrorInfo) -> dict[str, str]:
     """What tells a client whether, and when, the same request may succeed.
 
-    OpenAI's client retries every 5xx, 408, 409 and 429 twice unless `x-should-retry` says otherwise.
+    OpenAI's client retries every 5xx, 408, 409 and 429 twice unless `x-should-retry` says otherwise. A 408 says nothing
+    of it: the network may do better the next time.
     """
-    if info.http_status < 500 and not info.retryable:
+    if info.http_status == 401:
+        return {"www-authenticate": "Bearer"}
+    if info.http_status < 500 and info.http_status != 409 and not info.retryable:
         return {}
     if info.retryable:
         return {"x-should-retry": "true", "retry-after": str(RETRY_AFTER_S)}

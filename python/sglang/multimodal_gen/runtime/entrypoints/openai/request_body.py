@@ -267,6 +267,14 @@ async def _next_chunk(stream: AsyncIterator[bytes], deadline: float) -> bytes | 
         raise BodyTimeout("body: arrived too slowly; send it without pauses") from None
 
 
+async def drop_body(request: Request) -> None:
+    """Read and drop what a refused request still sends, for a moment. A client that waits to be asked for its body
+    is not asked."""
+    has_body = "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
+    if has_body and "expect" not in request.headers:
+        await _drain(request.stream())
+
+
 async def _drain(stream: AsyncIterator[bytes]) -> None:
     deadline = time.monotonic() + _DRAIN_SECONDS
     num_bytes = 0

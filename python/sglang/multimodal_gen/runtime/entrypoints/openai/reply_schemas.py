@@ -1,0 +1,66 @@
+"""JSON schemas of what the routes answer, for the OpenAPI page: what a client may rely on; more may be there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_STRING, _NUMBER, _INTEGER = {"type": "string"}, {"type": "number"}, {"type": "integer"}
+_STRINGS = {"type": "array", "items": _STRING}
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    """All of them are always there."""
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def _nullable(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [dict(schema), {"type": "null"}]}
+
+
+LIVENESS = _object(status={"const": "ok"})
+HEALTHY = _object(status={"const": "ok"}, state={"const": "ready"})
+UNHEALTHY = _object(status={"const": "unavailable"}, state=_STRING)
+GENERATES = _object(status={"const": "ok"}, state={"const": "ready"}, inference_time_s=_NUMBER)
+SERVER_INFO = _object(
+    served_model_name=_STRING,
+    state=_STRING,
+    started_at=_INTEGER,
+    uptime_s=_NUMBER,
+    model=_nullable({"type": "object"}),
+    limits={"type": "object"},
+    queue=_nullable(_object(queued=_INTEGER, running=_INTEGER)),
+    memory=_nullable({"type": "object"}),
+    workers=_nullable({"type": "object"}),
+)
+DONE = _object(success={"const": True}, message=_STRING)
+MODEL = _object(id=_STRING, object={"const": "model"}, created=_INTEGER, owned_by=_STRING)
+MODELS = _object(object={"const": "list"}, data={"type": "array", "items": MODEL})
+IMAGES = _object(
+    created=_INTEGER,
+    data={
+        "type": "array",
+        "items": _object(b64_json=_nullable(_STRING), url=_nullable(_STRING), seed=_INTEGER, notes=_STRINGS),
+    },
+    output_format=_STRING,
+    size=_STRING,
+)
+VIDEO = _object(
+    id=_STRING,
+    object={"const": "video"},
+    created_at=_INTEGER,
+    model=_STRING,
+    status={"enum": ["queued", "in_progress", "completed", "failed"]},
+    progress={"type": "integer", "minimum": 0, "maximum": 100},
+    seconds=_STRING,
+    size=_STRING,
+    error=_nullable({"type": "object"}),
+)
+VIDEOS = _object(
+    object={"const": "list"},
+    data={"type": "array", "items": VIDEO},
+    first_id=_nullable(_STRING),
+    last_id=_nullable(_STRING),
+    has_more={"type": "boolean"},
+)
+VIDEO_DELETED = _object(id=_STRING, object={"const": "video.deleted"}, deleted={"const": True})
