@@ -226,6 +226,27 @@ def test_a_job_waits_for_the_next_server_when_the_engine_has_failed(start_server
     wait_for(lambda: again.client.get(f"{VIDEOS}/{video_id}").json()["status"] == "completed")
 
 
+# --- whose they are ---
+
+
+def test_a_video_belongs_to_the_key_that_it_was_made_with(start_server: Start) -> None:
+    keys = {name: {"authorization": f"Bearer {name * 20}"} for name in "abm"}
+    options: dict[str, Any] = {"api_keys": ("a" * 20, "b" * 20), "admin_api_key": "m" * 20}
+    server = start_server(**options)
+    video_id = server.client.post(VIDEOS, json={"prompt": "a"}, headers=keys["a"]).json()["id"]
+    again = restarted(start_server, server, **options)
+    url = f"{VIDEOS}/{video_id}"
+    wait_for(lambda: again.client.get(url, headers=keys["a"]).json()["status"] == "completed")
+    for method, path in (("GET", ""), ("GET", "/content"), ("DELETE", ""), ("POST", "/remix")):
+        reply = again.client.request(method, url + path, headers=keys["b"], json={"prompt": "x"})
+        assert_error(reply, 404, "video_not_found", "video_id")
+    listed = {name: again.client.get(VIDEOS, headers=key).json()["data"] for name, key in keys.items()}
+    assert [len(videos) for videos in listed.values()] == [1, 0, 1]
+    reply = again.client.get(VIDEOS, params={"after": video_id}, headers=keys["b"])
+    assert_error(reply, 400, "invalid_cursor", "after")
+    assert again.client.delete(url, headers=keys["m"]).status_code == 200
+
+
 # --- what is forgotten ---
 
 

@@ -27,7 +27,7 @@ from sglang.multimodal_gen.errors import (
     VideoNotReady,
 )
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import DecodedInputs
-from sglang.multimodal_gen.runtime.entrypoints.openai.admin import surface_of
+from sglang.multimodal_gen.runtime.entrypoints.openai.admin import caller_of, surface_of
 from sglang.multimodal_gen.runtime.entrypoints.openai.content import content_response
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, HttpSettings, require_model
 from sglang.multimodal_gen.runtime.entrypoints.openai.fields import (
@@ -146,6 +146,7 @@ class VideoApi:
                 safety_identifier=wish.safety_identifier,
                 inputs=wish.inputs,
                 remixed_from=wish.remixed_from,
+                owner=caller_of(request),
                 reply_for=reply_for,
             )
             link_engine_requests(request, [job.id])
@@ -153,9 +154,9 @@ class VideoApi:
 
         return JsonResponse(await self._replies.once(request, body, start), headers=_poll_headers(done=False))
 
-    def completed(self, video_id: str) -> VideoJob:
+    def completed(self, request: Request, video_id: str) -> VideoJob:
         """The job, whose result is there. Raises VideoNotFound, VideoFailed, VideoNotReady."""
-        job = self.jobs.get(video_id)
+        job = self.jobs.get(video_id, caller_of(request))
         if job.status == "failed":
             raise VideoFailed(f"video {video_id} has no content: its generation failed", param="video_id")
         if job.status != "completed":
@@ -174,12 +175,14 @@ class VideoApi:
 
     async def retrieve(self, request: Request, video_id: str) -> Response:
         """A video's status and progress."""
-        return _video_response(self.jobs.get(video_id))
+        return _video_response(self.jobs.get(video_id, caller_of(request)))
 
     async def list(self, request: Request) -> Response:
         """Videos by time of creation, page by page."""
         query = _query(request, ListQuery)
-        jobs, has_more = self.jobs.page(after=query.after, limit=query.limit, order=query.order)
+        jobs, has_more = self.jobs.page(
+            after=query.after, limit=query.limit, order=query.order, viewer=caller_of(request)
+        )
         return JsonResponse(
             {
                 "object": "list",
@@ -193,7 +196,7 @@ class VideoApi:
     async def content(self, request: Request, video_id: str) -> Response:
         """The bytes of a completed video, or of one of the images made of it."""
         variant = _query(request, ContentQuery).variant
-        job = self.completed(video_id)
+        job = self.completed(request, video_id)
         try:
             path, file_format = self._variant(job, variant)
             return content_response(request, path, file_format=file_format)
@@ -210,7 +213,7 @@ class VideoApi:
 
     async def delete(self, request: Request, video_id: str) -> Response:
         """Delete a video and its bytes; one that runs is cancelled."""
-        await self.jobs.delete(video_id)
+        await self.jobs.delete(video_id, caller_of(request))
         return JsonResponse({"id": video_id, "object": "video.deleted", "deleted": True})
 
 

@@ -52,7 +52,7 @@ class VideoDerivationApi:
         body = await read_json(request, self._videos.settings.body)
         with contextlib.closing(body):
             keep_private(request, private_texts(body))
-            source = self._videos.completed(video_id)
+            source = self._videos.completed(request, video_id)
             wish, given = self._wish(request, body, REMIX_CALL, VideoFields)
             model = require_model(self._videos.engine, self._videos.settings, wish.model)
             sampling = _taken_over(source, wish) | given
@@ -75,7 +75,7 @@ class VideoDerivationApi:
             keep_private(request, private_texts(body))
             wish, given = self._wish(request, body, call, DerivedVideoFields)
             model = require_model(self._videos.engine, self._videos.settings, wish.model)
-            source = self._source(wish, body)
+            source = self._source(request, wish, body)
             sampling = given if source is None or extend else _taken_over(source, wish) | given
             return await self._derive(request, body, wish, sampling, model, source=source, extend=extend)
 
@@ -84,14 +84,14 @@ class VideoDerivationApi:
     ) -> tuple[Any, dict[str, Any]]:
         return sampling_values(call.checked(body, surface=self._videos.surface(request)), own)
 
-    def _source(self, wish: DerivedVideoFields, body: Body) -> VideoJob | None:
+    def _source(self, request: Request, wish: DerivedVideoFields, body: Body) -> VideoJob | None:
         """The job whose result is meant; None for an upload. Raises for neither and both."""
         uploaded = bool(of_field(body.files, "video"))
         if wish.video_id is None and not uploaded:
             raise MissingParameter("video: not given, accepted is a file or video[id]", param="video")
         if wish.video_id is not None and uploaded:
             raise IncompatibleParameters("video: got a file and an id, accepted is one of them", param="video")
-        return None if wish.video_id is None else self._videos.completed(wish.video_id)
+        return None if wish.video_id is None else self._videos.completed(request, wish.video_id)
 
     async def _derive(
         self,

@@ -33,6 +33,7 @@ from sglang.multimodal_gen.runtime.entrypoints.media_inputs import NO_INPUTS, De
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, JobSettings
 from sglang.multimodal_gen.runtime.entrypoints.openai.job_keeper import JobKeeper
 from sglang.multimodal_gen.runtime.entrypoints.openai.kept_inputs import load_inputs, save_inputs
+from sglang.multimodal_gen.runtime.entrypoints.openai.keys import NOBODY, Caller
 from sglang.multimodal_gen.runtime.entrypoints.openai.webhooks import Webhooks
 from sglang.multimodal_gen.runtime.managers.job_store import KeptReply, VideoJob
 from sglang.multimodal_gen.runtime.managers.messages import (
@@ -139,6 +140,7 @@ class VideoJobs:
         safety_identifier: str | None = None,
         inputs: DecodedInputs = NO_INPUTS,
         remixed_from: str | None = None,
+        owner: Caller = NOBODY,
         reply_for: Callable[[VideoJob], KeptReply | None] = lambda job: None,
     ) -> VideoJob:
         """Hand one complete request that saves its output to the engine; returns once the engine has queued it and the
@@ -151,7 +153,9 @@ class VideoJobs:
         """
         self._make_room()
         job = self._new_job(params, model=model, inputs=inputs)
-        job = msgspec.structs.replace(job, safety_identifier=safety_identifier, remixed_from=remixed_from)
+        job = msgspec.structs.replace(
+            job, safety_identifier=safety_identifier, remixed_from=remixed_from, owner=owner.id or ""
+        )
         try:
             await self._keep_inputs(job, inputs)
             await self._keeper.insert(job, reply_for(job))
@@ -199,31 +203,35 @@ class VideoJobs:
         self._unlink_all(job)
         self._keeper.forget(job.id)
 
-    def get(self, job_id: str) -> VideoJob:
-        """The job as it is now. Raises VideoNotFound."""
+    def get(self, job_id: str, viewer: Caller = NOBODY) -> VideoJob:
+        """The job as it is now, if it is the viewer's to see. Raises VideoNotFound."""
         self._forget_expired()
-        if _ID.fullmatch(job_id) is None or job_id not in self._jobs:
+        job = self._jobs.get(job_id) if _ID.fullmatch(job_id) else None
+        if job is None or not _may_see(viewer, job):
             raise VideoNotFound(job_id)
-        return self._jobs[job_id]
+        return job
 
-    def page(self, *, after: str | None, limit: int, order: Order) -> tuple[list[VideoJob], bool]:
-        """Up to `limit` jobs in order of creation after the job `after`, and whether more follow.
+    def page(
+        self, *, after: str | None, limit: int, order: Order, viewer: Caller = NOBODY
+    ) -> tuple[list[VideoJob], bool]:
+        """Up to `limit` of the viewer's jobs in order of creation after the job `after`, and whether more follow.
 
         Raises:
             InvalidValue: `after` is no job's id (code `invalid_cursor`).
         """
         self._forget_expired()
         jobs: Iterable[VideoJob] = self._jobs.values() if order == "asc" else reversed(self._jobs.values())
+        jobs = (job for job in jobs if _may_see(viewer, job))
         if after is not None:
-            if after not in self._jobs:
+            if after not in self._jobs or not _may_see(viewer, self._jobs[after]):
                 raise InvalidValue("after", after, "the id of a video in the list", code="invalid_cursor")
             jobs = itertools.islice(itertools.dropwhile(lambda job: job.id != after, jobs), 1, None)
         page = list(itertools.islice(jobs, limit + 1))
         return page[:limit], len(page) > limit
 
-    async def delete(self, job_id: str) -> None:
+    async def delete(self, job_id: str, viewer: Caller = NOBODY) -> None:
         """Cancel the job when it runs, and remove it and its bytes. Raises VideoNotFound, StorageError."""
-        job = self.get(job_id)
+        job = self.get(job_id, viewer)
         await self._keeper.delete(job_id)
         self._jobs.pop(job_id, None)  # from here on nobody finds it; its watcher removes what may still be written
         watcher = self._watchers.get(job_id)
@@ -412,3 +420,8 @@ class VideoJobs:
         del self._jobs[job.id]
         self._unlink_all(job)
         self._keeper.forget(job.id)
+
+
+def _may_see(viewer: Caller, job: VideoJob) -> bool:
+    """Jobs belong to the key that they were made with; those made without one, on an open server, to everybody."""
+    return viewer.role == "admin" or job.owner in ("", viewer.id)
