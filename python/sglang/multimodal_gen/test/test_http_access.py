@@ -55,7 +55,8 @@ EVERY_ROUTE = [
     *(("GET", path) for path in ("/metrics", "/server_info", "/health_generate", "/v1/models", "/v1/models/tiny",
                                  VIDEOS, "/v1/videos/x", "/v1/videos/x/content", "/v1/images/x/content",
                                  "/openapi.json", "/no/such/route")),
-    *(("POST", path) for path in (IMAGES, "/v1/images/edits", VIDEOS, *sorted(ADMIN_PATHS))),
+    *(("POST", path) for path in (IMAGES, "/v1/images/edits", VIDEOS, "/v1/videos/edits", "/v1/videos/extensions",
+                                  "/v1/videos/x/remix", *sorted(ADMIN_PATHS))),
     ("DELETE", "/v1/videos/x"),
     ("PUT", VIDEOS),
 ]  # fmt: skip

@@ -126,7 +126,7 @@ class StateApi:
             "body_timeout_s": settings.body.timeout_s,
             "max_connections_per_ip": settings.max_connections_per_ip,
             "max_images": settings.max_images,
-            "max_videos": settings.max_videos,
+            "max_videos": settings.jobs.capacity,
             "shutdown_grace_s": settings.shutdown_grace_s,
         }
 
