@@ -239,6 +239,7 @@ class HttpArgs:
         check=_weak_key,
         secret=True,
     )
+    studio: bool = arg(True, help="Offer a page for browsers at /studio.", group="http")
 
 
 @dataclass(frozen=True, kw_only=True)

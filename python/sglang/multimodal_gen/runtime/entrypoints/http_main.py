@@ -34,6 +34,7 @@ def _settings(config: EngineConfig) -> HttpSettings:
         model_names=model_names(config.args.model),
         files_dir=files / "files",
         admin_api_key=config.args.http.admin_api_key,
+        studio=config.args.http.studio,
     )
 
 

@@ -33,6 +33,7 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.replies import (
     error_response,
 )
 from sglang.multimodal_gen.runtime.entrypoints.openai.video_api import ContentQuery, ListQuery, VideoApi
+from sglang.multimodal_gen.runtime.entrypoints.studio_routes import StudioRoutes
 from sglang.multimodal_gen.runtime.observability.metrics import HttpMetrics
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ def create_app(engine: Engine, settings: HttpSettings) -> FastAPI:
     _add_model_routes(app, ModelApi(engine, settings))
     _add_image_routes(app, ImageApi(engine, settings))
     _add_video_routes(app, videos)
+    StudioRoutes(enabled=settings.studio).add_to(app)
     return app
 
 

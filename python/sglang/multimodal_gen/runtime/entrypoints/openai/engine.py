@@ -86,6 +86,7 @@ class HttpSettings:
     idempotency_lifetime_s: float = 3600.0
     delete_timeout_s: float = 10.0
     admin_api_key: str | None = field(default=None, repr=False)
+    studio: bool = True
 
 
 def require_model(engine: Engine, settings: HttpSettings, name: str | None) -> ModelInfo:
