@@ -80,12 +80,16 @@ class StudioRoutes:
         """Add the routes; none when the Studio is switched off."""
         if not self._files:
             return
-        for path, endpoint in (("/", self._root), ("/studio", self._page), ("/studio/{name}", self._file)):
+        routes = {"/": self._root, "/studio/": self._slash, "/studio": self._page, "/studio/{name}": self._file}
+        for path, endpoint in routes.items():
             app.api_route(path, methods=_METHODS, response_model=None, include_in_schema=False)(endpoint)
 
     async def _root(self) -> Response:
         # Relative, so that it also holds behind a proxy that puts a prefix before every path.
         return RedirectResponse("studio", status_code=307)
+
+    async def _slash(self) -> Response:
+        return RedirectResponse("../studio", status_code=307)
 
     async def _page(self, request: Request) -> Response:
         return self._files["index.html"].response(request)

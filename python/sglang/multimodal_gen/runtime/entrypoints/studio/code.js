@@ -23,7 +23,8 @@ export function curl(settings) {
   const hasFiles = Object.keys(settings.files).length > 0;
   const key = apiKey() === null ? [] : [`-H "Authorization: Bearer $${KEY_VARIABLE}"`];
   const address = url(hasFiles ? (call.editPath ?? call.path) : call.path);
-  const parts = [`curl --fail-with-body -sS ${address}`, ...key, ...(hasFiles ? formParts(settings) : jsonParts(settings))];
+  const data = hasFiles ? formParts(settings) : jsonParts(settings);
+  const parts = [`curl --fail-with-body -sS ${address}`, ...key, ...data];
   const bare = `curl --fail-with-body -sS${key.length ? ` ${key[0]}` : ""}`;
   return settings.kind === "image" ? imageCommand(parts, settings) : videoCommand(parts, bare, settings);
 }
@@ -31,10 +32,16 @@ export function curl(settings) {
 const jsonParts = (settings) => ["-H 'Content-Type: application/json'", `-d ${shellQuoted(toJson(settings.params))}`];
 
 function formParts({ params, files }) {
-  const texts = Object.entries(params).flatMap(([name, value]) => (Array.isArray(value) ? value.map((each) => [`${name}[]`, each]) : [[name, value]]));
-  const attached = Object.entries(files).flatMap(([name, list]) => list.map((file) => `-F ${shellQuoted(`${name}${list.length > 1 ? "[]" : ""}=@${nameOf(file)}`)}`));
-  return [...texts.map(([name, value]) => `--form-string ${shellQuoted(`${name}=${value}`)}`), ...attached];
+  const texts = Object.entries(params).flatMap(([name, value]) =>
+    Array.isArray(value) ? value.map((each) => `${name}[]=${each}`) : [`${name}=${value}`],
+  );
+  const attached = attachments(files).map(([name, file]) => `-F ${shellQuoted(`${name}=@${nameOf(file)}`)}`);
+  return [...texts.map((text) => `--form-string ${shellQuoted(text)}`), ...attached];
 }
+
+/** [name of the part, file] of each; several files of a field are sent as `name[]`. */
+const attachments = (files) =>
+  Object.entries(files).flatMap(([name, list]) => list.map((file) => [list.length > 1 ? `${name}[]` : name, file]));
 
 /** A file name that needs no quoting inside curl's own syntax. */
 const nameOf = (file) => (file.name || "image.png").replace(/[^\w.-]+/g, "_");
@@ -63,8 +70,9 @@ export function python(settings) {
   const known = CLIENT_ARGUMENTS[settings.kind];
   const entries = Object.entries(settings.params);
   const own = entries.filter(([name]) => known.includes(name)).map(([name, value]) => `${name}=${literal(value)}`);
-  const extra = entries.filter(([name]) => !known.includes(name)).map(([name, value]) => `    ${literal(name)}: ${literal(value)},`);
-  const more = extra.length > 0 ? [`extra_body={\n${extra.map((line) => `    ${line}\n`).join("")}    }`] : [];
+  const extra = entries.filter(([name]) => !known.includes(name));
+  const lines = extra.map(([name, value]) => `        ${literal(name)}: ${literal(value)},\n`);
+  const more = extra.length > 0 ? [`extra_body={\n${lines.join("")}    }`] : [];
   return settings.kind === "image" ? imageProgram(settings, own, more) : videoProgram(settings, own, more, entries);
 }
 
@@ -111,7 +119,8 @@ client.videos.download_content(video.id).write_to_file("video.${settings.params.
 /** The client has no argument for these files, but sends any form. */
 function rawVideo(settings, entries) {
   const body = entries.map(([name, value]) => `    ${literal(name)}: ${literal(value)},\n`).join("");
-  const files = Object.entries(settings.files).flatMap(([name, list]) => list.map((file) => `    (${literal(name)}, ${opened(file)}),\n`)).join("");
+  const line = ([name, file]) => `    (${literal(name)}, ${opened(file)}),\n`;
+  const files = attachments(settings.files).map(line).join("");
   return `fields = {\n${body}}
 files = [\n${files}]
 headers = {"Content-Type": "multipart/form-data"}
@@ -125,7 +134,9 @@ function literal(value) {
   if (value === true) return "True";
   if (value === false) return "False";
   if (Array.isArray(value)) return `[${value.map(literal).join(", ")}]`;
-  if (typeof value === "object") return `{${Object.entries(value).map(([name, each]) => `${literal(name)}: ${literal(each)}`).join(", ")}}`;
+  if (typeof value === "object") {
+    return `{${Object.entries(value).map(([name, each]) => `${literal(name)}: ${literal(each)}`).join(", ")}}`;
+  }
   return typeof value === "string" ? JSON.stringify(value) : String(value);
 }
 
@@ -153,8 +164,13 @@ export function showCode(settings) {
   }, label);
   const tabs = [tab("curl", curl), tab("Python", python)];
   const files = Object.values(settings.files).flat();
-  const needs = files.length > 0 && h("p", { class: "muted" }, "It reads from the current directory: ", files.map(nameOf).join(", "), ". ",
-    settings.files.mask && h("a", { class: "link", href: URL.createObjectURL(settings.files.mask[0]), download: "mask.png" }, "Save mask.png"));
+  const mask = settings.files.mask?.[0];
+  const needs = files.length > 0 && h(
+    "p",
+    { class: "muted" },
+    `It reads from the current directory: ${files.map(nameOf).join(", ")}. `,
+    mask && h("a", { class: "link", href: URL.createObjectURL(mask), download: "mask.png" }, "Save mask.png"),
+  );
   dialog.replaceChildren(
     h("div", { class: "dialog-head" },
       h("h2", { id: "code-title" }, "Use these settings in code"),

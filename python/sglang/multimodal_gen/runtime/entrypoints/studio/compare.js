@@ -41,23 +41,39 @@ function playBoth(videos) {
   videos[0].addEventListener("play", show);
   videos[0].addEventListener("pause", show);
   show();
-  if (!calm()) Promise.all(videos.map((video) => new Promise((done) => video.addEventListener("canplay", done, { once: true })))).then(play);
+  const ready = (video) => new Promise((done) => video.addEventListener("canplay", done, { once: true }));
+  if (!calm()) Promise.all(videos.map(ready)).then(play);
   return toggle;
 }
 
 function differences(items, settings) {
-  const columns = items.map((item, index) => ({ ...named(settings[index].params), ...Object.fromEntries(factsOf(item)) }));
+  const columns = items.map((item, index) => {
+    return { ...named(settings[index].params), ...Object.fromEntries(factsOf(item)) };
+  });
   const names = [...new Set(columns.flatMap((column) => Object.keys(column)))];
-  const shown = (value) => (value === undefined || value === "" ? "–" : Array.isArray(value) ? value.join(", ") : String(value));
-  const rows = names.map((name) => columns.map((column) => shown(column[name]))).map((values, index) => ({ name: names[index], values }));
+  const shown = (value) => (value === undefined || value === "" ? "–" : String(value));
+  const rows = names.map((name) => ({ name, values: columns.map((column) => shown(column[name])) }));
   const differing = rows.filter(({ values }) => values[0] !== values[1]);
   const equal = rows.filter(({ values }) => values[0] === values[1]);
-  const row = ({ name, values }, differs) => h("tr", { class: differs ? "differs" : "" }, h("th", { scope: "row" }, name), values.map((value) => h("td", {}, value)));
-  return h("div", { class: "differences" },
-    h("table", {},
-      h("caption", {}, differing.length === 0 ? "Made with the same settings" : `${differing.length} ${differing.length === 1 ? "difference" : "differences"}`),
-      h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Setting"), h("th", { scope: "col" }, "A"), h("th", { scope: "col" }, "B"))),
-      h("tbody", {}, differing.map((each) => row(each, true)), equal.map((each) => row(each, false)))));
+  const row = ({ name, values }, differs) =>
+    h(
+      "tr",
+      { class: differs ? "differs" : "" },
+      h("th", { scope: "row" }, name),
+      values.map((value) => h("td", {}, value)),
+    );
+  const counted = differing.length === 1 ? "1 difference" : `${differing.length} differences`;
+  return h(
+    "div",
+    { class: "differences" },
+    h(
+      "table",
+      {},
+      h("caption", {}, differing.length === 0 ? "Made with the same settings" : counted),
+      h("thead", {}, h("tr", {}, ["Setting", "A", "B"].map((name) => h("th", { scope: "col" }, name)))),
+      h("tbody", {}, differing.map((each) => row(each, true)), equal.map((each) => row(each, false))),
+    ),
+  );
 }
 
 /** Parameters under the names that the form gives them; those that facts tell are left to them. */

@@ -21,14 +21,14 @@ export class Field {
     this._id = `field-${spec.name}`;
     this.control = this._control();
     this.slider = this._slider();
-    this._reset = button("reset", `Reset ${spec.label} to the default`, () => this._back(), { class: "button quiet only-icon reset" });
+    this._reset = button("reset", `Reset ${spec.label} to the default`, () => this._back(), { kind: "quiet reset" });
     this._problem = h("p", { class: "problem", id: `${this._id}-problem`, hidden: true });
     this.note = h("p", { class: "note", id: `${this._id}-note` });
     this.element = this._layout();
     this.value = undefined;
   }
 
-  /** The value as it is sent; undefined when it is not. What is no number goes as it is: the server says what is wrong. */
+  /** The value as it is sent; undefined when it is not. What is no number goes as it is: the server says so. */
   get value() {
     const { kind, list } = this.spec;
     if (kind === "switch" && !this.spec.optional) {
@@ -87,12 +87,19 @@ export class Field {
     const number = Number(this.control.value === "" ? (this.spec.initial ?? middle) : this.control.value);
     if (Number.isFinite(number)) this.slider.value = String(number);
     const { value } = this.slider;
-    this.slider.style.setProperty("--filled", `${(100 * (value - min)) / (max - min || 1)}%`);
+    const unknown = !set && typeof this.spec.initial !== "number";
+    this.element.classList.toggle("unknown", unknown);
+    this.slider.style.setProperty("--filled", `${unknown ? 0 : (100 * (value - min)) / (max - min || 1)}%`);
   }
 
   _control() {
     const { spec, _id: id } = this;
-    const shared = { id, name: spec.name, "aria-describedby": `${id}-help ${id}-note ${id}-problem`, oninput: () => this._edited() };
+    const shared = {
+      id,
+      name: spec.name,
+      "aria-describedby": `${id}-help ${id}-note ${id}-problem`,
+      oninput: () => this._edited(),
+    };
     if (spec.kind === "choice" || (spec.kind === "switch" && spec.optional)) return this._select(shared);
     if (spec.kind === "switch") return h("input", { ...shared, type: "checkbox", role: "switch", class: "switch" });
     const number = spec.kind === "integer" || spec.kind === "number";
@@ -114,7 +121,8 @@ export class Field {
   _select(shared) {
     const { spec } = this;
     const initial = defaultOf(spec);
-    const options = spec.kind === "switch" ? [["true", "Yes"], ["false", "No"]] : spec.choices.map((each) => [each, each]);
+    const choices = spec.choices?.map((each) => [each, each]);
+    const options = choices ?? [["true", "Yes"], ["false", "No"]];
     return h(
       "select",
       shared,
@@ -144,8 +152,9 @@ export class Field {
 
   /** Arrow keys step a number, as in a browser's own number field; ten steps with Shift. */
   _onKey(event) {
-    if ((event.key !== "ArrowUp" && event.key !== "ArrowDown") || event.altKey || event.ctrlKey || event.metaKey) return;
-    const now = numberOf(this.control.value === "" ? String(this.spec.initial ?? this.spec.minimum ?? 0) : this.control.value);
+    const { key, altKey, ctrlKey, metaKey } = event;
+    if ((key !== "ArrowUp" && key !== "ArrowDown") || altKey || ctrlKey || metaKey) return;
+    const now = numberOf(this.control.value || String(this.spec.initial ?? this.spec.minimum ?? 0));
     if (typeof now !== "number") return;
     event.preventDefault();
     const step = stepOf(this.spec) * (event.shiftKey ? 10 : 1) * (event.key === "ArrowUp" ? 1 : -1);
@@ -160,7 +169,8 @@ export class Field {
     const label = h("label", { for: id }, spec.label);
     const help = h("p", { class: "help", id: `${id}-help` }, spec.help);
     if (spec.kind === "switch" && !spec.optional) {
-      return h("div", { class: "field field-switch", dataset: { field: spec.name } }, h("div", { class: "row" }, label, this._reset, this.control), help, this.note, this._problem);
+      const row = h("div", { class: "row" }, label, this._reset, this.control);
+      return h("div", { class: "field", dataset: { field: spec.name } }, row, help, this.note, this._problem);
     }
     const extra = spec.name === "seed" ? this._dice() : null;
     return h(

@@ -10,7 +10,9 @@ import { FIELD_OF_PARAM, formOf, groupName } from "./schema.js";
 const DRAFT = "studio.draft";
 const ASPECTS = [["1:1", 1], ["4:3", 4 / 3], ["16:9", 16 / 9], ["3:4", 3 / 4], ["9:16", 9 / 16]];
 // What says something about an image or a video that is not there would be refused.
-const NEEDS_INPUT = new Set(["strength", "image_cond_noise_scale", "frame_index", "image_embed_interleave", "auto_resize"]);
+const NEEDS_INPUT = new Set([
+  ...["strength", "image_cond_noise_scale", "frame_index", "image_embed_interleave", "auto_resize"],
+]);
 
 export class SettingsForm {
   constructor({ changed }) {
@@ -90,8 +92,8 @@ export class SettingsForm {
   fail(error) {
     this.clearProblems();
     const name = FIELD_OF_PARAM[error.param] ?? error.param;
-    if (name === "mask" && !this.inputs.has("mask")) return this._failInput([...this.inputs.values()].find((each) => each.spec.mask), error);
-    if (this.inputs.has(name)) return this._failInput(this.inputs.get(name), error);
+    const input = this.inputs.get(name) ?? [...this.inputs.values()].find((each) => name === "mask" && each.spec.mask);
+    if (input) return this._failInput(input, error);
     const field = this.fields.get(name);
     if (field === undefined || field.element.hidden) return false;
     for (let parent = field.element.parentElement; parent; parent = parent.parentElement) {
@@ -116,7 +118,6 @@ export class SettingsForm {
   }
 
   _failInput(input, error) {
-    if (input === undefined) return false;
     input.fail(error.message);
     input.focus();
     return true;
@@ -140,15 +141,16 @@ export class SettingsForm {
     byId("inputs-slot").replaceChildren(...[...this.inputs.values()].map((input) => input.element));
     byId("basic-slot").replaceChildren(...this._basic());
     byId("advanced-slot").replaceChildren(...this._advanced());
-    this.fields.get("prompt")?.control.setAttribute("rows", "4");
-    this.fields.get("prompt")?.control.setAttribute("placeholder", mode === "video" ? "What should move, and how?" : "What should the image show?");
+    const question = mode === "video" ? "What should move, and how?" : "What should the image show?";
+    this.fields.get("prompt")?.control.setAttribute("placeholder", question);
     this.keyChanged();
     this._notes();
   }
 
   _negative() {
     const field = this.fields.get("negative_prompt");
-    return field && h("details", { class: "fold slim" }, h("summary", {}, icon("chevron"), field.spec.label), field.element);
+    const summary = field && h("summary", {}, icon("chevron"), field.spec.label);
+    return field && h("details", { class: "fold slim" }, summary, field.element);
   }
 
   _basic() {
@@ -166,9 +168,11 @@ export class SettingsForm {
       const [w, v] = [width.value ?? width.spec.initial ?? undefined, height.value ?? height.spec.initial ?? undefined];
       this._setSize(v, w);
     }, { kind: "plain" });
-    const chips = this._area() === null ? [] : ASPECTS.map(([name, ratio]) => h(
-      "button", { type: "button", class: "chip", "aria-label": `Aspect ratio ${name}`, onclick: () => this._setSize(...this._sizeFor(ratio)) }, name,
-    ));
+    const chip = ([name, ratio]) => {
+      const onclick = () => this._setSize(...this._sizeFor(ratio));
+      return h("button", { type: "button", class: "chip", "aria-label": `Aspect ratio ${name}`, onclick }, name);
+    };
+    const chips = this._area() === null ? [] : ASPECTS.map(chip);
     return h(
       "fieldset", { class: "size" },
       h("legend", { class: "visually-hidden" }, "Size in pixels"),
@@ -206,9 +210,11 @@ export class SettingsForm {
     }
     const last = ["some", "observation"];
     const order = [...groups.keys()].toSorted((a, b) => last.indexOf(a) - last.indexOf(b));
-    return order.map((group) => h(
-      "section", { class: "group", "aria-label": groupName(group), dataset: { group } }, h("h3", {}, groupName(group)), groups.get(group),
-    ));
+    return order.map((group) => {
+      const name = groupName(group);
+      const title = h("h3", {}, name);
+      return h("section", { class: "group", "aria-label": name, dataset: { group } }, title, groups.get(group));
+    });
   }
 
   _hideEmptyGroups() {
@@ -228,13 +234,14 @@ export class SettingsForm {
   }
 
   _raw() {
-    return Object.fromEntries([...this.fields].filter(([, field]) => field.value !== undefined).map(([name, field]) => [name, field.value]));
+    const given = [...this.fields].map(([name, field]) => [name, field.value]);
+    return Object.fromEntries(given.filter(([, value]) => value !== undefined));
   }
 
   _onChange() {
     this._notes();
-    const values = Object.fromEntries(Object.entries(this._raw()).map(([name, value]) => [name, typeof value === "bigint" ? String(value) : value]));
-    sessionStorage.setItem(DRAFT, JSON.stringify({ mode: this.mode, values }));
+    const plainly = (_, value) => (typeof value === "bigint" ? String(value) : value);
+    sessionStorage.setItem(DRAFT, JSON.stringify({ mode: this.mode, values: this._raw() }, plainly));
     this._changed();
   }
 
@@ -246,7 +253,8 @@ export class SettingsForm {
     };
     const [frames, fps] = [number("num_frames"), number("fps")];
     if (frames > 0 && fps > 0) {
-      this.fields.get("num_frames").note.textContent = `${plain((frames - 1) / fps)} s at ${plain(fps)} frames a second`;
+      const length = `${plain((frames - 1) / fps)} s at ${plain(fps)} frames a second`;
+      this.fields.get("num_frames").note.textContent = length;
     }
     const hasInput = [...this.inputs.values()].some((input) => input.files.length > 0);
     for (const name of NEEDS_INPUT) {

@@ -9,7 +9,7 @@ import * as store from "./store.js";
 const PAGE = 24;
 
 export class Gallery {
-  /** `open(item)`, `openJob(job)`, `follow(video)` and `chosen([a, b])` are called when the user, or the server's list, says so. */
+  /** `open(item)`, `openJob(job)`, `chosen([a, b])`: the user wishes it. `follow(video)`: one still runs. */
   constructor({ open, openJob, follow, chosen }) {
     this._open = open;
     this._openJob = openJob;
@@ -148,12 +148,14 @@ export class Gallery {
     if (!this._loaded && wanted.length === 0) this._skeletons();
     byId("gallery-empty").hidden = !this._loaded || wanted.length > 0;
     this._more.hidden = !rest && !this._moreVideos;
-    byId("gallery-count").textContent = items.length > 0 ? String(items.length) + (rest || this._moreVideos ? "+" : "") : "";
+    byId("gallery-count").textContent = items.length > 0 ? `${items.length}${this._more.hidden ? "" : "+"}` : "";
     this._showPicked();
   }
 
   _skeletons() {
-    this._list.replaceChildren(...Array.from({ length: 4 }, () => h("li", { class: "card placeholder", "aria-hidden": "true" }, h("div", { class: "thumb skeleton" }), h("div", { class: "line skeleton" }))));
+    const shape = (name) => h("div", { class: `${name} skeleton` });
+    const card = () => h("li", { class: "card placeholder", "aria-hidden": "true" }, shape("thumb"), shape("line"));
+    this._list.replaceChildren(...Array.from({ length: 4 }, card));
   }
 
   _elementOf(key, make) {
@@ -163,6 +165,10 @@ export class Gallery {
 
   _card(item) {
     const what = `${item.kind === "video" ? "Video" : "Image"}: ${item.prompt || "no prompt"}`;
+    const tool = { kind: "float", disabled: Boolean(item.failed) };
+    const pick = { kind: "float pick", "aria-pressed": "false" };
+    const save = () => download(item).catch((error) => toast(error.message));
+    const made = h("time", { datetime: new Date(item.created).toISOString() }, moment(item.created));
     return h(
       "li",
       { class: "card", dataset: { key: item.key, kind: item.kind } },
@@ -170,20 +176,22 @@ export class Gallery {
         thumbnailElement(item),
         item.length && h("span", { class: "badge" }, item.length)),
       h("div", { class: "card-tools" },
-        button("compare", `Compare ${what}`, () => this._pick(item), { kind: "float pick", "aria-pressed": "false", disabled: Boolean(item.failed) }),
-        button("download", `Download ${what}`, () => download(item).catch((error) => toast(error.message)), { kind: "float", disabled: Boolean(item.failed) }),
+        button("compare", `Compare ${what}`, () => this._pick(item), { ...tool, ...pick }),
+        button("download", `Download ${what}`, save, tool),
         button("trash", `Delete ${what}`, () => this.remove(item), { kind: "float" })),
       h("p", { class: "card-prompt", title: item.prompt }, item.prompt || "No prompt"),
-      h("p", { class: "card-facts" }, item.failed ? "Failed" : item.size.replace("x", " × "), " · ", h("time", { datetime: new Date(item.created).toISOString() }, moment(item.created))),
+      h("p", { class: "card-facts" }, item.failed ? "Failed" : item.size.replace("x", " × "), " · ", made),
     );
   }
 
   _jobCard(job) {
     const line = progressLine(job);
+    const label = `Show the running ${job.kind}: ${job.settings.params.prompt}`;
+    const open = { type: "button", class: "card-open", "aria-label": label, onclick: () => this._openJob(job) };
     return h(
       "li",
       { class: "card running", dataset: { job: job.id } },
-      h("button", { type: "button", class: "card-open", "aria-label": `Show the running ${job.kind}: ${job.settings.params.prompt}`, onclick: () => this._openJob(job) }, h("div", { class: "thumb skeleton" })),
+      h("button", open, h("div", { class: "thumb skeleton" })),
       h("div", { class: "card-tools" }, button("x", "Cancel", () => job.cancel(), { kind: "float" })),
       h("p", { class: "card-prompt" }, job.settings.params.prompt || "No prompt"),
       line.element,

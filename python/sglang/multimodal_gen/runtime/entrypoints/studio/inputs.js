@@ -5,7 +5,10 @@ import { fileSize } from "./format.js";
 import { drawMask } from "./mask.js";
 
 const FORMATS = { image: "PNG, JPEG, WebP or BMP", video: "MP4, WebM or GIF" };
-const ACCEPTED = { image: "image/png,image/jpeg,image/webp,image/bmp", video: "video/mp4,video/webm,video/quicktime,image/gif" };
+const ACCEPTED = {
+  image: "image/png,image/jpeg,image/webp,image/bmp",
+  video: "video/mp4,video/webm,video/quicktime,image/gif",
+};
 
 /** One file field of a call, such as `image`. `changed` is called when its files change. */
 export class FileInput {
@@ -79,14 +82,16 @@ export class FileInput {
 
   _layout() {
     const { spec } = this;
+    const needed = spec.required && h("span", { class: "tag" }, "needed");
+    const formats = FORMATS[spec.kind] + (spec.most > 1 ? `, up to ${spec.most}` : "");
     const element = h(
       "div",
       { class: "field input", dataset: { input: spec.name } },
-      h("div", { class: "row" }, h("span", { class: "label" }, spec.label), spec.required && h("span", { class: "tag" }, "needed")),
+      h("div", { class: "row" }, h("span", { class: "label" }, spec.label), needed),
       this._list,
       this._drop,
       this._chooser,
-      h("p", { class: "help", id: `input-${spec.name}-help`, title: spec.help }, FORMATS[spec.kind] + (spec.most > 1 ? `, up to ${spec.most}` : "")),
+      h("p", { class: "help", id: `input-${spec.name}-help`, title: spec.help }, formats),
       this._problem,
     );
     element.addEventListener("dragover", (event) => {
@@ -110,7 +115,8 @@ export class FileInput {
     this._list.hidden = this.files.length === 0;
     const { most, label } = this.spec;
     this._drop.hidden = most === 1 && this.files.length > 0;
-    const more = this.files.length > 0 ? `Add another ${label.toLowerCase()}` : `Drop, paste or choose ${label === "Image" ? "an image" : `the ${label.toLowerCase()}`}`;
+    const one = label === "Image" ? "an image" : `the ${label.toLowerCase()}`;
+    const more = this.files.length > 0 ? `Add another ${label.toLowerCase()}` : `Drop, paste or choose ${one}`;
     this._drop.querySelector("span").textContent = more;
     this._drop.setAttribute("aria-label", more);
     this._drop.title = "";
@@ -124,6 +130,7 @@ export class FileInput {
       ? h("video", { src: url, muted: true, preload: "metadata", "aria-hidden": "true" })
       : h("img", { src: url, alt: "" });
     const masked = index === 0 && spec.mask;
+    const draw = this.mask ? "Edit mask" : "Draw mask";
     return h(
       "li",
       { class: "file" },
@@ -131,7 +138,7 @@ export class FileInput {
       h("div", { class: "file-facts" },
         h("span", { class: "file-name" }, file.name || "pasted image"),
         h("span", { class: "muted" }, fileSize(file.size), masked && this.mask ? " · masked" : "")),
-      masked && button("brush", this.mask ? "Edit mask" : "Draw mask", () => this._editMask(), { text: this.mask ? "Edit mask" : "Draw mask", kind: "plain small" }),
+      masked && button("brush", draw, () => this._editMask(), { text: draw, kind: "plain small" }),
       button("x", `Remove ${file.name || "image"}`, () => this._remove(index), { kind: "quiet small" }),
     );
   }

@@ -75,8 +75,8 @@ export class VideoItem {
     const kept = await store.settingsOf(this.key).catch(() => null);
     if (kept !== null) return kept;
     const { prompt, seed, size, num_frames, fps, model } = this.video;
-    const params = { prompt: prompt ?? "", seed, size, num_frames, fps };
-    for (const name of Object.keys(params)) if (params[name] === null || params[name] === undefined) delete params[name];
+    const told = Object.entries({ prompt: prompt ?? "", seed, size, num_frames, fps });
+    const params = Object.fromEntries(told.filter(([, value]) => value !== null && value !== undefined));
     return { kind: "video", params, files: {}, model, total: null };
   }
 
@@ -112,7 +112,8 @@ export async function keepImages(job, images) {
       height: bitmap.height,
     };
     bitmap.close();
-    await store.keepImage(record).catch((error) => console.warn("the image could not be kept", error)); // private windows
+    // Private windows may keep nothing; the image is shown all the same.
+    await store.keepImage(record).catch((error) => console.warn("the image could not be kept", error));
     items.push(new ImageItem(record));
   }
   return items;
@@ -126,7 +127,8 @@ export const videoPage = (after, limit) =>
 export async function mediaElement(item, { autoplay = false } = {}) {
   const { url, blob } = await item.media();
   if (blob.type.startsWith("video/")) {
-    const video = h("video", { src: url, controls: true, loop: true, playsinline: true, "aria-label": `Video: ${item.prompt}` });
+    const name = `Video: ${item.prompt}`;
+    const video = h("video", { src: url, controls: true, loop: true, playsinline: true, "aria-label": name });
     video.muted = true;
     video.autoplay = autoplay;
     return video;
@@ -164,7 +166,8 @@ export function thumbnailElement(item) {
 /** Saves the media as a file named after its prompt. */
 export async function download(item) {
   const { url, blob } = await item.media();
-  h("a", { href: url, download: `${slug(item.prompt)}${item.seed === null ? "" : `-${item.seed}`}.${endingOf(blob.type)}` }).click();
+  const name = item.seed === null ? slug(item.prompt) : `${slug(item.prompt)}-${item.seed}`;
+  h("a", { href: url, download: `${name}.${endingOf(blob.type)}` }).click();
 }
 
 /** What is told of a result, as [name, value]. */

@@ -75,14 +75,16 @@ export class Job extends EventTarget {
  */
 export async function run(job, finished, existing = null) {
   try {
-    const found = existing !== null ? await follow(job, existing) : job.kind === "image" ? await images(job) : await video(job);
+    const made = existing !== null ? follow(job, existing) : job.kind === "image" ? images(job) : video(job);
+    const found = await made;
     if (!job.running) return;
     job.results = await finished(job, found);
     job.end({ state: "done", fraction: 1 });
   } catch (error) {
     if (!job.running) return; // it was cancelled
     if (!(error instanceof ApiError)) console.error(error);
-    job.end({ state: "failed", error: error instanceof ApiError ? error : new ApiError(String(error.message ?? error)) });
+    const told = error instanceof ApiError ? error : new ApiError(String(error.message ?? error));
+    job.end({ state: "failed", error: told });
   }
 }
 
@@ -96,8 +98,9 @@ export function callOf(settings, extra = {}) {
   }
   const body = new FormData();
   for (const [name, value] of Object.entries(params)) {
-    for (const each of Array.isArray(value) ? value : [value]) {
-      body.append(Array.isArray(value) ? `${name}[]` : name, typeof each === "object" ? JSON.stringify(each) : String(each));
+    const several = Array.isArray(value);
+    for (const each of several ? value : [value]) {
+      body.append(several ? `${name}[]` : name, typeof each === "object" ? JSON.stringify(each) : String(each));
     }
   }
   for (const [name, list] of files) {
@@ -190,8 +193,8 @@ async function follow(job, first) {
     await pause(POLL_MS, job.signal);
     now = apply(job, await retrieved(job, now));
   }
-  if (now.status === "failed") throw new ApiError(now.error?.message ?? "The video failed.", { status: 500, ...now.error });
-  return now;
+  if (now.status === "completed") return now;
+  throw new ApiError(now.error?.message ?? "The video failed.", { status: 500, ...now.error });
 }
 
 const isFinal = (video) => video.status === "completed" || video.status === "failed";
@@ -229,11 +232,12 @@ async function streamed(job, before) {
 
 function apply(job, video) {
   const total = job.total ?? video.num_inference_steps ?? null;
+  const counted = total !== null && video.status !== "queued";
   job.update({
     state: video.status === "queued" ? "queued" : "running",
     fraction: video.progress / 100,
     eta: video.eta_seconds ?? null,
-    step: total === null || video.status === "queued" ? null : Math.max(job.step ?? 0, Math.floor((video.progress / 100) * total)),
+    step: counted ? Math.max(job.step ?? 0, Math.floor((video.progress / 100) * total)) : null,
     total,
   });
   return video;

@@ -19,7 +19,12 @@ const WAITING_POLL_MS = 1000;
 
 const jobs = new Set();
 const form = new SettingsForm({ changed: () => hideError() });
-const stage = new Stage({ use: useSettings, remove: removeItem, compare: pickForComparison, askKey: () => askKey(true) });
+const stage = new Stage({
+  use: useSettings,
+  remove: removeItem,
+  compare: pickForComparison,
+  askKey: () => askKey(true),
+});
 const gallery = new Gallery({ open: openItem, openJob, follow: followVideo, chosen: openComparison });
 
 // --- generating ---
@@ -140,7 +145,10 @@ function wireKey() {
 }
 
 async function changeKey() {
-  byId("key-text").textContent = apiKey() === null ? "Only servers that were started with a key need one." : "Leave it empty to forget the key.";
+  const known = apiKey() !== null;
+  byId("key-text").textContent = known
+    ? "Leave it empty to forget the key."
+    : "Only servers that were started with a key need one.";
   byId("key-input").value = "";
   if ((await ask(byId("key-dialog"))) !== "given") return;
   setApiKey(byId("key-input").value.trim());
@@ -185,7 +193,10 @@ function showState(state, error) {
   banner.dataset.state = state;
   banner.hidden = text === null;
   banner.replaceChildren(...(text === null ? [] : [text]));
-  if (state === "locked") banner.append(button("key", "Enter an API key", () => askKey(false), { text: "Enter an API key", kind: "plain small" }));
+  if (state === "locked") {
+    const label = "Enter an API key";
+    banner.append(button("key", label, () => askKey(false), { text: label, kind: "plain small" }));
+  }
   byId("model").dataset.state = state in texts ? state : "starting";
   if (text !== null && !form.ready) byId("model-name").textContent = state in texts ? "Not available" : "Loading…";
 }
@@ -198,19 +209,23 @@ async function describe() {
   byId("form-skeleton").hidden = true;
   byId("advanced").hidden = false;
   byId("mode").hidden = modes.length < 2;
-  const size = model.num_parameters >= 1e9 ? `${plain((model.num_parameters / 1e9).toFixed(1))} B` : `${plain((model.num_parameters / 1e6).toFixed(0))} M`;
+  const millions = model.num_parameters / 1e6;
+  const size = millions >= 1000 ? `${plain((millions / 1000).toFixed(1))} B` : `${plain(millions.toFixed(0))} M`;
+  const about = [model.pipeline_class, `${size} parameters`, model.precision, model.licence];
   byId("model-name").textContent = model.id;
-  byId("model").title = [model.pipeline_class, `${size} parameters`, model.precision, model.licence].filter(Boolean).join(" · ");
+  byId("model").title = about.filter(Boolean).join(" · ");
   await gallery.load();
 }
 
 // --- the rest of the page ---
 
 function wireTheme() {
-  const dark = () => (document.documentElement.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
+  const root = document.documentElement;
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
   const toggle = button("moon", "Dark", () => {
-    document.documentElement.dataset.theme = dark() ? "light" : "dark";
-    localStorage.setItem("studio.theme", document.documentElement.dataset.theme);
+    root.dataset.theme = dark() ? "light" : "dark";
+    localStorage.setItem("studio.theme", root.dataset.theme);
     show();
   }, { id: "theme" });
   const show = () => {
@@ -219,7 +234,7 @@ function wireTheme() {
     toggle.title = label;
     toggle.replaceChildren(icon(dark() ? "sun" : "moon"));
   };
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
+  system.addEventListener("change", show);
   show();
   byId("top-tools").append(button("key", "API key", changeKey, { id: "key" }), toggle);
 }
@@ -249,7 +264,8 @@ function wireForm() {
   for (const radio of document.querySelectorAll('input[name="mode"]')) {
     radio.addEventListener("change", () => form.setMode(radio.value));
   }
-  byId("foot-tools").append(button("code", "Show as code", () => form.ready && showCode(form.settings()), { kind: "plain" }));
+  const show = () => form.ready && showCode(form.settings());
+  byId("foot-tools").append(button("code", "Show as code", show, { kind: "plain" }));
 }
 
 wireKey();

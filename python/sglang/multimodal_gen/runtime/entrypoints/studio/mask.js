@@ -22,7 +22,7 @@ export async function drawMask(file, before) {
   const answer = await closed;
   dialog.replaceChildren();
   image.close();
-  return answer === "apply" ? editor.mask() : undefined;
+  return answer === "apply" ? editor.result : undefined;
 }
 
 class MaskEditor {
@@ -34,13 +34,13 @@ class MaskEditor {
     this._last = null;
     this._cursor = [image.width / 2, image.height / 2];
     this._brush = Math.max(2, Math.round(Math.max(...this._size) / 10));
-    // Painted pixels are opaque in here; shown through the canvas's opacity, turned round in `mask`.
+    // Painted pixels are opaque in here; shown through the canvas's opacity, turned round in `_mask`.
     this.canvas = h("canvas", {
       width: image.width,
       height: image.height,
       tabindex: "0",
       role: "application",
-      "aria-label": "Mask. Arrow keys move the brush, Space paints, B and E choose brush and eraser, brackets change its size.",
+      "aria-label": "Mask. Arrow keys move the brush, Space paints, B and E choose brush or eraser, brackets its size.",
       onpointerdown: (event) => this._down(event),
       onpointermove: (event) => this._move(event),
       onpointerup: () => (this._last = null),
@@ -48,7 +48,8 @@ class MaskEditor {
       onkeydown: (event) => this._onKey(event),
     });
     this._pen = this.canvas.getContext("2d", { willReadFrequently: true });
-    this._picture = h("canvas", { width: image.width, height: image.height, class: "mask-picture", "aria-hidden": "true" });
+    const [width, height] = this._size;
+    this._picture = h("canvas", { width, height, class: "mask-picture", "aria-hidden": "true" });
     this._picture.getContext("2d").drawImage(image, 0, 0);
     this._ring = h("div", { class: "mask-ring", hidden: true, "aria-hidden": "true" });
     this.element = this._layout();
@@ -66,8 +67,14 @@ class MaskEditor {
     this._refresh();
   }
 
+  /** Closes only once the PNG is there: whoever generates right after that sends it. */
+  async _apply() {
+    this.result = await this._mask();
+    byId("mask-dialog").close("apply");
+  }
+
   /** The PNG, or null when nothing is painted. */
-  async mask() {
+  async _mask() {
     const painted = this._pixels();
     if (!painted.data.some((value, index) => index % 4 === 3 && value > 127)) return null;
     for (let index = 0; index < painted.data.length; index += 4) {
@@ -90,7 +97,11 @@ class MaskEditor {
       eraser: button("eraser", "Eraser", () => this._choose(true), { text: "Eraser", kind: "tool" }),
     };
     this._sizer = h("input", {
-      type: "range", min: 1, max: Math.round(Math.max(...this._size) / 3), value: this._brush, "aria-label": "Brush size",
+      type: "range",
+      min: 1,
+      max: Math.round(Math.max(...this._size) / 3),
+      value: this._brush,
+      "aria-label": "Brush size",
       oninput: (event) => this._resize(Number(event.target.value)),
     });
     this._sizer.style.setProperty("--filled", `${(100 * this._brush) / Number(this._sizer.max)}%`);
@@ -98,7 +109,7 @@ class MaskEditor {
     this._redo = button("redo", "Redo", () => this._step(this._undone, this._done));
     return h(
       "div",
-      { class: "mask" },
+      { class: "mask", onkeydown: (event) => this._onShortcut(event) },
       h("div", { class: "dialog-head" },
         h("h2", { id: "mask-title" }, "Draw a mask"),
         h("p", { class: "muted" }, "Paint over what is to be made anew. Everything else stays.")),
@@ -112,7 +123,7 @@ class MaskEditor {
       h("div", { class: "mask-stage" }, h("div", { class: "mask-stack" }, this._picture, this.canvas, this._ring)),
       h("div", { class: "dialog-foot" },
         button(null, "Cancel", () => byId("mask-dialog").close("cancel"), { text: "Cancel", kind: "plain" }),
-        button(null, "Use mask", () => byId("mask-dialog").close("apply"), { text: "Use mask", kind: "primary" })),
+        button(null, "Use mask", () => this._apply(), { text: "Use mask", kind: "primary" })),
     );
   }
 
@@ -138,8 +149,8 @@ class MaskEditor {
   // --- painting ---
 
   _at(event) {
-    const box = this.canvas.getBoundingClientRect();
-    return [((event.clientX - box.left) / box.width) * this._size[0], ((event.clientY - box.top) / box.height) * this._size[1]];
+    const { left, top, width, height } = this.canvas.getBoundingClientRect();
+    return [((event.clientX - left) / width) * this._size[0], ((event.clientY - top) / height) * this._size[1]];
   }
 
   _down(event) {
@@ -187,10 +198,16 @@ class MaskEditor {
   _onKey(event) {
     const step = Math.max(1, Math.max(...this._size) * KEY_STEP) * (event.shiftKey ? 5 : 1);
     const moves = { ArrowLeft: [-step, 0], ArrowRight: [step, 0], ArrowUp: [0, -step], ArrowDown: [0, step] };
-    const command = event.ctrlKey || event.metaKey;
     if (moves[event.key]) this._moveBy(moves[event.key]);
     else if (event.key === " ") this._stamp();
-    else if (command && event.key.toLowerCase() === "z") event.shiftKey ? this._redo.click() : this._undo.click();
+    else return;
+    event.preventDefault();
+  }
+
+  /** Keys that mean the same wherever the focus is in the dialog. */
+  _onShortcut(event) {
+    const command = event.ctrlKey || event.metaKey;
+    if (command && event.key.toLowerCase() === "z") event.shiftKey ? this._redo.click() : this._undo.click();
     else if (command) return;
     else if (event.key === "b") this._choose(false);
     else if (event.key === "e") this._choose(true);
@@ -230,6 +247,7 @@ class MaskEditor {
     to.push(this._pixels());
     this._pen.putImageData(from.pop(), 0, 0);
     this._refresh();
+    if (from.length === 0) this.canvas.focus(); // the button is disabled now and would take the focus along
   }
 
   _clear() {

@@ -18,7 +18,9 @@ export function progressText(job) {
 /** {element}: a labelled progress bar with its text. It stops when the job ends. */
 export function progressLine(job) {
   const fill = h("div", { class: "bar-fill" });
-  const bar = h("div", { class: "bar", role: "progressbar", "aria-label": `Progress of the ${job.kind}`, "aria-valuemin": 0, "aria-valuemax": 100 }, fill);
+  const label = `Progress of the ${job.kind}`;
+  const range = { "aria-valuemin": 0, "aria-valuemax": 100 };
+  const bar = h("div", { class: "bar", role: "progressbar", "aria-label": label, ...range }, fill);
   const text = h("p", { class: "progress-text" });
   const show = () => {
     const known = job.fraction !== null && job.state === "running";

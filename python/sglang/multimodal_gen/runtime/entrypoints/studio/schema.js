@@ -8,7 +8,10 @@ export const CALLS = {
 };
 
 // Shown first, in this order; everything else is advanced.
-const BASIC = ["width", "height", "num_frames", "fps", "num_inference_steps", "guidance_scale", "strength", "n", "seed"];
+const BASIC = [
+  ...["width", "height", "num_frames", "fps"],
+  ...["num_inference_steps", "guidance_scale", "strength", "n", "seed"],
+];
 const IN_PLACE = ["prompt", "negative_prompt"];
 // What the page decides, what says the same as another field, and OpenAI's fields that make no difference here.
 const NOT_SHOWN = new Set([
@@ -121,7 +124,7 @@ function kindOf(scalar) {
   return { integer: "integer", number: "number", boolean: "switch", string: "text" }[scalar?.type] ?? "json";
 }
 
-/** [low, high] of a slider, or null where one would be of no use: an open range, or values far apart without a default. */
+/** [low, high] of a slider; null where it is of no use: an open range, or values far apart without a default. */
 export function sliderRange({ minimum, maximum, initial, step }) {
   if (minimum === null || maximum === null || !Number.isFinite(maximum)) return null;
   if (maximum - minimum <= 100) return [minimum, maximum];
@@ -161,11 +164,13 @@ function inputsOf(files, isFile, model, mode) {
   const tasks = model.tasks ?? [];
   const animates = tasks.length === 0 || tasks.some((task) => /I.*2V$|image.*video$/.test(task));
   const images = mode === "image" || animates ? taken.max_images : 0;
+  const one = (takes, requires) => (takes || requires ? 1 : 0);
+  const last = { most: one(taken.takes_last_image, taken.requires_last_image), required: taken.requires_last_image };
   const rules = {
-    image: { most: images, required: taken.min_images > 0, kind: "image", mask: taken.takes_mask, needsMask: taken.requires_mask },
+    image: { most: images, required: taken.min_images > 0, kind: "image", mask: taken.takes_mask },
     input_reference: { most: images, required: taken.min_images > 0, kind: "image" },
-    last_image: { most: taken.takes_last_image || taken.requires_last_image ? 1 : 0, required: taken.requires_last_image, kind: "image" },
-    video: { most: taken.takes_video || taken.requires_video ? 1 : 0, required: taken.requires_video, kind: "video" },
+    last_image: { ...last, kind: "image" },
+    video: { most: one(taken.takes_video, taken.requires_video), required: taken.requires_video, kind: "video" },
   };
   return Object.entries(files)
     .filter(([name]) => isFile(name) && name !== "mask")

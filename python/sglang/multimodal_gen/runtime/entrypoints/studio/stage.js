@@ -36,9 +36,10 @@ export class Stage {
     this.item = null;
     const picture = h("div", { class: "preview skeleton" }, icon(job.kind));
     const line = progressLine(job);
+    const look = { text: "Cancel", kind: "plain", "aria-keyshortcuts": "Escape" };
+    const foot = h("div", { class: "running-foot" }, line.element, button("x", "Cancel", () => job.cancel(), look));
     this._set(
-      [h("div", { class: "running-view" }, picture,
-        h("div", { class: "running-foot" }, line.element, button("x", "Cancel", () => job.cancel(), { text: "Cancel", kind: "plain", "aria-keyshortcuts": "Escape" })))],
+      [h("div", { class: "running-view" }, picture, foot)],
       [h("p", { class: "stage-prompt" }, job.settings.params.prompt)],
     );
     const changed = () => {
@@ -105,19 +106,22 @@ export class Stage {
   }
 
   _about(item, siblings) {
+    const tool = (iconName, text, onclick) => button(iconName, text, onclick, { text, kind: "plain" });
     const tools = item.failed ? [] : [
-      button("download", "Download", () => download(item).catch((error) => toast(error.message)), { text: "Download", kind: "plain" }),
-      button("compare", "Compare", () => this._compare(item), { text: "Compare", kind: "plain" }),
+      tool("download", "Download", () => download(item).catch((error) => toast(error.message))),
+      tool("compare", "Compare", () => this._compare(item)),
     ];
+    const fact = ([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
+    const notes = item.notes.map((note) => h("li", {}, note));
     return [
       siblings.length > 1 && this._strip(item, siblings),
       h("p", { class: "stage-prompt" }, item.prompt),
-      h("dl", { class: "facts" }, [...factsOf(item), ["Made", moment(item.created)]].map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
-      item.notes.length > 0 && h("ul", { class: "notes", "aria-label": "Notes of the server" }, item.notes.map((note) => h("li", {}, note))),
+      h("dl", { class: "facts" }, [...factsOf(item), ["Made", moment(item.created)]].map(fact)),
+      notes.length > 0 && h("ul", { class: "notes", "aria-label": "Notes of the server" }, notes),
       h("div", { class: "actions" },
-        button("sliders", "Use these settings", async () => this._use(await item.settings()), { text: "Use these settings", kind: "plain" }),
+        tool("sliders", "Use these settings", async () => this._use(await item.settings())),
         tools,
-        button("code", "Code", async () => showCode(await item.settings()), { text: "Code", kind: "plain" }),
+        tool("code", "Code", async () => showCode(await item.settings())),
         h("span", { class: "spring" }),
         button("trash", "Delete", () => this._remove(item), { kind: "quiet danger" })),
     ].filter(Boolean);
@@ -125,10 +129,13 @@ export class Stage {
 
   /** The other images of the same job. */
   _strip(item, siblings) {
-    return h("div", { class: "strip", role: "group", "aria-label": "Images of this job" }, siblings.map((each, index) => {
+    const one = (each, index) => {
       const image = h("img", { alt: "" });
       each.media().then(({ url }) => (image.src = url));
-      return h("button", { type: "button", "aria-label": `Image ${index + 1} of ${siblings.length}`, "aria-pressed": String(each === item), onclick: () => this.showItem(each, siblings) }, image);
-    }));
+      const label = `Image ${index + 1} of ${siblings.length}`;
+      const state = { "aria-label": label, "aria-pressed": String(each === item) };
+      return h("button", { type: "button", ...state, onclick: () => this.showItem(each, siblings) }, image);
+    };
+    return h("div", { class: "strip", role: "group", "aria-label": "Images of this job" }, siblings.map(one));
   }
 }
