@@ -23,10 +23,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_wheel_holds_the_embedded_model_and_the_licence_but_no_tests(wheel: Path) -> None:
+def test_the_wheel_holds_the_embedded_model_the_studio_and_the_licence_but_no_tests(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "sglang/multimodal_gen/assets/demo_model/model_index.json" in names
     assert "sglang/multimodal_gen/assets/demo_model/transformer/diffusion_pytorch_model.safetensors" in names
+    studio = PYTHON_DIRECTORY / "sglang/multimodal_gen/runtime/entrypoints/studio"
+    files = {str(path.relative_to(PYTHON_DIRECTORY)) for path in studio.iterdir()}
+    assert any(name.endswith("index.html") for name in files) and files <= set(names)
     assert not [name for name in names if "/test/" in name]
 
 

@@ -351,6 +351,7 @@ class HttpArgs:
         minimum=0.0,
         maximum=86_400.0,
     )
+    studio: bool = arg(True, help="Offer a page for browsers at /studio.", group="http")
 
 
 @dataclass(frozen=True, kw_only=True)

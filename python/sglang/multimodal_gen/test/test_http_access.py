@@ -75,6 +75,13 @@ def test_nothing_but_the_probes_answers_without_a_key(
     assert key is None or key not in reply.text
 
 
+def test_the_page_for_browsers_needs_no_key_and_asks_for_it_itself(keyed_server: RunningServer) -> None:
+    for path in ("/studio", "/studio/index.html", "/"):
+        assert keyed_server.client.get(path).status_code in (200, 307)
+    for path in ("/studios", "/v1/studio", "/studio/../v1/models"):
+        assert_error(keyed_server.client.get(path), 401, "invalid_api_key")
+
+
 def test_every_route_of_the_page_is_in_the_list_above(open_server: RunningServer) -> None:
     page = open_server.client.get("/openapi.json").json()
     listed = {path.replace("/x", "/{id}") for _, path in EVERY_ROUTE}

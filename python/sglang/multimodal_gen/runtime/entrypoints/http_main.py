@@ -60,6 +60,7 @@ def _settings(config: EngineConfig, address: str) -> HttpSettings:
         max_queued_requests=args.execution.max_queued_requests,
         backend=args.model.backend,
         options=shown_options(args, config.sources),
+        studio=http.studio,
     )
 
 

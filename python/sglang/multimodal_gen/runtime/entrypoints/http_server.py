@@ -60,6 +60,7 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonRespons
 from sglang.multimodal_gen.runtime.entrypoints.openai.state_api import StateApi
 from sglang.multimodal_gen.runtime.entrypoints.openai.video_api import ContentQuery, ListQuery, VideoApi
 from sglang.multimodal_gen.runtime.entrypoints.openai.video_derivation import VideoDerivationApi
+from sglang.multimodal_gen.runtime.entrypoints.studio_routes import StudioRoutes
 from sglang.multimodal_gen.runtime.observability.metrics import HttpMetrics
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ def create_app(engine: Engine, settings: HttpSettings) -> FastAPI:
     _add_model_routes(app, ModelApi(engine, settings))
     _add_image_routes(app, ImageApi(engine, settings))
     _add_video_routes(app, videos)
+    StudioRoutes(enabled=settings.studio).add_to(app)
     return app
 
 

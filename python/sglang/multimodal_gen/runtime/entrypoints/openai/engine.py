@@ -121,6 +121,7 @@ class HttpSettings:
     health_timeout_s: float = 30.0
     backend: str = "auto"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    studio: bool = True
 
 
 def require_model(engine: Engine, settings: HttpSettings, name: str | None) -> ModelInfo:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from sglang.multimodal_gen.configs.declare import Parameter, parameters
+from sglang.multimodal_gen.configs.sample.sampling_params import PARAMETERS_OF_SOME
 from sglang.multimodal_gen.errors import (
     AdminRequired,
     BadHttp,
@@ -188,9 +189,14 @@ def binary(media_types: Iterable[str], *errors: type[ServingError]) -> dict[int 
 
 
 def field_schema(parameter: Parameter) -> dict[str, Any]:
-    """One declared field as JSON schema."""
+    """One declared field as JSON schema. What forms need besides stands in extensions: the field's group, what happens
+    while it is not given, and whether only some models take it."""
     declaration = parameter.declaration
-    schema: dict[str, Any] = {"description": declaration.help}
+    schema: dict[str, Any] = {"description": declaration.help, "x-group": declaration.group}
+    if declaration.unset:
+        schema["x-unset"] = declaration.unset
+    if parameter.name in PARAMETERS_OF_SOME:
+        schema["x-of-some-models"] = True
     kinds = [_scalar(parameter, kind) for kind in parameter.types if kind is not tuple]
     if tuple in parameter.types:
         kinds.append({"type": "array", "items": {"anyOf": [_scalar(parameter, kind) for kind in parameter.item_types]}})
@@ -204,7 +210,8 @@ def field_schema(parameter: Parameter) -> dict[str, Any]:
 
 def _admin_schema(parameter: Parameter) -> dict[str, Any]:
     schema = field_schema(parameter)
-    return schema | {"description": f"{schema['description']} For administrators: needs the server's admin key."}
+    described = f"{schema['description']} For administrators: needs the server's admin key."
+    return schema | {"description": described, "x-admin": True}
 
 
 def _scalar(parameter: Parameter, kind: type) -> dict[str, Any]:
