@@ -20,7 +20,7 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.keys import Keys, read_key
 from sglang.multimodal_gen.runtime.launch_server import _with_keys, is_exposed
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.server_args import HttpArgs, ServerArgs
-from sglang.multimodal_gen.test.scripted_server import READY, RunningServer, Start, error_of, servers
+from sglang.multimodal_gen.test.scripted_server import READY, RunningServer, Start, assert_error, error_of, servers
 
 USER_KEYS = ("first-key-of-a-user", "second-key-of-a-user")
 ADMIN_KEY = "correct-horse-battery"
