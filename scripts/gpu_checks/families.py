@@ -41,6 +41,7 @@ class _Case:
 
 _CFG = {"guidance_scale": 4.0, "negative_prompt": "green"}
 _TRUE_CFG = {"true_cfg_scale": 4.0, "negative_prompt": "green"}
+_SKIPPED_LAYERS = {"skip_guidance_layers": [0, 2], "skip_layer_guidance_stop": 0.9, "clip_skip": 1}
 _BESIDE_PICTURES = {"max_sequence_length": 512}  # the template of edits counts some of its own tokens
 _CASES = {
     "flux": _Case(save=lambda path: save_tiny_flux(path, TINY_FLUXES["dev"])),
@@ -71,7 +72,7 @@ _CASES = {
     "ltx": _Case(save=lambda path: save_tiny_ltx(path, TINY_LTXS["timed"]), values=_CFG),
     "ltx condition": _Case(save=lambda path: save_tiny_ltx(path, TINY_LTXS["condition"]), inputs=_ONE_PICTURE),
     "z-image": _Case(save=lambda path: save_tiny_zimage(path, TINY_Z_IMAGES["base"]), values=_CFG),
-    "sd3": _Case(save=lambda path: save_tiny_sd3(path, TINY_SD3S["dual"]), values=_CFG),
+    "sd3": _Case(save=lambda path: save_tiny_sd3(path, TINY_SD3S["dual"]), values=_CFG | _SKIPPED_LAYERS),
 }
 _BASE = {"width": 64, "height": 64, "max_sequence_length": 16, "num_inference_steps": 3}
 _PROMPTS = ({"prompt": "a red circle", "seed": 3}, {"prompt": "a blue star and a small square", "seed": 4})

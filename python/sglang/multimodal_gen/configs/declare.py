@@ -83,6 +83,10 @@ class Parameter:
         """The same parameter where one or several values may be given at once."""
         return dataclasses.replace(self, types=(*self.types, tuple), item_types=self.types)
 
+    def item(self) -> Parameter:
+        """The parameter that one value of a list is; itself where no list is accepted."""
+        return dataclasses.replace(self, types=self.item_types, optional=False) if self.takes_several else self
+
     def type_name(self) -> str:
         """How messages and pages name the accepted types."""
         names = [_TYPE_NAMES[kind][0] for kind in self.types if kind is not tuple]
@@ -322,8 +326,7 @@ def from_texts(parameter: Parameter, texts: Sequence[str]) -> Any:
     """As `from_text`, for a parameter that `takes_several`; a single text gives a single value where one may stand."""
     if len(texts) == 1:
         return from_text(parameter, texts[0])
-    one = dataclasses.replace(parameter, types=parameter.item_types, optional=False)
-    return coerce(parameter, tuple(from_text(one, text) for text in texts))
+    return coerce(parameter, tuple(from_text(parameter.item(), text) for text in texts))
 
 
 def _read_bool(text: str) -> bool:

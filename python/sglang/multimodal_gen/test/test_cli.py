@@ -188,6 +188,12 @@ def test_generate_takes_several_prompts_and_seeds_and_saves_by_default() -> None
     assert job.args.storage.output_path == "o"
 
 
+@pytest.mark.parametrize(("layers", "expected"), [(["7", "8", "9"], (7, 8, 9)), (["7"], (7,))])
+def test_a_list_may_have_one_value(layers: list[str], expected: tuple[int, ...]) -> None:
+    job = generate.configure(["--prompt", "a", "--skip-guidance-layers", *layers])
+    assert job.sampling["skip_guidance_layers"] == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [([], True), (["--save-output"], True), (["--no-save-output"], False), (["--save-output", "false"], False)],

@@ -93,7 +93,8 @@ def test_renormed_guidance_has_the_conditional_length() -> None:
 @pytest.mark.parametrize("name", sorted(PARAMETERS_OF_SOME))
 def test_a_parameter_that_the_model_has_no_use_for_is_refused(name: str, wan_checkpoint: Callable[[str], Path]) -> None:
     pipeline = build_pipeline(str(wan_checkpoint("plain")), ExecutionArgs(device="cpu"))
-    whole = {"max_area": 1024, "auto_resize": True, "frame_index": 1, "image_embed_interleave": 2}
+    whole = {"max_area": 1024, "auto_resize": True, "frame_index": 1, "image_embed_interleave": 2, "clip_skip": 1}
+    whole["skip_guidance_layers"] = [1]
     value = whole.get(name, 0.5)
     with pytest.raises(UnsupportedParameter, match=f"{name}: not supported here, .* has no use for it"):
         pipeline.admit("r", SamplingParams.from_values(VALUES | {name: value}))

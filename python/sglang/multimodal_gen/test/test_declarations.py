@@ -30,6 +30,7 @@ class Sample:
     mode: str | None = arg(None, help="A mode.", group="b", choices=("fast", "slow"))
     switch: bool = arg(False, help="A switch.", group="b")
     seeds: int | tuple[int, ...] = arg(0, help="Seeds.", group="b", minimum=0)
+    layers: tuple[int, ...] | None = arg(None, help="Layers.", group="b", unset="none", minimum=0)
     extra: Mapping[str, Any] | None = arg(None, help="More.", group="b", unset="nothing more")
 
 
@@ -52,6 +53,7 @@ def beyond(bound: float) -> float:
 def test_a_value_below_the_minimum_is_refused_and_the_minimum_accepted(option: Parameter) -> None:
     minimum = option.declaration.minimum
     assert minimum is not None
+    option = option.item()
     assert coerce(option, minimum) == minimum
     with pytest.raises(InvalidValue, match=rf"^{option.name}: got .*, accepted is "):
         coerce(option, -beyond(-minimum))
@@ -61,6 +63,7 @@ def test_a_value_below_the_minimum_is_refused_and_the_minimum_accepted(option: P
 def test_a_value_above_the_maximum_is_refused_and_the_maximum_accepted(option: Parameter) -> None:
     maximum = option.declaration.maximum
     assert maximum is not None
+    option = option.item()
     assert coerce(option, maximum) == maximum
     with pytest.raises(InvalidValue, match=rf"^{option.name}: got .*, accepted is "):
         coerce(option, beyond(maximum))
@@ -116,6 +119,8 @@ def test_values_are_brought_to_the_declared_type(name: str, value: Any, expected
         ("switch", 1),
         ("switch", "true"),
         ("seeds", [1, "2"]),
+        ("layers", 1),
+        ("layers", [None]),
         ("seeds", {"a": 1}),
     ],
 )
@@ -172,6 +177,9 @@ def test_texts_that_spell_no_accepted_value_are_refused(name: str, text: str) ->
 def test_several_texts_give_a_tuple_and_one_text_a_single_value() -> None:
     assert from_texts(PARAMETERS["seeds"], ["1", "2"]) == (1, 2)
     assert from_texts(PARAMETERS["seeds"], ["1"]) == 1
+    assert from_texts(PARAMETERS["layers"], ["1", "2"]) == (1, 2)
+    assert from_texts(PARAMETERS["layers"], ["1"]) == (1,)
+    assert from_texts(PARAMETERS["layers"], ["none"]) is None
     assert from_texts(PARAMETERS["name"].several(), ["a", "none"]) == ("a", "none")
 
 

@@ -367,8 +367,10 @@ def test_a_call_computes_without_gradients() -> None:
         ({"max_sequence_length": 20}, UnsupportedParameter, "max_sequence_length: "),
         ({"attention_backend": "torch_sdpa"}, UnsupportedParameter, "attention_backend: "),
         ({"profile": True}, UnsupportedParameter, "profile: "),
-        ({"diffusers_kwargs": {"clip_skp": 1}}, InvalidValue, "clip_skp, .*did you mean clip_skip"),
-        ({"diffusers_kwargs": {"callback": 1}}, InvalidValue, "an argument of StableDiffusionPipeline: .*clip_skip"),
+        ({"mu": 1.0}, UnsupportedParameter, "mu: "),
+        ({"diffusers_kwargs": {"etta": 1}}, InvalidValue, "etta, .*did you mean eta"),
+        ({"diffusers_kwargs": {"callback": 1}}, InvalidValue, "an argument of StableDiffusionPipeline: .*eta"),
+        ({"diffusers_kwargs": {"clip_skip": 1}}, InvalidValue, "the parameter clip_skip"),
         ({"diffusers_kwargs": {"generator": 1}}, InvalidValue, "an argument of StableDiffusionPipeline"),
         ({"diffusers_kwargs": {"guidance_scale": 1}}, InvalidValue, "the parameter guidance_scale"),
     ],
@@ -651,15 +653,15 @@ def result_of(engine: DiffGenerator, wish: dict[str, Any]) -> GenerationResult:
 def test_the_engine_shows_progress_and_gives_diffusers_pixels(
     engine: DiffGenerator, fallback_checkpoint: Checkpoint
 ) -> None:
-    extra = {"clip_skip": 1, "original_size": [64, 48]}
-    wish = wish_for("sdxl", diffusers_kwargs=extra, num_inference_steps=4)
+    extra = {"original_size": [64, 48]}
+    wish = wish_for("sdxl", clip_skip=1, diffusers_kwargs=extra, num_inference_steps=4)
     events = [item.event for item in engine.stream(wish | {"return_frames": True, "return_latents": True})]
     assert sorted({event.step for event in events if isinstance(event, Progress)}) == [1, 2, 3, 4]
     result = events[-1]
     assert isinstance(result, GenerationResult)
     assert result.notes == ("run by diffusers' StableDiffusionXLPipeline: no native pipeline",)
     plain = {name: value for name, value in wish.items() if name != "diffusers_kwargs"}
-    expected = reference(fallback_checkpoint("sdxl"), plain, clip_skip=1, original_size=(64, 48))
+    expected = reference(fallback_checkpoint("sdxl"), plain, original_size=(64, 48))
     assert np.array_equal(result.frames, as_pixels(expected))
     assert result.latents is not None and result.latents.shape == (4, 8, 12)
 

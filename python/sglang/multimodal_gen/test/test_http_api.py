@@ -542,6 +542,14 @@ def test_multipart_fields_are_read_by_their_declared_types(server: RunningServer
     assert params.num_inference_steps == 2
 
 
+@pytest.mark.parametrize("layers", [(7,), (7, 8, 9)])
+def test_a_list_is_read_from_json_and_from_multipart_fields(server: RunningServer, layers: tuple[int, ...]) -> None:
+    fields = [("prompt", "a"), *(("skip_guidance_layers[]", str(layer)) for layer in layers)]
+    assert server.client.post(VIDEOS, **form(*fields)).status_code == 200
+    assert server.post_video(skip_guidance_layers=list(layers)).status_code == 200
+    assert [params.skip_guidance_layers for params in server.engine.submitted.values()] == [layers, layers]
+
+
 @pytest.mark.parametrize(
     ("fields", "num_frames", "seconds"),
     [

@@ -83,6 +83,12 @@ def test_fields_without_effect_are_not_recorded() -> None:
         "prompt": "a", "negative_prompt": "b", "num_frames": 5, "fps": 16, "guidance_scale": 1.5
     }  # fmt: skip
     assert recorded(guidance_scale=1.0, num_frames=1) == {"prompt": "a", "num_frames": 1, "guidance_scale": 1.0}
+    interval = {"skip_layer_guidance_scale": 2.8, "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 0.2}
+    assert recorded(num_frames=1, **interval) == {"prompt": "a", "num_frames": 1}
+    skipping = recorded(num_frames=1, skip_guidance_layers=(7, 8), **interval)
+    assert skipping == {"prompt": "a", "num_frames": 1, "skip_guidance_layers": (7, 8)} | interval
+    again = SamplingParams.from_values(json.loads(json.dumps(skipping)))
+    assert again.recorded() == skipping
 
 
 # --- read back ---

@@ -604,6 +604,7 @@ def test_an_option_that_is_not_implemented_is_named(config: dict[str, Any], word
         (WAN, 4, {"mu": 1.0}, "mu"),
         ({**WAN, "use_dynamic_shifting": True}, 4, {}, "mu"),
         ({**WAN, "use_dynamic_shifting": True}, 4, {"mu": 1.0, "shift": 2.0}, "flow_shift"),
+        ({"_class_name": EULER, "use_dynamic_shifting": True, "time_shift_type": "linear"}, 4, {"mu": 0.0}, "mu"),
         (WAN, 3, {"sigmas": [1.0, 0.5]}, "sigmas"),
         (WAN, 2, {"sigmas": [1.5, 0.5]}, "sigmas"),
         (WAN, 2, {"sigmas": [0.5, 0.5]}, "num_inference_steps"),

@@ -53,6 +53,30 @@ def test_forward_is_that_of_diffusers(
     torch.testing.assert_close(ours(**inputs), reference(**inputs, return_dict=False)[0], **FP32)
 
 
+@pytest.mark.parametrize(
+    "skip_layers", [[(), (2, 0), (1,)], [(1,), (1,), (1,)], [(), (), ()], [(0, 1, 2), (0,), (0, 1)]]
+)
+@torch.no_grad()
+def test_each_row_skips_its_own_layers(skip_layers: list[tuple[int, ...]]) -> None:
+    reference, ours = transformer_pair(TINY_DUAL_TRANSFORMER, seed=3)
+    inputs = {
+        "hidden_states": noise(3, 4, 6, 8),
+        "timestep": torch.tensor([999.0, 31.5, 500.0]),
+        "encoder_hidden_states": noise(3, 5, 32, seed=2),
+        "pooled_projections": noise(3, 24, seed=4),
+    }
+    rows_run = {}
+    for layer, block in enumerate(ours.transformer_blocks):
+        block.register_forward_pre_hook(lambda _, args, layer=layer: rows_run.update({layer: len(args[0])}))
+    found = ours(**inputs, skip_layers=skip_layers)
+    passing = {layer: sum(layer not in layers for layers in skip_layers) for layer in range(3)}
+    assert rows_run == {layer: rows for layer, rows in passing.items() if rows}
+    for row, layers in enumerate(skip_layers):
+        alone = {name: value[row : row + 1] for name, value in inputs.items()}
+        expected = reference(**alone, skip_layers=list(layers), return_dict=False)[0]
+        torch.testing.assert_close(found[row : row + 1], expected, **FP32)
+
+
 def test_latents_without_a_place_in_the_table_are_refused() -> None:
     _, ours = transformer_pair(TINY_TRANSFORMER)
     rest = {

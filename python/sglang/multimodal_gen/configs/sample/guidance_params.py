@@ -1,4 +1,5 @@
-"""Guidance beyond one scale, and what only some models have: a second expert, a decoder that takes a timestep."""
+"""Guidance beyond one scale, and what only some models have: a second expert, a shift that follows the size, a decoder
+that takes a timestep."""
 
 from __future__ import annotations
 
@@ -63,6 +64,53 @@ class GuidanceParams:
         unset=FROM_MODEL,
         minimum=0.0,
         maximum=1.0,
+        recorded=True,
+    )
+    skip_guidance_layers: tuple[int, ...] | None = arg(
+        None,
+        help="Layers of the transformer, counted from 0, that a further forward of the prompt leaves out; guided steps "
+        "move away from what it predicts (skip layer guidance).",
+        group="denoising",
+        unset="no such forward",
+        minimum=0,
+        maximum=1000,
+        recorded=True,
+    )
+    skip_layer_guidance_scale: float | None = arg(
+        None,
+        help="How far steps move away from the prediction without those layers; 0 switches it off.",
+        group="denoising",
+        unset=FROM_MODEL,
+        minimum=0.0,
+        maximum=1000.0,
+        recorded=True,
+    )
+    skip_layer_guidance_start: float | None = arg(
+        None,
+        help="Share of the steps after which that begins; less than the stop.",
+        group="denoising",
+        unset=FROM_MODEL,
+        minimum=0.0,
+        maximum=1.0,
+        recorded=True,
+    )
+    skip_layer_guidance_stop: float | None = arg(
+        None,
+        help="Share of the steps before which that ends.",
+        group="denoising",
+        unset=FROM_MODEL,
+        minimum=0.0,
+        maximum=1.0,
+        recorded=True,
+    )
+    mu: float | None = arg(
+        None,
+        help="Timestep shift of models that derive theirs from the size, as they count it: for most the logarithm of "
+        "`flow_shift`.",
+        group="denoising",
+        unset="derived from the size",
+        minimum=-10.0,
+        maximum=10.0,
         recorded=True,
     )
     boundary_ratio: float | None = arg(

@@ -66,6 +66,16 @@ class ConditioningParams:
         maximum=4096,
         recorded=True,
     )
+    clip_skip: int | None = arg(
+        None,
+        help="Last layers of CLIP that the prompt's tokens do not pass, beyond those that the model leaves out anyway; "
+        "the negative prompt passes them.",
+        group="prompt",
+        unset="none",
+        minimum=0,
+        maximum=100,
+        recorded=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,6 +398,9 @@ class SamplingParams(
             del found["negative_prompt"]
         if self.num_frames == 1:
             del found["fps"]
+        if self.skip_guidance_layers is None:
+            for name in _OF_SKIPPED_LAYERS:
+                del found[name]
         return {name: value for name, value in found.items() if value is not None}
 
     def require_prompt(self) -> None:
@@ -398,6 +411,9 @@ class SamplingParams(
     def private_texts(self) -> tuple[str, ...]:
         """What the user wrote, which no log may repeat unasked."""
         return tuple(text for text in (self.prompt, self.negative_prompt, *_texts_in(self.diffusers_kwargs)) if text)
+
+
+_OF_SKIPPED_LAYERS = ("skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop")
 
 
 def _texts_in(value: Any) -> Iterator[str]:
@@ -413,7 +429,8 @@ PARAMETERS_OF_SOME = frozenset(
     {
         *("true_cfg_scale", "guidance_scale_2", "cfg_normalization", "cfg_truncation", "boundary_ratio"),
         *("decode_timestep", "decode_noise_scale", "image_cond_noise_scale", "max_area", "auto_resize"),
-        *("frame_index", "denoise_strength", "image_embed_interleave"),
+        *("frame_index", "denoise_strength", "image_embed_interleave", "clip_skip", "mu"),
+        *("skip_guidance_layers", *_OF_SKIPPED_LAYERS),
     }
 )
 """What only some models have; the others refuse it rather than ignore it."""

@@ -14,7 +14,7 @@ from sglang.multimodal_gen.configs.model_info import STARTS_FROM_A_PICTURE, Task
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.sd3 import SD3TransformerConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
-from sglang.multimodal_gen.errors import UnsupportedModel
+from sglang.multimodal_gen.errors import InvalidValue, UnsupportedModel
 from sglang.multimodal_gen.runtime.loader.component_loader import (
     ComponentLoader,
     NativeModule,
@@ -29,7 +29,7 @@ from sglang.multimodal_gen.runtime.pipelines.sd3_workloads import SD3_WORKLOADS
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row
 from sglang.multimodal_gen.runtime.pipelines_core.fitting import require_equal
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
-from sglang.multimodal_gen.runtime.pipelines_core.guidance import ClassifierFreeGuidance
+from sglang.multimodal_gen.runtime.pipelines_core.guidance import SkipLayerGuidance
 from sglang.multimodal_gen.runtime.pipelines_core.library_encoders import ProjectedCLIP, T5Sequence
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.picture_pipeline_base import (
@@ -92,8 +92,12 @@ class SD3Prompts:
 
     def encode(self, prompts: Sequence[Prompt]) -> list[TextCondition]:
         """See PromptEncoder; CLIP sees all prompts at once, T5 those of one maximal length."""
+        skipped = [prompt.options[0] if prompt.options else 0 for prompt in prompts]
         states, vectors = zip(
-            *(clip.states([prompt.pooled_ids[which] for prompt in prompts]) for which, clip in enumerate(self.clips)),
+            *(
+                clip.states([prompt.pooled_ids[which] for prompt in prompts], skipped)
+                for which, clip in enumerate(self.clips)
+            ),
             strict=True,
         )
         of_clips = torch.cat(states, dim=-1).to(self.dtype)
@@ -118,6 +122,23 @@ class SD3Prompts:
         return self.memory.row_bytes(self.max_sequence_length)
 
 
+class SD3TextStage(TextEncodingStage):
+    """Takes the prompt's CLIP states `clip_skip` layers earlier; those of the negative prompt stay as they are."""
+
+    encoder: SD3Prompts
+
+    def admit(self, req: Req) -> None:
+        """See TextEncodingStage. Raises InvalidValue for more layers than CLIP has."""
+        super().admit(req)
+        skipped, most = req.params.clip_skip, min(clip.most_skipped for clip in self.encoder.clips)
+        if not skipped:
+            return
+        if skipped > most:
+            raise InvalidValue("clip_skip", skipped, f"an integer from 0 to {most} for this model")
+        assert req.prompt is not None, "prepared just now"
+        req.prompt = dataclasses.replace(req.prompt, options=(skipped,))
+
+
 class SD3Denoiser(Denoiser):
     """The velocity of image latents."""
 
@@ -127,7 +148,9 @@ class SD3Denoiser(Denoiser):
         """See Denoiser."""
         text, _ = self.stacked_text(rows)
         latents = self.stacked_latents(rows).squeeze(2)
-        return list(self.transformer(latents, self.timesteps(rows), text, self.stacked_pooled(rows)).unsqueeze(2))
+        skip_layers = [row.skipped_layers for row in rows]
+        velocity = self.transformer(latents, self.timesteps(rows), text, self.stacked_pooled(rows), skip_layers)
+        return list(velocity.unsqueeze(2))
 
     def num_text_tokens(self, req: Req) -> int:
         """Those of CLIP and T5; all that there are count."""
@@ -138,6 +161,12 @@ class SD3Denoiser(Denoiser):
 class StableDiffusion3Pipeline(PicturePipelineBase):
     """Text to image with Stable Diffusion 3 medium, 3.5 medium, 3.5 large and their fine-tunes."""
 
+    own_parameters: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("clip_skip", "mu", "skip_guidance_layers"),
+            *("skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop"),
+        }
+    )
     components: ClassVar[Mapping[str, ComponentLoader]] = {
         "tokenizer": Tokenizer(),
         "tokenizer_2": Tokenizer(),
@@ -161,10 +190,10 @@ class StableDiffusion3Pipeline(PicturePipelineBase):
     scheduler: dict[str, Any]
 
     def create_pipeline_stages(self) -> list[Stage]:
-        guidance, geometry = ClassifierFreeGuidance(), self.geometry()
+        guidance, geometry = SkipLayerGuidance(self.transformer.config.num_layers), self.geometry()
         denoiser = self.denoiser(geometry)
         return [
-            TextEncodingStage(self.prompt_encoder(), guidance=guidance, cache=self.conditioning_cache),
+            SD3TextStage(self.prompt_encoder(), guidance=guidance, cache=self.conditioning_cache),
             self.initial_image(),
             LatentPreparationStage(geometry, self.device),
             TimestepPreparationStage(

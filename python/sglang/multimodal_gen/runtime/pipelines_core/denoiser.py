@@ -18,6 +18,7 @@ class Row(NamedTuple):
 
     req: Req
     text: TextCondition
+    skipped_layers: tuple[int, ...] = ()
 
     @property
     def latents(self) -> Tensor:

@@ -36,13 +36,21 @@ class PooledCLIP:
 class ProjectedCLIP(PooledCLIP):
     """CLIP's text encoder where its tokens' states count too; the vector is projected. Source: arXiv:2307.01952."""
 
-    def states(self, rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    @property
+    def most_skipped(self) -> int:
+        """How many layers before the last one `states` can leave out."""
+        layers: int = self.text_encoder.config.num_hidden_layers
+        return layers - 1
+
+    def states(self, rows: Sequence[tuple[int, ...]], skipped: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The states before the last layer [B, L, D], and the vectors [B, P]. L is `max_length`.
 
+        `skipped`: for each row how many layers earlier its states are taken; the vectors always pass all layers.
         `text_encoder` is transformers' CLIPTextModelWithProjection.
         """
         found = self.text_encoder(torch.tensor(rows, device=self.device), output_hidden_states=True)
-        return found.hidden_states[-2], found.text_embeds
+        states = [found.hidden_states[-2 - layers][row] for row, layers in enumerate(skipped)]
+        return torch.stack(states), found.text_embeds
 
 
 class T5Sequence:

@@ -32,7 +32,8 @@ _DENOISING_WORKLOAD = "dit"
 # SamplingParams that a call of diffusers' takes under the same name.
 _ARGUMENTS = (
     "prompt", "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale",
-    "guidance_scale_2", "cfg_normalization", "cfg_truncation", "max_sequence_length",
+    "guidance_scale_2", "cfg_normalization", "cfg_truncation", "max_sequence_length", "clip_skip", "mu",
+    "skip_guidance_layers", "skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop",
 )  # fmt: skip
 _SHIFTS = ("flow_shift", "shift")
 

@@ -158,7 +158,9 @@ class CallFields:
 def _checked_value(parameter: Parameter, value: Any, *, spelled: bool) -> Any:
     if spelled:
         value = (
-            tuple(from_text(parameter, v) for v in value) if isinstance(value, list) else from_text(parameter, value)
+            tuple(from_text(parameter.item(), v) for v in value)
+            if isinstance(value, list)
+            else from_text(parameter, value)
         )
     if parameter.name in ("width", "height"):
         _check_side(value, param=parameter.name)

@@ -9,6 +9,8 @@ D hidden_size.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -112,9 +114,16 @@ class SD3Transformer2DModel(nn.Module):
         self.proj_out = ReplicatedLinear(dim, patch_size**2 * config.num_output_channels)
 
     def forward(
-        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        skip_layers: Sequence[Collection[int]] = (),
     ) -> Tensor:
         """Latents [B, C, H, W], timesteps [B] in 0 … 1000, text [B, L, D_text], pooled [B, P] -> [B, C_out, H, W].
+
+        `skip_layers`: for each row the blocks that it does not pass; empty when every row passes all of them.
 
         Raises:
             InvalidRequest: the latents do not divide into patches, or exceed the position table.
@@ -123,8 +132,14 @@ class SD3Transformer2DModel(nn.Module):
         hidden_states = self.pos_embed(hidden_states)
         temb = self.time_text_embed(timestep, pooled_projections)
         text = self.context_embedder(encoder_hidden_states)
-        for block in self.transformer_blocks:
-            hidden_states, text = block(hidden_states, text, temb)
+        passing = _rows_passing(skip_layers, hidden_states.device)
+        for layer, block in enumerate(self.transformer_blocks):
+            rows = passing.get(layer)
+            if rows is None:
+                hidden_states, text = block(hidden_states, text, temb)
+            elif rows.numel() > 0:
+                # Rows are taken out rather than masked, so that a row that skips costs nothing here.
+                hidden_states[rows], text[rows] = block(hidden_states[rows], text[rows], temb[rows])
         return self.unpatchify(self.proj_out(self.norm_out(hidden_states, temb)), grid)
 
     def patch_grid(self, latents: Tensor) -> tuple[int, int]:
@@ -142,3 +157,13 @@ class SD3Transformer2DModel(nn.Module):
         cells = tokens.unflatten(2, (side, side, -1)).unflatten(1, grid)
         # [B, H', W', p, p, C]: each patch axis moves behind its grid axis
         return cells.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def _rows_passing(skip_layers: Sequence[Collection[int]], device: torch.device) -> dict[int, Tensor]:
+    """By layer that some rows skip, the indices of the others."""
+    return {
+        layer: torch.tensor(
+            [row for row, skipped in enumerate(skip_layers) if layer not in skipped], dtype=torch.long, device=device
+        )
+        for layer in {layer for skipped in skip_layers for layer in skipped}
+    }

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang.multimodal_gen.errors import InvalidRequest
+from sglang.multimodal_gen.errors import InvalidRequest, InvalidValue
 
 TIME_SHIFT_TYPES = ("exponential", "linear")
 
@@ -25,7 +25,11 @@ def dynamic_shift(sigmas: np.ndarray, mu: float, kind: str) -> np.ndarray:
     """The same map as a function of `mu`, which a pipeline derives from the number of image tokens.
 
     Source: https://github.com/black-forest-labs/flux (exponential: shift = e^mu; linear: shift = mu).
+
+    Raises: InvalidValue when that shift is 0 or less.
     """
+    if kind == "linear" and mu <= 0:
+        raise InvalidValue("mu", mu, "a number above 0 for this model, whose shift it is itself")
     strength = math.exp(mu) if kind == "exponential" else mu
     return strength / (strength + (1 / sigmas - 1))
 
@@ -60,7 +64,11 @@ def check_shift_request(*, use_dynamic_shifting: bool, shift: float | None, mu: 
     if use_dynamic_shifting and mu is None:
         raise InvalidRequest("mu: missing; the scheduler config says use_dynamic_shifting", param="mu")
     if not use_dynamic_shifting and mu is not None:
-        raise InvalidRequest(f"mu: got {mu}, but the scheduler config does not say use_dynamic_shifting", param="mu")
+        raise InvalidRequest(
+            f"mu: got {mu}, but this model's shift is flow_shift, since the scheduler config does not say "
+            "use_dynamic_shifting; leave mu unset",
+            param="mu",
+        )
 
 
 def resolution_mu(num_tokens: int, config: Mapping[str, Any]) -> float:

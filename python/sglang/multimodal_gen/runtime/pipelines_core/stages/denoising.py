@@ -14,9 +14,9 @@ from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.runtime.layers.attention.switch import AttentionSwitch
 from sglang.multimodal_gen.runtime.models.schedulers import SamplerState
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row
-from sglang.multimodal_gen.runtime.pipelines_core.guidance import Guidance
+from sglang.multimodal_gen.runtime.pipelines_core.guidance import Branch, Guidance
 from sglang.multimodal_gen.runtime.pipelines_core.memory import USABLE_SHARE
-from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req, TextCondition
+from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 
 # The present sample and, at the samplers' highest order, three earlier predictions and the last sample.
@@ -34,7 +34,7 @@ class DenoisingStage(Stage):
     """Integrates the flow from noise to latents.
 
     Requests of one call may be at different steps and have different samplers, step counts, shifts, guidance scales,
-    and one or two guidance branches: each branch of each request is a row of the transformer's batch.
+    and one or more guidance branches: each branch of each request is a row of the transformer's batch.
     """
 
     name: str = "denoise"
@@ -66,14 +66,15 @@ class DenoisingStage(Stage):
         self.constraint = constraint
 
     def admit(self, req: Req) -> None:
-        """Raises: AttentionNotAvailable when the request asks for a kernel that cannot serve."""
+        """Raises: AttentionNotAvailable for a kernel that cannot serve, InvalidRequest for guidance that cannot be."""
         self.attention.names(req.params)
-        rows = self._num_rows(req)
+        self.guidance.admit(req)
+        rows = self.guidance.num_branches(req)
         if rows > 1 and rows * self.denoiser.row_bytes(req) > USABLE_SHARE * self.free_bytes():
             self._one_row_at_a_time(req)
 
     def shrink(self, req: Req) -> bool:
-        if self._num_rows(req) == 1 or req.max_forward_rows == 1:
+        if self.guidance.num_branches(req) == 1 or req.max_forward_rows == 1:
             return False
         self._one_row_at_a_time(req)
         return True
@@ -89,7 +90,7 @@ class DenoisingStage(Stage):
         units = req.sampler_state.num_steps if self.steps is None else self.steps(req)
         if units == 0:
             return None
-        rows = self._num_rows(req)
+        rows = self.guidance.num_branches(req)
         shape, kernels = "x".join(map(str, req.latent_shape)), self.attention.names(req.params)
         return Phase(
             name=self.name,
@@ -102,30 +103,28 @@ class DenoisingStage(Stage):
         )
 
     def _held_bytes(self, req: Req) -> int:
-        """Latents and sampler history in fp32, and the embeddings of each branch."""
+        """Latents and sampler history in fp32, and the embeddings of each text."""
         assert req.latent_shape is not None, "planned by the stage before"
         latents = _HELD_LATENTS * math.prod(req.latent_shape) * torch.float32.itemsize
-        return latents + self._num_rows(req) * self.denoiser.held_bytes(req)
-
-    def _num_rows(self, req: Req) -> int:
-        return 2 if self.guidance.uses_negative(req.params) else 1
+        num_texts = 2 if self.guidance.uses_negative(req.params) else 1
+        return latents + num_texts * self.denoiser.held_bytes(req)
 
     def step(self, requests: Sequence[Req]) -> list[OutputBatch]:
         branches = [self.guidance.branches(req) for req in requests]
         with self.attention.using(requests[0].params):
             predictions = iter(self._predict(requests, branches))
         advanced: list[_Advanced] = []
-        for req, texts in zip(requests, branches, strict=True):
-            noise_pred = self.guidance.combine([next(predictions) for _ in texts], req)
+        for req, own in zip(requests, branches, strict=True):
+            noise_pred = self.guidance.combine([next(predictions) for _ in own], req)
             advanced.append(_advanced(req, noise_pred))
         for req, (latents, state, generator) in zip(requests, advanced, strict=True):
             req.sampler_state, req.generator = state, generator
             req.latents = latents if self.constraint is None else self.constraint(req, latents)
         return []
 
-    def _predict(self, requests: Sequence[Req], branches: Sequence[tuple[TextCondition, ...]]) -> list[Tensor]:
+    def _predict(self, requests: Sequence[Req], branches: Sequence[tuple[Branch, ...]]) -> list[Tensor]:
         """The prediction [C, T, H, W] of each branch of each request, in order."""
-        rows = [Row(req, text) for req, texts in zip(requests, branches, strict=True) for text in texts]
+        rows = [Row(req, *branch) for req, own in zip(requests, branches, strict=True) for branch in own]
         limits = [req.max_forward_rows for req in requests if req.max_forward_rows is not None]
         rows_per_forward = min(limits, default=len(rows))
         predictions: list[Tensor] = []

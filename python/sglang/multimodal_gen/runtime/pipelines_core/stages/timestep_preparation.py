@@ -61,6 +61,8 @@ class TimestepPreparationStage(Stage):
         req.sampler_state = req.sampler.begin(schedule, strength=req.strength, round_down=self.rounds_strength_down)
 
     def _mu(self, req: Req) -> float | None:
+        if req.params.mu is not None:
+            return req.params.mu  # samplers refuse it where the shift does not depend on one
         if self.num_tokens is None or not self.scheduler_config.get("use_dynamic_shifting", False):
             return None
         return resolution_mu(self.num_tokens(req), self.scheduler_config)
