@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -341,5 +342,8 @@ def test_hub_ids_have_their_published_defaults(hub_id: str, steps: int, guidance
         guidance,
         256,
     )
+    theirs = inspect.signature(diffusers.StableDiffusion3Pipeline.__call__).parameters
+    for name in ("skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop"):
+        assert getattr(defaults, name) == theirs[name].default
     scheduler = read_json_object(published_directory(hub_id) / "scheduler" / "scheduler_config.json")
     assert (scheduler["shift"], scheduler["use_dynamic_shifting"]) == (3.0, False)

@@ -65,7 +65,12 @@ def test_each_row_skips_its_own_layers(skip_layers: list[tuple[int, ...]]) -> No
         "encoder_hidden_states": noise(3, 5, 32, seed=2),
         "pooled_projections": noise(3, 24, seed=4),
     }
+    rows_run = {}
+    for layer, block in enumerate(ours.transformer_blocks):
+        block.register_forward_pre_hook(lambda _, args, layer=layer: rows_run.update({layer: len(args[0])}))
     found = ours(**inputs, skip_layers=skip_layers)
+    passing = {layer: sum(layer not in layers for layers in skip_layers) for layer in range(3)}
+    assert rows_run == {layer: rows for layer, rows in passing.items() if rows}
     for row, layers in enumerate(skip_layers):
         alone = {name: value[row : row + 1] for name, value in inputs.items()}
         expected = reference(**alone, skip_layers=list(layers), return_dict=False)[0]

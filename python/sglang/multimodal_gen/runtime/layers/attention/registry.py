@@ -50,10 +50,10 @@ KERNELS: Mapping[str, KernelEntry] = types.MappingProxyType(
 FAMILIES: Mapping[str, tuple[str, ...]] = types.MappingProxyType({"fa": ("fa3", "fa4", "fa2")})
 """A name that stands for whichever of its members suits the device best."""
 
-# By major compute capability, best first. On Hopper a forward over 32,760 tokens takes 537 ms with FlashAttention 3, 601
-# with cuDNN, 605 with torch's own choice (docs/performance.md). Measured by others: cuDNN takes half of FlashAttention
-# 2's time there, on Blackwell (10.x) less than FlashAttention 4's, elsewhere no less than torch's own choice:
-# huggingface/transformers#48163, sgl-project/sglang#30090, sgl-project/sglang#33655.
+# By major compute capability, best first. On Hopper a forward over 32,760 tokens takes 537 ms with FlashAttention 3,
+# 601 with cuDNN, 605 with torch's own choice (docs/performance.md). Measured by others: cuDNN takes half of
+# FlashAttention 2's time there, on Blackwell (10.x) less than FlashAttention 4's, elsewhere no less than torch's own
+# choice: huggingface/transformers#48163, sgl-project/sglang#30090, sgl-project/sglang#33655.
 _PREFERRED: Mapping[int, tuple[str, ...]] = types.MappingProxyType(
     {
         9: ("fa3", "torch_cudnn_sdpa", "fa4", "fa2", "torch_sdpa"),
