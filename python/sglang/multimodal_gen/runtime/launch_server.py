@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
+from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.errors import EngineStopped, PortInUse
 from sglang.multimodal_gen.registry import get_model_info
 from sglang.multimodal_gen.runtime.managers.child_process import ChildProcess, inherited_connection
@@ -35,6 +36,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
 )
 from sglang.multimodal_gen.runtime.managers.run_dir import OwnedRunDir
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
+from sglang.multimodal_gen.runtime.postprocess.storage import check_storage
 from sglang.multimodal_gen.runtime.server_args import HttpArgs, LoggingArgs, ServerArgs
 
 # Started with -m, this module's own name is __main__, which is outside the package's logger.
@@ -172,12 +174,14 @@ def launch_server(args: ServerArgs, *, warnings: Sequence[str] = ()) -> int:
     Raises:
         PortInUse: before anything is started.
         ModelError: a local path holds no model that we can serve, likewise.
+        ServingError: results are to be uploaded and cannot be, likewise.
     """
     args = dataclasses.replace(args, logging=_server_logging(args.logging))
     configure_logging(args.logging)
     for warning in warnings:
         logger.warning("%s", warning)
     get_model_info(args.model.model_path, model_id=args.model.model_id, backend=args.model.backend)
+    check_storage(envs.current())
     stop = StopSignal()
     with _listening_socket(args.http) as http_socket, contextlib.closing(OwnedRunDir()) as run_dir:
         return Supervisor(args, http_socket=http_socket).run(run_dir, stop)

@@ -12,6 +12,7 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.runtime.entrypoints.engine_client import EngineClient
 from sglang.multimodal_gen.runtime.entrypoints.http_server import create_app, serve
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import HttpSettings
@@ -24,6 +25,7 @@ from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.managers.messages import HTTP_CLIENT_NAME, Codec, SchedulerLost, SupervisorNote
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
+from sglang.multimodal_gen.runtime.postprocess.storage import open_object_store
 from sglang.multimodal_gen.runtime.server_args import model_names
 
 
@@ -34,6 +36,7 @@ def _settings(config: EngineConfig) -> HttpSettings:
         model_names=model_names(config.args.model),
         files_dir=files / "files",
         admin_api_key=config.args.http.admin_api_key,
+        object_store=open_object_store(envs.current()),
     )
 
 

@@ -19,7 +19,6 @@ from starlette.responses import Response
 from sglang.multimodal_gen.errors import MethodNotAllowed, RouteNotFound, ServingError, VideoNotFound, shown
 from sglang.multimodal_gen.runtime.entrypoints.metrics_api import MetricsApi
 from sglang.multimodal_gen.runtime.entrypoints.openai.connection import Connection
-from sglang.multimodal_gen.runtime.entrypoints.openai.content import MEDIA_TYPES
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, HttpSettings, load_failure
 from sglang.multimodal_gen.runtime.entrypoints.openai.fields import EDIT_CALL, IMAGE_CALL, VIDEO_CALL
 from sglang.multimodal_gen.runtime.entrypoints.openai.frame import RequestFrame
@@ -34,6 +33,7 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.replies import (
 )
 from sglang.multimodal_gen.runtime.entrypoints.openai.video_api import ContentQuery, ListQuery, VideoApi
 from sglang.multimodal_gen.runtime.observability.metrics import HttpMetrics
+from sglang.multimodal_gen.runtime.postprocess.formats import MEDIA_TYPES
 
 logger = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.request_plan import Lane, Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import ErrorInfo
+from sglang.multimodal_gen.runtime.postprocess.object_store import StoredFile
 
 PROTOCOL_VERSION = 3
 HTTP_CLIENT_NAME = "http"
@@ -186,7 +187,7 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     others' units, the way between processes and the end of the file. `stage_peak_bytes` is the most memory in use while
     the stage's units ran, `step_ms` are the denoising steps, each shared by as many requests as `step_batch_sizes`
     says. `warmup_excluded`: this size had been warmed up before. `profile_path` names the trace of a request that was
-    profiled.
+    profiled. `stored`: the `output`, `thumbnail` and `contact_sheet` that were uploaded, as far as there are.
     """
 
     request_id: str
@@ -212,6 +213,7 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     waiting_seconds: float = 0.0
     stage_peak_bytes: dict[str, int] = {}
     profile_path: str | None = None
+    stored: dict[str, StoredFile] = {}
 
 
 class Failed(Message, frozen=True, kw_only=True, tag="failed"):
@@ -457,7 +459,14 @@ class DropOutput(Message, frozen=True, kw_only=True, tag="drop_output"):
     request_id: str
 
 
-ToOutput = OpenOutput | OutputFrames | DropOutput
+class RemoveStored(Message, frozen=True, kw_only=True, tag="remove_stored"):
+    """The request had ended when its upload was done: remove these objects again."""
+
+    request_id: str
+    keys: tuple[str, ...]
+
+
+ToOutput = OpenOutput | OutputFrames | DropOutput | RemoveStored
 
 
 # --- output process -> scheduler ---
@@ -470,7 +479,8 @@ class OutputHello(Message, frozen=True, kw_only=True, tag="output_hello"):
 
 
 class OutputDone(Message, frozen=True, kw_only=True, tag="output_done"):
-    """An output is complete: saved under its final name, or returned, or both."""
+    """An output is complete: saved under its final name, uploaded, or returned. `encode_seconds` are without
+    `upload_seconds`."""
 
     request_id: str
     output_file_path: str | None
@@ -479,6 +489,8 @@ class OutputDone(Message, frozen=True, kw_only=True, tag="output_done"):
     frames: MappedArray | None
     encoded: MappedArray | None
     encode_seconds: float
+    stored: dict[str, StoredFile] = {}
+    upload_seconds: float = 0.0
 
 
 class OutputFailed(Message, frozen=True, kw_only=True, tag="output_failed"):

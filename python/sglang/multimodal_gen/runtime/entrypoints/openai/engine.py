@@ -26,6 +26,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     MediaInputs,
     RequestEvent,
 )
+from sglang.multimodal_gen.runtime.postprocess.object_store import ObjectStore
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,7 +73,8 @@ class Engine(Protocol):
 class HttpSettings:
     """How this server answers. `model_names`: the served name, then the others that requests may use.
 
-    `files_dir` is a private directory of this server; images and videos wait there to be fetched.
+    `files_dir` is a private directory of this server; images and videos wait there to be fetched, unless results are
+    uploaded to an `object_store`.
     """
 
     model_names: tuple[str, ...]
@@ -86,6 +88,7 @@ class HttpSettings:
     idempotency_lifetime_s: float = 3600.0
     delete_timeout_s: float = 10.0
     admin_api_key: str | None = field(default=None, repr=False)
+    object_store: ObjectStore | None = None
 
 
 def require_model(engine: Engine, settings: HttpSettings, name: str | None) -> ModelInfo:

@@ -28,7 +28,6 @@ from sglang.multimodal_gen.errors import (
 )
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.admin import surface_of
-from sglang.multimodal_gen.runtime.entrypoints.openai.content import content_response
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, HttpSettings, require_model
 from sglang.multimodal_gen.runtime.entrypoints.openai.fields import (
     VIDEO_CALL,
@@ -41,6 +40,7 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.idempotency import Idempot
 from sglang.multimodal_gen.runtime.entrypoints.openai.inputs import InputReader, video_sources
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse, error_object, to_json
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import Body, read_json_or_multipart
+from sglang.multimodal_gen.runtime.entrypoints.openai.results import Results
 from sglang.multimodal_gen.runtime.entrypoints.openai.video_jobs import VideoJob, VideoJobs
 from sglang.multimodal_gen.runtime.entrypoints.request_builder import check_output, expand
 
@@ -78,9 +78,11 @@ class VideoApi:
         self._settings = settings
         self._inputs = InputReader()
         self._replies = IdempotentReplies(lifetime_s=settings.idempotency_lifetime_s)
+        self._results = Results(settings.object_store)
         self.jobs = VideoJobs(
             engine,
             settings.files_dir / "videos",
+            results=self._results,
             capacity=settings.max_videos,
             delete_timeout_s=settings.delete_timeout_s,
         )
@@ -141,7 +143,7 @@ class VideoApi:
             raise VideoNotReady(video_id, status=job.status, progress=job.progress)
         try:
             path, file_format = _variant(job, variant)
-            return content_response(request, path, file_format=file_format)
+            return await self._results.respond(request, path, file_format=file_format)
         except FileNotFoundError:
             raise VideoNotFound(video_id) from None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import itertools
 import logging
@@ -20,6 +19,7 @@ from sglang.multimodal_gen.errors import ErrorInfo, InternalError, InvalidValue,
 from sglang.multimodal_gen.runtime.entrypoints.engine_client import raise_if_terminal
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import NO_INPUTS, DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine
+from sglang.multimodal_gen.runtime.entrypoints.openai.results import Results
 from sglang.multimodal_gen.runtime.managers.messages import (
     Cancelled,
     Failed,
@@ -68,10 +68,10 @@ class VideoJob:
         """Where the image of its frames in a grid lies once it is complete."""
         return beside(self.path, CONTACT_SHEET_ENDING)
 
-    def unlink(self) -> None:
-        """Remove its files, as far as they are there."""
-        for path in (self.path, self.thumbnail, self.contact_sheet):
-            path.unlink(missing_ok=True)
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All of the three."""
+        return self.path, self.thumbnail, self.contact_sheet
 
     @property
     def is_final(self) -> bool:
@@ -82,8 +82,11 @@ class VideoJob:
 class VideoJobs:
     """All jobs of this server, at most `capacity`: beyond it the oldest finished one goes, bytes and all."""
 
-    def __init__(self, engine: Engine, directory: Path, *, capacity: int, delete_timeout_s: float) -> None:
+    def __init__(
+        self, engine: Engine, directory: Path, *, results: Results, capacity: int, delete_timeout_s: float
+    ) -> None:
         self._engine = engine
+        self._results = results
         self._directory = directory
         self._capacity = capacity
         self._delete_timeout_s = delete_timeout_s
@@ -150,14 +153,21 @@ class VideoJobs:
         return jobs[:limit], len(jobs) > limit
 
     async def delete(self, job_id: str) -> None:
-        """Cancel the job when it runs, and remove it and its bytes. Raises VideoNotFound."""
+        """Cancel the job when it runs, and remove it and its bytes.
+
+        Raises:
+            VideoNotFound: there is no such job.
+            StorageUnavailable: its bytes are in a store that does not answer; a complete job is still there then.
+        """
         job = self.get(job_id)
-        del self._jobs[job_id]  # from here on nobody finds it; its watcher removes what may still be written
+        if job.is_final:
+            await self._results.remove(job.files)
+        self._jobs.pop(job_id, None)  # from here on nobody finds it; its watcher removes what may still be written
         watcher = self._watchers.get(job_id)
         if watcher is not None:
             await self._engine.cancel(job_id)
             await asyncio.wait({watcher}, timeout=self._delete_timeout_s)
-        job.unlink()
+            await self._results.remove(job.files)
 
     async def close(self) -> None:
         """Stop watching; the engine ends what runs."""
@@ -165,6 +175,7 @@ class VideoJobs:
         for watcher in watchers:
             watcher.cancel()
         await asyncio.gather(*watchers, return_exceptions=True)
+        await self._results.close()
 
     async def _watch(self, job_id: str, events: AsyncIterator[RequestEvent]) -> None:
         """Follow a job to its end. Whatever happens here, the job ends: clients poll until it does."""
@@ -176,8 +187,7 @@ class VideoJobs:
             self._watchers.pop(job_id, None)
             job = self._jobs.get(job_id)
             if job is None:
-                with contextlib.suppress(OSError):
-                    created.unlink()
+                self._results.discard(created.files)
             elif not job.is_final:
                 self._end(job, InternalError("the server lost track of this video; create it again").info())
 
@@ -225,4 +235,4 @@ class VideoJobs:
             if oldest is None:
                 raise QueueFull(self._capacity)
             del self._jobs[oldest.id]
-            oldest.unlink()
+            self._results.discard(oldest.files)
