@@ -168,8 +168,8 @@ def proxy_to(server: S3Server) -> Iterator[Proxy]:
         def log_message(self, format: str, *args: Any) -> None:
             """Say nothing."""
 
-        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any
-
+    for method in ("GET", "HEAD", "PUT", "POST", "DELETE"):
+        setattr(Handler, f"do_{method}", Handler.handle_any)
     listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     listener.daemon_threads = True
     thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.05})

@@ -1,4 +1,4 @@
-"""The object store against a real S3 server: uploads, ranges, URLs, retries, and what is said when it cannot be used."""
+"""The object store against a real S3 server: uploads, ranges, URLs, retries, and what is said when it is no use."""
 
 from __future__ import annotations
 
@@ -93,9 +93,7 @@ def test_a_presigned_url_needs_no_credentials_and_expires(server: S3Server, clip
         assert (reply.read(), reply.headers["content-type"]) == (CONTENT, "video/mp4")
 
 
-def test_bytes_are_read_in_pieces_of_one_version(
-    server: S3Server, clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bytes_are_read_in_pieces_of_one_version(server: S3Server, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_store, "_PIECE_BYTES", 1000)
     store = store_at(server.url)
     store.put("clip.mp4", clip)
@@ -133,7 +131,7 @@ def test_an_upload_is_not_tried_for_ever(
 ) -> None:
     monkeypatch.setattr(object_store, "_MAX_RETRIES", 2)
     proxy.faults.failures = 1000
-    with pytest.raises(StorageError, match="^the object store did not take the result: SlowDown$"):
+    with pytest.raises(StorageError, match=r"^the object store did not take the result: SlowDown$"):
         store_at(proxy.url).put("clip.mp4", clip)
     assert (proxy.faults.attempts, server.keys()) == (3, [])
 
@@ -141,7 +139,7 @@ def test_an_upload_is_not_tried_for_ever(
 def test_a_removal_that_fails_says_so(server: S3Server, proxy: Proxy, clip: Path) -> None:
     key = store_at(server.url).put("clip.mp4", clip).key
     proxy.faults.method, proxy.faults.failures = "DELETE", 1000
-    with pytest.raises(StorageUnavailable, match="did not remove a result"):
+    with pytest.raises(StorageUnavailable, match=r"did not remove a result"):
         store_at(proxy.url, upload_timeout="1").remove([key])
     assert server.keys() == [key]
 
@@ -170,13 +168,13 @@ def test_a_usable_bucket_passes_the_check_and_is_as_it_was(server: S3Server) -> 
 
 
 def test_a_missing_bucket_is_named_with_its_variable(server: S3Server) -> None:
-    with pytest.raises(InvalidValue, match="^SGLANG_S3_BUCKET_NAME: got no-such-bucket, accepted is the name of a"):
+    with pytest.raises(InvalidValue, match=r"^SGLANG_S3_BUCKET_NAME: got no-such-bucket, accepted is the name of a"):
         store_at(server.url, bucket_name="no-such-bucket").check()
 
 
 def test_a_bucket_that_goes_away_is_no_missing_object(server: S3Server, clip: Path) -> None:
     store = store_at(server.url, bucket_name="no-such-bucket")
-    with pytest.raises(StorageError, match="did not take the result: NoSuchBucket$"):
+    with pytest.raises(StorageError, match=r"did not take the result: NoSuchBucket$"):
         store.put("clip.mp4", clip)
 
 
@@ -277,5 +275,5 @@ def test_a_variable_that_cannot_be_accepted_is_named(changed: dict[str, str], ki
 
 
 def test_other_kinds_of_stores_are_refused() -> None:
-    with pytest.raises(InvalidValue, match="^SGLANG_CLOUD_STORAGE_TYPE: got gcs, accepted is s3$"):
+    with pytest.raises(InvalidValue, match=r"^SGLANG_CLOUD_STORAGE_TYPE: got gcs, accepted is s3$"):
         envs.store_settings({"SGLANG_CLOUD_STORAGE_TYPE": "gcs"})

@@ -19,11 +19,11 @@ class GenerationResult:
     `stored` tells where the `output`, the `thumbnail` and the `contact_sheet` were uploaded, where results are: the key
     in the bucket, and a presigned URL that anybody can use until it expires.
 
-    `metrics` holds `queue_seconds`, `stage_seconds` (by stage; `encode_file` runs beside the others, `upload` within the
-    waiting), `step_ms` of each denoising step with `step_batch_sizes` (requests that shared it), `waiting_seconds`
-    (others' units, the end of the file, the upload), `stage_peak_mb` (by stage), `attempts`, `warmup_excluded` (its
-    size had been warmed up before) and, of a request that was profiled, `profile_path`. `generation_time` is the sum of
-    the stages but `encode_file` and `upload`, and of the waiting.
+    `metrics` holds `queue_seconds`, `stage_seconds` (by stage; `encode_file` runs beside the others, `upload` is part
+    of the waiting), `step_ms` of each denoising step with `step_batch_sizes` (requests that shared it),
+    `waiting_seconds` (others' units, the end of the file, the upload), `stage_peak_mb` (by stage), `attempts`,
+    `warmup_excluded` (its size had been warmed up before) and, of a request that was profiled, `profile_path`.
+    `generation_time` is the sum of the stages but `encode_file` and `upload`, and of the waiting.
     """
 
     prompt: str

@@ -459,14 +459,15 @@ class DropOutput(Message, frozen=True, kw_only=True, tag="drop_output"):
     request_id: str
 
 
-class RemoveStored(Message, frozen=True, kw_only=True, tag="remove_stored"):
-    """The request had ended when its upload was done: remove these objects again."""
+class RemoveOutput(Message, frozen=True, kw_only=True, tag="remove_output"):
+    """The request was cancelled or failed before its output was complete: remove the files and objects again."""
 
     request_id: str
+    paths: tuple[str, ...]
     keys: tuple[str, ...]
 
 
-ToOutput = OpenOutput | OutputFrames | DropOutput | RemoveStored
+ToOutput = OpenOutput | OutputFrames | DropOutput | RemoveOutput
 
 
 # --- output process -> scheduler ---

@@ -6,6 +6,7 @@ of its own, fed in order; a worker never waits for a file.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -33,7 +34,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     OutputFailed,
     OutputFrames,
     OutputHello,
-    RemoveStored,
+    RemoveOutput,
     ToOutput,
     encode,
 )
@@ -173,12 +174,19 @@ class OutputProcess:
             inbox = self.inboxes[message.request_id] = _Inbox(self.num_openings)
             thread = threading.Thread(target=self._serve, args=(message, inbox), name="output", daemon=True)
             thread.start()
-        elif isinstance(message, RemoveStored):
-            threading.Thread(target=self.storage.remove, args=(message.keys,), name="remove", daemon=True).start()
+        elif isinstance(message, RemoveOutput):
+            threading.Thread(target=self._remove, args=(message,), name="remove", daemon=True).start()
         elif message.request_id in self.inboxes:
             self.inboxes[message.request_id].messages.put(message)
         elif isinstance(message, OutputFrames):
             self.run_dir.discard(message.frames.file)
+
+    def _remove(self, message: RemoveOutput) -> None:
+        for path in message.paths:
+            with contextlib.suppress(OSError):
+                Path(path).unlink(missing_ok=True)
+        if message.keys:
+            self.storage.remove(message.keys)
 
     def _close(self, request_id: str, opening: int) -> None:
         """A thread has ended. Its request may have come again meanwhile: that one's inbox stays."""

@@ -59,7 +59,6 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     ProfileReady,
     Queued,
     Release,
-    RemoveStored,
     RequestEvent,
     Started,
     StateSaved,
@@ -533,9 +532,7 @@ class Scheduler:
             for array in (message.frames, message.encoded):
                 if array is not None:
                     self.run_dir.discard(array.file)
-            if message.stored:
-                keys = tuple(file.key for file in message.stored.values())
-                self.output.send(RemoveStored(request_id=message.request_id, keys=keys))
+            self.output.remove(message)
             return
         self.ledger.add(message.request_id, message.frames, message.encoded)
         record.output = message
