@@ -30,7 +30,7 @@ class S3Server:
     url: str
     client: Any
 
-    def keys(self) -> list[str]:
+    def contents(self) -> list[str]:
         """What is in the bucket."""
         return [found["Key"] for found in self.client.list_objects_v2(Bucket=BUCKET).get("Contents", [])]
 
@@ -40,7 +40,7 @@ class S3Server:
 
     def clear(self) -> None:
         """Empty the bucket."""
-        for key in self.keys():
+        for key in self.contents():
             self.client.delete_object(Bucket=BUCKET, Key=key)
 
 

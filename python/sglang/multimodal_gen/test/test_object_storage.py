@@ -86,7 +86,7 @@ def test_a_result_is_uploaded_with_its_images_and_stays_where_it_was_asked_for(
         assert server.client.get_object(Bucket=BUCKET, Key=stored.key)["Body"].read() == content
         with urllib.request.urlopen(stored.url) as reply:
             assert reply.read() == content
-    assert len(server.keys()) == 3
+    assert len(server.contents()) == 3
     assert result.metrics["stage_seconds"].keys() >= {"encode_file", "upload"}
 
 
@@ -100,13 +100,13 @@ def test_a_name_that_is_taken_here_or_there_is_not_used_again(
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / f"{stem}-2.png").touch()
     save(engine, tmp_path / "c", num_frames=1)
-    assert server.keys() == [f"{PREFIX}/{stem}{number}.png" for number in ("-1", "-3", "")]
+    assert server.contents() == [f"{PREFIX}/{stem}{number}.png" for number in ("-1", "-3", "")]
 
 
 def test_a_name_that_was_given_is_overwritten(engine: DiffGenerator, server: S3Server, tmp_path: Path) -> None:
     for seed in (1, 2):
         result = save(engine, tmp_path, num_frames=1, output_file_name="x.png", seed=seed)
-    assert server.keys() == [f"{PREFIX}/x.png"]
+    assert server.contents() == [f"{PREFIX}/x.png"]
     found = server.client.get_object(Bucket=BUCKET, Key=f"{PREFIX}/x.png")["Body"].read()
     assert found == Path(result.output_file_path or "").read_bytes()
 
@@ -114,13 +114,13 @@ def test_a_name_that_was_given_is_overwritten(engine: DiffGenerator, server: S3S
 def test_frames_and_latents_alone_are_not_uploaded(engine: DiffGenerator, server: S3Server) -> None:
     result = engine.generate({"prompt": "x", "return_frames": True})
     assert isinstance(result, GenerationResult) and result.frames is not None
-    assert (result.stored, server.keys()) == ({}, [])
+    assert (result.stored, server.contents()) == ({}, [])
 
 
 def test_a_busy_store_delays_a_result(engine: DiffGenerator, server: S3Server, faults: Any, tmp_path: Path) -> None:
     faults.failures = 2
     save(engine, tmp_path, output_file_name="x.png", num_frames=1)
-    assert (faults.attempts, server.keys()) == (3, [f"{PREFIX}/x.png"])
+    assert (faults.attempts, server.contents()) == (3, [f"{PREFIX}/x.png"])
 
 
 def test_a_store_that_fails_for_good_ends_the_request_and_leaves_nothing(
@@ -132,11 +132,11 @@ def test_a_store_that_fails_for_good_ends_the_request_and_leaves_nothing(
         save(engine, tmp_path, output_file_name="x.mp4", thumbnail=True)
     assert (raised.value.code, raised.value.http_status, raised.value.retryable) == ("storage_error", 507, False)
     assert str(raised.value) == "the object store did not take the result: SlowDown"
-    assert [path.name for path in tmp_path.iterdir()] == ["x.mp4"] and server.keys() == []
+    assert [path.name for path in tmp_path.iterdir()] == ["x.mp4"] and server.contents() == []
     assert (tmp_path / "x.mp4").read_bytes() == b"an older one"
     faults.failures = 0
     save(engine, tmp_path, output_file_name="x.mp4")
-    assert server.keys() == [f"{PREFIX}/x.mp4"]
+    assert server.contents() == [f"{PREFIX}/x.mp4"]
 
 
 def test_what_was_uploaded_goes_when_the_next_of_its_files_fails(
@@ -150,7 +150,7 @@ def test_what_was_uploaded_goes_when_the_next_of_its_files_fails(
         faults.gate.set()
         with pytest.raises(RemoteError):
             running.result()
-    assert faults.attempts > 2 and server.keys() == [] and not list(tmp_path.iterdir())
+    assert faults.attempts > 2 and server.contents() == [] and not list(tmp_path.iterdir())
 
 
 def test_an_upload_holds_up_nobody(engine: DiffGenerator, server: S3Server, faults: Any, tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_request_that_is_cancelled_while_it_is_uploaded_leaves_nothing(
     faults.method, faults.attempts = "DELETE", 0
     faults.gate.set()
     wait_until(lambda: faults.attempts == 1)  # it was complete, and then it was removed
-    wait_until(lambda: server.keys() == [])
+    wait_until(lambda: server.contents() == [])
     wait_until(lambda: not list(tmp_path.iterdir()))
 
 
