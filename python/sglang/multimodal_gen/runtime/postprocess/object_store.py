@@ -27,7 +27,6 @@ from sglang.multimodal_gen.envs import (
 from sglang.multimodal_gen.errors import (
     InvalidValue,
     MissingPackage,
-    ServingError,
     StorageError,
     StorageUnavailable,
 )
@@ -81,53 +80,47 @@ class ObjectStore:
         prefix = self.settings.prefix
         return f"{prefix}/{name}" if prefix else name
 
-    def url(self, name: str) -> str:
-        """A presigned address that a GET without credentials may use, for as long as the settings say."""
-        lifetime = timedelta(seconds=self.settings.url_lifetime_s)
-        with self._translated(StorageUnavailable, "cannot be asked for a URL"):
-            return str(self._obstore.sign(self._store, "GET", self.key(name), lifetime))
-
     def put(self, name: str, path: str | Path) -> StoredFile:
         """Upload the file at `path` under `name`, replacing what is there. Blocks; a few run at once, others wait.
 
         Raises: StorageError.
         """
-        source = Path(path)
+        source, key = Path(path), self.key(name)
         size = source.stat().st_size
-        with self._slots, self._translated(StorageError, "did not take the result", absent_passes=False):
+        with self._slots, self._saving("did not take the result"):
+            lifetime = timedelta(seconds=self.settings.url_lifetime_s)
+            stored = StoredFile(key=key, url=self._obstore.sign(self._store, "GET", key, lifetime))
             self._obstore.put(
                 self._store,
-                self.key(name),
+                key,
                 source,
                 attributes={"Content-Type": media_type(name)},
                 use_multipart=size > _ONE_REQUEST_BYTES,
                 chunk_size=_PART_BYTES,
                 max_concurrency=_PARTS_AT_ONCE,
             )
-        return StoredFile(key=self.key(name), url=self.url(name))
+        return stored
 
     def has(self, name: str) -> bool:
         """Whether there is an object of that name. Raises: StorageError."""
         absent = (FileNotFoundError, self._obstore.exceptions.PermissionDeniedError)
-        with self._translated(StorageError, "does not say whether a name is free"):
+        with self._saving("does not say whether a name is free"):
             try:
                 self._obstore.head(self._store, self.key(name))
-            except absent as error:
+            except absent:
                 # S3 answers 403 for what is not there to whoever may not list the bucket; `check` saw that what is
                 # there may be asked for.
-                if _answer(error) == "NoSuchBucket":
-                    raise
                 return False
         return True
 
     def remove(self, keys: Iterable[str]) -> None:
         """Remove objects by key; those that are not there are fine. Blocks. Raises: StorageUnavailable."""
-        with self._translated(StorageUnavailable, "did not remove a result"):
+        with self._using("did not remove a result"):
             self._obstore.delete(self._store, list(keys))
 
     async def facts(self, name: str) -> ObjectFacts:
         """Raises: FileNotFoundError when there is no such object, StorageUnavailable."""
-        with self._translated(StorageUnavailable, "does not give the result"):
+        with self._using("does not give the result"):
             found = await self._obstore.head_async(self._store, self.key(name))
         return ObjectFacts(size=found["size"], etag=found["e_tag"])
 
@@ -138,7 +131,7 @@ class ObjectStore:
         """
         for start in range(begin, end, _PIECE_BYTES):
             options: dict[str, Any] = {"range": (start, min(start + _PIECE_BYTES, end)), "if_match": etag}
-            with self._translated(StorageUnavailable, "does not give the result"):
+            with self._using("does not give the result"):
                 result = await self._obstore.get_async(self._store, self.key(name), options=options)
                 piece = bytes(await result.bytes_async())
             yield piece
@@ -172,16 +165,23 @@ class ObjectStore:
             ) from None
 
     @contextmanager
-    def _translated(self, kind: type[ServingError], what: str, *, absent_passes: bool = True) -> Iterator[None]:
-        """obstore's errors as one of ours; but for FileNotFoundError, unless it is the bucket that is gone."""
+    def _saving(self, what: str) -> Iterator[None]:
+        """obstore's errors as StorageError."""
         try:
             yield
-        except FileNotFoundError as error:
-            if absent_passes and _answer(error) != "NoSuchBucket":
+        except (FileNotFoundError, self._obstore.exceptions.BaseError) as error:
+            raise StorageError(f"the object store {what}: {_answer(error)}") from None
+
+    @contextmanager
+    def _using(self, what: str) -> Iterator[None]:
+        """obstore's errors as StorageUnavailable; but for FileNotFoundError, unless it is the bucket that is gone."""
+        try:
+            yield
+        except (FileNotFoundError, self._obstore.exceptions.BaseError) as error:
+            answer = _answer(error)
+            if isinstance(error, FileNotFoundError) and answer != "NoSuchBucket":
                 raise
-            raise kind(f"the object store {what}: {_answer(error)}") from None
-        except self._obstore.exceptions.BaseError as error:
-            raise kind(f"the object store {what}: {_answer(error)}") from None
+            raise StorageUnavailable(f"the object store {what}: {answer}") from None
 
 
 def _library() -> Any:
