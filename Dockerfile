@@ -39,14 +39,14 @@ FROM base AS cpu
 # PyTorch publishes builds without CUDA, which are much smaller, in an index of its own: --build-arg TORCH_INDEX_URL=...
 ARG TORCH_INDEX_URL=""
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    pip install --no-cache-dir ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} "$(ls /wheels/*.whl)[diffusion]"
+    pip install --no-cache-dir ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} "$(ls /wheels/*.whl)[diffusion,s3]"
 ENV SGLANG_DIFFUSION_DEVICE=cpu
 USER sglang
 
 FROM base AS cuda
 # The default build of PyTorch brings the CUDA libraries along; the driver comes from the host (NVIDIA Container Toolkit).
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    pip install --no-cache-dir "$(ls /wheels/*.whl)[diffusion]"
+    pip install --no-cache-dir "$(ls /wheels/*.whl)[diffusion,s3]"
 ENV SGLANG_DIFFUSION_DEVICE=cuda \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility

@@ -69,8 +69,8 @@ gives; a seed that is drawn is reported with the result."""
 def environment_page() -> str:
     """Every environment variable."""
     intro = """\
-An empty variable counts as unset. A variable that begins with `SGLANG_DIFFUSION_` and is not in this list is reported
-at the start and has no effect."""
+An empty variable counts as unset. A variable that begins with `SGLANG_DIFFUSION_` or `SGLANG_S3_` and is not in this
+list is reported at the start and has no effect. The values of keys are shown nowhere."""
     options = [
         [
             _code(envs.option_variable(name)),
@@ -80,6 +80,7 @@ at the start and has no effect."""
         ]
         for name, o in server_options().items()
     ]
+    store = [[_code(v.name), v.accepted, v.unset, v.help] for v in envs.STORE_VARIABLES]
     others = [[_code(v.name), v.library, v.help] for v in envs.LIBRARY_VARIABLES]
     header = ["Variable", "Accepted", "Default", "Meaning"]
     sections = [
@@ -90,6 +91,10 @@ at the start and has no effect."""
         "## Of commands",
         "",
         _table(["Variable", "Command", "Meaning"], [[_code(envs.BENCH_API_KEY), "`sglang bench serve`", _BENCH_KEY]]),
+        "",
+        "## Results in an object store",
+        "",
+        _table(header, store),
         "",
         "## Read by libraries",
         "",

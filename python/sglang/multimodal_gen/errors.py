@@ -293,6 +293,14 @@ class InsufficientStorage(StorageError):
     code = "insufficient_storage"
 
 
+class StorageUnavailable(ServingError):
+    """The object store that results are in cannot be reached or does not answer as it should; try again."""
+
+    code = "storage_unavailable"
+    http_status = 503
+    retryable = True
+
+
 class RequestCancelled(ServingError):
     """The request was cancelled before it finished."""
 

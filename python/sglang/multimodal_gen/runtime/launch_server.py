@@ -25,6 +25,7 @@ from pathlib import Path
 
 import platformdirs
 
+from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.errors import EngineStopped, PortInUse
 from sglang.multimodal_gen.registry import get_model_info
 from sglang.multimodal_gen.runtime.entrypoints.openai.keys import read_key_file
@@ -43,6 +44,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
 from sglang.multimodal_gen.runtime.managers.run_dir import OwnedRunDir
 from sglang.multimodal_gen.runtime.managers.state_dir import StateDir, claimed
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
+from sglang.multimodal_gen.runtime.postprocess.storage import check_storage
 from sglang.multimodal_gen.runtime.server_args import HttpArgs, LoggingArgs, ServerArgs
 
 # Started with -m, this module's own name is __main__, which is outside the package's logger.
@@ -219,12 +221,14 @@ def launch_server(args: ServerArgs, *, warnings: Sequence[str] = (), sources: Ma
         StorageError: it cannot be written, or its jobs cannot be read.
         InvalidKeyFile: the file of keys cannot be used, likewise.
         ModelError: a local path holds no model that we can serve, likewise.
+        ServingError: results are to be uploaded and cannot be, likewise.
     """
     args = dataclasses.replace(args, http=_with_keys(args.http), logging=_server_logging(args.logging))
     configure_logging(args.logging)
     for warning in warnings:
         logger.warning("%s", warning)
     get_model_info(args.model.model_path, model_id=args.model.model_id, backend=args.model.backend)
+    check_storage(envs.current())
     stop = StopSignal()
     with (
         _listening_socket(args.http) as http_socket,

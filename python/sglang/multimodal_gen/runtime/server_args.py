@@ -495,9 +495,11 @@ def resolve_server_args(
     Raises:
         UnknownParameter: a name in `flags` or in the file is no option.
         FieldError: a value is not accepted; the error names the flag, the variable or the line of the file.
+        MissingParameter: an object store's variables are not complete.
     """
     options = server_options()
     check_names(flags, options, what="option")
+    envs.store_settings(environ)  # read where it is used; what is wrong with it shows before anything starts
     settings = {name: Setting(option.default, "default") for name, option in options.items()}
     if config_file is not None:
         read = config_file.read(options)

@@ -56,6 +56,7 @@ LATE_KERNELS = ("runtime.layers",)
 # A worker's own modules may import torch, and what imports it, late: it loads once the scheduler was told that it does.
 LATE: dict[tuple[str, str], str] = {
     ("runtime.managers.run_dir", "numpy"): "processes that only pass names on do without it",
+    ("runtime.postprocess.object_store", "obstore"): "an optional package, which only results in a store need",
     ("runtime.loader.tokenizer", "transformers"): "5 s that only a checkpoint without tokenizer.json needs",
 }
 IMPORT_BY_NAME = ("registry", "sglang", "sglang.cli.main", "runtime.layers.attention")

@@ -31,6 +31,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
 from sglang.multimodal_gen.runtime.managers.output_process import OutputJob, OutputProcess
 from sglang.multimodal_gen.runtime.managers.run_dir import OwnedRunDir
 from sglang.multimodal_gen.runtime.postprocess.metadata import read_metadata
+from sglang.multimodal_gen.runtime.postprocess.storage import LocalStorage
 from sglang.multimodal_gen.test import null_family
 from sglang.multimodal_gen.test.clips import decode
 
@@ -126,7 +127,7 @@ def test_an_output_that_is_dropped_and_opened_again_is_written(monkeypatch: pyte
     paths, codec = owned.paths, Codec(OutputHello | OutputDone)
     with zmq.Context() as context, context.socket(zmq.PAIR) as scheduler:
         scheduler.bind(paths.output_address)
-        threading.Thread(target=OutputProcess(paths, model="null").run, daemon=True).start()
+        threading.Thread(target=OutputProcess(paths, model="null", storage=LocalStorage()).run, daemon=True).start()
         assert isinstance(codec.decode(scheduler.recv()), OutputHello)
         params = SamplingParams.from_values({"prompt": "x", "return_frames": True})
         for message in (

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import EngineStopped, RemoteError, RequestCancelled, ServingError, StorageError
@@ -37,6 +38,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Status,
     SupervisorNote,
 )
+from sglang.multimodal_gen.runtime.postprocess.storage import check_storage
 from sglang.multimodal_gen.runtime.server_args import ServerArgs
 
 if TYPE_CHECKING:
@@ -200,8 +202,9 @@ class _Engine:
     """The supervisor child and the client loop, apart from DiffGenerator so that collecting that one ends this one."""
 
     def __init__(self, args: ServerArgs) -> None:
-        # A wrong path need not wait for processes.
+        # A wrong path or bucket need not wait for processes.
         get_model_info(args.model.model_path, model_id=args.model.model_id, backend=args.model.backend)
+        check_storage(envs.current())
         config = EngineConfig.of_this_process(args, run_dir="")
         self._child = ChildProcess(_SUPERVISOR, config=config.to_bytes(), nice_name="supervisor")
         self._codec = Codec(SupervisorNote)
@@ -324,6 +327,7 @@ class _Engine:
             output_file_path=event.output_file_path,
             thumbnail_path=event.thumbnail_path,
             contact_sheet_path=event.contact_sheet_path,
+            stored=event.stored,
             generation_time=event.generation_time,
             peak_memory_mb=event.peak_memory_bytes / 2**20,
             frames=None if event.frames is None else self.client.take(event.frames),

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sglang.multimodal_gen.runtime.postprocess.object_store import StoredFile
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -14,12 +16,14 @@ if TYPE_CHECKING:
 class GenerationResult:
     """One output. `frames` uint8 [T, H, W, 3] with `return_frames`, `latents` float32 [C, T, H, W] with
     `return_latents`; times are seconds. Paths are absolute, or None where nothing of the kind was saved.
+    `stored` tells where the `output`, the `thumbnail` and the `contact_sheet` were uploaded, where results are: the key
+    in the bucket, and a presigned URL that anybody can use until it expires.
 
-    `metrics` holds `queue_seconds`, `stage_seconds` (by stage; `encode_file` runs beside the others), `step_ms` of each
-    denoising step with `step_batch_sizes` (requests that shared it), `waiting_seconds` (others' units, the end of the
-    file), `stage_peak_mb` (by stage), `attempts`, `warmup_excluded` (its size had been warmed up before) and, of a
-    request that was profiled, `profile_path`. `generation_time` is the sum of the stages but `encode_file`, and of the
-    waiting.
+    `metrics` holds `queue_seconds`, `stage_seconds` (by stage; `encode_file` runs beside the others, `upload` is part
+    of the waiting), `step_ms` of each denoising step with `step_batch_sizes` (requests that shared it),
+    `waiting_seconds` (others' units, the end of the file, the upload), `stage_peak_mb` (by stage), `attempts`,
+    `warmup_excluded` (its size had been warmed up before) and, of a request that was profiled, `profile_path`.
+    `generation_time` is the sum of the stages but `encode_file` and `upload`, and of the waiting.
     """
 
     prompt: str
@@ -32,6 +36,7 @@ class GenerationResult:
     peak_memory_mb: float
     thumbnail_path: str | None = None
     contact_sheet_path: str | None = None
+    stored: Mapping[str, StoredFile] = field(default_factory=dict)
     frames: np.ndarray | None = None
     latents: np.ndarray | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)

@@ -13,6 +13,7 @@ import socket
 import time
 from multiprocessing.connection import Connection
 
+from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.runtime.entrypoints.engine_client import EngineClient
 from sglang.multimodal_gen.runtime.entrypoints.http_server import create_app, serve
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import HttpSettings, JobSettings
@@ -33,6 +34,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     SupervisorNote,
 )
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
+from sglang.multimodal_gen.runtime.postprocess.storage import open_object_store
 from sglang.multimodal_gen.runtime.server_args import model_names, shown_options
 
 _ORPHANED_S = 5.0
@@ -61,6 +63,7 @@ def _settings(config: EngineConfig, address: str) -> HttpSettings:
         backend=args.model.backend,
         options=shown_options(args, config.sources),
         studio=http.studio,
+        object_store=open_object_store(envs.current()),
     )
 
 

@@ -29,7 +29,6 @@ from sglang.multimodal_gen.errors import (
 from sglang.multimodal_gen.runtime.entrypoints.metrics_api import MetricsApi
 from sglang.multimodal_gen.runtime.entrypoints.openai import reply_schemas as schemas
 from sglang.multimodal_gen.runtime.entrypoints.openai.connection import Connection
-from sglang.multimodal_gen.runtime.entrypoints.openai.content import MEDIA_TYPES
 from sglang.multimodal_gen.runtime.entrypoints.openai.control_api import ControlApi, WeightsFields
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, HttpSettings
 from sglang.multimodal_gen.runtime.entrypoints.openai.fields import (
@@ -62,6 +61,7 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.video_api import ContentQu
 from sglang.multimodal_gen.runtime.entrypoints.openai.video_derivation import VideoDerivationApi
 from sglang.multimodal_gen.runtime.entrypoints.studio_routes import StudioRoutes
 from sglang.multimodal_gen.runtime.observability.metrics import HttpMetrics
+from sglang.multimodal_gen.runtime.postprocess.formats import MEDIA_TYPES
 
 logger = logging.getLogger(__name__)
 

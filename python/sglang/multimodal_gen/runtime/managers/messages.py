@@ -19,6 +19,7 @@ from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.request_plan import Lane, Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import ErrorInfo
+from sglang.multimodal_gen.runtime.postprocess.object_store import StoredFile
 
 PROTOCOL_VERSION = 3
 HTTP_CLIENT_NAME = "http"
@@ -205,11 +206,12 @@ class Progress(Message, frozen=True, kw_only=True, tag="progress"):
 class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     """Terminal: the output is complete.
 
-    `generation_time` is the seconds of the stages but `encode_file`, which runs beside them, plus `waiting_seconds`:
-    others' units, the way between processes and the end of the file. `stage_peak_bytes` is the most memory in use while
-    the stage's units ran, `step_ms` are the denoising steps, each shared by as many requests as `step_batch_sizes`
-    says. `warmup_excluded`: this size had been warmed up before. `profile_path` names the trace of a request that was
-    profiled.
+    `generation_time` is the seconds of the stages but `encode_file`, which runs beside them, and `upload`, plus
+    `waiting_seconds`: others' units, the way between processes, the end of the file and the upload. `stage_peak_bytes`
+    is the most memory in use while the stage's units ran, `step_ms` are the denoising steps, each shared by as many
+    requests as `step_batch_sizes` says. `warmup_excluded`: this size had been warmed up before. `profile_path` names
+    the trace of a request that was profiled. `stored`: the `output`, `thumbnail` and `contact_sheet` that were
+    uploaded, as far as there are.
     """
 
     request_id: str
@@ -235,6 +237,7 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     waiting_seconds: float = 0.0
     stage_peak_bytes: dict[str, int] = {}
     profile_path: str | None = None
+    stored: dict[str, StoredFile] = {}
 
 
 class Failed(Message, frozen=True, kw_only=True, tag="failed"):
@@ -496,7 +499,15 @@ class DropOutput(Message, frozen=True, kw_only=True, tag="drop_output"):
     request_id: str
 
 
-ToOutput = OpenOutput | OutputFrames | DropOutput
+class RemoveOutput(Message, frozen=True, kw_only=True, tag="remove_output"):
+    """The request was cancelled or failed before its output was complete: remove the files and objects again."""
+
+    request_id: str
+    paths: tuple[str, ...]
+    keys: tuple[str, ...]
+
+
+ToOutput = OpenOutput | OutputFrames | DropOutput | RemoveOutput
 
 
 # --- output process -> scheduler ---
@@ -509,7 +520,8 @@ class OutputHello(Message, frozen=True, kw_only=True, tag="output_hello"):
 
 
 class OutputDone(Message, frozen=True, kw_only=True, tag="output_done"):
-    """An output is complete: saved under its final name, or returned, or both."""
+    """An output is complete: saved under its final name, uploaded, or returned. `encode_seconds` are without
+    `upload_seconds`."""
 
     request_id: str
     output_file_path: str | None
@@ -518,6 +530,8 @@ class OutputDone(Message, frozen=True, kw_only=True, tag="output_done"):
     frames: MappedArray | None
     encoded: MappedArray | None
     encode_seconds: float
+    stored: dict[str, StoredFile] = {}
+    upload_seconds: float = 0.0
 
 
 class OutputFailed(Message, frozen=True, kw_only=True, tag="output_failed"):

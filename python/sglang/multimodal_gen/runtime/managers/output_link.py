@@ -11,7 +11,15 @@ from typing import cast
 import zmq
 
 from sglang.multimodal_gen.errors import StorageError
-from sglang.multimodal_gen.runtime.managers.messages import MappedArray, MediaInputs, Message, ToOutput, encode
+from sglang.multimodal_gen.runtime.managers.messages import (
+    MappedArray,
+    MediaInputs,
+    Message,
+    OutputDone,
+    RemoveOutput,
+    ToOutput,
+    encode,
+)
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 
 
@@ -27,6 +35,17 @@ class OutputLink:
         """In order, never blocking."""
         self._backlog.append(encode(cast(Message, message)))
         self.flush()
+
+    def remove(self, done: OutputDone) -> None:
+        """An output that nobody waits for any more: an upload goes on after its request was cancelled."""
+        paths = (done.output_file_path, done.thumbnail_path, done.contact_sheet_path)
+        self.send(
+            RemoveOutput(
+                request_id=done.request_id,
+                paths=tuple(path for path in paths if path is not None),
+                keys=tuple(file.key for file in done.stored.values()),
+            )
+        )
 
     def greeted(self) -> bool:
         """An output process said hello; whether an earlier one had been there before it."""

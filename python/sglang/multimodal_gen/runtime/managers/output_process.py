@@ -6,17 +6,20 @@ of its own, fed in order; a worker never waits for a file.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 
 import msgspec
 import numpy as np
 import zmq
 
+from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.errors import InternalError, ServingError
 from sglang.multimodal_gen.runtime.managers.child_process import exit_with_parent, inherited_connection
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
@@ -31,6 +34,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     OutputFailed,
     OutputFrames,
     OutputHello,
+    RemoveOutput,
     ToOutput,
     encode,
 )
@@ -38,19 +42,22 @@ from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging, fields, log_refusal
 from sglang.multimodal_gen.runtime.observability.private_texts import PRIVATE_TEXTS
 from sglang.multimodal_gen.runtime.postprocess.metadata import file_metadata
-from sglang.multimodal_gen.runtime.postprocess.saving import OutputWriter
+from sglang.multimodal_gen.runtime.postprocess.saving import OutputWriter, SavedFiles
+from sglang.multimodal_gen.runtime.postprocess.storage import LocalStorage, Storage, open_storage
 from sglang.multimodal_gen.runtime.server_args import model_names
 
 # Started with -m, this module's own name is __main__, which is outside the package's logger.
 logger = logging.getLogger("sglang.multimodal_gen.runtime.managers.output_process")
 
 _WAKE = "inproc://replies"
+_NOTHING_SAVED = SavedFiles(output=None, thumbnail=None, contact_sheet=None, stored={}, upload_seconds=0.0)
 
 
 class OutputJob:
-    """One output on its way to a file, to the client, or both. `model` is the name that the file gives as its maker."""
+    """One output on its way to `storage`, to the client, or both. `model` is the name that the file gives as its
+    maker."""
 
-    def __init__(self, opened: OpenOutput, run_dir: RunDir, *, model: str) -> None:
+    def __init__(self, opened: OpenOutput, run_dir: RunDir, *, model: str, storage: Storage) -> None:
         self.opened = opened
         self.run_dir = run_dir
         self.seconds = 0.0
@@ -59,12 +66,12 @@ class OutputJob:
         params = opened.params
         directory = opened.directory
         if params.return_encoded:
-            directory = str(run_dir.private_state)
+            directory, storage = str(run_dir.private_state), LocalStorage()
         metadata = file_metadata(params.recorded(), model=model) if params.metadata else None
         self.writer = (
             None
             if directory is None
-            else OutputWriter(params, directory, num_frames=opened.num_frames, metadata=metadata)
+            else OutputWriter(params, directory, num_frames=opened.num_frames, metadata=metadata, storage=storage)
         )
 
     def add(self, message: OutputFrames) -> OutputDone | None:
@@ -83,21 +90,24 @@ class OutputJob:
 
     def _finish(self) -> OutputDone:
         begin = time.perf_counter()
-        saved = None if self.writer is None else self.writer.close()
+        saved = _NOTHING_SAVED if self.writer is None else self.writer.close()
+        upload_seconds = saved.upload_seconds
         encoded = None
-        if saved is not None and self.opened.params.return_encoded:
+        if saved.output is not None and self.opened.params.return_encoded:
             encoded = self.run_dir.put(np.frombuffer(saved.output.read_bytes(), dtype=np.uint8))
             saved.output.unlink()
-            saved = None
+            saved = _NOTHING_SAVED
         self._returned_view = None
         return OutputDone(
             request_id=self.opened.request_id,
-            output_file_path=None if saved is None else str(saved.output),
-            thumbnail_path=None if saved is None or saved.thumbnail is None else str(saved.thumbnail),
-            contact_sheet_path=None if saved is None or saved.contact_sheet is None else str(saved.contact_sheet),
+            output_file_path=_text(saved.output),
+            thumbnail_path=_text(saved.thumbnail),
+            contact_sheet_path=_text(saved.contact_sheet),
             frames=self.returned,
             encoded=encoded,
-            encode_seconds=self.seconds + time.perf_counter() - begin,
+            encode_seconds=self.seconds + time.perf_counter() - begin - upload_seconds,
+            stored=dict(saved.stored),
+            upload_seconds=upload_seconds,
         )
 
     def abandon(self) -> None:
@@ -106,6 +116,10 @@ class OutputJob:
             self.writer.abort()
         if self.returned is not None:
             self.run_dir.discard(self.returned.file)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 @dataclass(frozen=True)
@@ -119,9 +133,10 @@ class _Inbox:
 class OutputProcess:
     """Deals messages to one thread per output and brings their replies back."""
 
-    def __init__(self, run_dir: RunDir, *, model: str) -> None:
+    def __init__(self, run_dir: RunDir, *, model: str, storage: Storage) -> None:
         self.run_dir = run_dir
         self.model = model
+        self.storage = storage
         self.context = zmq.Context()
         self.scheduler = self.context.socket(zmq.PAIR)
         self.scheduler.set_hwm(0)
@@ -159,10 +174,19 @@ class OutputProcess:
             inbox = self.inboxes[message.request_id] = _Inbox(self.num_openings)
             thread = threading.Thread(target=self._serve, args=(message, inbox), name="output", daemon=True)
             thread.start()
+        elif isinstance(message, RemoveOutput):
+            threading.Thread(target=self._remove, args=(message,), name="remove", daemon=True).start()
         elif message.request_id in self.inboxes:
             self.inboxes[message.request_id].messages.put(message)
         elif isinstance(message, OutputFrames):
             self.run_dir.discard(message.frames.file)
+
+    def _remove(self, message: RemoveOutput) -> None:
+        for path in message.paths:
+            with contextlib.suppress(OSError):
+                Path(path).unlink(missing_ok=True)
+        if message.keys:
+            self.storage.remove(message.keys)
 
     def _close(self, request_id: str, opening: int) -> None:
         """A thread has ended. Its request may have come again meanwhile: that one's inbox stays."""
@@ -176,7 +200,7 @@ class OutputProcess:
         reply: Message | None = None
         job: OutputJob | None = None
         try:
-            job = OutputJob(opened, self.run_dir, model=self.model)
+            job = OutputJob(opened, self.run_dir, model=self.model, storage=self.storage)
             while reply is None:
                 message = inbox.messages.get()
                 if isinstance(message, DropOutput):
@@ -207,7 +231,9 @@ def main() -> None:
     config = EngineConfig.from_bytes(parent.recv_bytes())
     configure_logging(config.args.logging)
     exit_with_parent(parent, lambda _: None, cleanup=lambda: None)
-    OutputProcess(RunDir.at(config.run_dir), model=model_names(config.args.model)[0]).run()
+    # Behind an HTTP server a file on its disk is nobody's: what was uploaded goes.
+    storage = open_storage(envs.current(), keep_local=not config.serves_http)
+    OutputProcess(RunDir.at(config.run_dir), model=model_names(config.args.model)[0], storage=storage).run()
 
 
 if __name__ == "__main__":

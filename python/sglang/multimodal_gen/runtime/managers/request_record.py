@@ -182,7 +182,7 @@ class RequestRecord:
             latents=self.latents,
             generation_time=generation_time,
             queue_seconds=self.started_at - self.received_at,
-            stage_seconds=self.stage_seconds | ({} if output is None else {"encode_file": output.encode_seconds}),
+            stage_seconds=self.stage_seconds | self._output_seconds(),
             waiting_seconds=max(0.0, generation_time - sum(self.stage_seconds.values())),
             step_ms=tuple(self.step_ms),
             step_batch_sizes=tuple(self.step_batch_sizes),
@@ -192,4 +192,12 @@ class RequestRecord:
             notes=self.notes,
             warmup_excluded=self.warmup_excluded,
             profile_path=self.profile_path,
+            stored={} if output is None else output.stored,
         )
+
+    def _output_seconds(self) -> dict[str, float]:
+        """What the output process spent, by stage."""
+        if self.output is None:
+            return {}
+        upload = {"upload": self.output.upload_seconds} if self.output.stored else {}
+        return {"encode_file": self.output.encode_seconds} | upload

@@ -536,6 +536,7 @@ class Scheduler:
             for array in (message.frames, message.encoded):
                 if array is not None:
                     self.run_dir.discard(array.file)
+            self.output.remove(message)
             return
         self.ledger.add(message.request_id, message.frames, message.encoded)
         record.output = message

@@ -134,7 +134,7 @@ class EngineMetrics:
         )
         self._stage_time = made.histogram(
             "stage_seconds",
-            "All that a finished request spent in a `stage`; `encode_file` is the output process's.",
+            "All that a finished request spent in a `stage`; `encode_file` and `upload` are the output process's.",
             "stage",
             buckets=_LATENCY,
         )

@@ -21,6 +21,7 @@ class OutputFormat:
 
     name: str
     suffixes: tuple[str, ...]
+    media_type: str
     is_video: bool
     has_quality: bool
     """Whether there is a trade of size against fidelity to choose."""
@@ -34,15 +35,18 @@ class OutputFormat:
 FORMATS = {
     file_format.name: file_format
     for file_format in (
-        OutputFormat(name="png", suffixes=(".png",), is_video=False, has_quality=False),
-        OutputFormat(name="jpeg", suffixes=(".jpg", ".jpeg"), is_video=False, has_quality=True),
-        OutputFormat(name="webp", suffixes=(".webp",), is_video=False, has_quality=True),
-        OutputFormat(name="mp4", suffixes=(".mp4",), is_video=True, has_quality=True),
-        OutputFormat(name="gif", suffixes=(".gif",), is_video=True, has_quality=False),
-        OutputFormat(name="webm", suffixes=(".webm",), is_video=True, has_quality=True),
+        OutputFormat(name="png", suffixes=(".png",), media_type="image/png", is_video=False, has_quality=False),
+        OutputFormat(
+            name="jpeg", suffixes=(".jpg", ".jpeg"), media_type="image/jpeg", is_video=False, has_quality=True
+        ),
+        OutputFormat(name="webp", suffixes=(".webp",), media_type="image/webp", is_video=False, has_quality=True),
+        OutputFormat(name="mp4", suffixes=(".mp4",), media_type="video/mp4", is_video=True, has_quality=True),
+        OutputFormat(name="gif", suffixes=(".gif",), media_type="image/gif", is_video=True, has_quality=False),
+        OutputFormat(name="webm", suffixes=(".webm",), media_type="video/webm", is_video=True, has_quality=True),
     )
 }
 _BY_SUFFIX = {suffix: file_format for file_format in FORMATS.values() for suffix in file_format.suffixes}
+MEDIA_TYPES = {name: file_format.media_type for name, file_format in FORMATS.items()}
 _VIDEO_NAMES = ", ".join(file_format.name for file_format in FORMATS.values() if file_format.is_video)
 
 
@@ -61,6 +65,11 @@ class FormatWishes(Protocol):
     def x264_preset(self) -> str | None: ...
     @property
     def fps(self) -> int | None: ...
+
+
+def media_type(file_name: str) -> str:
+    """What a file of that name holds, by its ending."""
+    return _BY_SUFFIX[PurePath(file_name).suffix.lower()].media_type
 
 
 def choose_format(wishes: FormatWishes, *, num_frames: int) -> OutputFormat:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,11 @@ from sglang.multimodal_gen.runtime.postprocess.formats import (
     quality_percent,
 )
 from sglang.multimodal_gen.runtime.postprocess.metadata import Metadata
-from sglang.multimodal_gen.runtime.postprocess.naming import automatic_stem, check_file_name, numbered
+from sglang.multimodal_gen.runtime.postprocess.naming import automatic_stem, check_file_name
+from sglang.multimodal_gen.runtime.postprocess.object_store import StoredFile
 from sglang.multimodal_gen.runtime.postprocess.pending_file import PendingFile
 from sglang.multimodal_gen.runtime.postprocess.stills import CONTACT_SHEET, THUMBNAIL, Still
+from sglang.multimodal_gen.runtime.postprocess.storage import LocalStorage, Storage
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -42,27 +44,38 @@ class OutputWishes(FormatWishes, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SavedFiles:
-    """Absolute paths of one output's files."""
+    """One output's files: absolute paths of those that are on this machine, and those in an object store as `output`,
+    `thumbnail` and `contact_sheet`."""
 
-    output: Path
+    output: Path | None
     thumbnail: Path | None
     contact_sheet: Path | None
+    stored: Mapping[str, StoredFile]
+    upload_seconds: float
 
 
 class OutputWriter:
     """One output on its way to `directory`, fed chunk by chunk, with the small images that lie beside it.
 
     Everything that can be wrong with names, formats and the directory is raised on construction, before a frame exists.
-    `metadata` is written into the file; None for none.
+    `metadata` is written into the file; None for none. `storage` gives the finished files their names: in `directory`,
+    which is the default, in an object store, or both.
 
     Raises: InvalidRequest for wishes that cannot be honoured, StorageError when the directory cannot be used; `write`
-        and `close` raise StorageError when the disk is full. After an error, call `abort`.
+        and `close` raise StorageError when the disk is full or the object store fails. After an error, call `abort`.
     """
 
     def __init__(
-        self, wishes: OutputWishes, directory: str, *, num_frames: int, metadata: Metadata | None = None
+        self,
+        wishes: OutputWishes,
+        directory: str,
+        *,
+        num_frames: int,
+        metadata: Metadata | None = None,
+        storage: Storage | None = None,
     ) -> None:
         self._directory = directory
+        self._storage = storage or LocalStorage()
         self._num_frames = num_frames
         self._written = 0
         chosen = choose_format(wishes, num_frames=num_frames)
@@ -99,12 +112,15 @@ class OutputWriter:
             self._encoder.close()
             for kind, still in self._stills.items():
                 still.save(self._files[kind.ending].path)
-            paths = self._publish()
+            published = self._storage.publish(self._files, self._stem, overwrite=self._overwrite)
         self._discard_files()
+        names = {self._ending: "output", THUMBNAIL.ending: "thumbnail", CONTACT_SHEET.ending: "contact_sheet"}
         return SavedFiles(
-            output=paths[self._ending],
-            thumbnail=paths.get(THUMBNAIL.ending),
-            contact_sheet=paths.get(CONTACT_SHEET.ending),
+            output=published.paths.get(self._ending),
+            thumbnail=published.paths.get(THUMBNAIL.ending),
+            contact_sheet=published.paths.get(CONTACT_SHEET.ending),
+            stored={names[ending]: file for ending, file in published.stored.items()},
+            upload_seconds=published.upload_seconds,
         )
 
     def abort(self) -> None:
@@ -121,21 +137,6 @@ class OutputWriter:
     def _discard_files(self) -> None:
         for file in self._files.values():
             file.discard()
-
-    def _publish(self) -> dict[str, Path]:
-        """All files under the first stem that none of their names is taken for; the paths by ending."""
-        for stem in numbered(self._stem):
-            published: dict[str, Path] = {}
-            try:
-                for ending, file in self._files.items():
-                    published[ending] = file.publish(stem + ending, overwrite=self._overwrite)
-                return published
-            except OSError as error:
-                for ending in published:
-                    self._files[ending].withdraw()
-                if not isinstance(error, FileExistsError):
-                    raise
-        raise AssertionError("the names ran out")
 
     @contextmanager
     def _storage_errors(self) -> Iterator[None]:

@@ -131,6 +131,8 @@ def _tell(result: GenerationResult) -> None:
     for name, path in (("thumbnail", result.thumbnail_path), ("contact sheet", result.contact_sheet_path)):
         if path is not None:
             sys.stdout.write(f"{name} saved to {path}\n")
+    for name, file in result.stored.items():
+        sys.stdout.write(f"{name.replace('_', ' ')} uploaded as {file.key}: {file.url}\n")
     if "profile_path" in result.metrics:
         sys.stdout.write(f"profile saved to {result.metrics['profile_path']}\n")
     sys.stdout.flush()

@@ -30,6 +30,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Status,
 )
 from sglang.multimodal_gen.runtime.managers.state_dir import StateDir
+from sglang.multimodal_gen.runtime.postprocess.object_store import ObjectStore
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,8 +99,9 @@ class JobSettings:
 class HttpSettings:
     """How this server answers. `model_names`: the served name, then the others that requests may use.
 
-    `state` is the directory of this server; images and videos wait there to be fetched. `allowed_hosts` None is any.
-    `options` are those of the server with their sources, as administrators may see them.
+    `state` is the directory of this server; images and videos wait there to be fetched, unless results are uploaded to
+    an `object_store`. `allowed_hosts` None is any. `options` are those of the server with their sources, as
+    administrators may see them.
     """
 
     model_names: tuple[str, ...]
@@ -122,6 +124,7 @@ class HttpSettings:
     backend: str = "auto"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     studio: bool = True
+    object_store: ObjectStore | None = None
 
 
 def require_model(engine: Engine, settings: HttpSettings, name: str | None) -> ModelInfo:

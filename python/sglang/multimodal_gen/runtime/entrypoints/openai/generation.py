@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedResult:
-    """A finished request and the bytes of its encoded file."""
+    """A finished request and the bytes of its encoded file; None when they were uploaded instead."""
 
     finished: Finished
-    data: bytes
+    data: bytes | None
 
 
 async def generate_all(
@@ -61,7 +61,9 @@ async def _generate(
     return EncodedResult(finished=finished, data=_take(engine, finished))
 
 
-def _take(engine: Engine, finished: Finished) -> bytes:
+def _take(engine: Engine, finished: Finished) -> bytes | None:
+    if finished.stored:
+        return None
     if finished.encoded is None:
         raise InternalError("the engine finished without the encoded result")
     return engine.take(finished.encoded).tobytes()

@@ -55,6 +55,7 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.image_store import ImageSt
 from sglang.multimodal_gen.runtime.entrypoints.openai.inputs import InputReader, edit_sources
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse, to_json
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import Body, read_json, read_json_or_multipart
+from sglang.multimodal_gen.runtime.entrypoints.openai.results import Results
 from sglang.multimodal_gen.runtime.entrypoints.openai.uploads import of_field
 from sglang.multimodal_gen.runtime.entrypoints.request_builder import expand
 
@@ -67,6 +68,7 @@ class ImageApi:
         self._settings = settings
         self._inputs = InputReader()
         self._replies = IdempotentReplies(lifetime_s=settings.idempotency_lifetime_s)
+        self._results = Results(settings.object_store)
         self._store = ImageStore(
             settings.state.files / "images", capacity=settings.max_images, lifetime_s=settings.image_lifetime_s
         )
@@ -99,11 +101,17 @@ class ImageApi:
         model = require_model(self._engine, self._settings, wish.model)
         inputs = await self._inputs.read(edit_sources(body), model, sampling)
         requests = _image_requests(sampling, model, surface, inputs)
+        if wish.response_format == "url" and self._results.are_uploaded:
+            requests = [_uploaded(params, self._settings.state.files / "images") for params in requests]
 
         async def run() -> bytes:
             by_id = {f"{http_request_id(request)}-{secrets.token_hex(4)}": params for params in requests}
             link_engine_requests(request, by_id)
-            results = await generate_all(self._engine, by_id, inputs)
+            try:
+                results = await generate_all(self._engine, by_id, inputs)
+            except BaseException:  # one failed or the client went: of the others, those that were uploaded go
+                self._results.discard([path for params in requests if (path := _saved_path(params))])
+                raise
             return to_json(await self._images_response(request, wish, requests, results))
 
         return JsonResponse(await unless_disconnected(request, self._replies.once(request, body, run)))
@@ -150,7 +158,9 @@ class ImageApi:
         }
         if result.finished.profile_path is not None:
             found["profile"] = Path(result.finished.profile_path).name
-        if wish.response_format == "b64_json":
+        if result.data is None:
+            found["url"] = result.finished.stored["output"].url
+        elif wish.response_format == "b64_json":
             found["b64_json"] = (await asyncio.to_thread(base64.b64encode, result.data)).decode("ascii")
         else:
             assert params.output_format is not None, "set for every image request"
@@ -188,3 +198,20 @@ def _image_requests(
         )
         for params in expand({**sampling, "num_frames": 1}, model=model, surface=surface, inputs=inputs)
     ]
+
+
+def _uploaded(params: SamplingParams, directory: Path) -> SamplingParams:
+    """The same request with its result in the object store instead of in the reply; the name is 128 random bits."""
+    return dataclasses.replace(
+        params,
+        return_encoded=False,
+        save_output=True,
+        output_path=str(directory),
+        output_file_name=f"img_{secrets.token_hex(16)}.{params.output_format}",
+    )
+
+
+def _saved_path(params: SamplingParams) -> Path | None:
+    if params.output_path is None or params.output_file_name is None:
+        return None
+    return Path(params.output_path, params.output_file_name)

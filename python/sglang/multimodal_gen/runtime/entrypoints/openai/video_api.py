@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -28,7 +28,6 @@ from sglang.multimodal_gen.errors import (
 )
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.admin import caller_of, surface_of
-from sglang.multimodal_gen.runtime.entrypoints.openai.content import content_response
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, HttpSettings, require_model
 from sglang.multimodal_gen.runtime.entrypoints.openai.fields import (
     VIDEO_CALL,
@@ -41,6 +40,7 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.idempotency import Idempot
 from sglang.multimodal_gen.runtime.entrypoints.openai.inputs import InputReader, video_sources
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse, error_object, to_json
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import Body, read_json_or_multipart
+from sglang.multimodal_gen.runtime.entrypoints.openai.results import Results
 from sglang.multimodal_gen.runtime.entrypoints.openai.video_jobs import VideoJobs
 from sglang.multimodal_gen.runtime.entrypoints.request_builder import check_output, expand
 from sglang.multimodal_gen.runtime.managers.job_store import KeptReply, VideoJob
@@ -93,7 +93,8 @@ class VideoApi:
         self.settings = settings
         self.inputs = InputReader()
         self._replies = IdempotentReplies(lifetime_s=settings.idempotency_lifetime_s)
-        self.jobs = VideoJobs(engine, settings.state, settings.jobs)
+        self._results = Results(settings.object_store)
+        self.jobs = VideoJobs(engine, settings.state, settings.jobs, self._results)
 
     async def start(self) -> None:
         """Go on with the jobs of the server before this one."""
@@ -163,15 +164,14 @@ class VideoApi:
             raise VideoNotReady(video_id, status=job.status, progress=job.progress)
         return job
 
-    @contextlib.contextmanager
-    def opened(self, job: VideoJob) -> Iterator[BinaryIO]:
-        """A completed job's video. Raises VideoNotFound when it is gone."""
+    @contextlib.asynccontextmanager
+    async def opened(self, job: VideoJob) -> AsyncIterator[BinaryIO]:
+        """A completed job's video. Raises VideoNotFound when it is gone, StorageUnavailable."""
         try:
-            stream = self.jobs.path(job).open("rb")
+            async with self._results.opened(self.jobs.path(job)) as stream:
+                yield stream
         except FileNotFoundError:
             raise VideoNotFound(job.id) from None
-        with stream:
-            yield stream
 
     async def retrieve(self, request: Request, video_id: str) -> Response:
         """A video's status and progress."""
@@ -199,7 +199,7 @@ class VideoApi:
         job = self.completed(request, video_id)
         try:
             path, file_format = self._variant(job, variant)
-            return content_response(request, path, file_format=file_format)
+            return await self._results.respond(request, path, file_format=file_format)
         except FileNotFoundError:
             raise VideoNotFound(video_id) from None
 

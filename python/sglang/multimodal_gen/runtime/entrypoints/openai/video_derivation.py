@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import msgspec
@@ -113,7 +113,7 @@ class VideoDerivationApi:
         values = dict(sampling)
         if not extend and limits.takes_strength:
             values.setdefault("strength", _STRENGTH)
-        with self._opened(source, body) as file:
+        async with self._opened(source, body) as file:
             found = await self._videos.inputs.read(
                 MediaSources(video=file, names=_NAMES), _reading_videos(model), values
             )
@@ -129,7 +129,7 @@ class VideoDerivationApi:
         )
         return await self._videos.start_job(request, body, derived)
 
-    def _opened(self, source: VideoJob | None, body: Body) -> AbstractContextManager[Any]:
+    def _opened(self, source: VideoJob | None, body: Body) -> AbstractAsyncContextManager[Any]:
         if source is None:
             return contextlib.nullcontext(of_field(body.files, "video")[0])
         return self._videos.opened(source)

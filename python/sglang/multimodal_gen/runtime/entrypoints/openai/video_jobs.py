@@ -34,6 +34,7 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, JobS
 from sglang.multimodal_gen.runtime.entrypoints.openai.job_keeper import JobKeeper
 from sglang.multimodal_gen.runtime.entrypoints.openai.kept_inputs import load_inputs, save_inputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.keys import NOBODY, Caller
+from sglang.multimodal_gen.runtime.entrypoints.openai.results import Results
 from sglang.multimodal_gen.runtime.entrypoints.openai.webhooks import Webhooks
 from sglang.multimodal_gen.runtime.managers.job_store import KeptReply, VideoJob
 from sglang.multimodal_gen.runtime.managers.messages import (
@@ -65,11 +66,12 @@ class VideoJobs:
     whose lifetime is over.
     """
 
-    def __init__(self, engine: Engine, state: StateDir, settings: JobSettings) -> None:
+    def __init__(self, engine: Engine, state: StateDir, settings: JobSettings, results: Results) -> None:
         """Raises StorageError when the database of jobs cannot be used."""
         self._engine = engine
         self._state = state
         self._settings = settings
+        self._results = results
         self._directory = state.files / "videos"
         self._keeper = JobKeeper(state.jobs)
         self._jobs: dict[str, VideoJob] = {}  # in order of creation
@@ -102,6 +104,7 @@ class VideoJobs:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._webhooks is not None:
             await self._webhooks.close()
+        await self._results.close()
         await self._keeper.close()
 
     def _remove_strangers(self) -> None:
@@ -200,7 +203,7 @@ class VideoJobs:
     async def _discard(self, job: VideoJob) -> None:
         """The job was not accepted."""
         await self._engine.cancel(job.id)
-        self._unlink_all(job)
+        self._remove_all(job)
         self._keeper.forget(job.id)
 
     def get(self, job_id: str, viewer: Caller = NOBODY) -> VideoJob:
@@ -230,15 +233,24 @@ class VideoJobs:
         return page[:limit], len(page) > limit
 
     async def delete(self, job_id: str, viewer: Caller = NOBODY) -> None:
-        """Cancel the job when it runs, and remove it and its bytes. Raises VideoNotFound, StorageError."""
+        """Cancel the job when it runs, and remove it and its bytes.
+
+        Raises:
+            VideoNotFound: there is no such job.
+            StorageError: it cannot be forgotten.
+            StorageUnavailable: its bytes are in a store that does not answer; a complete job is still there then.
+        """
         job = self.get(job_id, viewer)
+        if job.is_final:
+            await self._results.remove(self.files(job))
         await self._keeper.delete(job_id)
         self._jobs.pop(job_id, None)  # from here on nobody finds it; its watcher removes what may still be written
         watcher = self._watchers.get(job_id)
         if watcher is not None:
             await self._engine.cancel(job_id)
             await asyncio.wait({watcher}, timeout=self._settings.delete_timeout_s)
-        self._unlink_all(job)
+            await self._results.remove(self.files(job))
+        self._unlink_own(job)
 
     # -- files --
 
@@ -261,8 +273,13 @@ class VideoJobs:
     def _inputs_of(self, job_id: str) -> Path:
         return self._state.inputs / f"{job_id}.npz"
 
-    def _unlink_all(self, job: VideoJob) -> None:
-        for path in (*self.files(job), self._inputs_of(job.id), self._state.checkpoints / state_name(job.id)):
+    def _remove_all(self, job: VideoJob) -> None:
+        self._results.discard(self.files(job))
+        self._unlink_own(job)
+
+    def _unlink_own(self, job: VideoJob) -> None:
+        """What the job has besides its result."""
+        for path in (self._inputs_of(job.id), self._state.checkpoints / state_name(job.id)):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
@@ -293,7 +310,7 @@ class VideoJobs:
         finally:
             self._watchers.pop(job_id, None)
             if job_id not in self._jobs:
-                self._unlink_all(created)
+                self._remove_all(created)
 
     async def _again(self, job: VideoJob) -> AsyncIterator[RequestEvent]:
         inputs = await asyncio.to_thread(load_inputs, self._inputs_of(job.id)) if job.has_inputs else NO_INPUTS
@@ -418,7 +435,7 @@ class VideoJobs:
 
     def _forget(self, job: VideoJob) -> None:
         del self._jobs[job.id]
-        self._unlink_all(job)
+        self._remove_all(job)
         self._keeper.forget(job.id)
 
 
