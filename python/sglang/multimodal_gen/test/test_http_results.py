@@ -52,7 +52,7 @@ def store(store_server: tuple[S3Server, Proxy], monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def server(tmp_path: Path, store: ObjectStore) -> Iterator[RunningServer]:
     with servers(lambda: tmp_path) as start:
-        yield start(object_store=store, max_videos=2)
+        yield start(object_store=store, jobs=JobSettings(capacity=2))
 
 
 def uploaded_video(server: RunningServer, store: ObjectStore) -> str:
