@@ -80,9 +80,9 @@ class Control:
         clients: Clients,
         requests: Mapping[str, RequestRecord],
         warm_up: WarmUp,
+        set_state: SetState,
         *,
         state: Callable[[], EngineState],
-        set_state: SetState,
     ) -> None:
         self._dispatcher = dispatcher
         self._workers = dispatcher.workers

@@ -114,12 +114,7 @@ class Scheduler:
         self.clients = Clients(self._bind(zmq.ROUTER, self.run_dir.scheduler_address))
         self.output = OutputLink(self._bind(zmq.PAIR, self.run_dir.output_address))
         self.control = Control(
-            self.dispatcher,
-            self.clients,
-            self.requests,
-            self.warm_up,
-            state=lambda: self.state,
-            set_state=self._set_state,
+            self.dispatcher, self.clients, self.requests, self.warm_up, self._set_state, state=lambda: self.state
         )
         self.observer = RequestObserver(logger, self._snapshot, log_prompts=config.args.logging.log_prompts)
         self._from_output, self._from_parent = Codec(FromOutput), Codec(SupervisorNote)
