@@ -202,6 +202,12 @@ def test_a_body_over_the_cap_is_cut(server: RunningServer, with_length: bool) ->
     assert server.post_image().status_code == 200, "the connection and the server go on"
 
 
+def test_b27_a_range_of_10_000_parts_is_more_than_a_head_may_hold(server: RunningServer) -> None:
+    many = "bytes=" + ",".join(f"{at}-{at}" for at in range(10_000))
+    reply = server.client.get(f"{UNKNOWN_VIDEO}/content", headers={"range": many})
+    assert error_of(reply, 431)["code"] == "head_too_large"
+
+
 def test_b32_two_statements_of_the_length_are_refused(server: RunningServer) -> None:
     for lengths in (
         b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n",

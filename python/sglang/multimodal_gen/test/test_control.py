@@ -162,3 +162,16 @@ def test_results_are_of_the_weights_that_were_loaded(tmp_path: Path) -> None:
         do(engine, "release_memory_occupation")
         do(engine, "resume_memory_occupation")
         assert np.array_equal(latents(), second), "resumed are the weights that were released"
+
+
+def test_an_engine_that_loads_again_says_so_until_it_is_ready(engine: DiffGenerator) -> None:
+    """And not `loading`, in which entry points refuse requests."""
+    client = engine._engine.client
+    told: list[str] = []
+    before, client.on_state = client.on_state, lambda state: told.append(state.state)
+    try:
+        do(engine, "update_weights_from_disk")
+        engine.generate({"prompt": "a"})
+    finally:
+        client.on_state = before
+    assert set(told) == {"reloading", "ready"} and told[-1] == "ready"

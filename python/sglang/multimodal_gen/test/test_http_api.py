@@ -607,7 +607,7 @@ def test_a_bad_content_query_is_refused(server: RunningServer, query: str, code:
         ("bytes=-5", 206, bytes(range(195, 200))),
         ("bytes=5-2", 200, bytes(range(200))),
         ("nonsense", 200, bytes(range(200))),
-        ("bytes=" + ",".join(f"{i}-{i}" for i in range(10_000)), 200, bytes(range(200))),
+        ("bytes=" + ",".join(f"{i}-{i}" for i in range(5_000)), 200, bytes(range(200))),
         ("bytes=200-", 416, None),
         ("bytes=-0", 416, None),
     ],

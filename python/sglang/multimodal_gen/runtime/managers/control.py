@@ -37,7 +37,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     FlushCache,
 )
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
-from sglang.multimodal_gen.runtime.managers.worker_group import WorkerGroup
+from sglang.multimodal_gen.runtime.managers.warm_up import WarmUp
 
 logger = logging.getLogger(__name__)
 
@@ -76,22 +76,21 @@ class Control:
 
     def __init__(
         self,
-        workers: WorkerGroup,
-        clients: Clients,
         dispatcher: Dispatcher,
+        clients: Clients,
         requests: Mapping[str, RequestRecord],
+        warm_up: WarmUp,
+        set_state: SetState,
         *,
         state: Callable[[], EngineState],
-        set_state: SetState,
-        forget_warm: Callable[[], None],
     ) -> None:
-        self._workers = workers
-        self._clients = clients
         self._dispatcher = dispatcher
+        self._workers = dispatcher.workers
+        self._clients = clients
         self._requests = requests
+        self._warm_up = warm_up
         self._state = state
         self._set_state = set_state
-        self._forget_warm = forget_warm
         self._operation: _Operation | None = None
         self._flushes: dict[str, _Flush] = {}
 
@@ -234,7 +233,7 @@ class Control:
         self._workers.epoch += 1
         self._workers.allocated_bytes = None
         self.workers_lost()
-        self._forget_warm()
+        self._warm_up.forget()
 
     def _start_workers(self, detail: str) -> None:
         self._workers.start()

@@ -114,13 +114,7 @@ class Scheduler:
         self.clients = Clients(self._bind(zmq.ROUTER, self.run_dir.scheduler_address))
         self.output = OutputLink(self._bind(zmq.PAIR, self.run_dir.output_address))
         self.control = Control(
-            self.workers,
-            self.clients,
-            self.dispatcher,
-            self.requests,
-            state=lambda: self.state,
-            set_state=self._set_state,
-            forget_warm=self.warm_up.forget,
+            self.dispatcher, self.clients, self.requests, self.warm_up, self._set_state, state=lambda: self.state
         )
         self.observer = RequestObserver(logger, self._snapshot, log_prompts=config.args.logging.log_prompts)
         self._from_output, self._from_parent = Codec(FromOutput), Codec(SupervisorNote)
@@ -136,7 +130,7 @@ class Scheduler:
     def _handler_table(self) -> dict[type, Callable[[Any], None]]:
         return {
             Heartbeat: self._on_heartbeat,
-            Loading: lambda m: self._set_state("loading", detail=m.detail),
+            Loading: self._on_loading,
             ModelReady: self._on_model_ready,
             LoadFailed: self._on_load_failed,
             Admitted: self._on_admitted,
@@ -297,6 +291,11 @@ class Scheduler:
         self.clients.broadcast(self.state)
 
     # -- workers: loading, loss --
+
+    def _on_loading(self, message: Loading) -> None:
+        """An engine that was ready queues what comes while it loads again."""
+        again = self.state.state in ("recovering", "reloading")
+        self._set_state(self.state.state if again else "loading", detail=message.detail)
 
     def _on_model_ready(self, message: ModelReady) -> None:
         self.load_attempts = 0
