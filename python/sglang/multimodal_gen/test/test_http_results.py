@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from sglang.multimodal_gen import envs
+from sglang.multimodal_gen.runtime.entrypoints.openai.engine import JobSettings
 from sglang.multimodal_gen.runtime.postprocess import object_store
 from sglang.multimodal_gen.runtime.postprocess.object_store import ObjectStore
 from sglang.multimodal_gen.test.s3_server import BUCKET, Proxy, S3Server, proxy_to, s3_server, store_variables
