@@ -25,14 +25,20 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.fields import EDIT_CALL, I
 from sglang.multimodal_gen.runtime.entrypoints.openai.frame import RequestFrame
 from sglang.multimodal_gen.runtime.entrypoints.openai.image_api import ImageApi
 from sglang.multimodal_gen.runtime.entrypoints.openai.model_api import ModelApi
-from sglang.multimodal_gen.runtime.entrypoints.openai.openapi import ERROR_RESPONSES, binary, query, request_body
+from sglang.multimodal_gen.runtime.entrypoints.openai.openapi import (
+    ERROR_RESPONSES,
+    EVENT_STREAM,
+    binary,
+    query,
+    request_body,
+)
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import (
     RETRY_AFTER_S,
     JsonResponse,
     error_object,
     error_response,
 )
-from sglang.multimodal_gen.runtime.entrypoints.openai.video_api import ContentQuery, ListQuery, VideoApi
+from sglang.multimodal_gen.runtime.entrypoints.openai.video_api import ContentQuery, EventsQuery, ListQuery, VideoApi
 from sglang.multimodal_gen.runtime.observability.metrics import HttpMetrics
 
 logger = logging.getLogger(__name__)
@@ -132,6 +138,9 @@ def _add_video_routes(app: FastAPI, videos: VideoApi) -> None:
     )
     app.get("/v1/videos", response_model=None, openapi_extra=query(ListQuery))(videos.list)
     app.get("/v1/videos/{video_id}", response_model=None)(videos.retrieve)
+    app.get(
+        "/v1/videos/{video_id}/events", response_model=None, openapi_extra=query(EventsQuery), responses=EVENT_STREAM
+    )(videos.events)
     app.delete("/v1/videos/{video_id}", response_model=None)(videos.delete)
     app.get(
         "/v1/videos/{video_id}/content",
@@ -155,7 +164,9 @@ async def _on_routing_error(request: Request, error: Exception) -> Response:
         message = f"method: got {shown(request.method)}, accepted for {shown(path)} is {allowed}"
         return error_response(MethodNotAllowed(message), {"allow": allowed})
     if path.startswith("/v1/videos/") and request.method in ("GET", "DELETE"):
-        return error_response(VideoNotFound(path.removeprefix("/v1/videos/").removesuffix("/content")))
+        return error_response(
+            VideoNotFound(path.removeprefix("/v1/videos/").removesuffix("/content").removesuffix("/events"))
+        )
     return error_response(RouteNotFound(f"path: {shown(path)} does not exist; GET /openapi.json lists what does"))
 
 

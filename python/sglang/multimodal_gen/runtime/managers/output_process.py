@@ -31,9 +31,11 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     OutputFailed,
     OutputFrames,
     OutputHello,
+    RenderPreview,
     ToOutput,
     encode,
 )
+from sglang.multimodal_gen.runtime.managers.preview_renderer import PreviewRenderer
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging, fields, log_refusal
 from sglang.multimodal_gen.runtime.observability.private_texts import PRIVATE_TEXTS
@@ -45,6 +47,7 @@ from sglang.multimodal_gen.runtime.server_args import model_names
 logger = logging.getLogger("sglang.multimodal_gen.runtime.managers.output_process")
 
 _WAKE = "inproc://replies"
+_NO_OPENING = 0
 
 
 class OutputJob:
@@ -130,6 +133,7 @@ class OutputProcess:
         self.replies.bind(_WAKE)
         self.inboxes: dict[str, _Inbox] = {}
         self.num_openings = 0
+        self.previews = PreviewRenderer(run_dir, lambda done: self._reply(done.request_id, _NO_OPENING, done))
         self._codec = Codec(ToOutput)
 
     def run(self) -> None:
@@ -154,6 +158,11 @@ class OutputProcess:
         except msgspec.DecodeError:
             logger.exception("a message does not decode")
             return
+        if isinstance(message, RenderPreview):
+            self.previews.submit(message)
+            return
+        if isinstance(message, DropOutput):
+            self.previews.drop(message.request_id)
         if isinstance(message, OpenOutput):
             self.num_openings += 1
             inbox = self.inboxes[message.request_id] = _Inbox(self.num_openings)

@@ -56,6 +56,9 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     OutputFailed,
     OutputFrames,
     OutputHello,
+    PreviewLatents,
+    PreviewRendered,
+    PreviewTaken,
     ProfileReady,
     Queued,
     Release,
@@ -67,8 +70,10 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     SupervisorNote,
     TickDone,
     ToScheduler,
+    WatchRequest,
 )
 from sglang.multimodal_gen.runtime.managers.output_link import Ledger, OutputLink
+from sglang.multimodal_gen.runtime.managers.previews import Previews
 from sglang.multimodal_gen.runtime.managers.request_observer import RequestObserver
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
@@ -111,6 +116,11 @@ class Scheduler:
         self.clients = Clients(self._bind(zmq.ROUTER, self.run_dir.scheduler_address))
         self.output = OutputLink(self._bind(zmq.PAIR, self.run_dir.output_address))
         self.observer = RequestObserver(logger, self._snapshot, log_prompts=config.args.logging.log_prompts)
+        limit = config.args.execution.preview_max_per_second
+        self.previews = Previews(
+            self.requests, self._tell, ledger=self.ledger, output=self.output, max_per_second=limit
+        )
+        self.dispatcher.choose_previews = self.previews.choose
         self._from_output, self._from_parent = Codec(FromOutput), Codec(SupervisorNote)
         self._handlers = self._handler_table()
 
@@ -132,6 +142,8 @@ class Scheduler:
             OutputChunk: self._on_chunk,
             LatentsReady: self._on_latents,
             ProfileReady: self._on_profile,
+            PreviewLatents: self.previews.on_latents,
+            PreviewRendered: self.previews.on_rendered,
             TickDone: self._on_tick_done,
             StateSaved: self._on_state_saved,
             OutputHello: self._on_output_hello,
@@ -213,6 +225,8 @@ class Scheduler:
             record = self.requests.get(message.request_id)
             if record is not None and record.client == client:
                 self._end(message.request_id, Cancelled(request_id=message.request_id))
+        elif isinstance(message, WatchRequest | PreviewTaken):
+            self.previews.heard(client, message)
         elif isinstance(message, StatusRequest):
             self.clients.send(client, self._status(message.query_id))
         elif isinstance(message, MetricsRequest):
@@ -572,6 +586,7 @@ class Scheduler:
 
     def _after_end(self, record: RequestRecord, event: Failed | Cancelled | None) -> None:
         self.states.drop(record)
+        self.previews.forget(record.request_id)
         if record.client is None:
             self._on_warm_up_ended(record.request_id, event)
 

@@ -32,6 +32,11 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     "default": {"description": "Any error.", "content": {"application/json": {"schema": ERROR_SCHEMA}}}
 }
 
+EVENT_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Server-sent events.", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+}
+"""The success response of a route that streams."""
+
 
 def request_body(call: CallFields, media_types: Iterable[str]) -> dict[str, Any]:
     """The `openapi_extra` of a route that takes the call's fields."""

@@ -20,10 +20,12 @@ from sglang.multimodal_gen.errors import ErrorInfo, InternalError, InvalidValue,
 from sglang.multimodal_gen.runtime.entrypoints.engine_client import raise_if_terminal
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import NO_INPUTS, DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine
+from sglang.multimodal_gen.runtime.entrypoints.openai.video_feeds import JobFeeds
 from sglang.multimodal_gen.runtime.managers.messages import (
     Cancelled,
     Failed,
     Finished,
+    Preview,
     Progress,
     Queued,
     RequestEvent,
@@ -89,6 +91,7 @@ class VideoJobs:
         self._delete_timeout_s = delete_timeout_s
         self._jobs: dict[str, VideoJob] = {}  # in order of creation
         self._watchers: dict[str, asyncio.Task[None]] = {}
+        self.feeds = JobFeeds(engine)
 
     async def create(
         self,
@@ -152,6 +155,8 @@ class VideoJobs:
     async def delete(self, job_id: str) -> None:
         """Cancel the job when it runs, and remove it and its bytes. Raises VideoNotFound."""
         job = self.get(job_id)
+        if not job.is_final:
+            self.feeds.publish(_failed(job, ErrorInfo(code="cancelled", message="the video was deleted")))
         del self._jobs[job_id]  # from here on nobody finds it; its watcher removes what may still be written
         watcher = self._watchers.get(job_id)
         if watcher is not None:
@@ -189,19 +194,26 @@ class VideoJobs:
             case Queued():
                 pass
             case Started():
-                self._jobs[job_id] = dataclasses.replace(job, status="in_progress", notes=event.notes)
+                self._become(dataclasses.replace(job, status="in_progress", notes=event.notes))
             case Progress():
                 percent = max(job.progress, min(99, int(event.fraction * 100)))
-                self._jobs[job_id] = dataclasses.replace(job, status="in_progress", progress=percent, eta_s=event.eta_s)
+                self._become(dataclasses.replace(job, status="in_progress", progress=percent, eta_s=event.eta_s))
+            case Preview():
+                pass
             case Finished():
                 self._complete(job, event)
             case Failed():
                 self._end(job, event.error)
             case Cancelled():
                 self._end(job, ErrorInfo(code="cancelled", message=f"the video was not finished: {event.reason}"))
+        self.feeds.saw(event)
+
+    def _become(self, job: VideoJob) -> None:
+        self._jobs[job.id] = job
+        self.feeds.publish(job)
 
     def _complete(self, job: VideoJob, event: Finished) -> None:
-        self._jobs[job.id] = dataclasses.replace(
+        completed = dataclasses.replace(
             job,
             status="completed",
             progress=100,
@@ -212,12 +224,11 @@ class VideoJobs:
             profile=None if event.profile_path is None else Path(event.profile_path).name,
             notes=event.notes or job.notes,
         )
+        self._become(completed)
 
     def _end(self, job: VideoJob, error: ErrorInfo) -> None:
         # OpenAI's client knows no status `cancelled`: it would take it for a success.
-        self._jobs[job.id] = dataclasses.replace(
-            job, status="failed", eta_s=None, completed_at=int(time.time()), error=error
-        )
+        self._become(_failed(job, error))
 
     def _make_room(self) -> None:
         while len(self._jobs) >= self._capacity:
@@ -226,3 +237,7 @@ class VideoJobs:
                 raise QueueFull(self._capacity)
             del self._jobs[oldest.id]
             oldest.unlink()
+
+
+def _failed(job: VideoJob, error: ErrorInfo) -> VideoJob:
+    return dataclasses.replace(job, status="failed", eta_s=None, completed_at=int(time.time()), error=error)
