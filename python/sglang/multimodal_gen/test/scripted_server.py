@@ -32,6 +32,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Finished,
     MappedArray,
     MediaInputs,
+    Preview,
     Progress,
     Queued,
     Started,
@@ -54,7 +55,10 @@ SECRET_PATH = "/home/somebody/checkpoints"
 
 
 class ScriptedEngine:
-    """Ends a request at once, or while `held` is set when it is cleared; the prompt `fail` fails."""
+    """Ends a request at once, or while `held` is set when it is cleared; the prompt `fail` fails.
+
+    A request has as many previews as it wants, and one for each `show`; `watched` is who is looked at.
+    """
 
     def __init__(self) -> None:
         self.state = READY
@@ -63,6 +67,7 @@ class ScriptedEngine:
         self.submitted: dict[str, SamplingParams] = {}
         self.inputs: dict[str, DecodedInputs] = {}
         self.cancelled: list[str] = []
+        self.watched: dict[str, bool] = {}
         self._handles: dict[str, RequestHandle] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._arrays: dict[str, bytes] = {}
@@ -102,6 +107,14 @@ class ScriptedEngine:
             task.cancel()
             self._handles[request_id].put(Cancelled(request_id=request_id))
 
+    async def watch(self, request_id: str, *, watched: bool) -> None:
+        """Remember it."""
+        self.watched[request_id] = watched
+
+    def show(self, request_id: str, step: int) -> None:
+        """Send a preview; belongs to the server's loop."""
+        self._handles[request_id].put(preview_of(request_id, step))
+
     async def metrics(self, *, open_metrics: bool = False) -> str:
         """As when there is no scheduler."""
         raise EngineStopped("the scheduler process died")
@@ -116,6 +129,9 @@ class ScriptedEngine:
         await asyncio.sleep(0)
         handle.put(Started(request_id=request_id, queue_seconds=0.0, phases=(), notes=("a note",)))
         handle.put(Progress(request_id=request_id, phase="denoise", step=2, total_steps=4, fraction=0.5, eta_s=1.25))
+        for step in range(1, params.num_previews + 1):
+            await asyncio.sleep(0.01)
+            handle.put(preview_of(request_id, step))
         while self.held:
             await asyncio.sleep(0.005)
         if params.prompt == "fail":
@@ -160,6 +176,11 @@ class ScriptedEngine:
         )
 
 
+def preview_of(request_id: str, step: int) -> Preview:
+    """One whose bytes say its step."""
+    return Preview(request_id=request_id, step=step, total_steps=4, media_type="image/webp", image=b"step %d" % step)
+
+
 def encoded_image(params: SamplingParams) -> bytes:
     """A grey picture of the wanted size and format."""
     assert params.width and params.height and params.output_format
@@ -177,6 +198,7 @@ class RunningServer:
     port: int
     files_dir: Path
     stop: Callable[[], None]
+    call: Callable[[Callable[[], object]], None]
 
     def post_image(self, **fields: Any) -> httpx.Response:
         """POST an image request with a default prompt."""
@@ -236,6 +258,9 @@ def servers(new_directory: Callable[[], Path]) -> Iterator[Start]:
         def stop_soon() -> None:
             loop.call_soon_threadsafe(stop.set)
 
+        def call_in_loop(function: Callable[[], object]) -> None:
+            loop.call_soon_threadsafe(function)
+
         def end() -> None:
             stop_soon()
             thread.join()
@@ -243,7 +268,9 @@ def servers(new_directory: Callable[[], Path]) -> Iterator[Start]:
             loop.close()
 
         stops.append(end)
-        return RunningServer(engine=engine, client=client, port=port, files_dir=files_dir, stop=stop_soon)
+        return RunningServer(
+            engine=engine, client=client, port=port, files_dir=files_dir, stop=stop_soon, call=call_in_loop
+        )
 
     try:
         yield start

@@ -82,7 +82,8 @@ def render(message: RenderPreview, latents: np.ndarray) -> EncodedPreview:
     frames = colours(latents, weights, patch=found.patch)
     chosen = choose_format(params, num_frames=params.num_frames)
     if chosen.is_video:
-        seconds = params.num_frames / params.fps if params.fps else float(len(frames))
+        assert params.fps, "the parameters are complete"
+        seconds = params.num_frames / params.fps
         return encode_clip(frames, width=params.width, height=params.height, seconds=seconds)
     percent = quality_percent(
         chosen, output_quality=params.output_quality, output_compression=params.output_compression

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -53,14 +54,14 @@ def encode_clip(frames: np.ndarray, *, width: int, height: int, seconds: float) 
     scale = min(1.0, LONGEST_SIDE / max(width, height))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     pictures = [Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC) for frame in frames]
-    options = {"quality": _CLIP_QUALITY, "method": _FASTEST}
+    options: dict[str, Any] = {"quality": _CLIP_QUALITY, "method": _FASTEST}
     if len(pictures) > 1:
         milliseconds = max(1, round(1000 * seconds / len(pictures)))
         options |= {"save_all": True, "append_images": pictures[1:], "duration": milliseconds, "loop": 0}
     return _saved(pictures, "webp", **options)
 
 
-def _saved(pictures: list[Image.Image], file_format: str, **options: object) -> EncodedPreview:
+def _saved(pictures: list[Image.Image], file_format: str, **options: Any) -> EncodedPreview:
     buffer = io.BytesIO()
     pictures[0].save(buffer, format=file_format, **options)
     return EncodedPreview(media_type=f"image/{file_format}", image=buffer.getvalue())

@@ -41,7 +41,10 @@ class Handle(Protocol):
         """The request's events; the last one is terminal."""
 
     async def result(self, on_preview: Callable[[Preview], None] = ...) -> Finished:
-        """The outcome; `on_preview` sees pictures on the way. Raises ServingError when the request failed or was cancelled."""
+        """The outcome; `on_preview` sees pictures on the way.
+
+        Raises: ServingError when the request failed or was cancelled.
+        """
 
 
 class Engine(Protocol):
