@@ -1,7 +1,7 @@
 """What unfinished latents look like: a linear map from a latent cell to colours, fitted on the request itself.
 
 A fixed map that is fitted on random latents misses backgrounds and colours by far, since a decoder is only tame where
-its encoder leads; docs/decisions/0009 has the numbers. So a small version of what the request predicts is decoded now
+its encoder leads; docs/decisions/0013 has the numbers. So a small version of what the request predicts is decoded now
 and then, and the map learned from it serves the whole picture and the steps that follow.
 
 Shapes: C latent channels, T, h, w latent frames, height, width; F, H, W those of pixels; p pixels along a cell's side.
