@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
+import json
 import time
 import urllib.request
 from collections.abc import Iterator
+from typing import Any
 
 import av
 import numpy as np
@@ -145,3 +148,103 @@ def test_errors_are_the_clients_own_exceptions(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as empty:
         client.images.generate(prompt="  ")
     assert empty.value.code == "empty_prompt"
+
+
+# --- streams ---
+
+SMALL: dict[str, Any] = {"prompt": "a red circle", "size": "64x64", "output_format": "png"}
+
+
+def difference(data: str, result: np.ndarray) -> float:
+    """Mean distance of a picture in base64 from the result, in levels of 255."""
+    shown = pixels(base64.b64decode(data))
+    assert shown.shape == result.shape
+    return float(np.abs(shown - result).mean())
+
+
+def test_a_streamed_image_comes_nearer_to_its_result(client: openai.OpenAI) -> None:
+    """After half of the steps it is nearer than after a quarter, and in the end it is the image of the plain call."""
+    extra = {"num_inference_steps": 40, "seed": 3}
+    stream = client.images.generate(**SMALL, stream=True, partial_images=3, extra_body=extra)
+    *partial, completed = list(stream)
+    assert completed.type == "image_generation.completed" and completed.usage.total_tokens == 0
+    result = pixels(base64.b64decode(completed.b64_json))
+    distances = []
+    for index, event in enumerate(partial):
+        assert event.type == "image_generation.partial_image"
+        assert (event.partial_image_index, event.size, event.output_format) == (index, "64x64", "png")
+        distances.append(difference(event.b64_json, result))
+    assert distances and distances == sorted(distances, reverse=True) and distances[-1] < 20
+    plain = client.images.generate(**SMALL, extra_body=extra)
+    assert plain.data is not None and difference(plain.data[0].b64_json or "", result) <= 1
+
+
+def test_an_edited_image_is_streamed_to_asynchronous_clients(server: ServerProcess) -> None:
+    async def events() -> list[Any]:
+        picture = io.BytesIO()
+        Image.new("RGB", (64, 64), "white").save(picture, format="png")
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=60) as client:
+            stream = await client.images.edit(
+                image=picture.getvalue(),
+                **SMALL,
+                stream=True,
+                partial_images=1,
+                extra_body={"num_inference_steps": 20, "strength": 1.0},
+            )
+            return [event async for event in stream]
+
+    *partial, completed = asyncio.run(events())
+    assert {event.type for event in partial} <= {"image_edit.partial_image"}
+    assert completed.type == "image_edit.completed"
+    assert pixels(base64.b64decode(completed.b64_json)).shape == (64, 64, 3)
+
+
+def test_a_stream_that_is_left_frees_the_engine_long_before_its_end(
+    client: openai.OpenAI, server: ServerProcess
+) -> None:
+    extra = {"num_inference_steps": 1000}
+    with client.images.generate(**SMALL, stream=True, partial_images=3, extra_body=extra):
+        wait_for_running(server, 1)
+    wait_for_running(server, 0, seconds=5)  # 1000 steps take much longer
+
+
+def wait_for_running(server: ServerProcess, number: int, *, seconds: float = 30) -> None:
+    """Until the scheduler holds so many requests."""
+    deadline = time.monotonic() + seconds
+    while running_requests(server) != number:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def running_requests(server: ServerProcess) -> int:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as reply:
+        lines = reply.read().decode().splitlines()
+    [value] = [line.split()[-1] for line in lines if line.startswith("sglang_diffusion_num_running_reqs ")]
+    return int(float(value))
+
+
+def test_errors_of_a_stream_are_the_clients_own_exceptions(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.images.generate(**SMALL, n=2, stream=True)
+    assert (raised.value.code, raised.value.param) == ("incompatible_parameters", "n")
+
+
+def test_a_video_is_watched_from_its_start_to_its_end(client: openai.OpenAI, server: ServerProcess) -> None:
+    created = client.videos.create(prompt=PROMPT, seconds="1", size="64x64", extra_body={"num_inference_steps": 40})
+    found = list(events_of(f"{server.url}/v1/videos/{created.id}/events"))
+    assert [event["sequence_number"] for event in found] == list(range(len(found)))
+    previews = [event for event in found if event["type"] == "video.preview"]
+    assert previews and found[-1]["type"] == "video.completed"
+    steps = [preview["step"] for preview in previews]
+    assert steps == sorted(set(steps)) and steps[-1] < 40
+    with Image.open(io.BytesIO(base64.b64decode(previews[-1]["b64_json"]))) as picture:
+        assert (picture.format, picture.size, previews[-1]["media_type"]) == ("WEBP", (64, 64), "image/webp")
+    progress = [event["video"]["progress"] for event in found if "video" in event]
+    assert progress == sorted(progress) and progress[-1] == 100
+
+
+def events_of(url: str) -> Iterator[dict[str, Any]]:
+    with urllib.request.urlopen(url, timeout=120) as reply:
+        for line in reply:
+            if line.startswith(b"data: "):
+                yield json.loads(line.removeprefix(b"data: "))

@@ -219,3 +219,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     load_seconds: float
     limits: TaskLimits
     defaults: SamplingParams
+    gives_previews: bool = True
+
+    def check_previews(self, number: int, *, param: str) -> None:
+        """Raises UnsupportedParameter when previews are asked for, under the name `param`, that cannot be had."""
+        if number > 0 and not self.gives_previews:
+            raise UnsupportedParameter(param, f"{self.name} keeps what it has so far in a form of its own")

@@ -145,6 +145,13 @@ class ExecutionArgs:
     max_queued_requests: int = arg(
         1024, help="Requests waiting before new ones are refused.", group="execution", minimum=1, maximum=1_000_000
     )
+    preview_max_per_second: float = arg(
+        2.0,
+        help="Most previews a second of each video that somebody watches; 0 makes none.",
+        group="execution",
+        minimum=0.0,
+        maximum=30.0,
+    )
     checkpoint_every: int = arg(
         10,
         help="Denoising steps after which a request's state is saved, to go on from there when its worker is lost; "

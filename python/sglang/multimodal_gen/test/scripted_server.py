@@ -34,6 +34,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     MappedArray,
     MediaInputs,
     Operation,
+    Preview,
     Progress,
     Queued,
     Started,
@@ -58,7 +59,10 @@ SECRET_PATH = "/home/somebody/checkpoints"
 
 
 class ScriptedEngine:
-    """Ends a request at once, or while `held` is set when it is cleared; the prompt `fail` fails."""
+    """Ends a request at once, or while `held` is set when it is cleared; the prompt `fail` fails.
+
+    A request has as many previews as it wants, and one for each `show`; `watched` is who is looked at.
+    """
 
     def __init__(self) -> None:
         self.state = READY
@@ -70,6 +74,7 @@ class ScriptedEngine:
         self.durable: set[str] = set()
         self.num_submits: collections.Counter[str] = collections.Counter()
         self.operations: list[tuple[str, str | None]] = []
+        self.watched: dict[str, bool] = {}
         self._handles: dict[str, RequestHandle] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._arrays: dict[str, bytes] = {}
@@ -130,6 +135,14 @@ class ScriptedEngine:
 
         self._loop.call_soon_threadsafe(end)
 
+    async def watch(self, request_id: str, *, watched: bool) -> None:
+        """Remember it."""
+        self.watched[request_id] = watched
+
+    def show(self, request_id: str, step: int) -> None:
+        """Send a preview; belongs to the server's loop."""
+        self._handles[request_id].put(preview_of(request_id, step))
+
     async def metrics(self, *, open_metrics: bool = False) -> str:
         """As when there is no scheduler."""
         raise EngineStopped("the scheduler process died")
@@ -170,6 +183,9 @@ class ScriptedEngine:
         await asyncio.sleep(0)
         handle.put(Started(request_id=request_id, queue_seconds=0.0, phases=(), notes=("a note",)))
         handle.put(Progress(request_id=request_id, phase="denoise", step=2, total_steps=4, fraction=0.5, eta_s=1.25))
+        for step in range(1, params.num_previews + 1):
+            await asyncio.sleep(0.01)
+            handle.put(preview_of(request_id, step))
         while self.held:
             await asyncio.sleep(0.005)
         if params.prompt == "fail":
@@ -214,6 +230,11 @@ class ScriptedEngine:
         )
 
 
+def preview_of(request_id: str, step: int) -> Preview:
+    """One whose bytes say its step."""
+    return Preview(request_id=request_id, step=step, total_steps=4, media_type="image/webp", image=b"step %d" % step)
+
+
 def encoded_image(params: SamplingParams) -> bytes:
     """A grey picture of the wanted size and format."""
     assert params.width and params.height and params.output_format
@@ -232,6 +253,7 @@ class RunningServer:
     files_dir: Path
     stop: Callable[[], None]
     end: Callable[[], None]
+    call: Callable[[Callable[[], object]], None]
 
     def post_image(self, **fields: Any) -> httpx.Response:
         """POST an image request with a default prompt."""
@@ -297,6 +319,9 @@ def servers(new_directory: Callable[[], Path]) -> Iterator[Start]:
         def stop_soon() -> None:
             loop.call_soon_threadsafe(stop.set)
 
+        def call_in_loop(function: Callable[[], object]) -> None:
+            loop.call_soon_threadsafe(function)
+
         def end() -> None:
             if loop.is_closed():
                 return
@@ -306,7 +331,15 @@ def servers(new_directory: Callable[[], Path]) -> Iterator[Start]:
             loop.close()
 
         stops.append(end)
-        return RunningServer(engine=engine, client=client, port=port, files_dir=state.files, stop=stop_soon, end=end)
+        return RunningServer(
+            engine=engine,
+            client=client,
+            port=port,
+            files_dir=state.files,
+            stop=stop_soon,
+            end=end,
+            call=call_in_loop,
+        )
 
     try:
         yield start

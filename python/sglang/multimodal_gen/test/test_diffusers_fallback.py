@@ -51,6 +51,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     TickDone,
     Unit,
 )
+from sglang.multimodal_gen.runtime.managers.preview_source import PreviewSource
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 from sglang.multimodal_gen.runtime.managers.state_writer import StateWriter
 from sglang.multimodal_gen.runtime.managers.worker_profiling import WorkerProfiler
@@ -705,6 +706,11 @@ def test_a_bad_parameter_is_refused_by_the_engine(engine: DiffGenerator) -> None
         assert caught.value.code == code
 
 
+def test_previews_are_refused_since_latents_are_laid_out_in_the_librarys_own_way(engine: DiffGenerator) -> None:
+    with pytest.raises(UnsupportedParameter, match=r"^num_previews: not supported here"):
+        engine.generate(wish_for("sdxl", num_previews=1))
+
+
 # --- put aside ---
 
 
@@ -719,7 +725,8 @@ class Worker:
         self.connection, workers_end = Pipe()
         self.channel = Channel(workers_end)
         states, profiler = StateWriter(self.channel.send), WorkerProfiler(config.profile_dir(), cuda=False)
-        self.worker = GPUWorker(config, self.channel, pipeline, states=states, profiler=profiler)
+        previews = PreviewSource(pipeline, self.run_dir, self.channel.send)
+        self.worker = GPUWorker(config, self.channel, pipeline, states=states, profiler=profiler, previews=previews)
 
     def take(self, *messages: Any, until: type) -> list[Any]:
         """Its answers up to the first one of this type."""

@@ -278,6 +278,20 @@ class OutputParams:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreviewParams:
+    """What is shown before the result is there."""
+
+    num_previews: int = arg(
+        0,
+        help="Pictures on the way, spread evenly over the denoising steps, as events of `DiffGenerator.stream`.",
+        group="output",
+        minimum=0,
+        maximum=100,
+        exposed=PYTHON_ONLY,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionParams:
     """Which attention kernels one request runs with. `sglang generate` makes the engine's options of these flags."""
 
@@ -364,6 +378,7 @@ class SamplingParams(
     ObservationParams,
     LibraryParams,
     AttentionParams,
+    PreviewParams,
     OutputParams,
     GuidanceParams,
     DenoisingParams,

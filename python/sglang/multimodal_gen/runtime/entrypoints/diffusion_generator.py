@@ -31,6 +31,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     EngineState,
     Failed,
     Finished,
+    Preview,
     Progress,
     Queued,
     SchedulerLost,
@@ -56,7 +57,7 @@ class GenerationEvent:
     prompt_index: int
     output_index: int
     request_id: str
-    event: Queued | Started | Progress | GenerationResult | ServingError
+    event: Queued | Started | Progress | Preview | GenerationResult | ServingError
 
 
 class DiffGenerator:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -34,11 +34,14 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     MetricsReply,
     MetricsRequest,
     Operation,
+    Preview,
+    PreviewTaken,
     Refused,
     RequestEvent,
     Status,
     StatusRequest,
     ToClient,
+    WatchRequest,
     encode,
 )
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
@@ -50,8 +53,10 @@ if TYPE_CHECKING:
 class RequestHandle:
     """The events of one request, in order; the last one is Finished, Failed or Cancelled."""
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, *, on_preview: Callable[[str], Awaitable[None]] | None = None) -> None:
+        """`on_preview` is awaited when somebody takes a preview; only then the next one is sent."""
         self.request_id = request_id
+        self._on_preview = on_preview
         self._events: asyncio.Queue[RequestEvent] = asyncio.Queue()
 
     def put(self, event: RequestEvent) -> None:
@@ -62,12 +67,14 @@ class RequestHandle:
         """Until and with the terminal event."""
         while True:
             event = await self._events.get()
+            if isinstance(event, Preview) and self._on_preview is not None:
+                await self._on_preview(self.request_id)
             yield event
             if isinstance(event, TERMINAL_EVENTS):
                 return
 
-    async def result(self) -> Finished:
-        """Wait for the end.
+    async def result(self, on_preview: Callable[[Preview], None] = lambda preview: None) -> Finished:
+        """Wait for the end; `on_preview` sees pictures on the way.
 
         Raises:
             RemoteError: the request failed; code, status and sentence are those of its error.
@@ -76,6 +83,8 @@ class RequestHandle:
         async for event in self:
             if isinstance(event, Finished):
                 return event
+            if isinstance(event, Preview):
+                on_preview(event)
             raise_if_terminal(event)
         raise AssertionError("a request ended without a terminal event")
 
@@ -205,7 +214,7 @@ class EngineClient:
         durable: bool = False,
     ) -> RequestHandle:
         """Queue one complete, checked request; `inputs` come from `stored`, `durable` see GenerateRequest."""
-        handle = RequestHandle(request_id or new_request_id())
+        handle = RequestHandle(request_id or new_request_id(), on_preview=self._preview_taken)
         own = None if inputs is None else self._linked(inputs)
         self._handles[handle.request_id] = handle
         if own is not None:
@@ -216,6 +225,14 @@ class EngineClient:
     async def cancel(self, request_id: str) -> None:
         """Ask for the end of a request; its handle gets the terminal event."""
         await self._send(CancelRequest(request_id=request_id))
+
+    async def watch(self, request_id: str, *, watched: bool) -> None:
+        """Have previews of a running request sent as they come, or no more; unknown and ended ids are ignored."""
+        await self._send(WatchRequest(request_id=request_id, watched=watched))
+
+    async def _preview_taken(self, request_id: str) -> None:
+        if request_id in self._handles:
+            await self._send(PreviewTaken(request_id=request_id))
 
     async def status(self) -> Status:
         """A snapshot of the scheduler."""

@@ -47,6 +47,7 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.openapi import (
     ALWAYS,
     CALLING,
     CONTROLLING,
+    EVENT_STREAM,
     READING,
     binary,
     plain_body,
@@ -57,7 +58,7 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.openapi import (
 )
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse, error_response
 from sglang.multimodal_gen.runtime.entrypoints.openai.state_api import StateApi
-from sglang.multimodal_gen.runtime.entrypoints.openai.video_api import ContentQuery, ListQuery, VideoApi
+from sglang.multimodal_gen.runtime.entrypoints.openai.video_api import ContentQuery, EventsQuery, ListQuery, VideoApi
 from sglang.multimodal_gen.runtime.entrypoints.openai.video_derivation import VideoDerivationApi
 from sglang.multimodal_gen.runtime.entrypoints.studio_routes import StudioRoutes
 from sglang.multimodal_gen.runtime.observability.metrics import HttpMetrics
@@ -227,6 +228,12 @@ def _add_video_routes(app: FastAPI, videos: VideoApi) -> None:
         "/v1/videos/{video_id}", response_model=None, responses=replies(VideoNotFound, schema=schemas.VIDEO_DELETED)
     )(videos.delete)
     app.get(
+        "/v1/videos/{video_id}/events",
+        response_model=None,
+        openapi_extra=query(EventsQuery),
+        responses=replies(VideoNotFound) | EVENT_STREAM,
+    )(videos.events)
+    app.get(
         "/v1/videos/{video_id}/content",
         response_model=None,
         openapi_extra=query(ContentQuery),
@@ -249,7 +256,9 @@ async def _on_routing_error(request: Request, error: Exception) -> Response:
         return error_response(MethodNotAllowed(message), {"allow": allowed})
     if path.startswith("/v1/videos/") and (request.method in ("GET", "DELETE") or path.endswith("/remix")):
         video_id = path.removeprefix("/v1/videos/")
-        return error_response(VideoNotFound(video_id.removesuffix("/content").removesuffix("/remix")))
+        for route in ("/content", "/events", "/remix"):
+            video_id = video_id.removesuffix(route)
+        return error_response(VideoNotFound(video_id))
     return error_response(RouteNotFound(f"path: {shown(path)} does not exist; GET /openapi.json lists what does"))
 
 

@@ -54,6 +54,7 @@ def expand_prompts(
         complete = model.limits.sized(wish.filled_from(model.defaults, GENERAL_DEFAULTS))
         _check_interval(complete)
         model.limits.check(complete)
+        model.check_previews(complete.num_previews, param="num_previews")
         check_output(complete)
         expanded.append(_outputs(complete))
     return _observed(expanded)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from sglang.multimodal_gen.configs.request_plan import LANES, Lane, Phase
@@ -49,6 +49,7 @@ class Dispatcher:
     workers: WorkerGroup
     learned: LearnedTimes = field(default_factory=LearnedTimes)
     memory: LearnedMemory = field(default_factory=LearnedMemory)
+    choose_previews: Callable[[tuple[Unit, ...], Requests], tuple[str, ...]] = lambda units, requests: ()
     num_ticks: int = 0
     batch_sizes: Counter[int] = field(default_factory=Counter)
 
@@ -110,7 +111,8 @@ class Dispatcher:
             lanes = plan(cursors, limits)
             if not lanes:
                 return
-            tick = Tick(seq=group.next_seq(), epoch=group.epoch, **lanes)
+            previews = self.choose_previews(lanes.get("denoise", ()), requests)
+            tick = Tick(seq=group.next_seq(), epoch=group.epoch, **lanes, previews=previews)
             deadline_s = self.learned.deadline_s(self._advance(tick, requests))
             if any(requests[unit.request_id].params.profile for unit in tick.units):
                 deadline_s = max(deadline_s, UNLEARNED_DEADLINE_S)  # it may begin or write a profile besides

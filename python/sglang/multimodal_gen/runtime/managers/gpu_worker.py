@@ -89,12 +89,15 @@ class Channel:
 class GPUWorker:
     """Executes what the scheduler says, in the order of the pipe."""
 
-    def __init__(self, config: EngineConfig, channel: Channel, pipeline: Any, *, states: Any, profiler: Any) -> None:
+    def __init__(
+        self, config: EngineConfig, channel: Channel, pipeline: Any, *, states: Any, profiler: Any, previews: Any
+    ) -> None:
         self.checkpoint_dir = config.checkpoint_dir()
         self.channel = channel
         self.pipeline = pipeline
         self.states = states
         self.profiler = profiler
+        self.previews = previews
         self.run_dir = RunDir.at(config.run_dir)
         self.requests: dict[str, Any] = {}
         self.min_epoch = 0
@@ -154,6 +157,7 @@ class GPUWorker:
         if req is not None:
             self.pipeline.release(req)
         self.states.forget(request_id)
+        self.previews.release(request_id)
         self.profiler.release(request_id)
         PRIVATE_TEXTS.forget(request_id)
 
@@ -165,10 +169,13 @@ class GPUWorker:
         for lane in LANES:
             units: tuple[Unit, ...] = getattr(tick, lane)
             if units and not dropped:
+                shown = tick.previews if lane == "denoise" else ()
+                shown_requests = self.previews.want([self.requests[request_id] for request_id in shown])
                 lane_done, failed = self._run_lane(lane, units)
                 done.append(lane_done)
                 failures += failed
                 peak_bytes = max(peak_bytes, self.pipeline.meter.total_peak_bytes())
+                self.previews.take(shown_requests, failed=bool(failed))
         if failures:
             self.min_epoch = tick.epoch + 1
         return TickDone(
@@ -309,12 +316,15 @@ def main() -> None:
         return
     import torch
 
+    from sglang.multimodal_gen.runtime.managers.preview_source import PreviewSource
     from sglang.multimodal_gen.runtime.managers.state_writer import StateWriter
     from sglang.multimodal_gen.runtime.managers.worker_profiling import WorkerProfiler
 
     channel.allocated_bytes = pipeline.meter.allocated_bytes
     profiler = WorkerProfiler(config.profile_dir(), cuda=str(pipeline.device).startswith("cuda"))
-    worker = GPUWorker(config, channel, pipeline, states=StateWriter(channel.send), profiler=profiler)
+    previews = PreviewSource(pipeline, RunDir.at(config.run_dir), channel.send)
+    states = StateWriter(channel.send)
+    worker = GPUWorker(config, channel, pipeline, states=states, profiler=profiler, previews=previews)
     channel.send(ModelReady(model=pipeline.model_info(), budget_bytes=pipeline.budget_bytes()))
     with torch.inference_mode():
         worker.run()

@@ -113,7 +113,30 @@ class ControlRequest(Message, frozen=True, kw_only=True, tag="control"):
     model_path: str | None = None
 
 
-ToScheduler = Hello | GenerateRequest | CancelRequest | StatusRequest | MetricsRequest | ControlRequest
+class WatchRequest(Message, frozen=True, kw_only=True, tag="watch"):
+    """From now on somebody looks at a request's previews as they come, or nobody does any more. Ids that are unknown or
+    ended are ignored."""
+
+    request_id: str
+    watched: bool
+
+
+class PreviewTaken(Message, frozen=True, kw_only=True, tag="preview_taken"):
+    """The client has room for the request's next preview; until then the scheduler keeps the newest one."""
+
+    request_id: str
+
+
+ToScheduler = (
+    Hello
+    | GenerateRequest
+    | CancelRequest
+    | StatusRequest
+    | MetricsRequest
+    | ControlRequest
+    | WatchRequest
+    | PreviewTaken
+)
 
 
 # --- scheduler -> entry point ---
@@ -203,6 +226,17 @@ class Progress(Message, frozen=True, kw_only=True, tag="progress"):
     eta_s: float | None
 
 
+class Preview(Message, frozen=True, kw_only=True, tag="preview"):
+    """What the result would look like as far as it can be told after `step` of `total_steps` steps: a picture, or an
+    animated one of a few frames. Sent again only after a PreviewTaken; what comes meanwhile replaces what waits."""
+
+    request_id: str
+    step: int
+    total_steps: int
+    media_type: str
+    image: bytes
+
+
 class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     """Terminal: the output is complete.
 
@@ -255,7 +289,7 @@ class Cancelled(Message, frozen=True, kw_only=True, tag="cancelled"):
     engine_stopped: bool = False
 
 
-RequestEvent = Queued | Started | Progress | Finished | Failed | Cancelled
+RequestEvent = Queued | Started | Progress | Preview | Finished | Failed | Cancelled
 ToClient = (
     Welcome
     | Refused
@@ -266,6 +300,7 @@ ToClient = (
     | Queued
     | Started
     | Progress
+    | Preview
     | Finished
     | Failed
     | Cancelled
@@ -295,13 +330,15 @@ class Unit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
 
 
 class Tick(Message, frozen=True, kw_only=True, tag="tick"):
-    """Do one unit for each request of each lane; answered by exactly one TickDone."""
+    """Do one unit for each request of each lane; answered by exactly one TickDone. `previews`: requests with a unit of
+    `denoise` after which a PreviewLatents is wanted, if the worker can give it."""
 
     seq: int
     epoch: int
     encode: tuple[Unit, ...] = ()
     denoise: tuple[Unit, ...] = ()
     decode: tuple[Unit, ...] = ()
+    previews: tuple[str, ...] = ()
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -397,6 +434,21 @@ class LatentsReady(Message, frozen=True, kw_only=True, tag="latents"):
     latents: MappedArray
 
 
+class PreviewLatents(Message, frozen=True, kw_only=True, tag="preview_latents"):
+    """Some frames of the clean latents that a request's last step predicts, and how they become colours.
+
+    `latents` [C, F, h, w] float32, of which the first frame is the clip's first. `basis`: float32 [2, C + 1, 3·p·p],
+    which makes p x p pixels (p is `patch`) in [-1, 1], colours outermost, of a latent cell and a 1; one for the first
+    frame, one for the others. `step`: how many steps are done.
+    """
+
+    request_id: str
+    step: int
+    latents: MappedArray
+    basis: bytes
+    patch: int
+
+
 class ProfileReady(Message, frozen=True, kw_only=True, tag="profile"):
     """The trace of a profiled request is in the file `path`, or there is none for the reason in `note`."""
 
@@ -465,6 +517,7 @@ FromWorker = (
     | AdmitFailed
     | OutputChunk
     | LatentsReady
+    | PreviewLatents
     | ProfileReady
     | TickDone
     | StateSaved
@@ -507,7 +560,19 @@ class RemoveOutput(Message, frozen=True, kw_only=True, tag="remove_output"):
     keys: tuple[str, ...]
 
 
-ToOutput = OpenOutput | OutputFrames | DropOutput | RemoveOutput
+class RenderPreview(Message, frozen=True, kw_only=True, tag="render_preview"):
+    """Make a preview of a request's latents; answered by a PreviewRendered unless a newer one comes before its turn."""
+
+    latents: PreviewLatents
+    params: SamplingParams
+
+    @property
+    def request_id(self) -> str:
+        """Of the request."""
+        return self.latents.request_id
+
+
+ToOutput = OpenOutput | OutputFrames | DropOutput | RemoveOutput | RenderPreview
 
 
 # --- output process -> scheduler ---
@@ -541,7 +606,16 @@ class OutputFailed(Message, frozen=True, kw_only=True, tag="output_failed"):
     error: ErrorInfo
 
 
-FromOutput = OutputHello | OutputDone | OutputFailed
+class PreviewRendered(Message, frozen=True, kw_only=True, tag="preview_rendered"):
+    """The preview of a request after `step` steps."""
+
+    request_id: str
+    step: int
+    media_type: str
+    image: bytes
+
+
+FromOutput = OutputHello | OutputDone | OutputFailed | PreviewRendered
 
 
 # --- supervisor -> scheduler, entry point ---

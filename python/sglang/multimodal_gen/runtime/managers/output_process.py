@@ -35,9 +35,11 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     OutputFrames,
     OutputHello,
     RemoveOutput,
+    RenderPreview,
     ToOutput,
     encode,
 )
+from sglang.multimodal_gen.runtime.managers.preview_renderer import PreviewRenderer
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging, fields, log_refusal
 from sglang.multimodal_gen.runtime.observability.private_texts import PRIVATE_TEXTS
@@ -51,6 +53,7 @@ logger = logging.getLogger("sglang.multimodal_gen.runtime.managers.output_proces
 
 _WAKE = "inproc://replies"
 _NOTHING_SAVED = SavedFiles(output=None, thumbnail=None, contact_sheet=None, stored={}, upload_seconds=0.0)
+_NO_OPENING = 0
 
 
 class OutputJob:
@@ -145,6 +148,7 @@ class OutputProcess:
         self.replies.bind(_WAKE)
         self.inboxes: dict[str, _Inbox] = {}
         self.num_openings = 0
+        self.previews = PreviewRenderer(run_dir, lambda done: self._reply(done.request_id, _NO_OPENING, done))
         self._codec = Codec(ToOutput)
 
     def run(self) -> None:
@@ -169,6 +173,11 @@ class OutputProcess:
         except msgspec.DecodeError:
             logger.exception("a message does not decode")
             return
+        if isinstance(message, RenderPreview):
+            self.previews.submit(message)
+            return
+        if isinstance(message, DropOutput):
+            self.previews.drop(message.request_id)
         if isinstance(message, OpenOutput):
             self.num_openings += 1
             inbox = self.inboxes[message.request_id] = _Inbox(self.num_openings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Literal
 from sglang.multimodal_gen.configs.request_plan import Lane, Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.runtime.managers.batching import UnitCursor
-from sglang.multimodal_gen.runtime.managers.messages import Finished, MappedArray, OutputDone, Progress
+from sglang.multimodal_gen.runtime.managers.messages import Finished, MappedArray, OutputDone, Progress, Unit
 from sglang.multimodal_gen.runtime.managers.timing import LearnedTimes
 
 
@@ -91,6 +92,11 @@ class RequestRecord:
                 done += min(max(position, 0), phase.units)
             position -= phase.units
         return done, total
+
+    def step_of(self, unit: Unit) -> int:
+        """Which denoising step of the request a unit of that lane is, counted from 1 over all phases."""
+        before = itertools.takewhile(lambda phase: phase.name != unit.phase, self.phases)
+        return sum(phase.units for phase in before if phase.lane == "denoise") + unit.index + 1
 
     @property
     def remaining_cost(self) -> float:

@@ -60,6 +60,9 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     OutputFailed,
     OutputFrames,
     OutputHello,
+    PreviewLatents,
+    PreviewRendered,
+    PreviewTaken,
     ProfileReady,
     Queued,
     Release,
@@ -70,8 +73,10 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     SupervisorNote,
     TickDone,
     ToScheduler,
+    WatchRequest,
 )
 from sglang.multimodal_gen.runtime.managers.output_link import Ledger, OutputLink
+from sglang.multimodal_gen.runtime.managers.previews import Previews
 from sglang.multimodal_gen.runtime.managers.request_observer import RequestObserver
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
@@ -117,6 +122,11 @@ class Scheduler:
             self.dispatcher, self.clients, self.requests, self.warm_up, self._set_state, state=lambda: self.state
         )
         self.observer = RequestObserver(logger, self._snapshot, log_prompts=config.args.logging.log_prompts)
+        limit = config.args.execution.preview_max_per_second
+        self.previews = Previews(
+            self.requests, self._tell, ledger=self.ledger, output=self.output, max_per_second=limit
+        )
+        self.dispatcher.choose_previews = self.previews.choose
         self._from_output, self._from_parent = Codec(FromOutput), Codec(SupervisorNote)
         self._handlers = self._handler_table()
 
@@ -138,6 +148,8 @@ class Scheduler:
             OutputChunk: self._on_chunk,
             LatentsReady: self._on_latents,
             ProfileReady: self._on_profile,
+            PreviewLatents: self.previews.on_latents,
+            PreviewRendered: self.previews.on_rendered,
             TickDone: self._on_tick_done,
             StateSaved: self._on_state_saved,
             CacheFlushed: self.control.flushed,
@@ -221,6 +233,8 @@ class Scheduler:
             record = self.requests.get(message.request_id)
             if record is not None and record.client == client:
                 self._end(message.request_id, Cancelled(request_id=message.request_id))
+        elif isinstance(message, WatchRequest | PreviewTaken):
+            self.previews.heard(client, message)
         elif isinstance(message, StatusRequest):
             self.clients.send(client, status_of(message.query_id, ledger=self.ledger, **self._facts()))
         elif isinstance(message, MetricsRequest):
@@ -579,6 +593,7 @@ class Scheduler:
 
     def _after_end(self, record: RequestRecord, event: Failed | Cancelled | None, *, comes_again: bool = False) -> None:
         self.states.drop(record, comes_again=comes_again)
+        self.previews.forget(record.request_id)
         if record.client is None:
             self._on_warm_up_ended(record.request_id, event)
 

@@ -144,4 +144,5 @@ class WarmUp:
             return_frames=False,
             return_latents=False,
             return_encoded=False,
+            num_previews=0,
         )

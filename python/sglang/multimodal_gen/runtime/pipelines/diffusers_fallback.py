@@ -35,6 +35,7 @@ _ATTENTION_OPTIONS = ("attention_backend", "self_attention_backend", "cross_atte
 class DiffusersPipeline(ComposedPipelineBase):
     """Runs each request in a copy of diffusers' pipeline that shares the weights; requests share no forward."""
 
+    gives_previews: ClassVar[bool] = False  # each pipeline of the library lays its latents out in its own way
     takes_diffusers_kwargs: ClassVar[bool] = True
     own_parameters: ClassVar[frozenset[str]] = PARAMETERS_OF_SOME  # the call refuses what it does not take
     library: Any

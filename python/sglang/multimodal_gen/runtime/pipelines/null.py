@@ -82,6 +82,7 @@ def _num_chunks(req: Req) -> int:
 class NullPipeline(ComposedPipelineBase):
     """Three stages that do nothing."""
 
+    gives_previews: ClassVar[bool] = False
     components: ClassVar[Mapping[str, ComponentLoader]] = {}
 
     def create_pipeline_stages(self) -> list[Stage]:

@@ -73,6 +73,8 @@ class ComposedPipelineBase:
     """Those of `PARAMETERS_OF_SOME` that the family reads; a request with another is refused."""
     workloads: ClassVar[Mapping[str, Workload]] = {}
     """What benchmarks run: `dit`, `vae_decode`, `vae_encode`, `encoder`, as far as the family has them."""
+    gives_previews: ClassVar[bool] = True
+    """Whether its denoising stages keep the clean latents that they predict, in the layout of Req."""
     takes_diffusers_kwargs: ClassVar[bool] = False
     """Whether there is a call of diffusers' that `diffusers_kwargs` could go to."""
 
@@ -253,6 +255,7 @@ class ComposedPipelineBase:
             load_seconds=self.load_seconds,
             limits=self.limits(),
             defaults=self.defaults,
+            gives_previews=self.gives_previews,
         )
 
     # Running

@@ -58,8 +58,9 @@ class Req:
 
     `latent_shape` is (C, T, H, W); latents [C, T, H, W] fp32, texts and conditioning lie on the device.
     `max_forward_rows` None: all guidance branches in one forward; `max_text_rows` None: all texts in one. `units_done`
-    counts by phase. `generator` draws the request's noise, on the CPU; a `strength` below 1 keeps some of the picture
-    that it starts from.
+    counts by phase. `keeps_clean`: the next step leaves what it predicts of the clean latents in `clean_latents`.
+    `generator` draws the request's noise, on the CPU; a `strength` below 1 keeps some of the picture that it starts
+    from.
     """
 
     request_id: str
@@ -78,6 +79,8 @@ class Req:
     latents: Tensor | None = None
     sampler: Sampler | None = None
     sampler_state: SamplerState | None = None
+    keeps_clean: bool = False
+    clean_latents: Tensor | None = None
     max_text_rows: int | None = None
     max_forward_rows: int | None = None
     decode_plan: Any = None
@@ -119,7 +122,7 @@ class Req:
 
     def drop_tensors(self) -> None:
         """Free what the request holds on the device, and its inputs."""
-        self.text = self.negative_text = self.latents = self.generator = None
+        self.text = self.negative_text = self.latents = self.clean_latents = self.generator = None
         self.sampler_state = self.decoder_state = self.library_call = None
         self.conditioning = {}
         self.inputs = EMPTY

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from sglang.multimodal_gen.errors import ServingError
-from sglang.multimodal_gen.runtime.managers.messages import EngineState, Progress, Queued, Started
+from sglang.multimodal_gen.runtime.managers.messages import EngineState, Preview, Progress, Queued, Started
 
 if TYPE_CHECKING:
     from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import GenerationEvent, GenerationResult
@@ -107,7 +107,7 @@ class Reporter:
             self.num_failed += 1
             self._display.ended(label)
             self._display.note(f"sglang: error: {label} {what}" if self._several else f"sglang: error: {what}")
-        elif not isinstance(what, Queued):
+        elif not isinstance(what, Queued | Preview):
             self._display.ended(label)
             for note in what.notes[len(self._told.get(label, ())) :]:
                 self._display.note(f"{label} {note}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +26,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     MappedArray,
     MediaInputs,
     Operation,
+    Preview,
     RequestEvent,
     Status,
 )
@@ -44,8 +45,11 @@ class Handle(Protocol):
     def __aiter__(self) -> AsyncIterator[RequestEvent]:
         """The request's events; the last one is terminal."""
 
-    async def result(self) -> Finished:
-        """The outcome. Raises ServingError when the request failed or was cancelled."""
+    async def result(self, on_preview: Callable[[Preview], None] = ...) -> Finished:
+        """The outcome; `on_preview` sees pictures on the way.
+
+        Raises: ServingError when the request failed or was cancelled.
+        """
 
 
 class Engine(Protocol):
@@ -70,6 +74,9 @@ class Engine(Protocol):
 
     async def cancel(self, request_id: str) -> None:
         """Stop a request; ids that are unknown or ended are ignored."""
+
+    async def watch(self, request_id: str, *, watched: bool) -> None:
+        """Have previews of a running request sent as they come, or no more; unknown and ended ids are ignored."""
 
     async def metrics(self, *, open_metrics: bool = False) -> str:
         """The scheduler's metrics in Prometheus' text format or as OpenMetrics. Raises ServingError."""
@@ -113,6 +120,7 @@ class HttpSettings:
     max_images: int = 1000
     image_lifetime_s: float = 3600.0
     idempotency_lifetime_s: float = 3600.0
+    heartbeat_s: float = 15.0
     admin_api_key: str | None = field(default=None, repr=False)
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     allowed_hosts: frozenset[str] | None = None

@@ -70,9 +70,14 @@ class StillFields(CommonFields):
     quality: str = arg(
         "auto", help="Rendering effort is set with num_inference_steps.", group="openai", choices=("auto",)
     )
-    stream: bool = arg(False, help="Streaming is not offered.", group="openai")
+    stream: bool = arg(False, help="Send one image as server-sent events.", group="openai")
     partial_images: int = arg(
-        0, help="Previews in a stream.", group="openai", minimum=0, maximum=3, code="invalid_value"
+        0,
+        help="Pictures on the way in a stream, spread evenly over the steps; fewer come when steps are few or fast.",
+        group="openai",
+        minimum=0,
+        maximum=3,
+        code="invalid_value",
     )
 
 

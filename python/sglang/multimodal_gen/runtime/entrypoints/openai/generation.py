@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import EngineStopped, InternalError, ServingError
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import NO_INPUTS, DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine
-from sglang.multimodal_gen.runtime.managers.messages import Finished, MediaInputs
+from sglang.multimodal_gen.runtime.managers.messages import Finished, MediaInputs, Preview
 
 T = TypeVar("T")
 
@@ -27,8 +27,15 @@ class EncodedResult:
     data: bytes | None
 
 
+OnPreview = Callable[[Preview], None]
+
+
 async def generate_all(
-    engine: Engine, requests: Mapping[str, SamplingParams], inputs: DecodedInputs = NO_INPUTS
+    engine: Engine,
+    requests: Mapping[str, SamplingParams],
+    inputs: DecodedInputs = NO_INPUTS,
+    *,
+    on_preview: OnPreview = lambda preview: None,
 ) -> list[EncodedResult]:
     """One result per request (id -> parameters), in order, all from the same inputs. When one fails or the caller is
     cancelled, all are.
@@ -37,7 +44,9 @@ async def generate_all(
         ServingError: the first failure.
     """
     async with engine.stored(inputs) as media:
-        tasks = [asyncio.create_task(_generate(engine, params, id_, media)) for id_, params in requests.items()]
+        tasks = [
+            asyncio.create_task(_generate(engine, params, id_, media, on_preview)) for id_, params in requests.items()
+        ]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
@@ -47,11 +56,11 @@ async def generate_all(
 
 
 async def _generate(
-    engine: Engine, params: SamplingParams, request_id: str, media: MediaInputs | None
+    engine: Engine, params: SamplingParams, request_id: str, media: MediaInputs | None, on_preview: OnPreview
 ) -> EncodedResult:
     handle = await engine.submit(params, request_id=request_id, inputs=media)
     try:
-        finished = await handle.result()
+        finished = await handle.result(on_preview)
     except asyncio.CancelledError:
         await engine.cancel(request_id)
         # It may have finished before the cancel arrived; then its file is ours to remove.

@@ -24,12 +24,12 @@ from sglang.multimodal_gen.errors import (
     InvalidValue,
     MissingParameter,
     NotOffered,
-    UnsupportedParameter,
 )
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.admin import surface_of
 from sglang.multimodal_gen.runtime.entrypoints.openai.content import content_response
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, HttpSettings, require_model
+from sglang.multimodal_gen.runtime.entrypoints.openai.event_stream import EventStream
 from sglang.multimodal_gen.runtime.entrypoints.openai.fields import (
     EDIT_CALL,
     IMAGE_CALL,
@@ -51,6 +51,7 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.generation import (
     unless_disconnected,
 )
 from sglang.multimodal_gen.runtime.entrypoints.openai.idempotency import IdempotentReplies
+from sglang.multimodal_gen.runtime.entrypoints.openai.image_events import ImageEvents
 from sglang.multimodal_gen.runtime.entrypoints.openai.image_store import ImageStore
 from sglang.multimodal_gen.runtime.entrypoints.openai.inputs import InputReader, edit_sources
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse, to_json
@@ -100,12 +101,16 @@ class ImageApi:
             raise MissingParameter("image: not given, accepted is at least one image", param="image")
         model = require_model(self._engine, self._settings, wish.model)
         inputs = await self._inputs.read(edit_sources(body), model, sampling)
-        requests = _image_requests(sampling, model, surface, inputs)
+        model.check_previews(wish.partial_images, param="partial_images")
+        requests = _image_requests(sampling, model, surface, inputs, num_previews=wish.partial_images)
         if wish.response_format == "url" and self._results.are_uploaded:
             requests = [_uploaded(params, self._settings.state.files / "images") for params in requests]
+        by_id = {f"{http_request_id(request)}-{secrets.token_hex(4)}": params for params in requests}
+        if wish.stream:
+            events = ImageEvents("image_edit" if call is EDIT_CALL else "image_generation", requests[0])
+            return self._stream(request, body, wish=wish, events=events, by_id=by_id, inputs=inputs)
 
         async def run() -> bytes:
-            by_id = {f"{http_request_id(request)}-{secrets.token_hex(4)}": params for params in requests}
             link_engine_requests(request, by_id)
             try:
                 results = await generate_all(self._engine, by_id, inputs)
@@ -115,6 +120,29 @@ class ImageApi:
             return to_json(await self._images_response(request, wish, requests, results))
 
         return JsonResponse(await unless_disconnected(request, self._replies.once(request, body, run)))
+
+    def _stream(
+        self,
+        request: Request,
+        body: Body,
+        *,
+        wish: StillFields,
+        events: ImageEvents,
+        by_id: Mapping[str, SamplingParams],
+        inputs: DecodedInputs,
+    ) -> Response:
+        """The one image of `by_id` as events. Whoever sends the same call again gets the last of them."""
+        [params] = by_id.values()
+
+        async def run() -> bytes:
+            link_engine_requests(request, by_id)
+            [result] = await generate_all(self._engine, by_id, inputs, on_preview=events.show)
+            image = await self._image(request, wish, params, result)
+            facts = {name: value for name, value in image.items() if name not in ("url", "revised_prompt")}
+            return events.completed(facts | {"safety_identifier": wish.safety_identifier})
+
+        frames = events.frames(lambda: self._replies.once(request, body, run))
+        return EventStream(request, frames, heartbeat_s=self._settings.heartbeat_s)
 
     async def content(self, request: Request, image_id: str) -> Response:
         """The bytes of an image that was answered with a URL."""
@@ -170,10 +198,12 @@ class ImageApi:
 
 
 def _check_combinations(wish: StillFields, sampling: Mapping[str, Any]) -> None:
+    if wish.partial_images and not wish.stream:
+        raise IncompatibleParameters(
+            "partial_images: come before the result, accepted is partial_images with stream", param="partial_images"
+        )
     if wish.stream:
-        raise UnsupportedParameter("stream", "replies are sent whole")
-    if wish.partial_images:
-        raise UnsupportedParameter("partial_images", "replies are sent whole")
+        _check_stream(wish, sampling)
     if sampling.get("output_compression") is not None and sampling.get("output_format", "png") == "png":
         raise IncompatibleParameters(
             "output_compression: PNG is lossless, accepted is output_compression with output_format jpeg or webp",
@@ -185,8 +215,20 @@ def _check_combinations(wish: StillFields, sampling: Mapping[str, Any]) -> None:
         raise InvalidValue("seed", f"{len(seed)} seeds", f"at most {int(most)}", code="invalid_seed")
 
 
+def _check_stream(wish: StillFields, sampling: Mapping[str, Any]) -> None:
+    """An event says neither of which image it is nor where it lies."""
+    seed = sampling.get("seed")
+    count = max(sampling.get("num_outputs_per_prompt", 1), len(seed) if isinstance(seed, tuple) else 1)
+    if count > 1:
+        raise IncompatibleParameters(f"n: got {count} images, accepted is one with stream", param="n")
+    if wish.response_format == "url":
+        raise IncompatibleParameters(
+            "response_format: events hold the image itself, accepted is b64_json with stream", param="response_format"
+        )
+
+
 def _image_requests(
-    sampling: Mapping[str, Any], model: ModelInfo, surface: Surface, inputs: DecodedInputs
+    sampling: Mapping[str, Any], model: ModelInfo, surface: Surface, inputs: DecodedInputs, *, num_previews: int
 ) -> list[SamplingParams]:
     """One complete request per image, which comes back encoded instead of being saved."""
     return [
@@ -195,6 +237,7 @@ def _image_requests(
             output_format=params.output_format if "output_format" in sampling else "png",
             return_encoded=True,
             save_output=False,
+            num_previews=num_previews,
         )
         for params in expand({**sampling, "num_frames": 1}, model=model, surface=surface, inputs=inputs)
     ]

@@ -102,6 +102,11 @@ _IN_WORDS = {
     507: "No room to save the result",
 }
 
+EVENT_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Server-sent events.", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+}
+"""The success response of a route that streams."""
+
 
 def replies(*errors: type[ServingError], schema: Mapping[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route: its success as JSON of this schema, and the statuses of these errors."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -29,6 +31,7 @@ from sglang.multimodal_gen.errors import (
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.admin import caller_of, surface_of
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, HttpSettings, require_model
+from sglang.multimodal_gen.runtime.entrypoints.openai.event_stream import EventStream, event_frame
 from sglang.multimodal_gen.runtime.entrypoints.openai.fields import (
     VIDEO_CALL,
     VideoFields,
@@ -44,6 +47,7 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.results import Results
 from sglang.multimodal_gen.runtime.entrypoints.openai.video_jobs import VideoJobs
 from sglang.multimodal_gen.runtime.entrypoints.request_builder import check_output, expand
 from sglang.multimodal_gen.runtime.managers.job_store import KeptReply, VideoJob
+from sglang.multimodal_gen.runtime.managers.messages import Preview
 
 _SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 _POLL_AFTER_MS = 500
@@ -69,6 +73,13 @@ class ContentQuery:
         choices=("video", "thumbnail", "spritesheet"),
         code="invalid_variant",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventsQuery:
+    """What of a video's life is streamed."""
+
+    previews: bool = arg(True, help="Also small pictures of what is being made.", group="events")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -177,6 +188,22 @@ class VideoApi:
         """A video's status and progress."""
         return _video_response(self.jobs.get(video_id, caller_of(request)))
 
+    async def events(self, request: Request, video_id: str) -> Response:
+        """A video's status and progress as server-sent events, from now to its end, and pictures on the way."""
+        wanted = _query(request, EventsQuery).previews
+        model = self.engine.state.model
+        frames = self._event_frames(
+            self.jobs.get(video_id, caller_of(request)), previews=wanted and model is not None and model.gives_previews
+        )
+        return EventStream(request, frames, heartbeat_s=self.settings.heartbeat_s)
+
+    async def _event_frames(self, job: VideoJob, *, previews: bool) -> AsyncGenerator[bytes, None]:
+        numbers = itertools.count()
+        async with self.jobs.feeds.follow(job, previews=previews) as follower:
+            async for change in follower:
+                content = _preview_event(change) if isinstance(change, Preview) else _job_event(change)
+                yield event_frame({**content, "sequence_number": next(numbers)})
+
     async def list(self, request: Request) -> Response:
         """Videos by time of creation, page by page."""
         query = _query(request, ListQuery)
@@ -267,6 +294,21 @@ def _query(request: Request, owner: type) -> Any:
 
 def _video_response(job: VideoJob) -> Response:
     return JsonResponse(video_object(job), headers=_poll_headers(done=job.is_final))
+
+
+def _job_event(job: Any) -> dict[str, Any]:
+    return {"type": f"video.{job.status}", "video": video_object(job)}
+
+
+def _preview_event(preview: Preview) -> dict[str, Any]:
+    return {
+        "type": "video.preview",
+        "video_id": preview.request_id,
+        "step": preview.step,
+        "total_steps": preview.total_steps,
+        "media_type": preview.media_type,
+        "b64_json": base64.b64encode(preview.image).decode("ascii"),
+    }
 
 
 def _poll_headers(*, done: bool) -> dict[str, str]:

@@ -35,12 +35,14 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.job_keeper import JobKeepe
 from sglang.multimodal_gen.runtime.entrypoints.openai.kept_inputs import load_inputs, save_inputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.keys import NOBODY, Caller
 from sglang.multimodal_gen.runtime.entrypoints.openai.results import Results
+from sglang.multimodal_gen.runtime.entrypoints.openai.video_feeds import JobFeeds
 from sglang.multimodal_gen.runtime.entrypoints.openai.webhooks import Webhooks
 from sglang.multimodal_gen.runtime.managers.job_store import KeptReply, VideoJob
 from sglang.multimodal_gen.runtime.managers.messages import (
     Cancelled,
     Failed,
     Finished,
+    Preview,
     Progress,
     Queued,
     RequestEvent,
@@ -78,6 +80,7 @@ class VideoJobs:
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._next_expiry = math.inf
+        self.feeds = JobFeeds(engine)
         self._webhooks = None if settings.webhook is None else Webhooks(settings.webhook, self._webhook_settled)
 
     # -- the server's life --
@@ -244,6 +247,11 @@ class VideoJobs:
         if job.is_final:
             await self._results.remove(self.files(job))
         await self._keeper.delete(job_id)
+        if not job.is_final:
+            deleted = ErrorInfo(code="cancelled", message="the video was deleted")
+            self.feeds.publish(
+                msgspec.structs.replace(job, status="failed", completed_at=int(time.time()), error=deleted)
+            )
         self._jobs.pop(job_id, None)  # from here on nobody finds it; its watcher removes what may still be written
         watcher = self._watchers.get(job_id)
         if watcher is not None:
@@ -345,12 +353,15 @@ class VideoJobs:
             case Progress():
                 percent = max(job.progress, min(99, int(event.fraction * 100)))
                 self._become(job_id, status="in_progress", progress=percent, eta_s=event.eta_s, queue_position=None)
+            case Preview():
+                pass
             case Finished():
                 self._complete(job, event)
             case Failed():
                 self._end(job_id, event.error)
             case Cancelled():
                 self._end(job_id, ErrorInfo(code="cancelled", message=f"the video was not finished: {event.reason}"))
+        self.feeds.saw(event)
 
     def _complete(self, job: VideoJob, event: Finished) -> None:
         self._finish(
@@ -393,6 +404,7 @@ class VideoJobs:
         job = self._jobs.get(job_id)
         if job is not None:
             self._jobs[job_id] = msgspec.structs.replace(job, **changes)
+            self.feeds.publish(self._jobs[job_id])
 
     # -- webhooks --
 

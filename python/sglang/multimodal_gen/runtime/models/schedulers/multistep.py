@@ -19,7 +19,12 @@ def log_snr(sigma: float) -> float:
 
 
 def clean_sample(noise_pred: Tensor, latents: Tensor, state: SamplerState) -> Tensor:
-    """x0 = x - sigma * v, fp32."""
+    """What the prediction at the present step says of the clean sample: x0 = x - sigma * v, fp32.
+
+    Inverted schedules: x0 = x + (1 - sigma) * v.
+    """
+    if state.schedule.is_inverted:
+        return latents.float() + noise_pred.float() * (1 - state.sigma())
     return latents.float() - noise_pred.float() * state.sigma()
 
 

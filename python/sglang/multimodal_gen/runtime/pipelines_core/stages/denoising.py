@@ -13,6 +13,7 @@ from torch import Tensor
 from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.runtime.layers.attention.switch import AttentionSwitch
 from sglang.multimodal_gen.runtime.models.schedulers import SamplerState
+from sglang.multimodal_gen.runtime.models.schedulers.multistep import clean_sample
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import Branch, Guidance
 from sglang.multimodal_gen.runtime.pipelines_core.memory import USABLE_SHARE
@@ -28,6 +29,7 @@ class _Advanced(NamedTuple):
     latents: Tensor
     state: SamplerState
     generator: torch.Generator | None
+    clean: Tensor | None
 
 
 class DenoisingStage(Stage):
@@ -117,7 +119,8 @@ class DenoisingStage(Stage):
         for req, own in zip(requests, branches, strict=True):
             noise_pred = self.guidance.combine([next(predictions) for _ in own], req)
             advanced.append(_advanced(req, noise_pred))
-        for req, (latents, state, generator) in zip(requests, advanced, strict=True):
+        for req, (latents, state, generator, clean) in zip(requests, advanced, strict=True):
+            req.clean_latents = clean
             req.sampler_state, req.generator = state, generator
             req.latents = latents if self.constraint is None else self.constraint(req, latents)
         return []
@@ -141,4 +144,5 @@ def _advanced(req: Req, noise_pred: Tensor) -> _Advanced:
     assert state is not None, "prepared at admission"
     if req.sampler.draws_noise and generator is not None:
         generator = generator.clone_state()
-    return _Advanced(req.sampler.step(noise_pred, req.latents, state, generator=generator), state, generator)
+    clean = clean_sample(noise_pred, req.latents, state) if req.keeps_clean else None
+    return _Advanced(req.sampler.step(noise_pred, req.latents, state, generator=generator), state, generator, clean)
