@@ -173,6 +173,7 @@ def _add_model_routes(app: FastAPI, models: ModelApi) -> None:
 
 def _add_image_routes(app: FastAPI, images: ImageApi) -> None:
     responses = replies(*CALLING, schema=schemas.IMAGES)
+    responses[200]["content"] |= EVENT_STREAM[200]["content"]
     app.post(
         "/v1/images/generations",
         response_model=None,
