@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +81,12 @@ class StudioRoutes:
         """Add the routes; none when the Studio is switched off."""
         if not self._files:
             return
-        routes = {"/": self._root, "/studio/": self._slash, "/studio": self._page, "/studio/{name}": self._file}
+        routes: dict[str, Callable[..., Awaitable[Response]]] = {
+            "/": self._root,
+            "/studio": self._page,
+            "/studio/": self._slash,
+            "/studio/{name}": self._file,
+        }
         for path, endpoint in routes.items():
             app.api_route(path, methods=_METHODS, response_model=None, include_in_schema=False)(endpoint)
 
