@@ -53,7 +53,8 @@ def bearer(key: str | None) -> dict[str, str]:
 
 EVERY_ROUTE = [
     *(("GET", path) for path in ("/metrics", "/server_info", "/health_generate", "/v1/models", "/v1/models/tiny",
-                                 VIDEOS, "/v1/videos/x", "/v1/videos/x/content", "/v1/images/x/content",
+                                 VIDEOS, "/v1/videos/x", "/v1/videos/x/content", "/v1/videos/x/events",
+                                 "/v1/images/x/content",
                                  "/openapi.json", "/no/such/route")),
     *(("POST", path) for path in (IMAGES, "/v1/images/edits", VIDEOS, "/v1/videos/edits", "/v1/videos/extensions",
                                   "/v1/videos/x/remix", *sorted(ADMIN_PATHS))),
