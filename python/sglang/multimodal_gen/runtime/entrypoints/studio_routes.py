@@ -83,13 +83,8 @@ class StudioRoutes:
             return
         routes: dict[str, Callable[..., Awaitable[Response]]] = {
             "/": self._root,
-<<<<<<< HEAD
-            "/studio/": self._slash,
-            "/studio": self._page,
-=======
             "/studio": self._page,
             "/studio/": self._slash,
->>>>>>> studio
             "/studio/{name}": self._file,
         }
         for path, endpoint in routes.items():

@@ -21,7 +21,7 @@ from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import ErrorInfo
 from sglang.multimodal_gen.runtime.postprocess.object_store import StoredFile
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 HTTP_CLIENT_NAME = "http"
 
 

@@ -337,6 +337,7 @@ def video_object(job: VideoJob) -> dict[str, Any]:
         "num_frames": params.num_frames,
         "fps": params.fps,
         "seed": params.seed,
+        "parameters": params.recorded(),
         "started_at": job.started_at,
         "queue_position": job.queue_position,
         "eta_seconds": _rounded(job.eta_s, 1),
