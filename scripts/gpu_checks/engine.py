@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import signal
@@ -12,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from gpu_checks.report import Report, Result
 from sglang import DiffGenerator
 from sglang.multimodal_gen.errors import RequestCancelled
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import GenerationResult
-from sglang.multimodal_gen.runtime.managers.messages import Progress
+from sglang.multimodal_gen.runtime.managers.messages import Preview, Progress
 
 _WISH = {"prompt": "a red circle moving right", "seed": 1, "num_inference_steps": 12, "return_frames": True}
 # What one request may leave behind on the device: nothing. On the CPU the process's memory is noisier.
@@ -27,6 +29,7 @@ _CHECKPOINT_EVERY = 4
 _KILL_AT = 7
 # A resumed request may have shared its forwards with others before, or not: sums in another order.
 _LEVELS = 2
+_PREVIEW_DISTANCE = 40.0
 
 
 def check_engine(report: Report, device: torch.device) -> None:
@@ -40,6 +43,8 @@ def check_engine(report: Report, device: torch.device) -> None:
             result.expect(first.metrics["warmup_excluded"] is True, detail, **figures)
         with report.check("engine memory") as result:
             _check_memory(result, generator, _LEFT_BEHIND_BYTES[device.type])
+        with report.check("engine previews") as result:
+            _check_previews(result, generator, first)
         with report.check("engine cancel") as result:
             _check_cancel(result, generator)
         with report.check("engine profile") as result:
@@ -69,6 +74,27 @@ def _check_memory(result: Result, generator: DiffGenerator, allowed: int) -> Non
     generator.generate(wish)
     left = _allocated(generator) - before
     result.expect(left <= allowed, f"{left} bytes more after 6 requests, {before / 2**20:.0f} MiB before", left=left)
+
+
+def _check_previews(result: Result, generator: DiffGenerator, unseen: GenerationResult) -> None:
+    """The last picture on the way shows about what the result does, and looking changes nothing."""
+    shown: list[Preview] = []
+    seen = None
+    for item in generator.stream(_WISH | {"num_previews": 3}):
+        if isinstance(item.event, Preview):
+            shown.append(item.event)
+        if isinstance(item.event, GenerationResult):
+            seen = item.event
+    assert seen is not None and seen.frames is not None and unseen.frames is not None
+    level = int(np.abs(seen.frames.astype(int) - unseen.frames.astype(int)).max())
+    distance = 255.0
+    if shown:
+        with Image.open(io.BytesIO(shown[-1].image)) as image:
+            picture = np.asarray(image.convert("RGB")).astype(int)
+        distance = float(np.abs(picture - seen.frames[0].astype(int)).mean())
+    good = 0 < len(shown) <= 3 and level == 0 and distance < _PREVIEW_DISTANCE
+    detail = f"{len(shown)} pictures, the last {distance:.1f}/255 from the result, whose frames are {level}/255 apart"
+    result.expect(good, detail, level=level, distance=distance)
 
 
 def _check_cancel(result: Result, generator: DiffGenerator) -> None:

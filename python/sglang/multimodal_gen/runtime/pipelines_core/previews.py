@@ -69,8 +69,9 @@ class Previewer:
         clean = clean[:, clean.shape[1] - req.latent_shape[1] :]  # frames before the clip's own are not shown
         step = sum(req.done(phase.name) for phase in req.phases if phase.lane == "denoise")
         num_frames = clean.shape[1]
-        shown = torch.linspace(0, num_frames - 1, min(num_frames, MAX_FRAMES)).round().long()
-        return View(step=step, latents=clean[:, shown.to(clean.device)], basis=self._basis(req, clean, step))
+        shown = torch.linspace(0, num_frames - 1, min(num_frames, MAX_FRAMES)).round().int().tolist()
+        latents = torch.stack([clean[:, frame] for frame in shown], dim=1)  # a copy, and no index for a GPU to wait for
+        return View(step=step, latents=latents, basis=self._basis(req, clean, step))
 
     def forget(self, request_id: str) -> None:
         """The request has left."""
