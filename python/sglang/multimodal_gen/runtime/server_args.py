@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_MODEL = "demo"
 _MAX_GPUS = 1024
 _MIN_KEY_CHARACTERS = 16
+_MAX_COST = 1 << 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +137,34 @@ class ExecutionArgs:
         minimum=0,
         maximum=1 << 20,
     )
-    max_batch_size: int = arg(8, help="Most requests that share a forward.", group="execution", minimum=1, maximum=64)
+    batching_max_size: int | None = arg(
+        None,
+        help="Most requests that share a forward.",
+        group="execution",
+        unset="as many as memory allows and as make it faster, by measurement, up to 16",
+        minimum=1,
+        maximum=64,
+    )
     max_queued_requests: int = arg(
         1024, help="Requests waiting before new ones are refused.", group="execution", minimum=1, maximum=1_000_000
+    )
+    max_queued_cost: int | None = arg(
+        None,
+        help="Work waiting before new requests are refused: pixels x frames x steps of all of them.",
+        group="execution",
+        unset="that of `max-queued-requests` requests at the model's defaults, or of 64 steps of a megapixel each",
+        metavar="COST",
+        minimum=1,
+        maximum=_MAX_COST,
+    )
+    max_request_cost: int | None = arg(
+        None,
+        help="Work that one request may ask for: pixels x frames x steps x outputs.",
+        group="execution",
+        unset="1,000 steps at the model's default size and frames, or of a megapixel where that is more",
+        metavar="COST",
+        minimum=1,
+        maximum=_MAX_COST,
     )
     checkpoint_every: int = arg(
         10,

@@ -59,7 +59,7 @@ null_family.register()
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[DiffGenerator]:
-    with DiffGenerator.from_pretrained("null-model", max_batch_size=4) as generator:
+    with DiffGenerator.from_pretrained("null-model", batching_max_size=4) as generator:
         yield generator
 
 

@@ -60,7 +60,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(outputs: Path) -> Iterator[DiffGenerator]:
-    with DiffGenerator.from_pretrained("null-model", max_batch_size=4, output_path=str(outputs)) as generator:
+    with DiffGenerator.from_pretrained("null-model", batching_max_size=4, output_path=str(outputs)) as generator:
         yield generator
 
 

@@ -320,8 +320,8 @@ class ComposedPipelineBase:
 
     def state_identity(self, req: Req) -> str:
         """What a saved state must agree on to be this request's: the model, the parameters and the inputs."""
-        model = (self.name, type(self).__name__, str(self.dtype))
-        return hashlib.sha256(msgspec.json.encode([model, req.params, req.inputs.digest()])).hexdigest()
+        model, params = (self.name, type(self).__name__, str(self.dtype)), req.params.without_scheduling()
+        return hashlib.sha256(msgspec.json.encode([model, params, req.inputs.digest()])).hexdigest()
 
     def _check_memory(self, req: Req) -> None:
         needed = max((phase.peak_bytes + phase.held_bytes for phase in req.phases), default=0)
