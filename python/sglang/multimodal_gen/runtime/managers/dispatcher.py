@@ -140,16 +140,23 @@ class Dispatcher:
         return any(_cursor(requests[unit.request_id]).in_quarantine for unit in tick.units)
 
     def _advance(self, tick: Tick, requests: Requests) -> Counter[str]:
-        """Count the tick's units as issued, and charge them; how many of each batch key it holds."""
+        """Count the tick's units as issued; how many of each batch key it holds.
+
+        The class of each lane's leader pays for all of it: those who join at another's turn must not lose their own,
+        or one of them whose forwards nobody shares would never have one.
+        """
         batches: Counter[str] = Counter()
-        cursors = [_cursor(requests[unit.request_id]) for unit in tick.units]
-        keys = [cursor.position(cursor.issued)[0].batch_key for cursor in cursors]
-        batches.update(keys)
-        for cursor, batch_key in zip(cursors, keys, strict=True):
-            # What a first time takes says nothing, so it is not charged.
-            cursor.account.charge(self.learned.steady_seconds(batch_key, batches[batch_key]) or 0.0)
-            cursor.issued += 1
-            cursor.last_served = tick.seq
+        for units in (tick.encode, tick.denoise, tick.decode):
+            cursors = [_cursor(requests[unit.request_id]) for unit in units]
+            for index, cursor in enumerate(cursors):
+                batch_key = cursor.position(cursor.issued)[0].batch_key
+                batches[batch_key] += 1
+                if index == 0:
+                    # What a first time takes says nothing, so it is not charged.
+                    each = self.learned.steady_seconds(batch_key, len(units)) or 0.0
+                    cursor.account.charge(each * len(units))
+                cursor.issued += 1
+                cursor.last_served = tick.seq
         return batches
 
     def settle(self, message: TickDone, requests: Requests) -> Settled:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +13,7 @@ from sglang.multimodal_gen.errors import DeadlineExceeded, ErrorInfo, PoisonRequ
 from sglang.multimodal_gen.runtime.managers.batching import UnitCursor
 from sglang.multimodal_gen.runtime.managers.fair_share import Account, ShareClass
 from sglang.multimodal_gen.runtime.managers.messages import (
+    Admitted,
     Finished,
     MappedArray,
     OpenOutput,
@@ -78,14 +79,13 @@ class RequestRecord:
         assert self.params.deadline_s is not None, "only deadlines are watched"
         return DeadlineExceeded(self.params.deadline_s).info()
 
-    def begin(
-        self, phases: tuple[Phase, ...], notes: tuple[str, ...], units_done: Mapping[str, int], account: Account
-    ) -> None:
-        """The workers hold the request; `units_done` by phase where it goes on from a saved state."""
-        done = sum(units_done.values())
+    def begin(self, admitted: Admitted, account: Account) -> None:
+        """The workers hold the request, as far as it has come where it goes on from a saved state; `account` is that of
+        its class."""
+        done = sum(admitted.units_done.values())
         self.cursor = UnitCursor(
             request_id=self.request_id,
-            phases=phases,
+            phases=admitted.phases,
             order=self.order,
             account=account,
             quarantined=self.quarantined,
@@ -93,7 +93,7 @@ class RequestRecord:
             done=done,
         )
         self.is_suspect = False
-        self.notes = notes
+        self.notes = admitted.notes
         self.status, self.admitted_at = "running", time.monotonic()
         admission = self.admitted_at - self.handed_at
         self.stage_seconds["admission"] = self.stage_seconds.get("admission", 0.0) + admission

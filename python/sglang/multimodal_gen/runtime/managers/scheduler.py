@@ -108,10 +108,8 @@ class Scheduler:
         self.states = StateKeeper(config.args.execution, self.workers, config.checkpoint_dir())
         self.warm_up = WarmUp(config.args.warmup)
         self.ledger = Ledger(self.run_dir)
-        self.load_attempts = 0
-        self.num_restarts = 0
-        self.num_arrived = 0
-        self.stopping = False
+        self.load_attempts = self.num_restarts = self.num_arrived = 0
+        self.stopping, self.depth = False, 1
         self.context = zmq.Context()
         self.clients = Clients(self._bind(zmq.ROUTER, self.run_dir.scheduler_address))
         self.output = OutputLink(self._bind(zmq.PAIR, self.run_dir.output_address))
@@ -165,7 +163,7 @@ class Scheduler:
             self._admit_waiting()
             self.states.preempt(self.active, self.dispatcher)
             if not self.admission.must_rest and not self.admission.suspect_is_starting:
-                self.dispatcher.issue(self.active, depth=self._depth())
+                self.dispatcher.issue(self.active, depth=self.depth)
             for record, place in self.news.due(self.waiting, time.monotonic()):
                 self._tell_place(record, place)
         self._shut_down()
@@ -323,6 +321,7 @@ class Scheduler:
         self.load_attempts = 0
         model = with_cost_limit(message.model, self.config.args.execution)
         self.admission.model_ready(model)
+        self.depth = 2 if model.device.startswith("cuda") else 1  # on a GPU the next tick waits there while one runs
         mode = self.warm_up.choose_mode(serves_http=self.config.serves_http, device=model.device)
         if mode != "server":
             self._set_state("ready", model=model)
@@ -461,17 +460,11 @@ class Scheduler:
         if record is None:  # cancelled meanwhile; its Release follows the Admit in the pipe
             return
         self.observer.started(record)
-        account = self.dispatcher.share.account(record.share_class)
-        record.begin(message.phases, message.notes, message.units_done, account)
+        record.begin(message, self.dispatcher.share.account(record.share_class))
         self.admission.admitted(record)
         if record.needs_pixels:
             self.output.send(record.open_output(self.config.args.storage.output_path))
         self._tell(record, record.started_event())
-
-    def _depth(self) -> int:
-        """Ticks that are under way at once: on a GPU the next one waits there while one runs."""
-        model = self.state.model
-        return 2 if model is not None and model.device.startswith("cuda") else 1
 
     def _on_tick_done(self, message: TickDone) -> None:
         settled = self.dispatcher.settle(message, self.active)

@@ -339,6 +339,8 @@ class ComposedPipelineBase:
             if req.done(phase_name) == 0:
                 self._begin(phase_name, req)
         outputs = self.stages[self._stage_order[phase_name]].step(requests) or []
+        if self.device.type == "cuda":  # else its time, and its failure, would be put down to a later unit
+            torch.cuda.current_stream(self.device).synchronize()
         for req in requests:
             req.units_done[phase_name] = req.done(phase_name) + 1
         return outputs

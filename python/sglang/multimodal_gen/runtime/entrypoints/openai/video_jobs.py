@@ -187,7 +187,7 @@ class VideoJobs:
             return
         match event:
             case Queued():
-                pass
+                self._jobs[job_id] = dataclasses.replace(job, eta_s=event.eta_s)
             case Started():
                 self._jobs[job_id] = dataclasses.replace(job, status="in_progress", notes=event.notes)
             case Progress():
