@@ -4,7 +4,8 @@ Registered with `register_configs`, in place of the package's own. `sleep-MS` (i
 (only in company), `bug`, `crash` (an error that is not ours and quotes the prompt), `die`, `die-once-FILE` (while FILE
 does not exist), `hang`, `oom`, `oom-shared` (only in company), `oom-large` (until the request is planned with less).
 `die-at-K-FILE` dies at unit K once. `holds-N` makes the request hold N of the 1,000 GiB that the family says there are.
-`key-NAME` keeps its forwards apart from those of another name. With `noise-until-FILE` the frames are noise, which takes room in a file, and the last ones come when FILE exists.
+`key-NAME` keeps its forwards apart from those of another name. With `noise-until-FILE` the frames are noise, which has
+its size in a file, and the last ones come when FILE exists.
 
 `image-model` takes up to two images, of which the first gives the size, with a mask, a last image, a video and a
 strength; each frame's top row begins with what the worker saw (`seen`). `i2v-model` needs one image and nothing else.

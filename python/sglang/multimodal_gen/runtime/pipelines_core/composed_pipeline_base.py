@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import msgspec
+import torch
 from torch import nn
 
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
