@@ -14,7 +14,14 @@ import pytest
 import zmq
 
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.errors import DeadlineExceeded, PoisonRequest, RemoteError, RequestTooLarge, ServingError
+from sglang.multimodal_gen.errors import (
+    DeadlineExceeded,
+    PoisonRequest,
+    RemoteError,
+    RequestTooLarge,
+    ServingError,
+    WorkerLost,
+)
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import (
     DiffGenerator,
     GenerationEvent,
@@ -232,10 +239,11 @@ class RawClient:
         self._codec = Codec(ToClient)
         self.num_open = 0
 
-    def send(self, number: int, **values: Any) -> None:
+    def send(self, number: int, *, max_attempts: int = 2, **values: Any) -> None:
         own = {"width": 16, "height": 16, "num_frames": 5, "fps": 8, "num_inference_steps": 1, "guidance_scale": 1.0}
         params = SamplingParams.from_values(own | {"prompt": "x", "seed": 1} | values)
-        self._socket.send(encode(GenerateRequest(request_id=f"{self._name}-{number}", params=params)))
+        request_id = f"{self._name}-{number}"
+        self._socket.send(encode(GenerateRequest(request_id=request_id, params=params, max_attempts=max_attempts)))
         self.num_open += 1
 
     def cancel(self, number: int) -> None:
@@ -319,6 +327,16 @@ def test_a_request_that_kills_every_worker_is_found_and_those_beside_it_are_unha
     assert (poison.code, poison.http_status, poison.retryable) == (PoisonRequest.code, 500, False)
     assert "the worker was lost 2 times" in poison.message
     assert all(isinstance(event, GenerationResult) for event in ends.values())
+
+
+def test_a_request_that_is_not_tried_again_says_that_its_worker_was_lost(engine: DiffGenerator) -> None:
+    """Once proves nothing against it."""
+    with raw_client(engine) as client:
+        client.send(0, max_attempts=1, prompt="die", num_inference_steps=4)
+        while client.num_open:
+            event = client.receive()
+    assert isinstance(event, Failed)
+    assert (event.error.code, event.error.http_status, event.error.retryable) == (WorkerLost.code, 503, False)
 
 
 # --- results ---
