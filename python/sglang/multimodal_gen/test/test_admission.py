@@ -337,7 +337,7 @@ def test_everybody_hears_of_a_new_place_but_not_all_the_time() -> None:
             each.told_position, each.told_at = place.position, now
             told.setdefault(each.request_id, []).append(place.position)
     assert told == {each.request_id: [index] for index, each in enumerate(records[1:])}
-    assert max(slices) <= 64
+    assert max(slices) <= 32
 
 
 def test_the_eta_of_a_queued_request_follows_from_the_work_before_it() -> None:

@@ -184,6 +184,10 @@ def test_sizes_that_nobody_measured_are_tried_one_after_the_other() -> None:
     assert tried == [1, 1, 2, 2, 4, 4, 8, 8]
 
 
+def test_forwards_of_no_length_are_shared_since_ticks_cost_something_too() -> None:
+    assert timed({1: 1e-6, 2: 1e-6, 4: 2e-6, 8: 2e-6, 16: 3e-6}).best_batch("k", 16) == 16
+
+
 def test_what_a_first_time_took_decides_nothing() -> None:
     times = timed({1: 1.0})
     times.record("k", 60.0, 2)
@@ -218,6 +222,9 @@ def test_units_in_quarantine_run_with_nothing_beside_them() -> None:
     assert {lane: [u.request_id for u in units] for lane, units in plan([suspect, *others], limits).items()} == {
         "encode": ["new"],
         "denoise": ["other"],
+    }
+    assert {lane: [u.request_id for u in units] for lane, units in plan([suspect, others[1]], limits).items()} == {
+        "encode": ["new"]
     }
     suspect.issued = 3
     assert len(plan([suspect, *others], limits)["denoise"]) == 2

@@ -11,7 +11,7 @@ from sglang.multimodal_gen.runtime.managers.waiting_queue import Place, WaitingQ
 
 # A request hears of its place this often at most; a long queue is gone through in slices, between which ticks go on.
 _PAUSE_S = 2.0
-_SLICE, _SLICE_PAUSE_S = 64, 0.05
+_SLICE, _SLICE_PAUSE_S = 32, 0.1
 
 
 @dataclass

@@ -15,6 +15,8 @@ _SMOOTHING = 0.3
 _MIN_TIMES, _REMEMBERED = 2, 8
 # A batch twice as large delays each of its requests by up to twice as much: it must save at least this share for each.
 _MIN_GAIN = 0.1
+# What a tick costs besides its forward, about: planning and messages, which those who share it share as well.
+_TICK_S = 0.001
 _HALF_LIFE_S = 60.0
 
 
@@ -71,13 +73,18 @@ class LearnedTimes:
         """
         size = 1
         while size < most:
-            own, twice = (self.steady_seconds(batch_key, each) for each in (size, 2 * size))
+            own, twice = (self._whole_seconds(batch_key, each) for each in (size, 2 * size))
             if own is None or (twice is not None and twice > own * (1 - _MIN_GAIN)):
                 return size
             if twice is None:
                 return min(2 * size, most)
             size *= 2
         return most
+
+    def _whole_seconds(self, batch_key: str, batch_size: int) -> float | None:
+        """As `steady_seconds`, with a request's part of what a tick costs besides."""
+        each = self.steady_seconds(batch_key, batch_size)
+        return None if each is None else each + _TICK_S / batch_size
 
     def deadline_s(self, batches: dict[str, int]) -> float:
         """How long a tick with these (batch key -> size) may take before its worker counts as stuck."""
