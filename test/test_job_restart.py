@@ -86,7 +86,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, bytes]:
 
 
 def test_jobs_go_on_after_every_process_was_killed(tmp_path: Path, undisturbed: dict[int, bytes]) -> None:
-    with server_to_be_killed(tmp_path, "--max-batch-size", "1") as (server, kill):
+    with server_to_be_killed(tmp_path, "--batching-max-size", "1") as (server, kill):
         first = create(server.url, seed=1)
         second = create(server.url, seed=2)
         wait_until(lambda: video(server.url, first)["progress"] >= 30, "a third of the first video")

@@ -21,6 +21,7 @@ class ErrorInfo:
     http_status: int = 500
     param: str | None = None
     retryable: bool = False
+    retry_after_s: int | None = None
 
 
 class ServingError(Exception):
@@ -29,6 +30,7 @@ class ServingError(Exception):
     code: ClassVar[str] = "internal_error"
     http_status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
+    retry_after_s: int | None = None
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         self.message = message
@@ -43,6 +45,7 @@ class ServingError(Exception):
             http_status=self.http_status,
             param=self.param,
             retryable=self.retryable,
+            retry_after_s=self.retry_after_s,
         )
 
 
@@ -54,6 +57,7 @@ class RemoteError(ServingError):
         self.code = info.code  # type: ignore[misc]
         self.http_status = info.http_status  # type: ignore[misc]
         self.retryable = info.retryable  # type: ignore[misc]
+        self.retry_after_s = info.retry_after_s
 
 
 class InvalidRequest(ServingError):
@@ -159,6 +163,20 @@ class FramesNotSupported(InvalidRequest):
         )
 
 
+class RequestTooLarge(InvalidRequest):
+    """More work than the server takes in one request."""
+
+    code = "cost_above_maximum"
+
+    def __init__(self, *, width: int, height: int, num_frames: int, steps: int, outputs: int, limit: int) -> None:
+        self.cost, self.limit = width * height * num_frames * steps * outputs, limit
+        super().__init__(
+            f"width x height x num_frames x num_inference_steps x n: got {width} x {height} x {num_frames} x {steps} x "
+            f"{outputs} = {self.cost}, accepted is at most {limit}, which max-request-cost sets",
+            param="num_inference_steps",
+        )
+
+
 class InsufficientMemory(InvalidRequest):
     """The request needs more memory than the machine has free."""
 
@@ -235,6 +253,28 @@ class WorkerLost(ServingError):
 
     code = "worker_lost"
     http_status = 503
+
+
+class PoisonRequest(ServingError):
+    """The request was lost with its worker again, though nothing else ran beside it: it is not tried a third time."""
+
+    code = "poison_request"
+
+
+class DeadlineExceeded(ServingError):
+    """The result was not complete in the time that the request gave, or cannot be."""
+
+    code = "deadline_exceeded"
+    http_status = 504
+
+    def __init__(self, deadline_s: float, *, needed_s: float | None = None) -> None:
+        self.deadline_s, self.needed_s = deadline_s, needed_s
+        why = "it has passed" if needed_s is None else f"such a request takes at least {needed_s:.3g} s here"
+        super().__init__(
+            f"deadline_s: the result was wanted within {deadline_s:g} s, and {why}; give it more time, a smaller size "
+            "or fewer steps",
+            param="deadline_s",
+        )
 
 
 class EngineStopped(ServingError):
@@ -662,17 +702,16 @@ class IdempotencyMismatch(InvalidRequest):
 
 
 class QueueFull(ServingError):
-    """As many requests wait as the server holds."""
+    """As many requests, or as much work, wait as the server holds. `retry_after_s`: when there should be room again."""
 
     code = "queue_full"
     http_status = 429
     retryable = True
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        super().__init__(
-            f"{limit} requests are waiting already, which is all that max-queued-requests allows; try again later"
-        )
+    def __init__(self, limit: int, *, option: str = "max-queued-requests", retry_after_s: int | None = None) -> None:
+        self.limit, self.option, self.retry_after_s = limit, option, retry_after_s
+        when = "later" if retry_after_s is None else f"in {retry_after_s} s"
+        super().__init__(f"the queue is full: {option} is {limit}; try again {when}")
 
 
 class UsageError(InvalidRequest):

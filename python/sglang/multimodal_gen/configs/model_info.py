@@ -14,6 +14,7 @@ from sglang.multimodal_gen.errors import (
     FramesNotSupported,
     IncompatibleParameters,
     MissingParameter,
+    RequestTooLarge,
     SizeNotDivisible,
     SizeTooLarge,
     TooManyImages,
@@ -164,7 +165,7 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 class TaskLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What sizes the loaded model can do, and what it takes besides a text; checked at the door so that no bad request
-    reaches a worker."""
+    reaches a worker. `max_cost` is the server's: pixels x frames x steps x outputs of one request."""
 
     size_multiple: int
     max_pixels: int
@@ -176,6 +177,7 @@ class TaskLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     size_from_image: SizeFromImage | None = None
     area_rule: AreaRule | None = None
     takes_length_from_video: bool = False
+    max_cost: int | None = None
 
     def sized(self, params: SamplingParams) -> SamplingParams:
         """Complete parameters with the size that is made; the same again for what it returned."""
@@ -185,7 +187,8 @@ class TaskLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return dataclasses.replace(params, width=width, height=height, max_area=width * height)
 
     def check(self, params: SamplingParams) -> None:
-        """Raises SizeTooLarge, SizeNotDivisible or FramesNotSupported for complete parameters out of these limits."""
+        """Raises SizeTooLarge, SizeNotDivisible, FramesNotSupported or RequestTooLarge for complete parameters out of
+        these limits."""
         width, height, num_frames = params.width, params.height, params.num_frames
         assert width is not None and height is not None and num_frames is not None, "defaults are merged in"
         if width * height > self.max_pixels:
@@ -202,6 +205,15 @@ class TaskLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise SizeNotDivisible(width=width, height=height, multiple=self.size_multiple)
         if num_frames > self.max_frames or (num_frames - 1) % self.frame_stride:
             raise FramesNotSupported(num_frames, stride=self.frame_stride, maximum=self.max_frames)
+        if self.max_cost is not None and params.cost > self.max_cost:
+            raise RequestTooLarge(
+                width=width,
+                height=height,
+                num_frames=num_frames,
+                steps=params.num_inference_steps or 1,
+                outputs=params.num_outputs,
+                limit=self.max_cost,
+            )
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -35,6 +35,7 @@ _WEB_ADDRESS = re.compile(r"https?://[^\s/@?#]+(/[^\s#]*)?")
 _WEBHOOK_SECRET = re.compile(r"whsec_(?:[A-Za-z0-9+/]{4}){8,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9_])?|[0-9A-Fa-f:.]{2,45}")
 _ORIGIN = re.compile(r"https?://([a-z0-9_]([a-z0-9_.-]{0,252}[a-z0-9_])?|\[[0-9a-f:.]{2,45}\])(:[0-9]{1,5})?")
+_MAX_COST = 1 << 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +142,14 @@ class ExecutionArgs:
         minimum=0,
         maximum=1 << 20,
     )
-    max_batch_size: int = arg(8, help="Most requests that share a forward.", group="execution", minimum=1, maximum=64)
+    batching_max_size: int | None = arg(
+        None,
+        help="Most requests that share a forward.",
+        group="execution",
+        unset="as many as memory allows and as make it faster, by measurement, up to 16",
+        minimum=1,
+        maximum=64,
+    )
     max_queued_requests: int = arg(
         1024, help="Requests waiting before new ones are refused.", group="execution", minimum=1, maximum=1_000_000
     )
@@ -151,6 +159,24 @@ class ExecutionArgs:
         group="execution",
         minimum=0.0,
         maximum=30.0,
+    )
+    max_queued_cost: int | None = arg(
+        None,
+        help="Work waiting before new requests are refused: pixels x frames x steps of all of them.",
+        group="execution",
+        unset="that of `max-queued-requests` requests at the model's defaults, or of 64 steps of a megapixel each",
+        metavar="COST",
+        minimum=1,
+        maximum=_MAX_COST,
+    )
+    max_request_cost: int | None = arg(
+        None,
+        help="Work that one request may ask for: pixels x frames x steps x outputs.",
+        group="execution",
+        unset="1,000 steps at the model's default size and frames, or of a megapixel where that is more",
+        metavar="COST",
+        minimum=1,
+        maximum=_MAX_COST,
     )
     checkpoint_every: int = arg(
         10,

@@ -4,7 +4,8 @@ Registered with `register_configs`, in place of the package's own. `sleep-MS` (i
 (only in company), `bug`, `crash` (an error that is not ours and quotes the prompt), `die`, `die-once-FILE` (while FILE
 does not exist), `hang`, `oom`, `oom-shared` (only in company), `oom-large` (until the request is planned with less).
 `die-at-K-FILE` dies at unit K once. `holds-N` makes the request hold N of the 1,000 GiB that the family says there are.
-With `noise-until-FILE` the frames are noise, which takes room in a file, and the last ones come when FILE exists.
+`key-NAME` keeps its forwards apart from those of another name. With `noise-until-FILE` the frames are noise, which has
+its size in a file, and the last ones come when FILE exists.
 
 `image-model` takes up to two images, of which the first gives the size, with a mask, a last image, a video and a
 strength; each frame's top row begins with what the worker saw (`seen`). `i2v-model` needs one image and nothing else.
@@ -58,7 +59,9 @@ def words(req: Req, prefix: str) -> list[str]:
 
 class FaultyDenoising(NullDenoising):
     def phase(self, req: Req) -> Phase:
-        return msgspec.structs.replace(super().phase(req), held_bytes=2**30 * sum(map(int, words(req, "holds-"))))
+        held_bytes = 2**30 * sum(map(int, words(req, "holds-")))
+        key = "-".join(["denoise", *words(req, "key-")])
+        return msgspec.structs.replace(super().phase(req), held_bytes=held_bytes, batch_key=key)
 
     def shrink(self, req: Req) -> bool:
         if "oom-large" not in req.params.prompt or req.max_forward_rows == 1:

@@ -319,7 +319,7 @@ def test_help_of_a_benchmark_loads_nothing_heavy() -> None:
             "unknown benchmark 'ditt', accepted is one of dit, vae, encoder, pipeline, engine, startup, serve",
         ),
         ("bench dit --compare torch", "--compare: got torch, accepted is one of diffusers"),
-        ("bench dit --max-batch-size 2", "unknown flag --max-batch-size"),
+        ("bench dit --batching-max-size 2", "unknown flag --batching-max-size"),
         ("bench vae --direction up", "--direction: got up, accepted is one of decode, encode"),
         ("bench engine --model-path demo", "unknown flag --model-path"),
         ("bench engine --concurrency 1 0", "--concurrency: got 0, accepted is"),

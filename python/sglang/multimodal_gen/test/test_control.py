@@ -30,7 +30,7 @@ Pending = concurrent.futures.Future[str]
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[DiffGenerator]:
-    with DiffGenerator.from_pretrained("null-model", max_batch_size=1) as generator:
+    with DiffGenerator.from_pretrained("null-model", batching_max_size=1) as generator:
         yield generator
 
 

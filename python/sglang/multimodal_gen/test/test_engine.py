@@ -59,7 +59,7 @@ null_family.register()
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[DiffGenerator]:
-    with DiffGenerator.from_pretrained("null-model", max_batch_size=4) as generator:
+    with DiffGenerator.from_pretrained("null-model", batching_max_size=4) as generator:
         yield generator
 
 
@@ -335,7 +335,7 @@ def test_a_request_that_kills_its_worker_once_is_retried_and_others_lose_nothing
 def test_a_request_that_kills_every_worker_fails_after_two_and_the_next_one_runs(engine: DiffGenerator) -> None:
     with pytest.raises(RemoteError, match=r"the worker was lost 2 times .*, its process died") as caught:
         engine.generate({"prompt": "die"})
-    assert caught.value.code == "worker_lost"
+    assert caught.value.code == "poison_request"
     assert one(engine.generate({"prompt": "x"})).metrics["attempts"] == 1
 
 

@@ -46,7 +46,7 @@ null_family.register()
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[DiffGenerator]:
-    with DiffGenerator.from_pretrained("image-model", max_batch_size=2) as generator:
+    with DiffGenerator.from_pretrained("image-model", batching_max_size=2) as generator:
         yield generator
 
 

@@ -19,7 +19,7 @@ PATIENCE_S = 0.3
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[DiffGenerator]:
-    with DiffGenerator.from_pretrained("null-model", max_batch_size=4, preempt_after_s=PATIENCE_S) as generator:
+    with DiffGenerator.from_pretrained("null-model", batching_max_size=4, preempt_after_s=PATIENCE_S) as generator:
         yield generator
 
 

@@ -116,9 +116,9 @@ def test_more_than_one_gpu_is_refused_for_now_by_the_name_that_was_given(flags: 
 
 
 def test_keys_may_be_spelled_as_flags_or_as_fields(config: WriteConfig) -> None:
-    file = config("log-level: debug\nmax_batch_size: 2\nport: '8080'\ndeterministic: yes\nmodel_id:")
+    file = config("log-level: debug\nbatching_max_size: 2\nport: '8080'\ndeterministic: yes\nmodel_id:")
     args = resolve_server_args({}, environ={}, config_file=file).args
-    assert (args.logging.log_level, args.execution.max_batch_size, args.http.port) == ("debug", 2, 8080)
+    assert (args.logging.log_level, args.execution.batching_max_size, args.http.port) == ("debug", 2, 8080)
     assert args.execution.deterministic
     assert args.model.model_id is None
 

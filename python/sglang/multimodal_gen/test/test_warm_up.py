@@ -60,7 +60,7 @@ def states() -> list[EngineState]:
 def warm_server(states: list[EngineState]) -> Iterator[DiffGenerator]:
     """Two sizes, three steps each."""
     options = {"warmup_mode": "server", "warmup_resolutions": ["16x32", "32x32"], "warmup_steps": 3}
-    args = ServerArgs.from_kwargs(model_path="null-model", warmup_num_frames=9, max_batch_size=1, **options)
+    args = ServerArgs.from_kwargs(model_path="null-model", warmup_num_frames=9, batching_max_size=1, **options)
     with DiffGenerator.from_server_args(args) as generator:
         generator.wait_ready(on_state=states.append)
         yield generator
@@ -93,7 +93,7 @@ def test_the_timing_line_says_that_the_warm_up_is_excluded(
 
 
 def test_each_new_size_is_warmed_up_before_its_first_request() -> None:
-    with DiffGenerator.from_pretrained("null-model", warmup_mode="request", max_batch_size=1) as generator:
+    with DiffGenerator.from_pretrained("null-model", warmup_mode="request", batching_max_size=1) as generator:
         ticks = [generator.status().ticks]
         for width in (16, 16, 32):
             result = only(generator.generate({"prompt": "sleep-20", "width": width, "num_inference_steps": 6}))

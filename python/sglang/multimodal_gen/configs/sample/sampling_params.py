@@ -6,6 +6,7 @@ Unset fields are filled from the model's defaults, then from `GENERAL_DEFAULTS` 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
 from sglang.multimodal_gen.configs.declare import ADMIN, FROM_MODEL, LOCAL_ONLY, PYTHON_ONLY, arg, build, parameters
 from sglang.multimodal_gen.configs.sample.guidance_params import GuidanceParams
 from sglang.multimodal_gen.configs.sample.input_params import InputParams
+from sglang.multimodal_gen.configs.sample.scheduling_params import SchedulingParams
 from sglang.multimodal_gen.configs.schedulers import SCHEDULER_NAMES
 from sglang.multimodal_gen.errors import EmptyPrompt
 
@@ -375,6 +377,7 @@ class ObservationParams:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams(
+    SchedulingParams,
     ObservationParams,
     LibraryParams,
     AttentionParams,
@@ -417,6 +420,21 @@ class SamplingParams(
             for name in _OF_SKIPPED_LAYERS:
                 del found[name]
         return {name: value for name, value in found.items() if value is not None}
+
+    def without_scheduling(self) -> SamplingParams:
+        """What is asked for, whenever it is wanted: equal for requests that must give equal bytes."""
+        return dataclasses.replace(self, **{name: p.default for name, p in parameters(SchedulingParams).items()})
+
+    @property
+    def num_outputs(self) -> int:
+        """Results of one prompt: as many as asked for, or as there are seeds."""
+        return len(self.seed) if isinstance(self.seed, tuple) else self.num_outputs_per_prompt
+
+    @property
+    def cost(self) -> int:
+        """What admission counts: pixels x frames x steps x outputs of complete parameters."""
+        sizes = (self.width, self.height, self.num_frames, self.num_inference_steps, self.num_outputs)
+        return math.prod(size or 1 for size in sizes)
 
     def require_prompt(self) -> None:
         """Raises EmptyPrompt when there is nothing to generate from."""

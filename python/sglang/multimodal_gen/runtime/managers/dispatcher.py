@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from sglang.multimodal_gen.configs.request_plan import LANES, Lane, Phase
 from sglang.multimodal_gen.errors import ErrorInfo
-from sglang.multimodal_gen.runtime.managers.batching import Limits, plan
+from sglang.multimodal_gen.runtime.managers.batching import Limits, UnitCursor, plan
+from sglang.multimodal_gen.runtime.managers.fair_share import FairShare
 from sglang.multimodal_gen.runtime.managers.memory import Budget, LearnedMemory
 from sglang.multimodal_gen.runtime.managers.messages import LaneDone, Tick, TickDone, Unit, UnitFailure
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
@@ -43,14 +44,17 @@ class Settled:
 
 @dataclass
 class Dispatcher:
-    """Issues ticks to one replica and settles them. Keeps what is learned of the units' times and memory."""
+    """Issues ticks to one replica and settles them. Keeps what is learned of the units' times and memory, and what each
+    class of requests has had. The requests that its methods take are those that workers hold."""
 
     execution: ExecutionArgs
     workers: WorkerGroup
     learned: LearnedTimes = field(default_factory=LearnedTimes)
     memory: LearnedMemory = field(default_factory=LearnedMemory)
+    share: FairShare = field(default_factory=FairShare)
     choose_previews: Callable[[tuple[Unit, ...], Requests], tuple[str, ...]] = lambda units, requests: ()
     num_ticks: int = 0
+    _quarantine: int | None = None
     batch_sizes: Counter[int] = field(default_factory=Counter)
 
     @property
@@ -70,9 +74,11 @@ class Dispatcher:
         return [r for r in requests.values() if r.reserved and r.status in ("running", "parking")]
 
     def _blocked(self, requests: Requests) -> list[RequestRecord]:
-        """Admitted requests without a reservation, in order of arrival."""
+        """Admitted requests without a reservation: first those that nobody may overtake, then by whose turn it is."""
         blocked = [r for r in requests.values() if r.status == "running" and not r.reserved]
-        return sorted(blocked, key=lambda r: r.order)
+        overdue = sorted((r for r in blocked if _is_overdue(r)), key=lambda r: r.admitted_at)
+        others = (r for r in blocked if not _is_overdue(r))
+        return overdue + sorted(others, key=lambda r: (self.share.account(r.share_class).turn, r.order))
 
     def longest_blocked(self, requests: Requests) -> RequestRecord | None:
         """The request that has waited longest for memory."""
@@ -88,7 +94,7 @@ class Dispatcher:
             if budget.has_room(record, holders):
                 record.reserved = True
                 holders.append(record)
-            elif time.monotonic() - record.admitted_at > _OVERTAKING_S:
+            elif _is_overdue(record):
                 return
 
     # -- ticks --
@@ -96,40 +102,63 @@ class Dispatcher:
     def issue(self, requests: Requests, *, depth: int) -> None:
         """Send ticks until `depth` of them are under way or nobody has a unit to run."""
         group = self.workers
-        if not group.ready or group.has_stale_ticks():
+        if not group.ready or group.has_stale_ticks() or self._quarantine in group.in_flight:
             return
         self._reserve(requests)
         holders = self.holders(requests)
-        limits = Limits(
-            max_batch_size=self.execution.max_batch_size,
-            budget_bytes=group.budget_bytes - self.budget().held_bytes(holders),
-            memory=self.memory,
-            deterministic=self.execution.deterministic,
-        )
+        limits = self._limits(holders)
         cursors = [r.cursor for r in holders if r.cursor is not None and r.status == "running"]
         while len(group.in_flight) < depth:
+            self.share.begin_turn({cursor.account for cursor in cursors if cursor.has_work})
             lanes = plan(cursors, limits)
             if not lanes:
                 return
             previews = self.choose_previews(lanes.get("denoise", ()), requests)
             tick = Tick(seq=group.next_seq(), epoch=group.epoch, **lanes, previews=previews)
+            in_quarantine = self._is_quarantined(tick, requests)
+            if in_quarantine and group.in_flight:
+                return
             deadline_s = self.learned.deadline_s(self._advance(tick, requests))
             if any(requests[unit.request_id].params.profile for unit in tick.units):
                 deadline_s = max(deadline_s, UNLEARNED_DEADLINE_S)  # it may begin or write a profile besides
             group.submit(tick, deadline_s)
             self.num_ticks += 1
             self.batch_sizes[len(tick.denoise)] += bool(tick.denoise)
+            if in_quarantine:
+                self._quarantine = tick.seq
+                return
+
+    def _limits(self, holders: list[RequestRecord]) -> Limits:
+        return Limits(
+            max_batch_size=self.execution.batching_max_size,
+            budget_bytes=self.workers.budget_bytes - self.budget().held_bytes(holders),
+            memory=self.memory,
+            times=self.learned,
+            deterministic=self.execution.deterministic,
+        )
+
+    def _is_quarantined(self, tick: Tick, requests: Requests) -> bool:
+        """Whether nothing else may run beside this tick."""
+        return any(_cursor(requests[unit.request_id]).in_quarantine for unit in tick.units)
 
     def _advance(self, tick: Tick, requests: Requests) -> Counter[str]:
-        """Count the tick's units as issued; how many of each batch key it holds."""
+        """Count the tick's units as issued; how many of each batch key it holds.
+
+        The class of each lane's leader pays for all of it: those who join at another's turn must not lose their own,
+        or one of them whose forwards nobody shares would never have one.
+        """
         batches: Counter[str] = Counter()
-        for unit in tick.units:
-            cursor = requests[unit.request_id].cursor
-            assert cursor is not None, "only running requests are planned"
-            phase, _ = cursor.position(cursor.issued)
-            batches[phase.batch_key] += 1
-            cursor.issued += 1
-            cursor.last_served = tick.seq
+        for units in (tick.encode, tick.denoise, tick.decode):
+            cursors = [_cursor(requests[unit.request_id]) for unit in units]
+            for index, cursor in enumerate(cursors):
+                batch_key = cursor.position(cursor.issued)[0].batch_key
+                batches[batch_key] += 1
+                if index == 0:
+                    # What a first time takes says nothing, so it is not charged.
+                    each = self.learned.steady_seconds(batch_key, len(units)) or 0.0
+                    cursor.account.charge(each * len(units))
+                cursor.issued += 1
+                cursor.last_served = tick.seq
         return batches
 
     def settle(self, message: TickDone, requests: Requests) -> Settled:
@@ -195,6 +224,15 @@ class Dispatcher:
                 self.learned.record(phase.batch_key, seconds, len(units))
             record.record_unit(phase, seconds, peak_bytes, batch_size=len(units))
             settled.done.append(DoneUnit(record, phase, seconds, len(units)))
+
+
+def _is_overdue(record: RequestRecord) -> bool:
+    return time.monotonic() - record.admitted_at > _OVERTAKING_S
+
+
+def _cursor(record: RequestRecord) -> UnitCursor:
+    assert record.cursor is not None, "only running requests are planned"
+    return record.cursor
 
 
 def _lane_units(tick: Tick, lane: Lane) -> tuple[Unit, ...]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 
 from sglang.multimodal_gen.runtime.managers.dispatcher import Dispatcher
 from sglang.multimodal_gen.runtime.managers.messages import EngineState, Status
 from sglang.multimodal_gen.runtime.managers.output_link import Ledger
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
+from sglang.multimodal_gen.runtime.managers.waiting_queue import WaitingQueue
 from sglang.multimodal_gen.runtime.observability.metrics import MODEL_FACTS, EngineSnapshot
 
 
@@ -15,8 +16,8 @@ def status_of(
     query_id: str,
     *,
     state: EngineState,
-    requests: Mapping[str, RequestRecord],
-    waiting: Sized,
+    active: Mapping[str, RequestRecord],
+    waiting: WaitingQueue,
     dispatcher: Dispatcher,
     ledger: Ledger,
     num_restarts: int,
@@ -28,12 +29,12 @@ def status_of(
         query_id=query_id,
         state=state,
         num_queued=len(waiting),
-        num_running=len(requests) - len(waiting),
+        num_running=len(active),
         num_workers=len(workers.ranks),
         worker_pids=tuple(rank.pid for rank in workers.ranks),
         num_worker_restarts=num_restarts,
         budget_bytes=workers.budget_bytes,
-        reserved_bytes=dispatcher.budget().reserved_bytes(dispatcher.holders(requests)),
+        reserved_bytes=dispatcher.budget().reserved_bytes(dispatcher.holders(active)),
         allocated_bytes=workers.allocated_bytes,
         ledger_files=files,
         ledger_bytes=size,
@@ -46,8 +47,8 @@ def snapshot_of(
     name: str,
     *,
     state: EngineState,
-    requests: Mapping[str, RequestRecord],
-    waiting: Sized,
+    active: Mapping[str, RequestRecord],
+    waiting: WaitingQueue,
     dispatcher: Dispatcher,
     num_restarts: int,
 ) -> EngineSnapshot:
@@ -56,11 +57,13 @@ def snapshot_of(
     return EngineSnapshot(
         ready=state.state == "ready",
         num_queued=len(waiting),
-        num_running=len(requests) - len(waiting),
+        queued_by_priority=waiting.counts_by_priority(),
+        queued_cost=waiting.cost,
+        num_running=len(active),
         num_workers=len(workers.ranks),
         num_worker_restarts=num_restarts,
         budget_bytes=workers.budget_bytes,
-        reserved_bytes=dispatcher.budget().reserved_bytes(dispatcher.holders(requests)),
+        reserved_bytes=dispatcher.budget().reserved_bytes(dispatcher.holders(active)),
         allocated_bytes=workers.allocated_bytes,
         model={} if model is None else {"model": name, **{fact: getattr(model, fact) for fact in MODEL_FACTS}},
     )

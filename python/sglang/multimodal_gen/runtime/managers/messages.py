@@ -200,10 +200,12 @@ class ControlReply(Message, frozen=True, kw_only=True, tag="control_reply"):
 
 
 class Queued(Message, frozen=True, kw_only=True, tag="queued"):
-    """The request is accepted; `position` others are before it."""
+    """The request is accepted, or it waits again, or its place has changed: `position` others are expected to start
+    before it, and its result in `eta_s`, None before anything was measured."""
 
     request_id: str
     position: int
+    eta_s: float | None = None
 
 
 class Started(Message, frozen=True, kw_only=True, tag="started"):

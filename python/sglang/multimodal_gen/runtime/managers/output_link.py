@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -21,6 +21,9 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     encode,
 )
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
+
+# Files that may have been mapped before anybody looks whether they were.
+_UNSETTLED = 256
 
 
 @dataclass
@@ -73,12 +76,16 @@ class Ledger:
     run_dir: RunDir
     _files: dict[str, tuple[str, int]] = field(default_factory=dict)
     _inputs: dict[str, MediaInputs] = field(default_factory=dict)
+    _input_files: Counter[str] = field(default_factory=Counter)
+    _strike_out_at: int = 0
 
     def add(self, request_id: str, *arrays: MappedArray | None) -> None:
         """Files that some process wrote for another one."""
         for array in arrays:
             if array is not None:
                 self._files[array.file] = (request_id, math.prod(array.shape))
+        if len(self._files) > self._strike_out_at:
+            self.settle()
 
     def drop_request(self, request_id: str) -> None:
         """Unlink whatever is left of a request that nobody waits for, but its inputs: it may run again."""
@@ -90,6 +97,7 @@ class Ledger:
         """Own a request's inputs from its arrival on."""
         if inputs is not None:
             self._inputs[request_id] = inputs
+            self._input_files.update(array.file for array in inputs.arrays)
 
     def inputs_of(self, request_id: str) -> MediaInputs | None:
         """The inputs of a request that has not ended."""
@@ -97,13 +105,18 @@ class Ledger:
 
     def drop_inputs(self, request_id: str) -> None:
         """The request has ended: unlink its inputs."""
-        self.refuse_inputs(self._inputs.pop(request_id, None))
+        inputs = self._inputs.pop(request_id, None)
+        if inputs is not None:
+            for array in inputs.arrays:
+                self._input_files[array.file] -= 1
+                if not self._input_files[array.file]:
+                    del self._input_files[array.file]
+            self.refuse_inputs(inputs)
 
     def refuse_inputs(self, inputs: MediaInputs | None) -> None:
         """Unlink what came with a message that is not taken, as far as it is no other request's."""
-        kept = {array.file for others in self._inputs.values() for array in others.arrays}
         for array in () if inputs is None else inputs.arrays:
-            if array.file not in kept and array.file not in self._files:
+            if array.file not in self._input_files and array.file not in self._files:
                 with contextlib.suppress(StorageError):  # a name that is none
                     self.run_dir.discard(array.file)
 
@@ -111,6 +124,7 @@ class Ledger:
         """Strike out files that were mapped; how many files and elements are left."""
         for file in [name for name in self._files if not self.run_dir.exists(name)]:
             del self._files[file]
+        self._strike_out_at = 2 * len(self._files) + _UNSETTLED
         sizes = [size for _, size in self._files.values()]
         sizes += [math.prod(array.shape) for inputs in self._inputs.values() for array in inputs.arrays]
         return len(sizes), sum(sizes)

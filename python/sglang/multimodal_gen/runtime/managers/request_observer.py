@@ -40,7 +40,7 @@ class RequestObserver:
             return
         queue_seconds = record.started_at - record.received_at
         if not record.stage_seconds:
-            self.metrics.request_started(queue_seconds)
+            self.metrics.request_started(queue_seconds, priority=record.params.priority)
         self._log.started(record.request_id, queue_seconds=queue_seconds)
 
     def worker_lost(self) -> None:

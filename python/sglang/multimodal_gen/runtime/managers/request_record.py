@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
 from sglang.multimodal_gen.configs.request_plan import Lane, Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.errors import DeadlineExceeded, ErrorInfo, PoisonRequest, WorkerLost
 from sglang.multimodal_gen.runtime.managers.batching import UnitCursor
-from sglang.multimodal_gen.runtime.managers.messages import Finished, MappedArray, OutputDone, Progress, Unit
+from sglang.multimodal_gen.runtime.managers.fair_share import Account, ShareClass
+from sglang.multimodal_gen.runtime.managers.messages import (
+    Admitted,
+    Finished,
+    MappedArray,
+    OpenOutput,
+    OutputDone,
+    Progress,
+    Started,
+    Unit,
+)
 from sglang.multimodal_gen.runtime.managers.timing import LearnedTimes
 
 
@@ -20,7 +31,10 @@ class RequestRecord:
     """`client` is the ZMQ identity that gets the events, None for a warm-up. Times are seconds of the monotonic clock.
 
     `reserved`: memory is set aside, so units may run. `parking`: the state is being saved to make room for another
-    request, after which this one is back in the queue. `durable`: its client may ask for it again after a death.
+    request, after which this one is back in the queue. `cost` is its work as admission counts it. `is_suspect`: a
+    worker was lost while it held the request, so its next admission, and its units up to number `quarantined`, have
+    the worker for themselves: whoever loses the next one is known for sure. `durable`: its client may ask for it again
+    after a death.
     """
 
     request_id: str
@@ -29,6 +43,8 @@ class RequestRecord:
     order: int
     max_attempts: int
     durable: bool = False
+    share_class: ShareClass = field(init=False)
+    cost: int = field(init=False)
     received_at: float = field(default_factory=time.monotonic)
     status: Literal["queued", "admitting", "running", "parking", "saving"] = "queued"
     attempts: int = 1
@@ -39,6 +55,10 @@ class RequestRecord:
     state_file: str | None = None
     has_saved_state: bool = False
     num_preemptions: int = 0
+    is_suspect: bool = False
+    quarantined: int = 0
+    told_position: int | None = None
+    told_at: float = 0.0
     warmup_excluded: bool = False
     cursor: UnitCursor | None = None
     notes: tuple[str, ...] = ()
@@ -50,11 +70,34 @@ class RequestRecord:
     latents: MappedArray | None = None
     output: OutputDone | None = None
 
-    def begin(self, phases: tuple[Phase, ...], notes: tuple[str, ...], units_done: Mapping[str, int]) -> None:
-        """The workers hold the request; `units_done` by phase where it goes on from a saved state."""
-        done = sum(units_done.values())
-        self.cursor = UnitCursor(request_id=self.request_id, phases=phases, order=self.order, issued=done, done=done)
-        self.notes = notes
+    def __post_init__(self) -> None:
+        self.share_class, self.cost = ShareClass.of(self.params), self.params.cost
+
+    @property
+    def deadline_at(self) -> float | None:
+        """When the result must be complete."""
+        return None if self.params.deadline_s is None else self.received_at + self.params.deadline_s
+
+    def deadline_error(self) -> ErrorInfo:
+        """Its time is up."""
+        assert self.params.deadline_s is not None, "only deadlines are watched"
+        return DeadlineExceeded(self.params.deadline_s).info()
+
+    def begin(self, admitted: Admitted, account: Account) -> None:
+        """The workers hold the request, as far as it has come where it goes on from a saved state; `account` is that of
+        its class."""
+        done = sum(admitted.units_done.values())
+        self.cursor = UnitCursor(
+            request_id=self.request_id,
+            phases=admitted.phases,
+            order=self.order,
+            account=account,
+            quarantined=self.quarantined,
+            issued=done,
+            done=done,
+        )
+        self.is_suspect = False
+        self.notes = admitted.notes
         self.status, self.admitted_at = "running", time.monotonic()
         admission = self.admitted_at - self.handed_at
         self.stage_seconds["admission"] = self.stage_seconds.get("admission", 0.0) + admission
@@ -65,6 +108,17 @@ class RequestRecord:
         """What is left of the request was planned anew."""
         assert self.cursor is not None
         self.cursor.phases, self.notes = phases, notes
+
+    def loss(self, text: str, blamed: Collection[str]) -> ErrorInfo:
+        """The error of a request that was lost with its worker as often as it may be; `blamed` may have done it."""
+        is_known = self.attempts > 1 and set(blamed) == {self.request_id}
+        return PoisonRequest(text).info() if is_known else WorkerLost(text).info()
+
+    def blame(self) -> None:
+        """A worker was lost, and it may have been this request's fault."""
+        self.attempts += 1
+        self.is_suspect = True
+        self.quarantined = max(self.quarantined, 0 if self.cursor is None else self.cursor.issued)
 
     def reset(self) -> None:
         """Back to the queue after its worker was lost or to make room; it goes on from its saved state, if any."""
@@ -108,6 +162,12 @@ class RequestRecord:
         return cost
 
     @property
+    def fraction_left(self) -> float:
+        """Of the whole work, what is not done."""
+        total = sum(phase.units * phase.cost for phase in self.phases)
+        return self.remaining_cost / total if total else float(self.cursor is None)
+
+    @property
     def needs_pixels(self) -> bool:
         """Whether frames go to the output process."""
         p = self.params
@@ -148,11 +208,10 @@ class RequestRecord:
         """Where the request stands. `sharing` requests run side by side, which the ETA multiplies by."""
         assert self.cursor is not None
         cursor, position = self.cursor, self.cursor.done
-        remaining, known, total_cost = 0.0, True, 0.0
+        remaining, known = 0.0, True
         for phase in cursor.phases:
             left = phase.units - min(max(position, 0), phase.units)
             position -= phase.units
-            total_cost += phase.units * phase.cost
             unit_s = learned.unit_seconds(phase.batch_key)
             if unit_s is not None:
                 remaining += unit_s * left
@@ -165,8 +224,27 @@ class RequestRecord:
             phase=phase.name,
             step=steps_done,
             total_steps=steps,
-            fraction=1.0 - self.remaining_cost / total_cost if total_cost else 1.0,
+            fraction=1.0 - self.fraction_left,
             eta_s=remaining * max(1, sharing) if known else None,
+        )
+
+    def open_output(self, default_directory: str) -> OpenOutput:
+        """Announces its frames to the output process."""
+        p = self.params
+        return OpenOutput(
+            request_id=self.request_id,
+            params=p,
+            num_frames=p.num_frames or 1,
+            directory=p.output_path or default_directory if p.save_output else None,
+        )
+
+    def started_event(self) -> Started:
+        """The workers hold the request."""
+        return Started(
+            request_id=self.request_id,
+            queue_seconds=self.started_at - self.received_at,
+            phases=self.phases,
+            notes=self.notes,
         )
 
     def finished_event(self) -> Finished:

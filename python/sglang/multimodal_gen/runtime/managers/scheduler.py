@@ -5,9 +5,9 @@ Run as `python -m sglang.multimodal_gen.runtime.managers.scheduler FD` by the su
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -20,13 +20,13 @@ from sglang.multimodal_gen.errors import (
     ErrorInfo,
     InvalidRequest,
     ModelError,
-    QueueFull,
     StorageError,
-    WorkerLost,
 )
+from sglang.multimodal_gen.runtime.managers.admission import Admission, with_cost_limit
 from sglang.multimodal_gen.runtime.managers.child_process import inherited_connection
 from sglang.multimodal_gen.runtime.managers.clients import Clients
 from sglang.multimodal_gen.runtime.managers.control import Control
+from sglang.multimodal_gen.runtime.managers.deadlines import Deadlines
 from sglang.multimodal_gen.runtime.managers.dispatcher import Dispatcher
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.managers.engine_status import snapshot_of, status_of
@@ -54,7 +54,6 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     MetricsReply,
     MetricsRequest,
     ModelReady,
-    OpenOutput,
     OutputChunk,
     OutputDone,
     OutputFailed,
@@ -67,7 +66,6 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Queued,
     Release,
     RequestEvent,
-    Started,
     StateSaved,
     StatusRequest,
     SupervisorNote,
@@ -77,10 +75,12 @@ from sglang.multimodal_gen.runtime.managers.messages import (
 )
 from sglang.multimodal_gen.runtime.managers.output_link import Ledger, OutputLink
 from sglang.multimodal_gen.runtime.managers.previews import Previews
+from sglang.multimodal_gen.runtime.managers.queue_news import QueueNews
 from sglang.multimodal_gen.runtime.managers.request_observer import RequestObserver
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 from sglang.multimodal_gen.runtime.managers.state_keeper import StateKeeper
+from sglang.multimodal_gen.runtime.managers.waiting_queue import Place, WaitingQueue
 from sglang.multimodal_gen.runtime.managers.warm_up import InputShapes, WarmUp, input_shapes, shape_of
 from sglang.multimodal_gen.runtime.managers.worker_group import WorkerGroup
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging, fields
@@ -92,8 +92,8 @@ logger = logging.getLogger("sglang.multimodal_gen.runtime.managers.scheduler")
 
 _POLL_MS = 200
 _MAX_LOAD_ATTEMPTS = 3
-# Requests that hold state in the workers: enough to fill two batches, so that the next is encoded while one denoises.
-_ACTIVE_BATCHES = 2
+# Of a flood of messages so many are read before ticks go on.
+_MESSAGES_AT_ONCE = 256
 
 
 class Scheduler:
@@ -106,15 +106,18 @@ class Scheduler:
         self.workers = WorkerGroup(config)
         self.state = EngineState(state="starting")
         self.requests: dict[str, RequestRecord] = {}
-        self.waiting: deque[str] = deque()
+        self.waiting = WaitingQueue()
+        self.active: dict[str, RequestRecord] = {}  # those of `requests` that do not wait
         self.dispatcher = Dispatcher(config.args.execution, self.workers)
+        learned, share = self.dispatcher.learned, self.dispatcher.share
+        self.admission = Admission(config.args.execution, learned, share, self.waiting, self.active)
+        self.deadlines = Deadlines()
+        self.news = QueueNews()
         self.states = StateKeeper(config.args.execution, self.workers, config.checkpoint_dir())
         self.warm_up = WarmUp(config.args.warmup)
         self.ledger = Ledger(self.run_dir)
-        self.load_attempts = 0
-        self.num_restarts = 0
-        self.num_arrived = 0
-        self.stopping = False
+        self.load_attempts = self.num_restarts = self.num_arrived = 0
+        self.stopping, self.depth = False, 1
         self.context = zmq.Context()
         self.clients = Clients(self._bind(zmq.ROUTER, self.run_dir.scheduler_address))
         self.output = OutputLink(self._bind(zmq.PAIR, self.run_dir.output_address))
@@ -169,15 +172,20 @@ class Scheduler:
             ready = self._poll()
             self._read_parent(ready)
             if self.clients.socket in ready:
-                for client, message in self.clients.receive():
+                for client, message in itertools.islice(self.clients.receive(), _MESSAGES_AT_ONCE):
                     self._on_client_message(client, message)
             self._read_output(ready)
             self._read_workers(ready)
             self._check_silence()
             self.control.advance()
+            for record in self.deadlines.expired(self.requests, time.monotonic()):
+                self._end(record.request_id, Failed(request_id=record.request_id, error=record.deadline_error()))
             self._admit_waiting()
-            self.states.preempt(self.requests, self.dispatcher)
-            self.dispatcher.issue(self.requests, depth=self._depth())
+            self.states.preempt(self.active, self.dispatcher)
+            if not self.admission.must_rest and not self.admission.suspect_is_starting:
+                self.dispatcher.issue(self.active, depth=self.depth)
+            for record, place in self.news.due(self.waiting, time.monotonic()):
+                self._tell_place(record, place)
         self._shut_down()
 
     def _poll(self) -> set[Any]:
@@ -187,7 +195,8 @@ class Scheduler:
         poller.register(self.parent.fileno(), zmq.POLLIN)
         for rank in self.workers.ranks:
             poller.register(rank.connection.fileno(), zmq.POLLIN)
-        return {source for source, _ in poller.poll(_POLL_MS)}
+        left = self.deadlines.seconds_left(time.monotonic())
+        return {source for source, _ in poller.poll(_POLL_MS if left is None else min(_POLL_MS, 1 + int(left * 1000)))}
 
     def _read_parent(self, ready: set[Any]) -> None:
         if self.parent.fileno() not in ready:
@@ -255,8 +264,14 @@ class Scheduler:
         record = self._enqueue(message.request_id, client, message.params, max_attempts=message.max_attempts)
         record.durable = message.durable
         self.states.find(record)
-        self.observer.received(record, num_before=len(self.waiting) - 1)
-        self._tell(record, Queued(request_id=record.request_id, position=len(self.waiting) - 1))
+        place = self.waiting.last_place(record.share_class)
+        self.observer.received(record, num_before=place.position)
+        self._tell_place(record, place)
+
+    def _tell_place(self, record: RequestRecord, place: Place) -> None:
+        record.told_position, record.told_at = place.position, time.monotonic()
+        eta_s = self.admission.eta_s(place.work)
+        self._tell(record, Queued(request_id=record.request_id, position=place.position, eta_s=eta_s))
 
     def _enqueue(
         self, request_id: str, client: bytes | None, params: SamplingParams, *, max_attempts: int
@@ -265,18 +280,16 @@ class Scheduler:
         record = self.requests[request_id] = RequestRecord(
             request_id=request_id, client=client, params=params, order=self.num_arrived, max_attempts=max_attempts
         )
-        self.waiting.append(request_id)
+        self.waiting.push(record)
+        self.deadlines.watch(record)
         return record
 
     def _refusal(self, message: GenerateRequest) -> ErrorInfo | None:
-        limit = self.config.args.execution.max_queued_requests
         if self.state.state == "failed":
             return self.state.error
         if message.request_id in self.requests:
             return InvalidRequest(f"request_id: {message.request_id} is already running", param="request_id").info()
-        if len(self.waiting) >= limit:
-            return QueueFull(limit).info()
-        return None
+        return self.admission.refusal(message.params, has_inputs=message.inputs is not None)
 
     def _on_client_lost(self, message: ClientLost) -> None:
         gone = self.clients.forget(message.client_name)
@@ -287,7 +300,7 @@ class Scheduler:
     def _facts(self) -> dict[str, Any]:
         return {
             "state": self.state,
-            "requests": self.requests,
+            "active": self.active,
             "waiting": self.waiting,
             "dispatcher": self.dispatcher,
             "num_restarts": self.num_restarts,
@@ -295,6 +308,18 @@ class Scheduler:
 
     def _snapshot(self) -> EngineSnapshot:
         return snapshot_of(model_names(self.config.args.model)[0], **self._facts())
+
+    def _counts(self) -> dict[str, Any]:
+        """What a status and the metrics both say."""
+        return {
+            "num_queued": len(self.waiting),
+            "num_running": len(self.active),
+            "num_workers": len(self.workers.ranks),
+            "num_worker_restarts": self.num_restarts,
+            "budget_bytes": self.workers.budget_bytes,
+            "reserved_bytes": self.dispatcher.budget().reserved_bytes(self.dispatcher.holders(self.active)),
+            "allocated_bytes": self.workers.allocated_bytes,
+        }
 
     def _tell(self, record: RequestRecord, event: RequestEvent) -> None:
         if record.client is not None:
@@ -317,20 +342,23 @@ class Scheduler:
             return
         self.workers.ready = True
         self.workers.budget_bytes = message.budget_bytes
-        mode = self.warm_up.choose_mode(serves_http=self.config.serves_http, device=message.model.device)
+        model = with_cost_limit(message.model, self.config.args.execution)
+        self.admission.model_ready(model)
+        self.depth = 2 if model.device.startswith("cuda") else 1  # on a GPU the next tick waits there while one runs
+        mode = self.warm_up.choose_mode(serves_http=self.config.serves_http, device=model.device)
         if mode != "server":
-            self._set_state("ready", model=message.model)
+            self._set_state("ready", model=model)
             return
-        self._set_state(self.state.state, detail="warming up", model=message.model)
+        self._set_state(self.state.state, detail="warming up", model=model)
         if self.warm_up.under_way:
             return
         try:
-            wishes = self.warm_up.for_server(message.model)
+            wishes = self.warm_up.for_server(model)
         except InvalidRequest as error:
             self._fail_engine(error.info())
             return
         for params in wishes:
-            self._start_warm_up(params, input_shapes(message.model.limits.inputs, params))
+            self._start_warm_up(params, input_shapes(model.limits.inputs, params))
 
     def _start_warm_up(self, params: SamplingParams, shapes: InputShapes) -> None:
         """With black inputs of these shapes."""
@@ -340,10 +368,8 @@ class Scheduler:
         except StorageError as error:
             self._on_warm_up_ended(request_id, Failed(request_id=request_id, error=error.info()))
             return
-        record = self._enqueue(request_id, None, params, max_attempts=1)
-        self.waiting.rotate(1)  # before the clients' requests
+        self._enqueue(request_id, None, params, max_attempts=1)
         logger.info("warm-up of %dx%d, %d frames", params.width, params.height, params.num_frames)
-        assert self.waiting[0] == record.request_id
 
     def _warm_up_for(self, params: SamplingParams, inputs: MediaInputs | None) -> None:
         """Before the first request of a size, a short copy of it."""
@@ -382,7 +408,7 @@ class Scheduler:
     def _on_workers_lost(self, how: str) -> None:
         """A failing rank is a failing replica: replace all of it and requeue what it held. `how`: "" when it died."""
         blamed = {unit.request_id for flight in self.workers.in_flight.values() for unit in flight.tick.units}
-        blamed |= {r.request_id for r in self.requests.values() if r.status == "admitting"}
+        blamed |= {r.request_id for r in self.active.values() if r.status == "admitting"}
         loaded = self.workers.ready
         ended = self.workers.kill()
         logger.error("worker lost: %s", how or ended, extra=fields(request_ids=sorted(blamed)))
@@ -401,22 +427,24 @@ class Scheduler:
 
     def _requeue_running(self, blamed: set[str], how: str) -> None:
         self.warm_up.forget()
-        running = [r for r in self.requests.values() if r.status in ("admitting", "running", "parking")]
+        running = [r for r in self.active.values() if r.status in ("admitting", "running", "parking")]
         for record in sorted(running, key=lambda r: r.order, reverse=True):
             if record.request_id in blamed and record.attempts >= record.max_attempts:
                 text = f"the worker was lost {record.attempts} times while it ran this request; the last time, {how}"
-                error = WorkerLost(text).info()
-                self._end(record.request_id, Failed(request_id=record.request_id, error=error))
+                self._end(record.request_id, Failed(request_id=record.request_id, error=record.loss(text, blamed)))
                 continue
-            record.attempts += record.request_id in blamed
+            if record.request_id in blamed:
+                record.blame()
             self.observer.requeued(record, reason="worker_lost")
             self._back_to_queue(record)
-            self.waiting.appendleft(record.request_id)
 
     def _back_to_queue(self, record: RequestRecord) -> None:
+        """It has had its turn, so it comes first in its class."""
         self.output.send(DropOutput(request_id=record.request_id))
         self.ledger.drop_request(record.request_id)
         record.reset()
+        del self.active[record.request_id]
+        self.waiting.push(record, front=True)
 
     def _check_silence(self) -> None:
         reason = self.workers.silence() if self.workers.ranks else None
@@ -426,68 +454,54 @@ class Scheduler:
     # -- requests --
 
     def _admit_waiting(self) -> None:
-        most = _ACTIVE_BATCHES * self.config.args.execution.max_batch_size
-        active = sum(record.status in ("admitting", "running", "parking") for record in self.requests.values())
-        held_back = []
-        while self.workers.ready and self.waiting and active < most:
-            record = self.requests[self.waiting.popleft()]
-            if self.control.holds(record) or (record.client is not None and self.warm_up.blocks(record.params)):
-                held_back.append(record.request_id)
-                continue
-            active += 1
-            record.status = "admitting"
-            record.handed_at = time.monotonic()
-            record.started_at = record.started_at or record.handed_at
-            record.warmup_excluded = shape_of(record.params) in self.warm_up.warm
-            state_file = record.state_file if record.has_saved_state else None
-            self.workers.send(
-                Admit(
-                    request_id=record.request_id,
-                    params=record.params,
-                    state_file=state_file,
-                    inputs=self.ledger.inputs_of(record.request_id),
-                )
+        while self.workers.ready and (record := self._next_to_start()) is not None:
+            has_inputs = self.ledger.inputs_of(record.request_id) is not None
+            error = self.admission.too_late(record, has_inputs=has_inputs)
+            if error is None:
+                self._hand_over(record)
+            else:
+                self._end(record.request_id, Failed(request_id=record.request_id, error=error))
+
+    def _next_to_start(self) -> RequestRecord | None:
+        def may_start(record: RequestRecord) -> bool:
+            return not self.warm_up.blocks(record.params) and not self.control.holds(record)
+
+        return self.admission.next_to_start(may_start, is_busy=bool(self.workers.in_flight))
+
+    def _hand_over(self, record: RequestRecord) -> None:
+        self.waiting.remove(record)
+        self.active[record.request_id] = record
+        record.status = "admitting"
+        record.handed_at = time.monotonic()
+        record.started_at = record.started_at or record.handed_at
+        record.warmup_excluded = shape_of(record.params) in self.warm_up.warm
+        self.workers.send(
+            Admit(
+                request_id=record.request_id,
+                params=record.params,
+                state_file=record.state_file if record.has_saved_state else None,
+                inputs=self.ledger.inputs_of(record.request_id),
             )
-        self.waiting.extendleft(reversed(held_back))
+        )
 
     def _on_admitted(self, message: Admitted) -> None:
         record = self.requests.get(message.request_id)
         if record is None:  # cancelled meanwhile; its Release follows the Admit in the pipe
             return
         self.observer.started(record)
-        record.begin(message.phases, message.notes, message.units_done)
+        record.begin(message, self.dispatcher.share.account(record.share_class))
+        self.admission.admitted(record)
         if record.needs_pixels:
-            p = record.params
-            directory = p.output_path or self.config.args.storage.output_path
-            self.output.send(
-                OpenOutput(
-                    request_id=record.request_id,
-                    params=p,
-                    num_frames=p.num_frames or 1,
-                    directory=directory if p.save_output else None,
-                )
-            )
-        self._tell(
-            record,
-            Started(
-                request_id=record.request_id,
-                queue_seconds=record.started_at - record.received_at,
-                phases=message.phases,
-                notes=message.notes,
-            ),
-        )
-
-    def _depth(self) -> int:
-        """Ticks that are under way at once: on a GPU the next one waits there while one runs."""
-        model = self.state.model
-        return 2 if model is not None and model.device.startswith("cuda") else 1
+            self.output.send(record.open_output(self.config.args.storage.output_path))
+        self._tell(record, record.started_event())
 
     def _on_tick_done(self, message: TickDone) -> None:
-        settled = self.dispatcher.settle(message, self.requests)
+        settled = self.dispatcher.settle(message, self.active)
         self.observer.units_done(settled.done, peak_bytes=message.peak_bytes)
+        self.admission.units_done(settled.done, seconds=sum(lane.ms for lane in message.lanes) / 1000)
         for record, error in settled.failed:
             self._end(record.request_id, Failed(request_id=record.request_id, error=error))
-        running = sum(record.status == "running" for record in self.requests.values())
+        running = sum(record.status == "running" for record in self.active.values())
         for unit in settled.done:
             self._tell(unit.record, unit.record.progress(self.dispatcher.learned, running))
             if unit.phase.lane == "denoise":
@@ -505,8 +519,7 @@ class Scheduler:
         self.workers.send(Release(request_id=record.request_id))
         self.observer.requeued(record, reason="preempted")
         self._back_to_queue(record)
-        self.waiting.append(record.request_id)
-        self._tell(record, Queued(request_id=record.request_id, position=len(self.waiting) - 1))
+        self._tell_place(record, self.waiting.first_place(record.share_class))
 
     def _on_chunk(self, message: OutputChunk) -> None:
         record = self.requests.get(message.request_id)
@@ -540,7 +553,7 @@ class Scheduler:
     def _on_output_hello(self, message: OutputHello) -> None:
         if self.output.greeted():
             error = StorageError("the process that writes results was restarted while it held this one").info()
-            for record in [r for r in self.requests.values() if r.needs_pixels and r.cursor is not None]:
+            for record in [r for r in self.active.values() if r.needs_pixels and r.cursor is not None]:
                 self._end(record.request_id, Failed(request_id=record.request_id, error=error))
 
     def _on_output_done(self, message: OutputDone) -> None:
@@ -565,7 +578,7 @@ class Scheduler:
             self.observer.finished(record, finished)
             self.ledger.drop_inputs(record.request_id)
             self._tell(record, finished)
-            del self.requests[record.request_id]
+            del self.requests[record.request_id], self.active[record.request_id]
             self._after_end(record, None)
 
     def _on_failure(self, message: AdmitFailed | OutputFailed) -> None:
@@ -580,8 +593,9 @@ class Scheduler:
         if record is None:
             return
         if record.status == "queued":
-            self.waiting.remove(request_id)
+            self.waiting.remove(record)
         else:
+            del self.active[request_id]
             self.workers.send(Release(request_id=request_id))
             if record.needs_pixels:
                 self.output.send(DropOutput(request_id=request_id))

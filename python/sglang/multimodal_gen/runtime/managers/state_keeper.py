@@ -93,7 +93,8 @@ class StateKeeper:
         (self.directory / name).unlink(missing_ok=True)
 
     def preempt(self, requests: Mapping[str, RequestRecord], dispatcher: Dispatcher) -> None:
-        """Begin to park the request with most work left, for one with less that has waited long enough for memory.
+        """Begin to park a request, for one that has waited long enough for memory: of a lower priority, or of the same
+        one and with more work left; the lowest priority first, then whoever has most left.
 
         One at a time, and nobody who is decoding: frames that have left cannot be taken back.
         """
@@ -104,11 +105,10 @@ class StateKeeper:
         if blocked is None or time.monotonic() - blocked.admitted_at < patience:
             return
         holders = dispatcher.holders(requests)
-        for record in sorted(holders, key=lambda r: r.remaining_cost, reverse=True):
+        for record in sorted(holders, key=_standing):
             others = [other for other in holders if other is not record]
             may_go = record.lane != "decode" and record.num_preemptions < _MAX_PREEMPTIONS
-            has_more = record.remaining_cost > blocked.remaining_cost
-            if may_go and has_more and dispatcher.budget().has_room(blocked, others):
+            if may_go and _standing(record) < _standing(blocked) and dispatcher.budget().has_room(blocked, others):
                 facts = fields(request_id=record.request_id, request_ids=[blocked.request_id])
                 logger.info("is put aside, to make room for %s", blocked.request_id, extra=facts)
                 record.status = "parking"
@@ -120,3 +120,8 @@ class StateKeeper:
 def state_name(request_id: str) -> str:
     """The file in which a durable request's state is saved."""
     return f"{_OF_A_JOB}{request_id}.safetensors"
+
+
+def _standing(record: RequestRecord) -> tuple[int, float]:
+    """Who has less makes room for who has more."""
+    return record.params.priority, -record.remaining_cost

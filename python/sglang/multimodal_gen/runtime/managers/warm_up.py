@@ -136,7 +136,7 @@ class WarmUp:
         steps = min(self.args.warmup_steps, params.num_inference_steps or self.args.warmup_steps)
         seed = params.seed if isinstance(params.seed, int) else 0
         return dataclasses.replace(
-            params,
+            params.without_scheduling(),
             seed=seed,
             num_inference_steps=steps,
             output_type="pixels",

@@ -47,6 +47,8 @@ class EngineSnapshot:
     budget_bytes: int
     reserved_bytes: int
     allocated_bytes: int | None
+    queued_by_priority: Mapping[int, int] = field(default_factory=dict)
+    queued_cost: int = 0
     model: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -65,6 +67,15 @@ class _SnapshotCollector(Collector):
         now = self._snapshot()
         yield _gauge("ready", "1 while requests are run; 0 at start, in recovery, at the end and after it.", now.ready)
         yield _gauge("num_queue_reqs", "Requests that wait for a worker.", now.num_queued)
+        by_priority = GaugeMetricFamily(
+            f"{PREFIX}_queue_reqs",
+            "Requests that wait for a worker, by `priority`, without warm-ups.",
+            labels=["priority"],
+        )
+        for priority, number in now.queued_by_priority.items():
+            by_priority.add_metric([str(priority)], float(number))
+        yield by_priority
+        yield _gauge("queue_cost", "Work that waits for a worker: pixels x frames x steps.", now.queued_cost)
         yield _gauge("num_running_reqs", "Requests in a worker, or whose output is being written.", now.num_running)
         yield _gauge("workers", "Worker processes.", now.num_workers)
         yield CounterMetricFamily(
@@ -118,7 +129,10 @@ class EngineMetrics:
             "request_latency_seconds", "From arrival to end, by `outcome`.", "outcome", buckets=_LATENCY
         )
         self._queue_time = made.histogram(
-            "queue_time_seconds", "From a request's arrival to its first worker.", buckets=_LATENCY
+            "queue_time_seconds",
+            "From a request's arrival to its first worker, by `priority`.",
+            "priority",
+            buckets=_LATENCY,
         )
         self._batch_size = made.histogram(
             "generation_batch_size",
@@ -159,9 +173,9 @@ class EngineMetrics:
         self._ended.labels("refused").inc()
         self._errors.labels(code).inc()
 
-    def request_started(self, queue_seconds: float) -> None:
+    def request_started(self, queue_seconds: float, *, priority: int) -> None:
         """A worker holds it for the first time."""
-        self._queue_time.observe(queue_seconds)
+        self._queue_time.labels(str(priority)).observe(queue_seconds)
 
     def request_requeued(self, reason: RequeueReason) -> None:
         """It left its worker and waits again."""

@@ -33,7 +33,7 @@ _SEVERAL = ("images", "input_images")
 _MOST_IMAGES = 16
 _MASK_ARGUMENTS = ("mask_image", "mask")
 # Parameters that are about the result's file, or that are given in another way.
-_OTHER_GROUPS = frozenset({"output", "observation", "fallback"})
+_OTHER_GROUPS = frozenset({"output", "observation", "fallback", "scheduling"})
 _GIVEN_OTHERWISE = frozenset({"seed", "num_outputs_per_prompt"})
 # Arguments that say how the call is driven or what it returns, which is ours to say.
 _OURS = frozenset(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import msgspec
+import torch
 from torch import nn
 
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
@@ -323,8 +324,8 @@ class ComposedPipelineBase:
 
     def state_identity(self, req: Req) -> str:
         """What a saved state must agree on to be this request's: the model, the parameters and the inputs."""
-        model = (self.name, type(self).__name__, str(self.dtype))
-        return hashlib.sha256(msgspec.json.encode([model, req.params, req.inputs.digest()])).hexdigest()
+        model, params = (self.name, type(self).__name__, str(self.dtype)), req.params.without_scheduling()
+        return hashlib.sha256(msgspec.json.encode([model, params, req.inputs.digest()])).hexdigest()
 
     def _check_memory(self, req: Req) -> None:
         needed = max((phase.peak_bytes + phase.held_bytes for phase in req.phases), default=0)
@@ -342,6 +343,8 @@ class ComposedPipelineBase:
             if req.done(phase_name) == 0:
                 self._begin(phase_name, req)
         outputs = self.stages[self._stage_order[phase_name]].step(requests) or []
+        if self.device.type == "cuda":  # else its time, and its failure, would be put down to a later unit
+            torch.cuda.current_stream(self.device).synchronize()
         for req in requests:
             req.units_done[phase_name] = req.done(phase_name) + 1
         return outputs

@@ -13,6 +13,8 @@ from typing import Any
 
 from starlette.requests import Request
 
+from sglang.multimodal_gen.configs.declare import parameters
+from sglang.multimodal_gen.configs.sample.scheduling_params import SchedulingParams
 from sglang.multimodal_gen.errors import IdempotencyMismatch, InvalidRequest
 from sglang.multimodal_gen.runtime.entrypoints.openai.admin import caller_of
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import Body
@@ -124,5 +126,6 @@ def identity_of(request: Request, body: Body) -> tuple[str, bytes] | None:
 
 def _fingerprint(request: Request, body: Body) -> bytes:
     files = [(upload.field.name, upload.digest) for upload in body.files]
-    text = json.dumps([request.url.path, body.values, files], sort_keys=True)
+    wish = {name: value for name, value in body.values.items() if name not in parameters(SchedulingParams)}
+    text = json.dumps([request.url.path, wish, files], sort_keys=True)
     return hashlib.sha256(text.encode("ascii")).digest()

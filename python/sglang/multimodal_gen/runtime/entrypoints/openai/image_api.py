@@ -54,6 +54,7 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.idempotency import Idempot
 from sglang.multimodal_gen.runtime.entrypoints.openai.image_events import ImageEvents
 from sglang.multimodal_gen.runtime.entrypoints.openai.image_store import ImageStore
 from sglang.multimodal_gen.runtime.entrypoints.openai.inputs import InputReader, edit_sources
+from sglang.multimodal_gen.runtime.entrypoints.openai.patience import client_deadline_s
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse, to_json
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import Body, read_json, read_json_or_multipart
 from sglang.multimodal_gen.runtime.entrypoints.openai.results import Results
@@ -99,6 +100,8 @@ class ImageApi:
         _check_combinations(wish, sampling)
         if call is EDIT_CALL and not of_field(body.files, "image"):
             raise MissingParameter("image: not given, accepted is at least one image", param="image")
+        if not wish.stream and "deadline_s" not in sampling:
+            sampling["deadline_s"] = client_deadline_s(request.headers)
         model = require_model(self._engine, self._settings, wish.model)
         inputs = await self._inputs.read(edit_sources(body), model, sampling)
         model.check_previews(wish.partial_images, param="partial_images")

@@ -57,7 +57,7 @@ def error_headers(info: ErrorInfo) -> dict[str, str]:
     if info.http_status < 500 and info.http_status != 409 and not info.retryable:
         return {}
     if info.retryable:
-        return {"x-should-retry": "true", "retry-after": str(RETRY_AFTER_S)}
+        return {"x-should-retry": "true", "retry-after": str(info.retry_after_s or RETRY_AFTER_S)}
     return {"x-should-retry": "false"}
 
 

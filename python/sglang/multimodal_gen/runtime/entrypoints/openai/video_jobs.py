@@ -345,7 +345,7 @@ class VideoJobs:
             return
         match event:
             case Queued():
-                self._become(job_id, queue_position=event.position)
+                self._become(job_id, queue_position=event.position, eta_s=event.eta_s)
             case Started():
                 running: dict[str, Any] = {"status": "in_progress", "notes": event.notes, "queue_position": None}
                 self._become(job_id, **running, started_at=job.started_at or int(time.time()))
