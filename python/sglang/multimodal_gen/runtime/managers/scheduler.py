@@ -309,18 +309,6 @@ class Scheduler:
     def _snapshot(self) -> EngineSnapshot:
         return snapshot_of(model_names(self.config.args.model)[0], **self._facts())
 
-    def _counts(self) -> dict[str, Any]:
-        """What a status and the metrics both say."""
-        return {
-            "num_queued": len(self.waiting),
-            "num_running": len(self.active),
-            "num_workers": len(self.workers.ranks),
-            "num_worker_restarts": self.num_restarts,
-            "budget_bytes": self.workers.budget_bytes,
-            "reserved_bytes": self.dispatcher.budget().reserved_bytes(self.dispatcher.holders(self.active)),
-            "allocated_bytes": self.workers.allocated_bytes,
-        }
-
     def _tell(self, record: RequestRecord, event: RequestEvent) -> None:
         if record.client is not None:
             self.clients.send(record.client, event)
@@ -338,11 +326,11 @@ class Scheduler:
 
     def _on_model_ready(self, message: ModelReady) -> None:
         self.load_attempts = 0
-        if not self.control.took(message.model):
+        model = with_cost_limit(message.model, self.config.args.execution)
+        if not self.control.took(model):
             return
         self.workers.ready = True
         self.workers.budget_bytes = message.budget_bytes
-        model = with_cost_limit(message.model, self.config.args.execution)
         self.admission.model_ready(model)
         self.depth = 2 if model.device.startswith("cuda") else 1  # on a GPU the next tick waits there while one runs
         mode = self.warm_up.choose_mode(serves_http=self.config.serves_http, device=model.device)
