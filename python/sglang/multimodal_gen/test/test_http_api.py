@@ -34,7 +34,7 @@ from sglang.multimodal_gen.test.scripted_server import (
     SECRET_PATH,
     RunningServer,
     Start,
-    assert_error,
+    error_of,
     servers,
     wait_for,
 )
@@ -61,6 +61,12 @@ def server(shared_server: RunningServer) -> RunningServer:
     shared_server.engine.submitted.clear()
     shared_server.engine.cancelled.clear()
     return shared_server
+
+
+def assert_error(reply: httpx.Response, status: int, code: str, param: str | None = None) -> None:
+    """The whole error contract of one reply."""
+    error = error_of(reply, status)
+    assert (error["code"], error["param"]) == (code, param), error["message"]
 
 
 IMAGES, VIDEOS = "/v1/images/generations", "/v1/videos"

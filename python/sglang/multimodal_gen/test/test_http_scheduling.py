@@ -24,6 +24,7 @@ from sglang.multimodal_gen.runtime.entrypoints.http_server import create_app, se
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import HttpSettings
 from sglang.multimodal_gen.runtime.entrypoints.openai.patience import client_deadline_s
 from sglang.multimodal_gen.runtime.managers.messages import Status
+from sglang.multimodal_gen.runtime.managers.state_dir import StateDir
 from sglang.multimodal_gen.test import null_family
 from sglang.multimodal_gen.test.scripted_server import RunningServer, Start, error_of, servers, wait_for
 
@@ -151,7 +152,7 @@ class Front:
 
 @pytest.fixture(scope="module")
 def front(engine: DiffGenerator, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    settings = HttpSettings(model_names=("null",), files_dir=tmp_path_factory.mktemp("files"))
+    settings = HttpSettings(model_names=("null",), state=StateDir(tmp_path_factory.mktemp("state")))
     sock = socket.create_server(("127.0.0.1", 0))
     loop, stop = asyncio.new_event_loop(), asyncio.Event()
 

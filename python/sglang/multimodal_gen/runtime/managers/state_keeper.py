@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing.connection
 import secrets
 import time
 from collections.abc import Mapping
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from sglang.multimodal_gen.runtime.managers.dispatcher import Dispatcher
@@ -82,7 +82,7 @@ class StateKeeper:
             self.save(requests[request_id])
         deadline = time.monotonic() + _LAST_SAVES_S
         while unsaved and self.workers.ranks and time.monotonic() < deadline:
-            multiprocessing.connection.wait([rank.connection for rank in self.workers.ranks], timeout=0.2)
+            wait([rank.connection for rank in self.workers.ranks], timeout=0.2)
             try:
                 for rank in range(len(self.workers.ranks)):
                     unsaved -= {m.request_id for m in self.workers.receive(rank) if isinstance(m, StateSaved)}
