@@ -353,6 +353,7 @@ def test_the_eta_of_a_queued_request_follows_from_the_work_before_it() -> None:
     running.cursor = UnitCursor(request_id=running.request_id, phases=phases, order=0, done=2)
     assert isinstance(policy.active, dict)
     policy.active[running.request_id] = running
+    policy.units_done([], seconds=0.0)
     assert policy.eta_s(policy.waiting.last_place(ShareClass.of(SHORT)).work) == pytest.approx(9.0)
 
 

@@ -59,6 +59,7 @@ class Admission:
     rate: WorkRate = field(default_factory=WorkRate)
     must_rest: bool = False
     _most_queued_cost: int | None = None
+    _running_work: float | None = None
     _steps_of: dict[Shape, tuple[Phase, ...]] = field(default_factory=dict)
     _key_of: dict[ShareClass, str] = field(default_factory=dict)
 
@@ -172,8 +173,10 @@ class Admission:
         """A tick of so many seconds did these units; the work of a request is in its steps."""
         work = sum(unit.record.cost / max(1, unit.record.steps()[1]) for unit in done if unit.phase.lane == "denoise")
         self.rate.record(work, seconds)
+        self._running_work = None
 
     def eta_s(self, work: float) -> float | None:
-        """Until so much work is done after what runs now; None before anything was measured."""
-        running = sum(record.cost * record.fraction_left for record in self.active.values())
-        return self.rate.seconds_for(work + running)
+        """Until so much work is done after what ran after the last tick; None before anything was measured."""
+        if self._running_work is None:
+            self._running_work = sum(record.cost * record.fraction_left for record in self.active.values())
+        return self.rate.seconds_for(work + self._running_work)
