@@ -425,7 +425,7 @@ class VideoJobs:
         while len(self._jobs) >= self._settings.capacity:
             oldest = next((job for job in self._jobs.values() if job.is_final), None)
             if oldest is None:
-                raise QueueFull(self._settings.capacity)
+                raise QueueFull(self._settings.capacity, option="max-jobs")
             self._forget(oldest)
 
     def _forget_old(self) -> None:
