@@ -282,8 +282,8 @@ def test_the_server_s_own_numbers_are_the_rise_between_two_scrapes() -> None:
     for batch_size in (1, 3, 4, 4):
         metrics.lane_done("denoise", stage="denoise", batch_size=batch_size, seconds=1.0)
     metrics.lane_done("decode", stage="decode", batch_size=1, seconds=1.0)
-    metrics.request_started(0.5)
-    metrics.request_started(1.5)
+    metrics.request_started(0.5, priority=0)
+    metrics.request_started(1.5, priority=1)
     found = server_side(before, metrics.text())
     assert found is not None
     assert found.requests_per_forward == {"decode": 1.0, "denoise": 3.0}

@@ -20,7 +20,9 @@ from sglang.multimodal_gen.errors import UnsupportedParameter
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator, GenerationEvent
 from sglang.multimodal_gen.runtime.entrypoints.generation_result import GenerationResult
 from sglang.multimodal_gen.runtime.managers import preview_renderer, previews
+from sglang.multimodal_gen.runtime.managers.fair_share import Account
 from sglang.multimodal_gen.runtime.managers.messages import (
+    Admitted,
     Preview,
     PreviewLatents,
     PreviewRendered,
@@ -185,7 +187,7 @@ class Desk:
             Phase(name="high", lane="denoise", units=4, batch_key="a", cost=1.0, peak_bytes=1),
             Phase(name="low", lane="denoise", units=6, batch_key="b", cost=1.0, peak_bytes=1),
         )
-        self.record.begin(phases, (), {})
+        self.record.begin(Admitted(request_id="r", phases=phases), Account())
         self.requests = {"r": self.record}
         self.told: list[Preview] = []
         self.ledger = Ledger(run_dir)

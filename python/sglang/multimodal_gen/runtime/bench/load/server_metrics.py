@@ -11,7 +11,7 @@ _BATCH, _QUEUE = f"{PREFIX}_generation_batch_size", f"{PREFIX}_queue_time_second
 _DENOISING = "denoise"
 
 Counts = dict[tuple[str, str, str], float]
-"""Values by metric, lane and upper bound of a bucket; the last two are empty where the metric has none."""
+"""Values by metric, lane and upper bound of a bucket, over all other labels; "" where the metric has none."""
 
 
 class ServerSide(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,7 +51,7 @@ def _counts(text: str | None) -> Counts:
             if family.name in (_BATCH, _QUEUE):
                 for sample in family.samples:
                     key = sample.name, sample.labels.get("lane", ""), sample.labels.get("le", "")
-                    found[key] = sample.value
+                    found[key] = found.get(key, 0.0) + sample.value
     except ValueError:  # something else is called /metrics there
         return {}
     return found
