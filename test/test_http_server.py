@@ -120,7 +120,8 @@ def test_a_running_video_can_be_deleted_and_the_server_goes_on(client: openai.Op
 
 def test_an_abandoned_image_does_not_hold_up_the_next(client: openai.OpenAI) -> None:
     slow = {"num_inference_steps": 1000}
-    with pytest.raises(openai.APITimeoutError):
+    # The server knows how long the client waits, and may say so just before.
+    with pytest.raises((openai.APITimeoutError, openai.InternalServerError)):
         client.with_options(timeout=0.5, max_retries=0).images.generate(prompt="a star", extra_body=slow)
     began = time.monotonic()
     assert client.images.generate(prompt="a star", extra_body=STEPS).data

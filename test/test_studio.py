@@ -160,6 +160,7 @@ def mask_of(page: Page) -> np.ndarray:
         };
     }""")
     expect(page.locator("#mask-dialog")).to_be_hidden()
+    expect(page.get_by_role("button", name="Edit mask")).to_be_focused()  # then the page has taken the mask
     with page.expect_request(lambda request: request.url.endswith("/v1/images/edits")):
         page.keyboard.press("Control+Enter")
     with sent_picture(page, "image") as image, sent_picture(page, "mask") as mask:
