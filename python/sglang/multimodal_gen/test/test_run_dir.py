@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,3 +100,13 @@ def test_the_next_server_sweeps_what_a_killed_one_left_and_spares_the_living(
     assert not left.base.exists()
     assert left.fast is None or not left.fast.exists()
     assert owned.paths.base.is_dir()
+
+
+def test_a_server_with_another_temp_directory_leaves_this_one_its_memory(
+    owned: OwnedRunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert owned.paths.fast is not None, "this machine has shared memory"
+    os.utime(owned.paths.fast, (1, 1))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    module.sweep()
+    assert owned.paths.fast.is_dir()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _PREFIX = "sglang-run-"
+_LOCK = "lock"
 _SHARED_MEMORY = Path("/dev/shm")
 _YOUNG_SECONDS = 30.0  # a server may be between creating a directory and its lock file
 _LOCK_SECONDS = 2.0  # or between creating the lock file and locking it
@@ -186,8 +187,10 @@ class OwnedRunDir:
     def __init__(self) -> None:
         sweep()
         base = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        self._lock = _lock_file(base / "lock")
-        self.paths = RunDir(base, self._make_twin(base.name))
+        twin = self._make_twin(base.name)
+        # One in each: a server with another temp directory sees the twin alone.
+        self._locks = [_lock_file(directory / _LOCK) for directory in (base, twin) if directory is not None]
+        self.paths = RunDir(base, twin)
 
     @staticmethod
     def _make_twin(name: str) -> Path | None:
@@ -201,7 +204,8 @@ class OwnedRunDir:
     def close(self) -> None:
         """Remove the directory, then let go of the lock."""
         self.paths.remove()
-        os.close(self._lock)
+        for lock in self._locks:
+            os.close(lock)
 
 
 def _lock_file(path: Path) -> int:
@@ -219,15 +223,15 @@ def sweep() -> None:
     if _SHARED_MEMORY.is_dir():
         for twin in _SHARED_MEMORY.glob(_PREFIX + "*"):
             with contextlib.suppress(OSError):
-                ours = twin.stat().st_uid == os.getuid() and time.time() - twin.stat().st_mtime > _YOUNG_SECONDS
-                if ours and not (Path(tempfile.gettempdir()) / twin.name).exists():
+                ours = twin.stat().st_uid == os.getuid() and not (Path(tempfile.gettempdir()) / twin.name).exists()
+                if ours and _is_orphan(twin):
                     shutil.rmtree(twin, ignore_errors=True)
 
 
 def _is_orphan(base: Path) -> bool:
     """Whether nobody holds the lock. A directory without one may be a server that is just starting."""
     try:
-        fd = os.open(base / "lock", os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(base / _LOCK, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return time.time() - base.stat().st_mtime > _YOUNG_SECONDS
     try:
