@@ -252,7 +252,3 @@ class Control:
 def _architecture(model: ModelInfo) -> tuple[object, ...]:
     """What must be equal for weights to take the place of others."""
     return model.pipeline_class, model.num_parameters, model.limits
-
-
-def _in_words(model: ModelInfo) -> str:
-    return f"{model.pipeline_class} of {model.num_parameters:,} parameters"
