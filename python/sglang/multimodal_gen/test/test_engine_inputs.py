@@ -130,7 +130,7 @@ def test_writing_into_an_input_stays_in_the_process_that_does(engine: DiffGenera
     mapped = paths.map(ref)
     mapped[...] = 0
     assert paths.map(ref)[0, 0, 0] == 7
-    paths.discard(ref.file)
+    paths.discard(ref)
 
 
 # --- what is refused ---

@@ -315,7 +315,7 @@ def test_what_cannot_be_made_is_left_out_and_the_next_is_made(run_dir: RunDir) -
     made: list[int] = []
     renderer = PreviewRenderer(run_dir, lambda done: made.append(done.step))
     lost = to_render(run_dir, 1)
-    run_dir.discard(lost.latents.latents.file)
+    run_dir.discard(lost.latents.latents)
     renderer.submit(lost)
     deadline = time.monotonic() + 10
     while renderer._waiting:

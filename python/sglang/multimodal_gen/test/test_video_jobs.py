@@ -226,6 +226,20 @@ def test_a_job_waits_for_the_next_server_when_the_engine_has_failed(start_server
     wait_for(lambda: again.client.get(f"{VIDEOS}/{video_id}").json()["status"] == "completed")
 
 
+def test_a_deadline_counts_from_the_first_server_on(start_server: Start) -> None:
+    server = start_server()
+    server.engine.held = True
+    late, early = (server.post_video(prompt="a", deadline_s=seconds).json()["id"] for seconds in (600, 0.5))
+    server.end()
+    time.sleep(1.6)
+    again = start_server(state=StateDir(server.files_dir.parent))
+    wait_for(lambda: again.client.get(f"{VIDEOS}/{late}").json()["status"] == "completed")
+    assert again.engine.submitted[late].deadline_s < 599.5
+    failed = again.client.get(f"{VIDEOS}/{early}").json()
+    assert (failed["status"], failed["error"]["code"]) == ("failed", "deadline_exceeded")
+    assert "0.5 s" in failed["error"]["message"] and early not in again.engine.submitted
+
+
 # --- whose they are ---
 
 

@@ -402,12 +402,12 @@ class SamplingParams(
     def filled_from(self, *defaults: SamplingParams) -> SamplingParams:
         """Each unset (None) field taken from the first of `defaults` that sets it."""
         missing = {}
-        for name in parameters(SamplingParams):
-            if getattr(self, name) is None:
+        for name, value in vars(self).items():
+            if value is None:
                 found = next((v for d in defaults if (v := getattr(d, name)) is not None), None)
                 if found is not None:
                     missing[name] = found
-        return dataclasses.replace(self, **missing)
+        return dataclasses.replace(self, **missing) if missing else self
 
     def recorded(self) -> dict[str, Any]:
         """What made the result, by declaration: equal for equal requests, unset and unused fields left out."""

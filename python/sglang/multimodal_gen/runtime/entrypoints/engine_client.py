@@ -203,7 +203,7 @@ class EngineClient:
 
     def _discard(self, files: Iterable[MappedArray]) -> None:
         for array in files:
-            self.run_dir.discard(array.file)
+            self.run_dir.discard(array)
 
     async def submit(
         self,

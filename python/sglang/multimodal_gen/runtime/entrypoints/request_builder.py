@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import secrets
 from collections.abc import Mapping, Sequence
@@ -42,8 +43,7 @@ def expand_prompts(
     Raises:
         InvalidRequest: any subclass that names the field, the value and what is accepted.
     """
-    known = {name: p for name, p in parameters(SamplingParams).items() if surface in p.declaration.exposed}
-    check_names(values, known, what="parameter")
+    check_names(values, _exposed(surface), what="parameter")
     expanded = []
     for prompt in _prompts(values):
         wish = SamplingParams.from_values({**values, "prompt": prompt})
@@ -58,6 +58,11 @@ def expand_prompts(
         check_output(complete)
         expanded.append(_outputs(complete))
     return _observed(expanded)
+
+
+@functools.cache
+def _exposed(surface: Surface) -> tuple[str, ...]:
+    return tuple(name for name, p in parameters(SamplingParams).items() if surface in p.declaration.exposed)
 
 
 def _sized(wish: SamplingParams, model: ModelInfo, inputs: DecodedInputs) -> SamplingParams:
@@ -115,6 +120,8 @@ def _check_profiling(wish: SamplingParams) -> None:
 def _observed(expanded: list[list[SamplingParams]]) -> list[list[SamplingParams]]:
     """The first output of all has the profile, each has a performance dump of its own."""
     count = sum(len(outputs) for outputs in expanded)
+    if count == 1:
+        return expanded
     numbers = itertools.count()
     return [
         [

@@ -212,7 +212,7 @@ class GPUWorker:
         requests = [self.requests[unit.request_id] for unit in units]
         try:
             for batch in self.pipeline.run_unit(units[0].phase, requests):
-                frames = self.run_dir.put(batch.frames.numpy())
+                frames = self.run_dir.send(batch.frames.numpy())
                 self.channel.send(
                     OutputChunk(
                         request_id=batch.request_id, first_frame=batch.first_frame, last=batch.last, frames=frames
@@ -256,7 +256,7 @@ class GPUWorker:
         denoising = [phase for phase in req.phases if phase.lane == "denoise"]
         complete = denoising and all(req.done(phase.name) == phase.units for phase in denoising)
         if asked and complete and req.latents is not None:
-            latents = self.run_dir.put(req.latents.float().cpu().numpy())
+            latents = self.run_dir.send(req.latents.float().cpu().numpy())
             self.channel.send(LatentsReady(request_id=req.request_id, latents=latents))
 
 

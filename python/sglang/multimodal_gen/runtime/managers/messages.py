@@ -21,7 +21,7 @@ from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import ErrorInfo
 from sglang.multimodal_gen.runtime.postprocess.object_store import StoredFile
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 HTTP_CLIENT_NAME = "http"
 
 
@@ -32,12 +32,14 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class MappedArray(Message, frozen=True, kw_only=True):
     """An array in a file of the server's run directory; whoever maps it unlinks it right after, but for inputs.
 
-    `file` is a bare name (no directory), `dtype` a NumPy dtype string, the bytes are C-contiguous.
+    `file` is a bare name (no directory), `dtype` a NumPy dtype string, the bytes are C-contiguous. A small array rides
+    along as `content` instead, and has no file.
     """
 
-    file: str
+    file: str = ""
     shape: tuple[int, ...]
     dtype: str
+    content: bytes | None = None
 
 
 class MediaInputs(Message, frozen=True, kw_only=True):

@@ -74,7 +74,7 @@ class Ledger:
     requests' inputs, which nobody unlinks but the ledger at the request's end."""
 
     run_dir: RunDir
-    _files: dict[str, tuple[str, int]] = field(default_factory=dict)
+    _files: dict[str, tuple[str, MappedArray]] = field(default_factory=dict)
     _inputs: dict[str, MediaInputs] = field(default_factory=dict)
     _input_files: Counter[str] = field(default_factory=Counter)
     _strike_out_at: int = 0
@@ -82,16 +82,16 @@ class Ledger:
     def add(self, request_id: str, *arrays: MappedArray | None) -> None:
         """Files that some process wrote for another one."""
         for array in arrays:
-            if array is not None:
-                self._files[array.file] = (request_id, math.prod(array.shape))
+            if array is not None and array.content is None:
+                self._files[array.file] = (request_id, array)
         if len(self._files) > self._strike_out_at:
             self.settle()
 
     def drop_request(self, request_id: str) -> None:
         """Unlink whatever is left of a request that nobody waits for, but its inputs: it may run again."""
-        for file in [name for name, (owner, _) in self._files.items() if owner == request_id]:
-            self.run_dir.discard(file)
-            del self._files[file]
+        for array in [array for owner, array in self._files.values() if owner == request_id]:
+            self.run_dir.discard(array)
+            del self._files[array.file]
 
     def keep_inputs(self, request_id: str, inputs: MediaInputs | None) -> None:
         """Own a request's inputs from its arrival on."""
@@ -118,13 +118,13 @@ class Ledger:
         for array in () if inputs is None else inputs.arrays:
             if array.file not in self._input_files and array.file not in self._files:
                 with contextlib.suppress(StorageError):  # a name that is none
-                    self.run_dir.discard(array.file)
+                    self.run_dir.discard(array)
 
     def settle(self) -> tuple[int, int]:
         """Strike out files that were mapped; how many files and elements are left."""
         for file in [name for name in self._files if not self.run_dir.exists(name)]:
             del self._files[file]
         self._strike_out_at = 2 * len(self._files) + _UNSETTLED
-        sizes = [size for _, size in self._files.values()]
+        sizes = [math.prod(array.shape) for _, array in self._files.values()]
         sizes += [math.prod(array.shape) for inputs in self._inputs.values() for array in inputs.arrays]
         return len(sizes), sum(sizes)

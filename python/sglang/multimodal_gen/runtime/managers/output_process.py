@@ -1,7 +1,7 @@
 """The output process: encodes and saves frames while later ones are still being decoded. No torch.
 
 Run as `python -m sglang.multimodal_gen.runtime.managers.output_process FD` by the supervisor. Each output has a thread
-of its own, fed in order; a worker never waits for a file.
+while it lasts, fed in order; a worker never waits for a file.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -45,7 +46,7 @@ from sglang.multimodal_gen.runtime.observability.logging_setup import configure_
 from sglang.multimodal_gen.runtime.observability.private_texts import PRIVATE_TEXTS
 from sglang.multimodal_gen.runtime.postprocess.metadata import file_metadata
 from sglang.multimodal_gen.runtime.postprocess.saving import OutputWriter, SavedFiles
-from sglang.multimodal_gen.runtime.postprocess.storage import LocalStorage, Storage, open_storage
+from sglang.multimodal_gen.runtime.postprocess.storage import Storage, open_storage
 from sglang.multimodal_gen.runtime.server_args import model_names
 
 # Started with -m, this module's own name is __main__, which is outside the package's logger.
@@ -54,6 +55,7 @@ logger = logging.getLogger("sglang.multimodal_gen.runtime.managers.output_proces
 _WAKE = "inproc://replies"
 _NOTHING_SAVED = SavedFiles(output=None, thumbnail=None, contact_sheet=None, stored={}, upload_seconds=0.0)
 _NO_OPENING = 0
+_MAX_THREADS = 4096  # more than there are requests at once; only as many start as are busy together
 
 
 class OutputJob:
@@ -69,7 +71,7 @@ class OutputJob:
         params = opened.params
         directory = opened.directory
         if params.return_encoded:
-            directory, storage = str(run_dir.private_state), LocalStorage()
+            directory = str(run_dir.fast or run_dir.base)  # the file never gets a name there
         metadata = file_metadata(params.recorded(), model=model) if params.metadata else None
         self.writer = (
             None
@@ -93,13 +95,13 @@ class OutputJob:
 
     def _finish(self) -> OutputDone:
         begin = time.perf_counter()
-        saved = _NOTHING_SAVED if self.writer is None else self.writer.close()
+        saved, encoded = _NOTHING_SAVED, None
+        if self.writer is not None:
+            if self.opened.params.return_encoded:
+                encoded = self.run_dir.send(np.frombuffer(self.writer.close_unnamed(), dtype=np.uint8))
+            else:
+                saved = self.writer.close()
         upload_seconds = saved.upload_seconds
-        encoded = None
-        if saved.output is not None and self.opened.params.return_encoded:
-            encoded = self.run_dir.put(np.frombuffer(saved.output.read_bytes(), dtype=np.uint8))
-            saved.output.unlink()
-            saved = _NOTHING_SAVED
         self._returned_view = None
         return OutputDone(
             request_id=self.opened.request_id,
@@ -118,7 +120,7 @@ class OutputJob:
         if self.writer is not None:
             self.writer.abort()
         if self.returned is not None:
-            self.run_dir.discard(self.returned.file)
+            self.run_dir.discard(self.returned)
 
 
 def _text(path: Path | None) -> str | None:
@@ -148,6 +150,8 @@ class OutputProcess:
         self.replies.bind(_WAKE)
         self.inboxes: dict[str, _Inbox] = {}
         self.num_openings = 0
+        self.threads = ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="output")
+        self._own = threading.local()
         self.previews = PreviewRenderer(run_dir, lambda done: self._reply(done.request_id, _NO_OPENING, done))
         self._codec = Codec(ToOutput)
 
@@ -181,14 +185,13 @@ class OutputProcess:
         if isinstance(message, OpenOutput):
             self.num_openings += 1
             inbox = self.inboxes[message.request_id] = _Inbox(self.num_openings)
-            thread = threading.Thread(target=self._serve, args=(message, inbox), name="output", daemon=True)
-            thread.start()
+            self.threads.submit(self._serve, message, inbox)
         elif isinstance(message, RemoveOutput):
-            threading.Thread(target=self._remove, args=(message,), name="remove", daemon=True).start()
+            self.threads.submit(self._remove, message)
         elif message.request_id in self.inboxes:
             self.inboxes[message.request_id].messages.put(message)
         elif isinstance(message, OutputFrames):
-            self.run_dir.discard(message.frames.file)
+            self.run_dir.discard(message.frames)
 
     def _remove(self, message: RemoveOutput) -> None:
         for path in message.paths:
@@ -228,10 +231,12 @@ class OutputProcess:
         self._reply(opened.request_id, inbox.opening, reply)
 
     def _reply(self, request_id: str, opening: int, reply: Message | None) -> None:
-        push = self.context.socket(zmq.PUSH)
-        push.connect(_WAKE)
-        push.send_multipart([request_id.encode(), b"%d" % opening, b"" if reply is None else encode(reply)])
-        push.close()
+        if not hasattr(self._own, "replies"):
+            self._own.replies = self.context.socket(zmq.PUSH)
+            self._own.replies.connect(_WAKE)
+        self._own.replies.send_multipart(
+            [request_id.encode(), b"%d" % opening, b"" if reply is None else encode(reply)]
+        )
 
 
 def main() -> None:

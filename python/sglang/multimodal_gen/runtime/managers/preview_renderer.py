@@ -44,7 +44,7 @@ class PreviewRenderer:
         with self._changed:
             message = self._waiting.pop(request_id, None)
         if message is not None:
-            self._run_dir.discard(message.latents.latents.file)
+            self._run_dir.discard(message.latents.latents)
 
     def _run(self) -> None:
         while True:
@@ -64,7 +64,7 @@ class PreviewRenderer:
         except (ServingError, OSError):
             logger.exception("a preview was not made", extra=fields(request_id=message.request_id))
             with contextlib.suppress(ServingError):
-                self._run_dir.discard(message.latents.latents.file)
+                self._run_dir.discard(message.latents.latents)
             return None
         return PreviewRendered(
             request_id=message.request_id,

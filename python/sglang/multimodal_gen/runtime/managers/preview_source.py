@@ -92,7 +92,7 @@ class PreviewSource:
             leaving.arrived.synchronize()
         view = leaving.view
         try:
-            latents = self._run_dir.put(leaving.latents.numpy())
+            latents = self._run_dir.send(leaving.latents.numpy())
         except StorageError as error:
             logger.warning("a preview is left out: %s", error, extra=fields(request_id=leaving.request_id))
             return

@@ -91,7 +91,7 @@ class Previews:
         """A worker gave what a preview is made of."""
         record = self._requests.get(message.request_id)
         if record is None or record.cursor is None:
-            self._ledger.run_dir.discard(message.latents.file)
+            self._ledger.run_dir.discard(message.latents)
             return
         self._ledger.add(message.request_id, message.latents)
         self._output.send(RenderPreview(latents=message, params=record.params))

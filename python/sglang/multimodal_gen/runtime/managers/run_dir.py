@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _PREFIX = "sglang-run-"
 _LOCK = "lock"
 _SHARED_MEMORY = Path("/dev/shm")
+_MAX_CONTENT_BYTES = 64 * 2**10  # up to here a copy through a socket is faster than a file
 _YOUNG_SECONDS = 30.0  # a server may be between creating a directory and its lock file
 _LOCK_SECONDS = 2.0  # or between creating the lock file and locking it
 
@@ -84,6 +85,12 @@ class RunDir:
             np.frombuffer(view, dtype=array.dtype).reshape(array.shape)[...] = array
         return MappedArray(file=file, shape=tuple(int(n) for n in array.shape), dtype=array.dtype.str)
 
+    def send(self, array: np.ndarray) -> MappedArray:
+        """`array` for one receiver, which calls `take`: in the message itself where it is small. Raises as `put`."""
+        if array.nbytes > _MAX_CONTENT_BYTES:
+            return self.put(array)
+        return MappedArray(shape=array.shape, dtype=array.dtype.str, content=array.tobytes())
+
     def allocate(self, shape: tuple[int, ...], dtype: str) -> tuple[MappedArray, np.ndarray]:
         """A file to be filled in place, and the array over it."""
         import numpy as np
@@ -107,9 +114,11 @@ class RunDir:
         return msgspec.structs.replace(ref, file=name)
 
     def take(self, ref: MappedArray) -> np.ndarray:
-        """Map the file and unlink it; the memory lives as long as the array."""
+        """Map the file and unlink it; the memory lives as long as the array. Raises StorageError when it is gone."""
+        if ref.content is not None:
+            return self._as_array(ref, bytearray(ref.content))
         array = self._map(ref, mmap.ACCESS_WRITE)
-        self.discard(ref.file)
+        self.discard(ref)
         return array
 
     def map(self, ref: MappedArray) -> np.ndarray:
@@ -117,23 +126,28 @@ class RunDir:
         return self._map(ref, mmap.ACCESS_COPY)
 
     def _map(self, ref: MappedArray, access: int) -> np.ndarray:
+        with self._find(ref.file).open("r+b") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            return self._as_array(ref, mmap.mmap(stream.fileno(), size, access=access) if size else b"")
+
+    @staticmethod
+    def _as_array(ref: MappedArray, content: mmap.mmap | bytearray | bytes) -> np.ndarray:
         import numpy as np
 
         kind = np.dtype(ref.dtype)
-        size = math.prod(ref.shape) * kind.itemsize
-        with self._find(ref.file).open("r+b") as stream:
-            actual = os.fstat(stream.fileno()).st_size
-            if actual < size:
-                raise StorageError("an array between two processes was cut short")
-            view = mmap.mmap(stream.fileno(), size, access=access) if size else b""
-        return np.frombuffer(view, dtype=kind).reshape(ref.shape)
+        count = math.prod(ref.shape)
+        if len(content) < count * kind.itemsize:
+            raise StorageError("an array between two processes was cut short")
+        return np.frombuffer(content, dtype=kind, count=count).reshape(ref.shape)
 
-    def discard(self, file: str) -> None:
+    def discard(self, ref: MappedArray) -> None:
         """Unlink a file that nobody will map; it may be gone already. Raises StorageError for what is no such name."""
-        _check_name(file)
+        if ref.content is not None:
+            return
+        _check_name(ref.file)
         for directory in (self.fast, self.base):
             if directory is not None:
-                (directory / file).unlink(missing_ok=True)
+                (directory / ref.file).unlink(missing_ok=True)
 
     def exists(self, file: str) -> bool:
         """Whether nobody has mapped the file yet."""

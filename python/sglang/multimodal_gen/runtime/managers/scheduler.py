@@ -512,7 +512,7 @@ class Scheduler:
     def _on_chunk(self, message: OutputChunk) -> None:
         record = self.requests.get(message.request_id)
         if record is None or not record.needs_pixels:
-            self.run_dir.discard(message.frames.file)
+            self.run_dir.discard(message.frames)
             return
         self.ledger.add(message.request_id, message.frames)
         self.output.send(
@@ -527,7 +527,7 @@ class Scheduler:
     def _on_latents(self, message: LatentsReady) -> None:
         record = self.requests.get(message.request_id)
         if record is None:
-            self.run_dir.discard(message.latents.file)
+            self.run_dir.discard(message.latents)
             return
         self.ledger.add(message.request_id, message.latents)
         record.latents = message.latents
@@ -549,7 +549,7 @@ class Scheduler:
         if record is None or record.cursor is None:
             for array in (message.frames, message.encoded):
                 if array is not None:
-                    self.run_dir.discard(array.file)
+                    self.run_dir.discard(array)
             self.output.remove(message)
             return
         self.ledger.add(message.request_id, message.frames, message.encoded)

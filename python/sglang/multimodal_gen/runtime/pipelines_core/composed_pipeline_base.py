@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +56,10 @@ Report = Callable[[str], None]
 
 def _ignore(_: str) -> None:
     """Tells nobody."""
+
+
+# How old the reading of the free memory may be that a new request is checked against: it takes a millisecond on a CPU.
+_BUDGET_SECONDS = 0.05
 
 
 class ComposedPipelineBase:
@@ -111,6 +116,7 @@ class ComposedPipelineBase:
         self._stage_order = {name: index for index, name in enumerate(names)}
         self.meter = meter_for(self.device)
         self._loaded_bytes = self.meter.allocated_bytes()
+        self._budget, self._budget_time = 0, -math.inf
 
     # What a family says
 
@@ -329,7 +335,9 @@ class ComposedPipelineBase:
 
     def _check_memory(self, req: Req) -> None:
         needed = max((phase.peak_bytes + phase.held_bytes for phase in req.phases), default=0)
-        free = self.budget_bytes()
+        if time.monotonic() - self._budget_time > _BUDGET_SECONDS:
+            self._budget, self._budget_time = self.budget_bytes(), time.monotonic()
+        free = self._budget
         if needed > free:
             size = f"{req.params.width}x{req.params.height} with {req.params.num_frames} frames"
             raise InsufficientMemory(needed_bytes=needed, free_bytes=free, size=size)

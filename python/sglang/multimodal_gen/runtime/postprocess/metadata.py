@@ -10,6 +10,7 @@ Where the parameters are, as JSON, and the prompt in plain text for other progra
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -35,11 +36,15 @@ _GIF_LOOP_BYTES = 19
 
 def file_metadata(recorded: Metadata, *, model: str) -> dict[str, Any]:
     """What a file is to say: the parameters, then the model's name and this software with its version."""
+    return {**recorded, "model": model, "software": _software()}
+
+
+@functools.cache
+def _software() -> str:
     try:
-        software = f"{_DISTRIBUTION} {version(_DISTRIBUTION)}"
+        return f"{_DISTRIBUTION} {version(_DISTRIBUTION)}"
     except PackageNotFoundError:  # run from a checkout that was never installed
-        software = _DISTRIBUTION
-    return {**recorded, "model": model, "software": software}
+        return _DISTRIBUTION
 
 
 def png_chunks(metadata: Metadata) -> PngInfo:

@@ -105,11 +105,18 @@ class OutputWriter:
         for still in self._stills.values():
             still.take(first_frame, frames)
 
+    def close_unnamed(self) -> bytes:
+        """Finish the output and give back what is in it; no file stays."""
+        with self._storage_errors():
+            self._finish()
+            content = Path(self._files[self._ending].path).read_bytes()
+        self._discard_files()
+        return content
+
     def close(self) -> SavedFiles:
         """Finish the files and give them their names: the output's last, so that who sees it sees the others."""
-        assert self._written == self._num_frames, f"{self._written} of {self._num_frames} frames came"
         with self._storage_errors():
-            self._encoder.close()
+            self._finish()
             for kind, still in self._stills.items():
                 still.save(self._files[kind.ending].path)
             published = self._storage.publish(self._files, self._stem, overwrite=self._overwrite)
@@ -122,6 +129,10 @@ class OutputWriter:
             stored={names[ending]: file for ending, file in published.stored.items()},
             upload_seconds=published.upload_seconds,
         )
+
+    def _finish(self) -> None:
+        assert self._written == self._num_frames, f"{self._written} of {self._num_frames} frames came"
+        self._encoder.close()
 
     def abort(self) -> None:
         """Leave nothing behind. Harmless after `close`."""

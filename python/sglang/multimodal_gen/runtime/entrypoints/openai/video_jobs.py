@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import math
 import re
 import secrets
 import time
@@ -19,6 +18,7 @@ import msgspec
 
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import (
+    DeadlineExceeded,
     EngineStopped,
     ErrorInfo,
     InternalError,
@@ -32,6 +32,7 @@ from sglang.multimodal_gen.runtime.entrypoints.engine_client import raise_if_ter
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import NO_INPUTS, DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, JobSettings
 from sglang.multimodal_gen.runtime.entrypoints.openai.job_keeper import JobKeeper
+from sglang.multimodal_gen.runtime.entrypoints.openai.job_shelf import JobShelf
 from sglang.multimodal_gen.runtime.entrypoints.openai.kept_inputs import load_inputs, save_inputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.keys import NOBODY, Caller
 from sglang.multimodal_gen.runtime.entrypoints.openai.results import Results
@@ -62,11 +63,7 @@ Order = Literal["asc", "desc"]
 
 
 class VideoJobs:
-    """All jobs of this server. What is kept of them is on disk before anybody hears of it.
-
-    At most `capacity` jobs and `max_output_bytes` of results: beyond that the oldest finished ones go, as do those
-    whose lifetime is over.
-    """
+    """All jobs of this server. What is kept of them is on disk before anybody hears of it."""
 
     def __init__(self, engine: Engine, state: StateDir, settings: JobSettings, results: Results) -> None:
         """Raises StorageError when the database of jobs cannot be used."""
@@ -76,10 +73,9 @@ class VideoJobs:
         self._results = results
         self._directory = state.files / "videos"
         self._keeper = JobKeeper(state.jobs)
-        self._jobs: dict[str, VideoJob] = {}  # in order of creation
+        self._jobs = JobShelf(capacity=settings.capacity, max_output_bytes=settings.max_output_bytes)
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._next_expiry = math.inf
         self.feeds = JobFeeds(engine)
         self._webhooks = None if settings.webhook is None else Webhooks(settings.webhook, self._webhook_settled)
 
@@ -89,7 +85,7 @@ class VideoJobs:
         """Find the jobs of the server before this one and go on with them; returns the replies that told of them."""
         self._directory.mkdir(mode=0o700, exist_ok=True)
         jobs, replies = await self._keeper.load()
-        self._jobs = {job.id: msgspec.structs.replace(job, eta_s=None, queue_position=None) for job in jobs}
+        self._jobs.load(msgspec.structs.replace(job, eta_s=None, queue_position=None) for job in jobs)
         await asyncio.to_thread(self._remove_strangers)
         unfinished = [job for job in jobs if not job.is_final]
         if unfinished:
@@ -133,7 +129,7 @@ class VideoJobs:
 
     async def _sweep(self) -> None:
         while True:
-            self._forget_old()
+            self._forget(self._jobs.excess())
             await asyncio.sleep(_SWEEP_S)
 
     # -- what clients do --
@@ -157,7 +153,8 @@ class VideoJobs:
             StorageError: the job cannot be kept.
             ServingError: the engine refused the request.
         """
-        self._make_room()
+        self._forget(self._jobs.excess())
+        self._forget(self._jobs.crowded())
         job = self._new_job(params, model=model, inputs=inputs)
         job = msgspec.structs.replace(
             job, safety_identifier=safety_identifier, remixed_from=remixed_from, owner=owner.id or ""
@@ -165,13 +162,13 @@ class VideoJobs:
         try:
             await self._keep_inputs(job, inputs)
             await self._keeper.insert(job, reply_for(job))
-            events = await self._submit(job, inputs)
+            events = await self._submit(job, inputs, job.params)
             first = await anext(events)
             raise_if_terminal(first)
         except BaseException:
             await asyncio.shield(self._discard(job))
             raise
-        self._jobs[job.id] = job
+        self._jobs.put(job)
         self._apply(job.id, first)
         self._watchers[job.id] = asyncio.create_task(self._watch(job.id, events))
         return job
@@ -211,7 +208,7 @@ class VideoJobs:
 
     def get(self, job_id: str, viewer: Caller = NOBODY) -> VideoJob:
         """The job as it is now, if it is the viewer's to see. Raises VideoNotFound."""
-        self._forget_expired()
+        self._forget(self._jobs.excess())
         job = self._jobs.get(job_id) if _ID.fullmatch(job_id) else None
         if job is None or not _may_see(viewer, job):
             raise VideoNotFound(job_id)
@@ -225,11 +222,12 @@ class VideoJobs:
         Raises:
             InvalidValue: `after` is no job's id (code `invalid_cursor`).
         """
-        self._forget_expired()
+        self._forget(self._jobs.excess())
         jobs: Iterable[VideoJob] = self._jobs.values() if order == "asc" else reversed(self._jobs.values())
         jobs = (job for job in jobs if _may_see(viewer, job))
         if after is not None:
-            if after not in self._jobs or not _may_see(viewer, self._jobs[after]):
+            last = self._jobs.get(after)
+            if last is None or not _may_see(viewer, last):
                 raise InvalidValue("after", after, "the id of a video in the list", code="invalid_cursor")
             jobs = itertools.islice(itertools.dropwhile(lambda job: job.id != after, jobs), 1, None)
         page = list(itertools.islice(jobs, limit + 1))
@@ -252,7 +250,7 @@ class VideoJobs:
             self.feeds.publish(
                 msgspec.structs.replace(job, status="failed", completed_at=int(time.time()), error=deleted)
             )
-        self._jobs.pop(job_id, None)  # from here on nobody finds it; its watcher removes what may still be written
+        self._jobs.pop(job_id)  # from here on nobody finds it; its watcher removes what may still be written
         watcher = self._watchers.get(job_id)
         if watcher is not None:
             await self._engine.cancel(job_id)
@@ -293,23 +291,27 @@ class VideoJobs:
 
     # -- the engine --
 
-    async def _submit(self, job: VideoJob, inputs: DecodedInputs) -> AsyncIterator[RequestEvent]:
+    async def _submit(
+        self, job: VideoJob, inputs: DecodedInputs, params: SamplingParams
+    ) -> AsyncIterator[RequestEvent]:
         async with self._engine.stored(inputs) as media:
-            return aiter(await self._engine.submit(job.params, request_id=job.id, inputs=media, durable=True))
+            return aiter(await self._engine.submit(params, request_id=job.id, inputs=media, durable=True))
 
     async def _watch(self, job_id: str, events: AsyncIterator[RequestEvent] | None) -> None:
         """Follow a job to its end, from engine to engine; without `events` it is handed over first.
 
         Whatever happens here, the job ends: clients poll until it does.
         """
-        created = self._jobs[job_id]
+        created = job = self._jobs.get(job_id)
+        assert created is not None, "a job is watched from its creation on"
         try:
-            while job_id in self._jobs and not self._jobs[job_id].is_final:
-                events = await self._again(self._jobs[job_id]) if events is None else events
+            while job is not None and not job.is_final:
+                events = await self._again(job) if events is None else events
                 if not await self._follow(job_id, events):
                     return
                 events = None
                 await asyncio.sleep(_RETRY_S)
+                job = self._jobs.get(job_id)
         except ServingError as error:
             self._end(job_id, error.info())
         except Exception:
@@ -322,7 +324,7 @@ class VideoJobs:
 
     async def _again(self, job: VideoJob) -> AsyncIterator[RequestEvent]:
         inputs = await asyncio.to_thread(load_inputs, self._inputs_of(job.id)) if job.has_inputs else NO_INPUTS
-        return await self._submit(job, inputs)
+        return await self._submit(job, inputs, _rest_of(job))
 
     async def _follow(self, job_id: str, events: AsyncIterator[RequestEvent]) -> bool:
         """The events of one engine; whether the job is to be handed to the next one."""
@@ -348,8 +350,7 @@ class VideoJobs:
                 self._become(job_id, queue_position=event.position, eta_s=event.eta_s)
             case Started():
                 running: dict[str, Any] = {"status": "in_progress", "notes": event.notes, "queue_position": None}
-                self._become(job_id, **running, started_at=job.started_at or int(time.time()))
-                self._keeper.update(self._jobs[job_id])
+                self._become(job_id, **running, started_at=job.started_at or int(time.time()), kept=True)
             case Progress():
                 percent = max(job.progress, min(99, int(event.fraction * 100)))
                 self._become(job_id, status="in_progress", progress=percent, eta_s=event.eta_s, queue_position=None)
@@ -382,10 +383,8 @@ class VideoJobs:
         self._finish(job_id, status="failed", error=error)
 
     def _finish(self, job_id: str, **changes: Any) -> None:
-        if job_id not in self._jobs:
-            return
         now = int(time.time())
-        self._become(
+        job = self._become(
             job_id,
             **changes,
             eta_s=None,
@@ -393,18 +392,24 @@ class VideoJobs:
             completed_at=now,
             expires_at=now + round(self._settings.lifetime_s),
             webhook="none" if self._webhooks is None else "due",
+            kept=True,
         )
-        job = self._jobs[job_id]
-        self._keeper.update(job)
-        self._inputs_of(job_id).unlink(missing_ok=True)
-        self._tell(job)
-        self._forget_old()
-
-    def _become(self, job_id: str, **changes: Any) -> None:
-        job = self._jobs.get(job_id)
         if job is not None:
-            self._jobs[job_id] = msgspec.structs.replace(job, **changes)
-            self.feeds.publish(self._jobs[job_id])
+            self._inputs_of(job_id).unlink(missing_ok=True)
+            self._tell(job)
+            self._forget(self._jobs.excess())
+
+    def _become(self, job_id: str, *, kept: bool = False, **changes: Any) -> VideoJob | None:
+        """The changed job, told to whoever watches it and with `kept` to the disk; None when it is deleted."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            return None
+        job = msgspec.structs.replace(job, **changes)
+        self._jobs.put(job)
+        self.feeds.publish(job)
+        if kept:
+            self._keeper.update(job)
+        return job
 
     # -- webhooks --
 
@@ -413,42 +418,24 @@ class VideoJobs:
             self._webhooks.tell(job)
 
     def _webhook_settled(self, job: VideoJob, sent: bool) -> None:
-        self._become(job.id, webhook="sent" if sent else "given_up")
-        if job.id in self._jobs:
-            self._keeper.update(self._jobs[job.id])
+        self._become(job.id, webhook="sent" if sent else "given_up", kept=True)
 
-    # -- room --
+    def _forget(self, jobs: Iterable[VideoJob]) -> None:
+        for job in jobs:
+            self._jobs.pop(job.id)
+            self._remove_all(job)
+            self._keeper.forget(job.id)
 
-    def _make_room(self) -> None:
-        """For one more job. Raises QueueFull."""
-        self._forget_old()
-        while len(self._jobs) >= self._settings.capacity:
-            oldest = next((job for job in self._jobs.values() if job.is_final), None)
-            if oldest is None:
-                raise QueueFull(self._settings.capacity, option="max-jobs")
-            self._forget(oldest)
 
-    def _forget_old(self) -> None:
-        """Jobs whose time is over, and the oldest ones while results take more than their room."""
-        now = time.time()
-        final = [job for job in self._jobs.values() if job.is_final]
-        total, self._next_expiry = sum(job.num_bytes for job in final), math.inf
-        for job in final:
-            expires_at = math.inf if job.expires_at is None else job.expires_at
-            if total > self._settings.max_output_bytes or expires_at <= now:
-                total -= job.num_bytes
-                self._forget(job)
-            else:
-                self._next_expiry = min(self._next_expiry, expires_at)
-
-    def _forget_expired(self) -> None:
-        if time.time() >= self._next_expiry:
-            self._forget_old()
-
-    def _forget(self, job: VideoJob) -> None:
-        del self._jobs[job.id]
-        self._remove_all(job)
-        self._keeper.forget(job.id)
+def _rest_of(job: VideoJob) -> SamplingParams:
+    """The request, with what is left of its time. Raises DeadlineExceeded when nothing is."""
+    deadline_s = job.params.deadline_s
+    if deadline_s is None:
+        return job.params
+    seconds_left = job.created_at + 1 + deadline_s - time.time()  # created_at is rounded down
+    if seconds_left <= 0:
+        raise DeadlineExceeded(deadline_s)
+    return dataclasses.replace(job.params, deadline_s=seconds_left)
 
 
 def _may_see(viewer: Caller, job: VideoJob) -> bool:
