@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import signal
 import subprocess
 import sys
@@ -106,14 +107,30 @@ def test_jobs_go_on_after_every_process_was_killed(tmp_path: Path, undisturbed: 
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-@pytest.mark.parametrize("victim", ["http_main", "managers.scheduler"])
-def test_jobs_go_on_when_one_process_is_killed(tmp_path: Path, victim: str, undisturbed: dict[int, bytes]) -> None:
-    with running_server(command(tmp_path)) as server:
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [("http_main", signal.SIGKILL), ("managers.scheduler", signal.SIGSTOP)],
+    ids=["http", "scheduler"],
+)
+def test_jobs_go_on_when_one_process_ends(
+    tmp_path: Path, victim: str, number: signal.Signals, undisturbed: dict[int, bytes]
+) -> None:
+    """A process that is stopped and does not end is one that has died."""
+    with running_server(command(tmp_path)) as server, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        body = {"prompt": "a red circle", "size": "64x64", "num_inference_steps": 1000}
+        image = pool.submit(httpx.post, f"{server.url}/v1/images/generations", json=body, timeout=60)
         video_id = create(server.url, seed=1)
         wait_until(lambda: video(server.url, video_id)["progress"] >= 20, "a fifth of the video")
+        assert httpx.get(f"{server.url}/server_info").json()["queue"]["running"] == 2, image
         children = psutil.Process(server.process.pid).children()
         [process] = [child for child in children if any(victim in part for part in child.cmdline())]
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(number)
+        if victim == "http_main":
+            assert isinstance(image.exception(), httpx.TransportError), "its connection has gone"
+        else:
+            assert image.result().status_code == 503
+            assert image.result().json()["error"]["code"] == "engine_stopped"
+            assert httpx.get(f"{server.url}/health").status_code == 503
 
         def completed() -> bool:
             try:
@@ -126,7 +143,7 @@ def test_jobs_go_on_when_one_process_is_killed(tmp_path: Path, victim: str, undi
 
 
 def test_a_server_that_is_told_to_end_saves_what_runs(tmp_path: Path, undisturbed: dict[int, bytes]) -> None:
-    options = ("--checkpoint-every", "0")  # nothing but the end makes it save
+    options = ("--checkpoint-every", "0", "--shutdown-grace-s", "0.1")  # nothing but the end makes it save
     with running_server([*command(tmp_path), *options]) as server:
         video_id = create(server.url, seed=1)
         wait_until(lambda: video(server.url, video_id)["progress"] >= 30, "a third of the video")
@@ -136,6 +153,19 @@ def test_a_server_that_is_told_to_end_saves_what_runs(tmp_path: Path, undisturbe
         assert content(server.url, video_id) == undisturbed[1]
     [finished] = [line for line in server.log if video_id in line and "finished:" in line]
     assert int(finished.split("finished: ")[1].split(" steps")[0]) < STEPS
+
+
+def test_a_video_that_is_nearly_done_is_finished_before_the_server_ends(tmp_path: Path) -> None:
+    with running_server([*command(tmp_path), "--shutdown-grace-s", "60", "--batching-max-size", "1"]) as server:
+        video_id = create(server.url, seed=1)
+        queued = create(server.url, seed=2, num_inference_steps=1000)
+        wait_until(lambda: video(server.url, video_id)["progress"] >= 60, "most of the video")
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 50, "it waited for a video that would not be done in time"
+    with server_to_be_killed(tmp_path) as (server, kill):
+        assert video(server.url, video_id)["status"] == "completed"
+        assert video(server.url, queued)["status"] in ("queued", "in_progress")
+        kill()
 
 
 def test_a_second_server_on_the_same_directory_is_refused(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     EngineStarted,
     Message,
     SchedulerLost,
+    StopEngine,
     StopServing,
     encode,
 )
@@ -59,6 +60,9 @@ _MODULES = {
 }
 _STOP_ORDER = ("http", "scheduler", "output")
 _STOP_GRACE_S = {"http": 5.0, "scheduler": 5.0, "output": 1.0}
+_LOOK_S = 0.2  # how often the processes are looked at, when none of them ends
+_STOPPED_S = 0.4  # a process that a signal has stopped for longer is as good as dead
+_SILENCE_S = 20.0  # the scheduler tells of itself several times a second
 _MAX_RESTARTS = 3
 _RESTART_WINDOW_S = 60.0
 # What the HTTP process may take beyond the grace time of its requests, to answer those that were not done.
@@ -78,6 +82,9 @@ class Supervisor:
     children: dict[str, ChildProcess] = field(default_factory=dict)
     restarts: list[float] = field(default_factory=list)
     config: EngineConfig | None = None
+    stopped_since: dict[str, float] = field(default_factory=dict)
+    scheduler_heard: float = 0.0
+    drain_ends: float = 0.0
 
     def run(self, run_dir: OwnedRunDir, stop: StopSignal) -> int:
         """Until a stop signal; 0 after an orderly stop, 1 when processes kept dying."""
@@ -91,6 +98,7 @@ class Supervisor:
         healthy = True
         try:
             while healthy and not stop.wait(self._child_fds()):
+                self._kill_the_silent()
                 healthy = all(self._replace(name) for name in _STOP_ORDER if self._is_dead(name))
             if healthy:
                 self._drain(stop)
@@ -104,9 +112,27 @@ class Supervisor:
         if name == "http" and self.http_socket:
             fds = (self.http_socket.fileno(), *(() if self.state_lock is None else (self.state_lock,)))
         self.children[name] = ChildProcess(_MODULES[name], config=self.config.to_bytes(), pass_fds=fds, nice_name=name)
+        if name == "scheduler":
+            self.scheduler_heard = time.monotonic()
 
     def _child_fds(self) -> list[int]:
         return [child.connection.fileno() for child in self.children.values()]
+
+    def _kill_the_silent(self) -> None:
+        """Those who live and do nothing: they are replaced as those are who died."""
+        now = time.monotonic()
+        scheduler = self.children.get("scheduler")
+        if scheduler is not None and scheduler.drain():
+            self.scheduler_heard = now
+        elif scheduler is not None and now - self.scheduler_heard > _SILENCE_S:
+            logger.error("the scheduler (pid %d) has been silent for %.0f s", scheduler.pid, now - self.scheduler_heard)
+            scheduler.kill()
+        for name, child in self.children.items():
+            if not child.is_stopped():
+                self.stopped_since.pop(name, None)
+            elif now - self.stopped_since.setdefault(name, now) >= _STOPPED_S:
+                logger.error("the %s process (pid %d) was stopped by a signal", name, child.pid)
+                child.kill()
 
     def _is_dead(self, name: str) -> bool:
         child = self.children.get(name)
@@ -151,8 +177,10 @@ class Supervisor:
         http = self.children.get("http")
         if http is None or not http.send(encode(StopServing())):
             return
-        deadline = time.monotonic() + self.args.http.shutdown_grace_s + _BEYOND_GRACE_S
+        self.drain_ends = time.monotonic() + self.args.http.shutdown_grace_s
+        deadline = self.drain_ends + _BEYOND_GRACE_S
         while http.is_alive() and not stop.urgent and time.monotonic() < deadline:
+            self._kill_the_silent()
             if self._is_dead("scheduler"):
                 self.children.pop("scheduler").close(grace_s=0)
                 error = EngineStopped("the scheduler process died").info()
@@ -164,8 +192,15 @@ class Supervisor:
     def _stop_all(self, stop: StopSignal) -> None:
         for name in _STOP_ORDER:
             child = self.children.pop(name, None)
-            if child is not None:
-                child.close(grace_s=0 if stop.urgent else _STOP_GRACE_S[name])
+            if child is None:
+                continue
+            grace_s = _STOP_GRACE_S[name]
+            if name == "scheduler":
+                # What is left of the grace time goes to jobs: their step ends and their state is saved.
+                left = max(0.0, self.drain_ends - time.monotonic())
+                child.send(encode(StopEngine(saving_s=left)))
+                grace_s += left
+            child.close(grace_s=0 if stop.urgent else grace_s, hurry=lambda: stop.urgent)
 
 
 class StopSignal:
@@ -187,7 +222,7 @@ class StopSignal:
 
     def pause(self, child_fds: list[int]) -> None:
         """Sleep until a signal or a child's end of file, for a moment at most."""
-        ready, _, _ = select.select([self._read, *child_fds], [], [], 1.0)
+        ready, _, _ = select.select([self._read, *child_fds], [], [], _LOOK_S)
         with contextlib.suppress(BlockingIOError):
             os.read(self._read, 4096)
         if ready:
@@ -198,7 +233,7 @@ class StopSignal:
         if self.requested:
             return True
         watched = [self._read, *child_fds, *([self._parent.fileno()] if self._parent else [])]
-        ready, _, _ = select.select(watched, [], [], 1.0)
+        ready, _, _ = select.select(watched, [], [], _LOOK_S)
         with contextlib.suppress(BlockingIOError):
             os.read(self._read, 4096)
         if self._parent is not None and self._parent.fileno() in ready:

@@ -2,7 +2,8 @@
 
 Registered with `register_configs`, in place of the package's own. `sleep-MS` (in every unit), `fail`, `fail-shared`
 (only in company), `bug`, `crash` (an error that is not ours and quotes the prompt), `die`, `die-once-FILE` (while FILE
-does not exist), `hang`, `oom`, `oom-shared` (only in company), `oom-large` (until the request is planned with less).
+does not exist), `hang`, `gpu-lost` (the device fails), `oom`, `oom-shared` (only in company), `oom-large` (until the
+request is planned with less).
 `die-at-K-FILE` dies at unit K once. `holds-N` makes the request hold N of the 1,000 GiB that the family says there are.
 `key-NAME` keeps its forwards apart from those of another name. With `noise-until-FILE` the frames are noise, which has
 its size in a file, and the last ones come when FILE exists.
@@ -100,6 +101,8 @@ def cause_fault(word: str, batch_size: int) -> None:
         if not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+    elif word == "gpu-lost":
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with ...")
     elif word == "hang":
         time.sleep(3600)
 

@@ -339,6 +339,14 @@ def test_a_request_that_kills_every_worker_fails_after_two_and_the_next_one_runs
     assert one(engine.generate({"prompt": "x"})).metrics["attempts"] == 1
 
 
+def test_a_device_that_fails_is_a_lost_worker_and_the_reason_is_told(engine: DiffGenerator) -> None:
+    reason = r"the worker was lost 2 times .*, its device failed: CUDA error: an illegal memory access was encountered$"
+    with pytest.raises(RemoteError, match=reason) as caught:
+        engine.generate({"prompt": "gpu-lost"})
+    assert caught.value.code == "poison_request"
+    assert one(engine.generate({"prompt": "x"})).metrics["attempts"] == 1
+
+
 def test_a_stuck_unit_is_noticed_against_its_learned_time(engine: DiffGenerator) -> None:
     engine.generate({"prompt": "x"})  # learns this shape: microseconds, so the deadline is the 5 s of slack
     begin = time.monotonic()

@@ -77,6 +77,7 @@ def _job_settings(config: EngineConfig) -> JobSettings:
         lifetime_s=storage.job_lifetime_h * 3600,
         max_output_bytes=round(storage.max_output_gib * 2**30),
         webhook=webhook,
+        outlive=storage.state_dir is not None,
     )
 
 

@@ -103,6 +103,7 @@ def create_app(engine: Engine, settings: HttpSettings) -> FastAPI:
     app.key_paths = None if settings.api_keys else ADMIN_PATHS
     app.state.draining = asyncio.Event()
     lifecycle = app.state.lifecycle = Lifecycle()
+    lifecycle.on_drain.append(videos.jobs.drain)
     metrics = HttpMetrics()
     app.add_middleware(Gate, settings=settings, lifecycle=lifecycle)
     app.add_middleware(RequestFrame, metrics=metrics, lifecycle=lifecycle)

@@ -13,9 +13,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
+
+_LOOK_S = 0.1  # how often a wait for a child looks whether it is to go on
 
 
 class ChildProcess:
@@ -44,6 +48,28 @@ class ChildProcess:
         """Whether the process runs; reaps it when it does not."""
         return self.process.poll() is None
 
+    def is_stopped(self) -> bool:
+        """Whether a signal has stopped the process (SIGSTOP): it lives and does nothing. Linux only."""
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return False
+        return stat.rpartition(")")[2].split()[0] == "T"
+
+    def drain(self) -> bool:
+        """Read away what the child has sent; whether there was anything."""
+        heard = False
+        with contextlib.suppress(EOFError, OSError):
+            while self.connection.poll(0):
+                self.connection.recv_bytes()
+                heard = True
+        return heard
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        self.process.kill()
+        self.process.wait()
+
     def send(self, payload: bytes) -> bool:
         """Send one message; False when the child is gone."""
         try:
@@ -61,14 +87,17 @@ class ChildProcess:
             return f"ended by {signal.Signals(-code).name}"
         return f"exited with status {code}"
 
-    def close(self, *, grace_s: float) -> None:
-        """Close the pipe, wait, then SIGKILL. A stopped process (SIGSTOP) dies of SIGKILL as well."""
+    def close(self, *, grace_s: float, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Close the pipe, wait until `hurry`, then SIGKILL. A stopped process (SIGSTOP) dies of SIGKILL as well."""
         self._hang_up()
-        try:
-            self.process.wait(timeout=grace_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        deadline = time.monotonic() + grace_s
+        while self.is_alive():
+            left = deadline - time.monotonic()
+            if left <= 0 or hurry():
+                self.kill()
+                return
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=min(left, _LOOK_S))
 
     def _hang_up(self) -> None:
         """End of file for the child, also while another thread of ours waits in a read, which a close would not end."""

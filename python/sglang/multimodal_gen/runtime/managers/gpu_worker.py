@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
 import threading
 import time
@@ -37,6 +38,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Message,
     ModelReady,
     OutputChunk,
+    RankLost,
     Release,
     SaveState,
     StopWorker,
@@ -223,11 +225,22 @@ class GPUWorker:
                 self.states.wait(req.request_id)
                 self._send_latents(req)
         except Exception as error:
-            info = _error_info(error, [unit.request_id for unit in units])
+            ids = [unit.request_id for unit in units]
+            self._leave_if_device_lost(error, ids)
+            info = _error_info(error, ids)
         else:
             return []
         # Not in the handler, where the exception still holds what the unit had allocated.
         return self._failures(units, info)
+
+    def _leave_if_device_lost(self, error: Exception, request_ids: list[str]) -> None:
+        from sglang.multimodal_gen.runtime.pipelines_core.memory import is_device_lost  # late: it imports torch
+
+        if not is_device_lost(error):
+            return
+        logger.error("the device failed", exc_info=error, extra=fields(request_ids=request_ids))
+        self.channel.send(RankLost(reason=f"its device failed: {str(error).splitlines()[0]}"))
+        os._exit(1)  # at an orderly exit libraries would wait for the device
 
     def _failures(self, units: tuple[Unit, ...], info: ErrorInfo) -> list[UnitFailure]:
         out_of_memory = info.code == OutOfMemory.code

@@ -400,6 +400,12 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
     allocated_bytes: int | None = None
 
 
+class RankLost(Message, frozen=True, kw_only=True, tag="rank_lost"):
+    """The worker cannot go on, as when its device has failed; it exits. `reason` follows on "the worker was lost"."""
+
+    reason: str
+
+
 class LoadFailed(Message, frozen=True, kw_only=True, tag="load_failed"):
     """The model cannot be loaded; the worker exits."""
 
@@ -517,6 +523,7 @@ FromWorker = (
     | Loading
     | ModelReady
     | LoadFailed
+    | RankLost
     | Admitted
     | AdmitFailed
     | OutputChunk
@@ -648,7 +655,17 @@ class StopServing(Message, frozen=True, kw_only=True, tag="stop_serving"):
     """To the HTTP process: take nothing new, let what runs finish within the grace time, and exit."""
 
 
-SupervisorNote = ClientLost | SchedulerLost | EngineStarted | StopServing
+class StopEngine(Message, frozen=True, kw_only=True, tag="stop_engine"):
+    """To the scheduler, before its pipe closes: so many seconds more than usual it may take to save what runs."""
+
+    saving_s: float
+
+
+SupervisorNote = ClientLost | SchedulerLost | EngineStarted | StopServing | StopEngine
+
+
+class SchedulerAlive(Message, frozen=True, kw_only=True, tag="scheduler_alive"):
+    """To the supervisor, several times a second: the scheduler's loop goes round."""
 
 
 _ENCODER = msgspec.msgpack.Encoder()

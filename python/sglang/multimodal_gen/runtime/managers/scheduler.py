@@ -9,6 +9,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 import msgspec
@@ -64,11 +65,12 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     PreviewTaken,
     ProfileReady,
     Queued,
+    RankLost,
     Release,
     RequestEvent,
     StateSaved,
     StatusRequest,
-    SupervisorNote,
+    StopEngine,
     TickDone,
     ToScheduler,
     WatchRequest,
@@ -80,6 +82,7 @@ from sglang.multimodal_gen.runtime.managers.request_observer import RequestObser
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 from sglang.multimodal_gen.runtime.managers.state_keeper import StateKeeper
+from sglang.multimodal_gen.runtime.managers.supervisor_link import SupervisorLink
 from sglang.multimodal_gen.runtime.managers.waiting_queue import Place, WaitingQueue
 from sglang.multimodal_gen.runtime.managers.warm_up import InputShapes, WarmUp, input_shapes, shape_of
 from sglang.multimodal_gen.runtime.managers.worker_group import WorkerGroup
@@ -99,9 +102,9 @@ _MESSAGES_AT_ONCE = 256
 class Scheduler:
     """One replica's event loop. Every public reaction is `_on_<message>`."""
 
-    def __init__(self, config: EngineConfig, parent: Any) -> None:
+    def __init__(self, config: EngineConfig, parent: Connection) -> None:
         self.config = config
-        self.parent = parent
+        self.parent = SupervisorLink(parent)
         self.run_dir = RunDir.at(config.run_dir)
         self.workers = WorkerGroup(config)
         self.state = EngineState(state="starting")
@@ -130,7 +133,7 @@ class Scheduler:
             self.requests, self._tell, ledger=self.ledger, output=self.output, max_per_second=limit
         )
         self.dispatcher.choose_previews = self.previews.choose
-        self._from_output, self._from_parent = Codec(FromOutput), Codec(SupervisorNote)
+        self._from_output = Codec(FromOutput)
         self._handlers = self._handler_table()
 
     def _bind(self, kind: int, address: str) -> zmq.Socket[bytes]:
@@ -146,6 +149,7 @@ class Scheduler:
             Loading: self._on_loading,
             ModelReady: self._on_model_ready,
             LoadFailed: self._on_load_failed,
+            RankLost: self._on_rank_lost,
             Admitted: self._on_admitted,
             AdmitFailed: self._on_failure,
             OutputChunk: self._on_chunk,
@@ -160,6 +164,7 @@ class Scheduler:
             OutputDone: self._on_output_done,
             OutputFailed: self._on_failure,
             ClientLost: self._on_client_lost,
+            StopEngine: self.states.may_take,
         }
 
     # -- the loop --
@@ -169,6 +174,7 @@ class Scheduler:
         self.workers.start()
         self._set_state("loading", detail="starting the worker")
         while not self.stopping:
+            self.parent.tell_alive()
             ready = self._poll()
             self._read_parent(ready)
             if self.clients.socket in ready:
@@ -202,10 +208,9 @@ class Scheduler:
         if self.parent.fileno() not in ready:
             return
         try:
-            while self.parent.poll(0):
-                note = self._from_parent.decode(self.parent.recv_bytes())
+            for note in self.parent.receive():
                 self._handlers[type(note)](note)
-        except (EOFError, OSError):
+        except EOFError:
             self.stopping = True
 
     def _read_output(self, ready: set[Any]) -> None:
@@ -392,6 +397,9 @@ class Scheduler:
         self._set_state("failed", error=error)
         for request_id in list(self.requests):
             self._end(request_id, Failed(request_id=request_id, error=error), comes_again=True)
+
+    def _on_rank_lost(self, message: RankLost) -> None:
+        self._on_workers_lost(message.reason)
 
     def _on_workers_lost(self, how: str) -> None:
         """A failing rank is a failing replica: replace all of it and requeue what it held. `how`: "" when it died."""

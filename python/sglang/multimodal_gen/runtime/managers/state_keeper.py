@@ -10,7 +10,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from sglang.multimodal_gen.runtime.managers.dispatcher import Dispatcher
-from sglang.multimodal_gen.runtime.managers.messages import SaveState, StateSaved
+from sglang.multimodal_gen.runtime.managers.messages import SaveState, StateSaved, StopEngine
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.worker_group import WorkerGroup
 from sglang.multimodal_gen.runtime.observability.logging_setup import fields
@@ -31,9 +31,14 @@ class StateKeeper:
         self.execution = execution
         self.workers = workers
         self.directory = directory
+        self.saving_s = _LAST_SAVES_S
         self._kept: set[str] = set()
         for leftover in directory.glob(f"{_OF_ONE_ENGINE}*"):  # of a scheduler that died
             leftover.unlink(missing_ok=True)
+
+    def may_take(self, message: StopEngine) -> None:
+        """How much longer the last saves may take: they begin when the running steps have ended."""
+        self.saving_s = _LAST_SAVES_S + message.saving_s
 
     def after_step(self, record: RequestRecord) -> None:
         """A denoising step of the request is done: save its state if it is time."""
@@ -80,7 +85,7 @@ class StateKeeper:
         }
         for request_id in unsaved:
             self.save(requests[request_id])
-        deadline = time.monotonic() + _LAST_SAVES_S
+        deadline = time.monotonic() + self.saving_s
         while unsaved and self.workers.ranks and time.monotonic() < deadline:
             wait([rank.connection for rank in self.workers.ranks], timeout=0.2)
             try:

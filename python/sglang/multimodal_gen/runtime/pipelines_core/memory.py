@@ -36,6 +36,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
+def is_device_lost(error: BaseException) -> bool:
+    """Whether an error says that the device failed: every later call of this process would fail as well."""
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+
+
 def _meminfo(field: str) -> int:
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         name, _, value = line.partition(":")

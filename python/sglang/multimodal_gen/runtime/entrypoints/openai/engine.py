@@ -93,13 +93,15 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class JobSettings:
-    """How many video jobs are kept, how long, in how many bytes, and who is told of their ends."""
+    """How many video jobs are kept, how long, in how many bytes, and who is told of their ends. Jobs that `outlive` the
+    server go on with the next one."""
 
     capacity: int = 10_000
     lifetime_s: float = 7 * 24 * 3600.0
     max_output_bytes: int = 50 * 2**30
     delete_timeout_s: float = 10.0
     webhook: WebhookTarget | None = None
+    outlive: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,6 +95,23 @@ class VideoJobs:
             self._tell(job)
         return replies
 
+    async def drain(self, grace_s: float) -> None:
+        """Wait for those videos that will be complete in that time; where there is no next server, for all of them. The
+        engine saves the others when it ends."""
+        deadline = time.monotonic() + grace_s
+        while (left := deadline - time.monotonic()) > 0:
+            ending = {self._watchers[job.id] for job in self._jobs.values() if self._ends_within(left, job)}
+            if not ending:
+                return
+            await asyncio.wait(ending, timeout=min(left, _RETRY_S))
+
+    def _ends_within(self, seconds: float, job: VideoJob) -> bool:
+        if job.id not in self._watchers:
+            return False
+        return not self._settings.outlive or (
+            job.status == "in_progress" and job.eta_s is not None and job.eta_s <= seconds
+        )
+
     async def close(self) -> None:
         """Stop watching. The engine ends what runs, and the next server goes on with it."""
         tasks = [*self._tasks, *self._watchers.values()]
