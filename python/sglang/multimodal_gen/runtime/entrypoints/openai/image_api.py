@@ -72,7 +72,10 @@ class ImageApi:
         self._replies = IdempotentReplies(lifetime_s=settings.idempotency_lifetime_s)
         self._results = Results(settings.object_store)
         self._store = ImageStore(
-            settings.state.files / "images", capacity=settings.max_images, lifetime_s=settings.image_lifetime_s
+            settings.state.files / "images",
+            capacity=settings.max_images,
+            max_bytes=settings.jobs.max_output_bytes,
+            lifetime_s=settings.image_lifetime_s,
         )
 
     async def generate(self, request: Request) -> Response:

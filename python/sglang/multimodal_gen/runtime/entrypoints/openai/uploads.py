@@ -20,11 +20,11 @@ from sglang.multimodal_gen.errors import (
     InvalidRequest,
     InvalidType,
     InvalidVideo,
-    StorageError,
     TooManyImages,
     UnsupportedParameter,
     UrlNotAllowed,
     VideoTooLarge,
+    storage_error,
 )
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import MAX_IMAGE_BYTES, MAX_MASK_BYTES, MAX_VIDEO_BYTES
 
@@ -76,7 +76,7 @@ class Upload:
         return self._hash.hexdigest()
 
     def write(self, data: bytes) -> None:
-        """The next bytes. Raises ImageTooLarge, VideoTooLarge, InvalidMask, StorageError."""
+        """The next bytes. Raises ImageTooLarge, VideoTooLarge, InvalidMask, InsufficientStorage, StorageError."""
         self._num_bytes += len(data)
         if self._num_bytes > MAX_FILE_BYTES[self.field.kind]:
             raise self.field.too_large()
@@ -84,7 +84,7 @@ class Upload:
         try:
             self.file.write(data)
         except OSError as error:
-            raise StorageError(f"the server cannot store the upload: {error.strerror}") from error
+            raise storage_error("the server cannot store the upload", error) from error
 
     def close(self) -> None:
         """Forget the content."""

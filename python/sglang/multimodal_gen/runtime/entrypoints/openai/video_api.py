@@ -6,6 +6,7 @@ import base64
 import contextlib
 import dataclasses
 import itertools
+import json
 import math
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -51,6 +52,8 @@ from sglang.multimodal_gen.runtime.managers.messages import Preview
 
 _SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 _POLL_AFTER_MS = 500
+# A length is told in milliseconds: what was told is taken back, with a little more for the rounding of floats.
+_TOLERANCE_S = 0.000501
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +167,11 @@ class VideoApi:
             link_engine_requests(request, [job.id])
             return to_json(video_object(job))
 
-        return JsonResponse(await self._replies.once(request, body, start), headers=_poll_headers(done=False))
+        def holds(reply: bytes) -> bool:
+            return self.jobs.holds(json.loads(reply)["id"])
+
+        reply = await self._replies.once(request, body, start, holds=holds)
+        return JsonResponse(reply, headers=_poll_headers(done=False))
 
     def completed(self, request: Request, video_id: str) -> VideoJob:
         """The job, whose result is there. Raises VideoNotFound, VideoFailed, VideoNotReady."""
@@ -192,14 +199,13 @@ class VideoApi:
         """A video's status and progress as server-sent events, from now to its end, and pictures on the way."""
         wanted = _query(request, EventsQuery).previews
         model = self.engine.state.model
-        frames = self._event_frames(
-            self.jobs.get(video_id, caller_of(request)), previews=wanted and model is not None and model.gives_previews
-        )
+        job = self.jobs.get(video_id, caller_of(request))
+        frames = self._event_frames(job.id, previews=wanted and model is not None and model.gives_previews)
         return EventStream(request, frames, heartbeat_s=self.settings.heartbeat_s)
 
-    async def _event_frames(self, job: VideoJob, *, previews: bool) -> AsyncGenerator[bytes, None]:
+    async def _event_frames(self, job_id: str, *, previews: bool) -> AsyncGenerator[bytes, None]:
         numbers = itertools.count()
-        async with self.jobs.feeds.follow(job, previews=previews) as follower:
+        async with self.jobs.feeds.follow(job_id, previews=previews) as follower:
             async for change in follower:
                 content = _preview_event(change) if isinstance(change, Preview) else _job_event(change)
                 yield event_frame({**content, "sequence_number": next(numbers)})
@@ -247,7 +253,8 @@ class VideoApi:
 def frames_for(seconds: str | int | float, sampling: Mapping[str, Any], model: ModelInfo) -> int:
     """Frames of a video whose last frame shows `seconds` after its first: 5 s at 16 fps are 81 frames.
 
-    Between two counts that the model can do it is the lower one; the reply tells the actual time.
+    Between two counts that the model can do it is the lower one; the reply tells the actual time, to the millisecond,
+    and that gives the same count again.
 
     Raises:
         IncompatibleParameters: `num_frames` is given too.
@@ -260,11 +267,11 @@ def frames_for(seconds: str | int | float, sampling: Mapping[str, Any], model: M
     stride, most = model.limits.frame_stride, model.limits.max_frames
     longest = (most - 1) // stride * stride / fps
     number = seconds if not isinstance(seconds, str) else float(seconds) if _SECONDS.fullmatch(seconds) else 0
-    if not 0 < number <= longest:
+    if not 0 < number <= longest + _TOLERANCE_S:
         raise InvalidValue(
             "seconds", seconds, f"a number above 0, up to {_plain(longest)} at {fps} fps", code="invalid_seconds"
         )
-    return math.floor(number * fps / stride) * stride + 1
+    return math.floor((number + _TOLERANCE_S) * fps / stride) * stride + 1
 
 
 def _video_request(
