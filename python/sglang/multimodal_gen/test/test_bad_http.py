@@ -225,7 +225,7 @@ CASES = [
     *(field("B5", "prompt", value, code, path=path) for path in GENERATING for value, code in (
         ("a" * 32_001, "string_above_max_length"), ("\ud800", "invalid_unicode"), ("a\0", "invalid_unicode"))),
     *(field("B6", "size", size, "invalid_size", path=path) for path in GENERATING for size in (
-        "-64x64", "0x64", "64", "axb", "64x64x64", " 64 x 64 ", [64, 64])),
+        "-64x64", "0x64", "8x64", "64", "axb", "64x64x64", " 64 x 64 ", [64, 64])),
     *(field("B7", "size", "65x67", "invalid_size", path=path) for path in GENERATING),
     *(field("B8", name, value, "size_above_maximum", path=path) for path in GENERATING for name, value in (
         ("size", "99999x99999"), ("width", 10**9), ("height", 10**400))),

@@ -210,12 +210,15 @@ def _check_side(value: Any, *, param: str) -> None:
 
 
 def sides(size: str) -> tuple[int, int]:
-    """(width, height) of a checked WIDTHxHEIGHT. Raises SizeTooLarge for sides beyond any model's."""
+    """(width, height) of a checked WIDTHxHEIGHT. Raises SizeTooLarge or InvalidValue for sides beyond any model's."""
     match = _SIZE.fullmatch(size)
     assert match is not None, "the declaration has checked the form"
     width, height = int(match[1]), int(match[2])
+    least = parameters(SamplingParams)["width"].declaration.minimum or 0
     for side in (width, height):
         _check_side(side, param="size")
+        if side < least:
+            raise InvalidValue("size", size, f"sides of at least {int(least)} pixels", code="invalid_size")
     return width, height
 
 

@@ -248,10 +248,10 @@ class VideoApi:
         return JsonResponse({"id": video_id, "object": "video.deleted", "deleted": True})
 
 
-def with_length(sampling: Mapping[str, Any], seconds: str | int | float | None, model: ModelInfo) -> Mapping[str, Any]:
+def with_length(sampling: Mapping[str, Any], seconds: str | int | float | None, model: ModelInfo) -> dict[str, Any]:
     """`sampling` with as many frames as `seconds` are, where they are given. Raises as `frames_for`."""
     if seconds is None:
-        return sampling
+        return dict(sampling)
     return {**sampling, "num_frames": frames_for(seconds, sampling, model)}
 
 

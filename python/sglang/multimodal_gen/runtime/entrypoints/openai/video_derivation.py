@@ -111,7 +111,7 @@ class VideoDerivationApi:
             raise UnsupportedParameter("video", "the model does not go on from an image, so that it extends no video")
         if not extend and not limits.takes_video:
             raise UnsupportedParameter("video", f"the model works from {limits.in_words()}")
-        values = dict(with_length(sampling, wish.seconds, model))
+        values = with_length(sampling, wish.seconds, model)
         if not extend and limits.takes_strength:
             values.setdefault("strength", _STRENGTH)
         check_ahead(values, model=model, images=extend, video=not extend)
