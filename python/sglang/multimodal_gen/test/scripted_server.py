@@ -283,7 +283,8 @@ def error_of(reply: httpx.Response, status: int) -> dict[str, Any]:
     assert reply.status_code == status, reply.text
     error: dict[str, Any] = reply.json()["error"]
     assert reply.json().keys() == {"error"} and error.keys() == {"message", "type", "param", "code"}
-    assert error["type"] == ("invalid_request_error" if status < 500 else "server_error")
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    assert error["type"] == ("rate_limit_error" if status == 429 else kind)
     assert reply.headers["x-request-id"] and reply.headers["content-type"] == "application/json"
     assert "Traceback" not in reply.text and SECRET_PATH not in reply.text
     return error

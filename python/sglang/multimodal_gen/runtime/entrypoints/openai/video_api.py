@@ -17,14 +17,14 @@ from typing import Any, BinaryIO, Literal
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sglang.multimodal_gen.configs.declare import Surface, arg, from_text, hint, parameters
+from sglang.multimodal_gen.configs.declare import Surface, arg, from_text, parameters
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, SamplingParams
 from sglang.multimodal_gen.errors import (
     DuplicateParameter,
     IncompatibleParameters,
     InvalidValue,
-    UnknownParameter,
+    NotOffered,
     VideoFailed,
     VideoNotFound,
     VideoNotReady,
@@ -42,11 +42,12 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.fields import (
 from sglang.multimodal_gen.runtime.entrypoints.openai.frame import keep_private, link_engine_requests
 from sglang.multimodal_gen.runtime.entrypoints.openai.idempotency import IdempotentReplies, identity_of
 from sglang.multimodal_gen.runtime.entrypoints.openai.inputs import InputReader, video_sources
+from sglang.multimodal_gen.runtime.entrypoints.openai.patience import heartbeat_s
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse, error_object, to_json
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import Body, read_json_or_multipart
 from sglang.multimodal_gen.runtime.entrypoints.openai.results import Results
 from sglang.multimodal_gen.runtime.entrypoints.openai.video_jobs import VideoJobs
-from sglang.multimodal_gen.runtime.entrypoints.request_builder import check_output, expand
+from sglang.multimodal_gen.runtime.entrypoints.request_builder import check_ahead, check_output, expand
 from sglang.multimodal_gen.runtime.managers.job_store import KeptReply, VideoJob
 from sglang.multimodal_gen.runtime.managers.messages import Preview
 
@@ -93,7 +94,6 @@ class VideoWish:
     sampling: Mapping[str, Any]
     inputs: DecodedInputs
     model: ModelInfo
-    seconds: str | int | float | None = None
     name: str | None = None
     safety_identifier: str | None = None
     remixed_from: str | None = None
@@ -127,11 +127,14 @@ class VideoApi:
         keep_private(request, private_texts(body))
         wish, sampling = sampling_values(VIDEO_CALL.checked(body, surface=self.surface(request)), VideoFields)
         model = require_model(self.engine, self.settings, wish.model)
+        sampling = with_length(sampling, wish.seconds, model)
+        sources = video_sources(body)
+        if sources:
+            check_ahead(sampling, model=model, images=bool(sources.images), video=sources.video is not None)
         wanted = VideoWish(
             sampling=sampling,
-            inputs=await self.inputs.read(video_sources(body), model, sampling),
+            inputs=await self.inputs.read(sources, model, sampling),
             model=model,
-            seconds=wish.seconds,
             name=wish.model,
             safety_identifier=wish.safety_identifier,
         )
@@ -143,10 +146,7 @@ class VideoApi:
 
     async def start_job(self, request: Request, body: Body, wish: VideoWish) -> Response:
         """Start the job, once for each idempotency key, and tell of it."""
-        sampling = dict(wish.sampling)
-        if wish.seconds is not None:
-            sampling["num_frames"] = frames_for(wish.seconds, sampling, wish.model)
-        params = _video_request(sampling, wish.model, self.surface(request), wish.inputs)
+        params = _video_request(wish.sampling, wish.model, self.surface(request), wish.inputs)
 
         def reply_for(job: VideoJob) -> KeptReply | None:
             identity = identity_of(request, body)
@@ -201,7 +201,7 @@ class VideoApi:
         model = self.engine.state.model
         job = self.jobs.get(video_id, caller_of(request))
         frames = self._event_frames(job.id, previews=wanted and model is not None and model.gives_previews)
-        return EventStream(request, frames, heartbeat_s=self.settings.heartbeat_s)
+        return EventStream(request, frames, heartbeat_s=heartbeat_s(request.headers, self.settings.heartbeat_s))
 
     async def _event_frames(self, job_id: str, *, previews: bool) -> AsyncGenerator[bytes, None]:
         numbers = itertools.count()
@@ -244,10 +244,21 @@ class VideoApi:
             return self.jobs.contact_sheet(job), "jpeg"
         return self.jobs.path(job), str(job.params.output_format)
 
+    async def characters(self, request: Request) -> Response:
+        """OpenAI's calls for characters."""
+        raise NotOffered("path: characters are not offered; describe who is to be seen in the prompt")
+
     async def delete(self, request: Request, video_id: str) -> Response:
         """Delete a video and its bytes; one that runs is cancelled."""
         await self.jobs.delete(video_id, caller_of(request))
         return JsonResponse({"id": video_id, "object": "video.deleted", "deleted": True})
+
+
+def with_length(sampling: Mapping[str, Any], seconds: str | int | float | None, model: ModelInfo) -> dict[str, Any]:
+    """`sampling` with as many frames as `seconds` are, where they are given. Raises as `frames_for`."""
+    if seconds is None:
+        return dict(sampling)
+    return {**sampling, "num_frames": frames_for(seconds, sampling, model)}
 
 
 def frames_for(seconds: str | int | float, sampling: Mapping[str, Any], model: ModelInfo) -> int:
@@ -287,12 +298,10 @@ def _video_request(
 
 
 def _query(request: Request, owner: type) -> Any:
-    """The URL's query as an instance of `owner`. Raises for unknown, repeated and bad parameters."""
+    """The URL's query as an instance of `owner`. Raises for repeated and bad parameters."""
     known = parameters(owner)
     values: dict[str, Any] = {}
     for name, text in request.query_params.multi_items():
-        if name not in known:
-            raise UnknownParameter(name, what="query parameter", hint=hint(name, known))
         if name in values:
             raise DuplicateParameter(name)
         values[name] = from_text(known[name], text)
