@@ -11,7 +11,7 @@ from typing import Any
 
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.runtime.entrypoints.openai.event_stream import comment_frame, event_frame
-from sglang.multimodal_gen.runtime.managers.messages import Preview, Progress, Queued, RequestEvent
+from sglang.multimodal_gen.runtime.managers.messages import Preview, Progress, Queued, RequestEvent, Started
 
 # Between two comments, and before the first: what is refused or done by then is answered without one.
 _NEWS_PAUSE_S = 0.5
@@ -32,7 +32,7 @@ class ImageEvents:
         self._kind = kind
         self._params = params
         self._newest: Preview | None = None
-        self._news: Queued | Progress | None = None
+        self._news: dict[str, Any] | None = None
         self._eta_s: float | None = None
         self._changed = asyncio.Event()
 
@@ -40,8 +40,16 @@ class ImageEvents:
         """What the engine says; a picture or news that were not sent yet are forgotten."""
         if isinstance(event, Preview):
             self._newest = event
-        elif isinstance(event, Queued | Progress):
-            self._news, self._eta_s = event, event.eta_s
+        elif isinstance(event, Started):
+            steps = sum(phase.units for phase in event.phases if phase.lane == "denoise")
+            self._news = _news("in_progress", self._eta_s, progress=0, step=0, total_steps=steps)
+        elif isinstance(event, Queued):
+            self._eta_s = event.eta_s
+            self._news = _news("queued", event.eta_s, queue_position=event.position)
+        elif isinstance(event, Progress):
+            self._eta_s, progress = event.eta_s, int(100 * event.fraction)
+            steps = {"step": event.step, "total_steps": event.total_steps}
+            self._news = _news("in_progress", event.eta_s, progress=progress, **steps)
         else:
             return
         self._changed.set()
@@ -63,7 +71,7 @@ class ImageEvents:
                     index += 1
                 elif self._news is not None and not running.done() and time.monotonic() >= news_at:
                     news, self._news = self._news, None
-                    yield _comment(news)
+                    yield comment_frame(news)
                     news_at = time.monotonic() + _NEWS_PAUSE_S
             yield running.result()
         finally:
@@ -97,14 +105,9 @@ class ImageEvents:
         }
 
 
-def _comment(news: Queued | Progress) -> bytes:
+def _news(status: str, eta_s: float | None, **facts: int) -> dict[str, Any]:
     """In the words of a video's object."""
-    if isinstance(news, Queued):
-        state: dict[str, Any] = {"status": "queued", "queue_position": news.position}
-    else:
-        progress = int(100 * news.fraction)
-        state = {"status": "in_progress", "progress": progress, "step": news.step, "total_steps": news.total_steps}
-    return comment_frame(state | {"eta_seconds": _rounded(news.eta_s)})
+    return {"status": status, **facts, "eta_seconds": _rounded(eta_s)}
 
 
 def _rounded(seconds: float | None) -> float | None:
