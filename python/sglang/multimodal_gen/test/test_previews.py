@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import io
 import threading
 import time
@@ -368,7 +370,11 @@ def test_a_watched_request_has_no_more_previews_a_second_than_allowed(
     assert desk.steps() == [1, 4, 7]
     desk.heard(WatchRequest(request_id="r", watched=False))
     assert desk.steps() == []
-    none = Desk(run_dir, max_per_second=0.0)
+
+
+def test_a_server_that_makes_no_previews_makes_none_for_anybody(run_dir: RunDir) -> None:
+    none = Desk(run_dir, num_previews=4, max_per_second=0.0)
+    assert none.steps() == []
     none.heard(WatchRequest(request_id="r", watched=True))
     assert none.steps() == []
 
@@ -563,18 +569,40 @@ def test_a_request_is_seen_on_the_way_and_ends_with_equal_bytes(
 
 def test_a_request_is_seen_while_somebody_watches_it(engine: DiffGenerator) -> None:
     """It asked for no previews itself."""
-    client = engine._engine.client
     found: list[Preview] = []
     events = engine.stream(WISH | {"num_frames": 9, "num_inference_steps": 1000})
     for item in events:
         if isinstance(item.event, Progress) and item.event.step == 1:
-            engine._engine.call(client.watch(item.request_id, watched=True))
+            engine.watch(item.request_id)
         if isinstance(item.event, Preview):
             found.append(item.event)
         if len(found) == 2:
             break
     events.close()
     assert found[0].step < found[1].step
+
+
+def test_an_asyncio_program_sees_the_same_events_and_may_leave_early(engine: DiffGenerator) -> None:
+    async def watch() -> list[GenerationEvent]:
+        return [item async for item in engine.stream_async(WISH | {"num_frames": 1, "num_previews": 3})]
+
+    async def leave() -> str:
+        async with contextlib.aclosing(engine.stream_async(WISH | {"num_inference_steps": 1000})) as events:
+            async for item in events:
+                if isinstance(item.event, Progress) and item.event.step >= 2:
+                    return item.request_id
+        raise AssertionError("it ended before its time")
+
+    items = asyncio.run(watch())
+    steps = [item.event.step for item in items if isinstance(item.event, Progress)]
+    assert steps == sorted(steps) and steps[-1] == 60
+    assert {preview.step for preview in seen(items)} <= {15, 30, 45} and seen(items)
+    assert isinstance(items[-1].event, GenerationResult)
+    asyncio.run(leave())
+    deadline = time.monotonic() + 10
+    while engine.status().num_running:
+        assert time.monotonic() < deadline, "who leaves early takes the request along"
+        time.sleep(0.02)
 
 
 def test_a_model_without_previews_says_so() -> None:
