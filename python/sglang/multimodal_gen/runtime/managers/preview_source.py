@@ -69,7 +69,9 @@ class PreviewSource:
         return self._fit_seconds() - before
 
     def _view(self, req: Req, *, tick: int, others_wait: bool) -> View | None:
-        return self._previewer and self._previewer.view(req, tick=tick, others_wait=others_wait)
+        if self._previewer is None:
+            return None
+        return self._previewer.view(req, tick=tick, others_wait=others_wait)
 
     def _fit_seconds(self) -> float:
         return self._previewer.fit_seconds if self._previewer is not None else 0.0

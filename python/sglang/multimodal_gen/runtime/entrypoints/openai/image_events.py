@@ -48,8 +48,8 @@ class ImageEvents:
             self._news = _news("queued", event.eta_s, queue_position=event.position)
         elif isinstance(event, Progress):
             self._eta_s, progress = event.eta_s, int(100 * event.fraction)
-            steps = {"step": event.step, "total_steps": event.total_steps}
-            self._news = _news("in_progress", event.eta_s, progress=progress, **steps)
+            steps, total = event.step, event.total_steps
+            self._news = _news("in_progress", event.eta_s, progress=progress, step=steps, total_steps=total)
         else:
             return
         self._changed.set()
