@@ -81,6 +81,18 @@ def test_the_embedded_model_is_measured_and_shown(server: ServerProcess, capsys:
         assert words in out
 
 
+def test_streamed_images_tell_their_first_preview_and_their_times(
+    server: ServerProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "--max-concurrency 1 --num-requests 2 --partial-images 3 --num-inference-steps 16 --size-mix 128x128"
+    result = measured(capsys, server, line)
+    assert (result["num_ok"], result["errors"]) == (2, {})
+    for sample in result["samples"]:
+        assert 0 < sample["first_preview_s"] < sample["latency_s"]
+        assert sample["queue_s"] is not None and 0 < sample["execution_s"] < sample["latency_s"]
+    assert list(result["unknown"]) == []
+
+
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [

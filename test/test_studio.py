@@ -11,6 +11,7 @@ import subprocess
 import sys
 import urllib.parse
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -79,6 +80,45 @@ def test_a_video_is_generated_and_its_progress_shown(page: Page, server: ServerP
     with page.expect_download() as download:
         page.locator("#stage").get_by_role("button", name="Download").click()
     assert re.fullmatch(r"a-red-circle-moving-right-\d+\.mp4", download.value.suggested_filename)
+
+
+def test_a_video_of_many_steps_is_seen_on_its_way(page: Page, tmp_path: Path) -> None:
+    """The preview is a small animation, which the browser shows in the place of the result."""
+    fill(page, "Video", "a red circle", {"Width": "128", "Height": "128", "Frames": "9", "Steps": "40"})
+    page.get_by_role("button", name="Generate").click()
+    preview = page.locator("#stage .preview img")
+    expect(preview).to_be_visible(timeout=RESULT_MS)
+    sides = preview.evaluate("async (image) => (await image.decode(), [image.naturalWidth, image.naturalHeight])")
+    assert sides == [128, 128]
+    page.screenshot(path=tmp_path / "preview.png")
+    expect(page.locator("#stage video")).to_be_visible(timeout=RESULT_MS)
+    expect(preview).to_have_count(0)
+
+
+def test_the_progress_of_an_image_is_the_servers(page: Page, tmp_path: Path) -> None:
+    fill(page, "Image", "a star", {"Width": "128", "Height": "128", "Steps": "80"})
+    page.get_by_role("button", name="Generate").click()
+    bar = page.locator("#stage").get_by_role("progressbar", name="Progress of the image")
+    expect(bar).to_have_attribute(
+        "aria-valuetext", re.compile(r"Step [1-9]\d* of 80 · \d+ % · about .+ left"), timeout=RESULT_MS
+    )
+    step, percent = map(int, re.findall(r"Step (\d+) of 80 · (\d+) %", bar.get_attribute("aria-valuetext") or "")[0])
+    assert abs(percent - 100 * step / 80) < 10, "of the whole work, of which steps are the most"
+    expect(page.locator("#stage .preview img")).to_be_visible(timeout=RESULT_MS)
+    page.screenshot(path=tmp_path / "progress.png")
+    expect(page.locator("#stage .result img")).to_be_visible(timeout=RESULT_MS)
+
+
+def test_each_of_several_images_has_a_stream_and_a_seed_of_its_own(page: Page) -> None:
+    sent: list[dict[str, Any]] = []
+    page.on("request", lambda r: sent.append(r.post_data_json) if r.url.endswith("/v1/images/generations") else None)
+    generate(page, "Image", "a star", {**SMALL, "Number of images": "4", "Seed": "7"})
+    assert sorted((each["seed"], each["n"], each["stream"]) for each in sent) == [(7 + i, 1, True) for i in range(4)]
+    strip = page.get_by_role("group", name="Images of this job").get_by_role("button")
+    expect(strip).to_have_count(4)
+    for index in range(4):
+        strip.nth(index).click()
+        expect(page.locator(".facts")).to_contain_text(f"{7 + index}")
 
 
 def test_escape_cancels_a_video_on_the_server_too(page: Page, server: ServerProcess) -> None:
@@ -261,7 +301,8 @@ def test_settings_are_taken_over_from_an_image_also_after_a_reload(page: Page, s
 def test_settings_of_a_video_that_another_client_made_are_what_the_server_tells(
     page: Page, server: ServerProcess
 ) -> None:
-    fields = {"prompt": "a cyan star", "size": "64x48", "num_frames": 9, "fps": 8, "num_inference_steps": 1, "seed": 5}
+    fields = {"prompt": "a cyan star", "size": "64x48", "num_frames": 9, "fps": 8, "num_inference_steps": 1, "seed": 5,
+              "guidance_scale": 4.5, "negative_prompt": "blurry"}  # fmt: skip
     created = httpx.post(f"{server.url}/v1/videos", json=fields, timeout=30).json()
     go(page, server)  # it is followed to its end, if it still runs
     page.get_by_role("button", name="Show Video: a cyan star").click()
@@ -270,7 +311,9 @@ def test_settings_of_a_video_that_another_client_made_are_what_the_server_tells(
         "Size": "64 × 48", "Length": "1 s", "Seed": "5", "Time": "", "Model": "demo", "Made": "",
     }  # fmt: skip
     page.get_by_role("button", name="Use these settings").click()
-    for name, value in {"Width": "64", "Height": "48", "Frames": "9", "Frames per second": "8", "Seed": "5"}.items():
+    taken = {"Width": "64", "Height": "48", "Frames": "9", "Frames per second": "8", "Seed": "5", "Steps": "1"}
+    expect(page.locator("[name=negative_prompt]")).to_have_value("blurry")
+    for name, value in {**taken, "Guidance": "4.5"}.items():
         expect(box(page, name)).to_have_value(value)
     page.get_by_role("button", name="Delete", exact=True).click()
     page.get_by_role("dialog", name="Delete it?").get_by_role("button", name="Delete").click()
@@ -319,6 +362,24 @@ def test_two_results_are_compared_side_by_side(page: Page) -> None:
     assert "differs" in (dialog.locator("tr", has_text="Seed").get_attribute("class") or "")
     page.keyboard.press("Escape")
     expect(dialog).to_be_hidden()
+
+
+def test_two_videos_are_compared_and_play_side_by_side(page: Page, tmp_path: Path) -> None:
+    for steps in ("1", "2"):
+        generate(page, "Video", "a blue square", {**SHORT_CLIP, "Seed": "3", "Steps": steps})
+    for index in (0, 1):
+        page.locator(".card").nth(index).get_by_role("button", name="Compare Video: a blue square").click()
+    page.get_by_role("region", name="Comparison").get_by_role("button", name="Compare").click()
+    dialog = page.get_by_role("dialog", name="Compare")
+    videos = dialog.locator("video")
+    expect(videos).to_have_count(2)
+    dialog.get_by_role("button", name="Play both").click()
+    expect(dialog.get_by_role("button", name="Pause both")).to_be_visible()
+    assert videos.evaluate_all("(all) => all.map((video) => [video.videoWidth, video.paused])") == [[64, False]] * 2
+    left, right = (videos.nth(i).bounding_box() for i in (0, 1))
+    assert left and right and left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]
+    assert dialog.locator("tr", has_text="Steps").locator("td").all_inner_texts() == ["2", "1"]
+    page.screenshot(path=tmp_path / "compared.png")
 
 
 # --- code ---

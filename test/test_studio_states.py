@@ -181,6 +181,26 @@ def test_partial_images_are_shown_while_an_image_is_made(page: Page, server: Ser
     expect(page.get_by_role("alert")).to_have_text("out of memory")
 
 
+def test_an_image_that_waits_says_how_many_are_before_it(page: Page) -> None:
+    states = [
+        {"status": "queued", "queue_position": 2, "eta_seconds": 9.0},
+        {"status": "in_progress", "progress": 25, "step": 1, "total_steps": 3, "eta_seconds": 6.0},
+    ]
+    done = event("image_generation.completed", b64_json=a_png(), output_format="png")
+    body = ": keep-alive\n\n" + "".join(f": {json.dumps(state)}\n\n" for state in states) + done
+    page.route("**/v1/images/generations", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    page.evaluate("""() => {
+        window.seen = [];
+        const told = (record) => record.target.matches?.(".progress-text") ? [...record.addedNodes] : [];
+        new MutationObserver((records) => window.seen.push(...records.flatMap(told).map((node) => node.data)))
+            .observe(document.getElementById("stage"), {subtree: true, childList: true});
+    }""")
+    generate(page, "Image", "a star", SMALL)
+    seen = page.evaluate("window.seen")
+    expected = ["Waiting for its turn… 2 before it", "Step 1 of 3 · 25 % · about 6.0 s left"]
+    assert [text for text in seen if text in expected] == expected, seen
+
+
 def test_a_server_without_streams_and_events_is_asked_plainly(page: Page) -> None:
     def refuse_stream(route: Route) -> None:
         if '"stream": true' in (route.request.post_data or ""):

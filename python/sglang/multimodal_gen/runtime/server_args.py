@@ -155,7 +155,8 @@ class ExecutionArgs:
     )
     preview_max_per_second: float = arg(
         2.0,
-        help="Most previews a second of each video that somebody watches; 0 makes none.",
+        help="Most previews a second of each video that somebody watches; those that a request itself asks for, such as"
+        " `partial_images`, are not counted. 0 makes none of either.",
         group="execution",
         minimum=0.0,
         maximum=30.0,

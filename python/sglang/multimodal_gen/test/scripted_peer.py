@@ -2,7 +2,8 @@
 
 Words in the prompt say what happens: `delay-MS` before the reply, `together-N` no reply before N requests are under way
 at once, `status-N` with an error, `garbage` and `nothing` in place of a result, `cut` in the middle of the body, `hang`
-until the server stops, `stream-error` and `stream-ends` in place of a stream's end, `fail-job` for a video.
+until the server stops, `lost` in place of the file that a URL names, `stream-error` and `stream-ends` in place of a
+stream's end, `fail-job` for a video.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ VIDEO_FIELDS = {"prompt", "model", "seconds", "size"}
 IMAGE = base64.b64encode(bytes(range(256)) * 300).decode()
 CLIP = b"clip" * 1000
 MODEL = "peer-1"
+FILE_S = 0.05
+"""How long a file takes."""
 
 
 @dataclass
@@ -54,7 +57,10 @@ class Job:
 
 
 class Peer(ThreadingHTTPServer):
-    """The server and what it saw. `events` are played on the events route of videos where there are some."""
+    """The server and what it saw. `events` are played on the events route of videos where there are some.
+
+    URLs of images begin with `files_url`; without it they are relative.
+    """
 
     daemon_threads = True
 
@@ -66,6 +72,7 @@ class Peer(ThreadingHTTPServer):
         self.jobs: dict[str, Job] = {}
         self.events: Sequence[dict[str, Any]] = ()
         self.key = ""
+        self.files_url = ""
         self.refuses_all = False
         self.stopping = threading.Event()
         self.num_open = self.most_open = 0
@@ -134,6 +141,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._images(seen.body)
         elif seen.method == "POST" and seen.path == "/v1/videos":
             self._create_video(seen.body)
+        elif seen.path.startswith("/files/"):
+            time.sleep(FILE_S)
+            self._reply(404 if "lost" in seen.path else 200, CLIP)
         elif seen.path.startswith("/v1/videos/"):
             self._video(seen, *seen.path.split("/")[3:])
         else:
@@ -156,6 +166,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(200, b'{"created": 1, "data": []}')
         elif body.get("stream"):
             self._stream_images(body, words)
+        elif body.get("response_format") == "url":
+            path = f"{self.server.files_url}/files/{'lost' if 'lost' in words else 'found'}"
+            images = [{"url": f"{path}-{index}"} for index in range(body.get("n", 1))]
+            self._reply(200, json.dumps({"created": 1, "data": images}).encode())
         else:
             images = [{"b64_json": IMAGE}] * body.get("n", 1)
             self._reply(200, json.dumps({"created": 1, "data": images}).encode())

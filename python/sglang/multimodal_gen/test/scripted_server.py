@@ -148,6 +148,10 @@ class ScriptedEngine:
         """Send a preview; belongs to the server's loop."""
         self._handles[request_id].put(preview_of(request_id, step))
 
+    def wait_again(self, request_id: str, position: int) -> None:
+        """Say that so many are before it; belongs to the server's loop."""
+        self._handles[request_id].put(Queued(request_id=request_id, position=position, eta_s=9.0))
+
     async def metrics(self, *, open_metrics: bool = False) -> str:
         """As when there is no scheduler."""
         raise EngineStopped("the scheduler process died")

@@ -36,7 +36,7 @@ from sglang.multimodal_gen.runtime.bench.statistics import distribution
 from sglang.multimodal_gen.runtime.bench.tables import as_text
 from sglang.multimodal_gen.runtime.entrypoints.cli import bench
 from sglang.multimodal_gen.runtime.observability.metrics import EngineMetrics, EngineSnapshot
-from sglang.multimodal_gen.test.scripted_peer import CLIP, IMAGE, MODEL, Peer, running_peer
+from sglang.multimodal_gen.test.scripted_peer import CLIP, FILE_S, IMAGE, MODEL, Peer, running_peer
 from sglang.multimodal_gen.test.test_cli import sentence_of
 
 Capture = pytest.CaptureFixture[str]
@@ -391,6 +391,28 @@ def test_failures_are_counted_and_leave_the_others_alone(peer: Peer, prompt: str
     assert result.latency_s is not None and result.latency_s.count == 2
     text = "".join(map(as_text, load_sections(result)))
     assert "failures" in text and failed[0].detail[:100] in text
+
+
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_images_behind_urls_are_fetched_before_a_request_ends(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch, is_elsewhere: bool
+) -> None:
+    """From another server without the key of this one, which is none of its business."""
+    monkeypatch.setenv(envs.BENCH_API_KEY, "secret")
+    peer.key = "secret"
+    with running_peer() as other:
+        peer.files_url = other.url if is_elsewhere else ""
+        extra = {"response_format": "url", "n": 2}
+        result = measured(
+            peer, prompts_file=prompts("fine", "lost"), extra_body=extra, num_requests=4, warmup_requests=0
+        )
+        fetched = (other if is_elsewhere else peer).of("GET", "/files/")
+    assert (result.num_ok, result.errors) == (2, {"404": 2})
+    assert {one.headers.get("authorization") for one in fetched} == {None if is_elsewhere else "Bearer secret"}
+    assert len([one for one in fetched if "found" in one.path]) == 4
+    for one in result.samples:
+        if one.is_ok:
+            assert one.latency_s is not None and one.latency_s >= FILE_S and one.bytes_received > 2 * len(CLIP)
 
 
 @pytest.mark.parametrize(("word", "key"), [("stream-error", "server_overloaded"), ("stream-ends", "invalid reply")])

@@ -53,6 +53,7 @@ def bearer(key: str | None) -> dict[str, str]:
 
 EVERY_ROUTE = [
     *(("GET", path) for path in ("/metrics", "/server_info", "/health_generate", "/v1/models", "/v1/models/tiny",
+                                 "/models", "/model_info", "/v1/model_info",
                                  VIDEOS, "/v1/videos/x", "/v1/videos/x/content", "/v1/videos/x/events",
                                  "/v1/images/x/content",
                                  "/openapi.json", "/no/such/route")),

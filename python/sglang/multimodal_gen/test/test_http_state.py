@@ -179,6 +179,7 @@ def test_server_info_tells_users_nothing_of_the_machine(server: RunningServer) -
     reply = server.client.get("/server_info")
     info = reply.json()
     assert (info["served_model_name"], info["state"]) == ("tiny", "ready")
+    assert [info[name] for name in ("model_path", "tp_size", "dp_size")] == ["tiny", 1, 1] and "version" not in info
     assert info["queue"] == {"queued": 1, "running": 2} and info["workers"]["count"] == 1
     assert info["memory"] == {"budget_bytes": 1000, "reserved_bytes": 10, "allocated_bytes": None}
     assert info["model"]["names"] == ["tiny", "org/tiny"] and info["model"]["limits"]["size_multiple"] == 16
@@ -192,6 +193,22 @@ def test_server_info_tells_the_administrator_the_options_and_versions(server: Ru
     info = server.client.get("/server_info", headers=headers).json()
     assert info["options"] == {"model_path": {"value": SECRET_PATH, "source": "flag"}}
     assert info["versions"].keys() >= {"python", "fastapi", "uvicorn"}
+    assert info["model_path"] == SECRET_PATH and info["version"] == info["versions"].get("sglang-diffusion")
+    for path in ("/model_info", "/v1/model_info"):
+        assert server.client.get(path, headers=headers).json()["model_path"] == SECRET_PATH
+
+
+def test_gateways_are_told_what_kind_of_model_it_is(server: RunningServer) -> None:
+    known = {"model_path": "tiny", "is_generation": True, "model_type": "diffusion", "has_audio_understanding": False}
+    assert server.client.get("/model_info").json() == known | {
+        "architectures": ["WanPipeline"], "has_image_understanding": False, "task_type": "text-to-video",
+        "supported_task_types": ["text-to-video"], "output_types": ["video"], "is_image_gen": False,
+    }  # fmt: skip
+    assert server.client.get("/v1/model_info").json() == {"model_path": "tiny"}
+    assert server.client.get("/models").json() == server.client.get("/v1/models").json()
+    server.engine.state = EngineState(state="loading")
+    loading = server.client.get("/model_info").json()
+    assert (loading["architectures"], loading["task_type"], loading["output_types"]) == (None, None, [])
 
 
 def test_server_info_answers_while_there_is_no_model_and_no_scheduler(

@@ -60,12 +60,18 @@ class Events:
         assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
         assert reply.headers["transfer-encoding"] == "chunked" and "content-length" not in reply.headers
         self._lines = reply.iter_lines()
+        self.news: list[dict[str, Any]] = []
 
     def skip_comments(self, number: int) -> None:
-        """Read as many, with nothing but them."""
+        """Read as many that only keep the connection, with nothing but comments."""
         lines = (line for line in self._lines if line)
         for _ in range(number):
-            assert next(lines) == ": keep-alive"
+            while (line := next(lines)) != ": keep-alive":
+                self._hear(line)
+
+    def _hear(self, line: str) -> None:
+        assert line.startswith(": {"), line
+        self.news.append(json.loads(line.removeprefix(": ")))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The content of each event, which must say the same type as its name; an error has no name."""
@@ -78,8 +84,8 @@ class Events:
                 assert content.get("type") == name
                 yield content
                 name = None
-            else:
-                assert line in ("", ": keep-alive")
+            elif line not in ("", ": keep-alive"):
+                self._hear(line)
 
 
 def image_events(server: RunningServer, path: str = IMAGES, **fields: Any) -> list[dict[str, Any]]:
@@ -96,6 +102,8 @@ def test_a_streamed_image_has_pictures_on_the_way_and_then_the_result(server: Ru
     assert [event.pop("type") for event in partial] == ["image_generation.partial_image"] * 2
     assert [event.pop("partial_image_index") for event in partial] == [0, 1]
     assert [base64.b64decode(event.pop("b64_json")) for event in partial] == [b"step 1", b"step 2"]
+    steps = [[event.pop(name) for name in ("step", "total_steps", "eta_seconds")] for event in partial]
+    assert steps == [[1, 4, 1.2], [2, 4, 1.2]]
     [params] = server.engine.submitted.values()
     assert (params.num_previews, params.return_encoded) == (2, True)
     assert completed.pop("type") == "image_generation.completed"
@@ -105,6 +113,8 @@ def test_a_streamed_image_has_pictures_on_the_way_and_then_the_result(server: Ru
     assert usage["input_tokens_details"].keys() == {"image_tokens", "text_tokens"}
     assert (completed.pop("seed"), completed.pop("safety_identifier")) == (7, None)
     assert {completed.pop(name) is not None for name in ("generation_time", "notes")} == {True}
+    assert [completed.pop(f"{name}_time_s") for name in ("queue", "inference")] == [0.25, 0.5]
+    assert completed.pop("peak_memory_mb") == 0.0
     for event in (*partial, completed):
         assert isinstance(event.pop("created_at"), int)
         assert event == {"size": "64x48", "quality": "auto", "background": "opaque", "output_format": "jpeg"}
@@ -165,6 +175,23 @@ def test_comments_come_within_the_clients_patience(start_server: Start, kind: st
 def test_a_heartbeat_is_a_third_of_the_clients_patience(patience: str | None, seconds: float) -> None:
     headers = {} if patience is None else {"x-stainless-read-timeout": patience}
     assert heartbeat_s(headers, 15.0) == pytest.approx(seconds)
+
+
+def test_comments_tell_how_far_an_image_is(server: RunningServer) -> None:
+    """The newest only: what is older than half a second is nobody's news."""
+    server.engine.held = True
+    with server.client.stream("POST", IMAGES, json={"prompt": "a", "stream": True}) as reply:
+        events = Events(reply)
+        events.skip_comments(4)
+        assert events.news == [
+            {"status": "in_progress", "progress": 50, "step": 2, "total_steps": 4, "eta_seconds": 1.2}
+        ]
+        [request_id] = server.engine.submitted
+        server.call(lambda: [server.engine.wait_again(request_id, position) for position in (3, 2)])
+        events.skip_comments(3)
+        assert events.news[1:] == [{"status": "queued", "queue_position": 2, "eta_seconds": 9.0}]
+        server.engine.held = False
+        assert [event["type"] for event in events] == ["image_generation.completed"]
 
 
 def test_an_error_before_the_first_event_is_an_ordinary_reply(server: RunningServer) -> None:
@@ -254,7 +281,7 @@ def test_a_videos_life_is_streamed_from_now_to_its_end(server: RunningServer) ->
         "media_type": "image/webp",
         "b64_json": base64.b64encode(b"step 2").decode(),
     }
-    assert completed["type"] == "video.completed"
+    assert (completed["type"], completed["video"]["queue_time_s"]) == ("video.completed", 0.25)
     assert completed["video"] == server.client.get(f"{VIDEOS}/{video_id}").json()
     wait_for(lambda: server.engine.watched == {video_id: False})
 

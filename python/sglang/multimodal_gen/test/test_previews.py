@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import io
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +23,24 @@ from sglang.multimodal_gen.errors import UnsupportedParameter
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator, GenerationEvent
 from sglang.multimodal_gen.runtime.entrypoints.generation_result import GenerationResult
 from sglang.multimodal_gen.runtime.managers import preview_renderer, previews
+from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.managers.fair_share import Account
+from sglang.multimodal_gen.runtime.managers.gpu_worker import Channel, GPUWorker
 from sglang.multimodal_gen.runtime.managers.messages import (
+    Admit,
     Admitted,
+    Codec,
+    FromWorker,
     Preview,
     PreviewLatents,
     PreviewRendered,
     PreviewTaken,
     Progress,
+    Release,
     RenderPreview,
+    StopWorker,
+    Tick,
+    TickDone,
     Unit,
     WatchRequest,
 )
@@ -38,12 +50,16 @@ from sglang.multimodal_gen.runtime.managers.preview_source import PreviewSource
 from sglang.multimodal_gen.runtime.managers.previews import Previews, preview_steps
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.run_dir import OwnedRunDir, RunDir
+from sglang.multimodal_gen.runtime.managers.state_writer import StateWriter
+from sglang.multimodal_gen.runtime.managers.timing import UNLEARNED_DEADLINE_S, LearnedTimes
+from sglang.multimodal_gen.runtime.managers.worker_profiling import WorkerProfiler
 from sglang.multimodal_gen.runtime.models.schedulers import build_sampler
 from sglang.multimodal_gen.runtime.models.schedulers.multistep import clean_sample
 from sglang.multimodal_gen.runtime.pipelines_core.previews import Previewer, fitted, small_version
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 from sglang.multimodal_gen.runtime.postprocess.previews import LONGEST_SIDE, colours, encode_clip
+from sglang.multimodal_gen.runtime.server_args import ServerArgs
 from sglang.multimodal_gen.test import null_family
 from sglang.multimodal_gen.test.media import picture
 from sglang.multimodal_gen.test.pipeline_parity import load, run
@@ -166,6 +182,127 @@ def test_the_last_picture_on_the_way_is_the_result(tmp_path: Path) -> None:
     assert np.abs(shown.mean((0, 1)) - result.mean((0, 1))).max() < 3
 
 
+class Worker:
+    """A worker in this process, spoken to through its pipe; `fits` are the ticks whose previews took time."""
+
+    def __init__(self, pipeline: Any, directory: Path) -> None:
+        (directory / "run").mkdir()
+        args = ServerArgs.from_kwargs(model_path="demo", state_dir=str(directory / "state"))
+        config = EngineConfig.of_this_process(args, run_dir=str(directory / "run"))
+        _, end = self._pipes = Pipe()
+        self.pipeline, self.channel = pipeline, Channel(end)
+        states, profiler = StateWriter(self.channel.send), WorkerProfiler(config.profile_dir(), cuda=False)
+        self.previews = PreviewSource(pipeline, RunDir.at(config.run_dir), lambda view: None)
+        self.worker = GPUWorker(
+            config, self.channel, pipeline, states=states, profiler=profiler, previews=self.previews
+        )
+        self.fits: list[int] = []
+        self._seq = 0
+
+    def hold(self, *request_ids: str) -> None:
+        """Admit them and encode their prompts."""
+        wish = {"prompt": "x", "num_inference_steps": 40, "seed": 1, "width": 64, "height": 64, "num_frames": 1}
+        for request_id in request_ids:
+            assert isinstance(
+                self._answer(Admit(request_id=request_id, params=SamplingParams.from_values(wish))), Admitted
+            )
+            for phase in self.worker.requests[request_id].phases:
+                if phase.lane == "encode":
+                    self.tick(encode=(Unit(request_id, phase.name, 0),))
+
+    def step(self, *request_ids: str, seen: tuple[str, ...]) -> None:
+        done = self.tick(denoise=tuple(Unit(each, "denoise", 0) for each in request_ids), previews=seen)
+        if done.preview_ms > 0:
+            self.fits.append(done.seq)
+
+    def release(self, request_id: str) -> None:
+        self.channel.inbox.put(Release(request_id=request_id))
+
+    def tick(self, **lanes: Any) -> TickDone:
+        """One with these lanes, which may be none."""
+        self._seq += 1
+        done = self._answer(Tick(seq=self._seq, epoch=0, **lanes))
+        assert isinstance(done, TickDone) and not done.failures
+        return done
+
+    def _answer(self, message: Any) -> Any:
+        for each in (message, StopWorker()):
+            self.channel.inbox.put(each)
+        with torch.inference_mode():
+            self.worker.run()
+        return Codec(FromWorker).decode(self._pipes[0].recv_bytes())
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load(save_tiny_flux(tmp_path_factory.mktemp("flux") / "m", next(iter(TINY_FLUXES.values()))))
+
+
+def test_a_request_alone_is_fitted_after_each_quarter_of_its_steps(flux: Any, tmp_path: Path) -> None:
+    worker = Worker(flux, tmp_path)
+    worker.hold("a")
+    for _ in range(39):
+        worker.step("a", seen=("a",))
+    assert len(worker.fits) == 4
+
+
+def test_who_shares_the_worker_waits_for_one_fit_in_twenty_ticks(
+    flux: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many requests are looked at, and each of them comes to its own."""
+    worker, shown = Worker(flux, tmp_path), []
+    monkeypatch.setattr(worker.previews, "_let_go", lambda request_id, view: shown.append(request_id))
+    worker.hold("bystander", "a", "b")
+    for _ in range(20):
+        worker.step("bystander", "a", "b", seen=("a", "b"))
+    assert len(worker.fits) == 1 and shown == ["a"] * 20
+    for _ in range(19):
+        worker.step("bystander", "a", "b", seen=("a", "b"))
+    assert len(worker.fits) == 2 and shown[20:] == ["a", "b"] * 19
+
+
+def test_what_many_requests_taught_stands_in_while_others_wait(
+    flux: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, shown = Worker(flux, tmp_path), []
+    monkeypatch.setattr(worker.previews, "_let_go", lambda request_id, view: shown.append(request_id))
+    for index in range(8):  # one after the other, alone
+        worker.hold(f"alone {index}")
+        worker.step(f"alone {index}", seen=(f"alone {index}",))
+        worker.release(f"alone {index}")
+    assert len(worker.fits) == len(shown) == 8
+    worker.hold("bystander", "a", "b")
+    for _ in range(11):
+        worker.step("bystander", "a", "b", seen=("a", "b"))
+    assert len(worker.fits) <= 9 and shown[8:] == ["a", "b"] * 11, "nobody waits for a picture"
+
+
+def test_a_kind_of_result_that_cannot_be_fitted_is_not_tried_at_every_tick(
+    flux: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def broken(self: Previewer, req: Req, *_: Any) -> Any:
+        tried.append(req.request_id)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(Previewer, "_decoded", broken)
+    worker = Worker(flux, tmp_path)
+    worker.hold("a", "b", "c")
+    for _ in range(3):
+        worker.step("a", "b", "c", seen=("a", "b", "c"))
+    assert tried == ["a"]
+
+
+def test_a_tick_with_previews_may_take_as_long_as_the_slowest_before() -> None:
+    learned = LearnedTimes()
+    learned.record("a", 2.0, 1)
+    assert learned.deadline_s({"a": 1}, has_previews=True) == UNLEARNED_DEADLINE_S
+    for seconds in (1.5, 0.1):
+        learned.record_preview(seconds)
+    assert learned.deadline_s({"a": 1}, has_previews=True) == learned.deadline_s({"a": 1}) + 2 * 1.5
+
+
 # --- when there are previews ---
 
 
@@ -233,7 +370,11 @@ def test_a_watched_request_has_no_more_previews_a_second_than_allowed(
     assert desk.steps() == [1, 4, 7]
     desk.heard(WatchRequest(request_id="r", watched=False))
     assert desk.steps() == []
-    none = Desk(run_dir, max_per_second=0.0)
+
+
+def test_a_server_that_makes_no_previews_makes_none_for_anybody(run_dir: RunDir) -> None:
+    none = Desk(run_dir, num_previews=4, max_per_second=0.0)
+    assert none.steps() == []
     none.heard(WatchRequest(request_id="r", watched=True))
     assert none.steps() == []
 
@@ -428,18 +569,40 @@ def test_a_request_is_seen_on_the_way_and_ends_with_equal_bytes(
 
 def test_a_request_is_seen_while_somebody_watches_it(engine: DiffGenerator) -> None:
     """It asked for no previews itself."""
-    client = engine._engine.client
     found: list[Preview] = []
     events = engine.stream(WISH | {"num_frames": 9, "num_inference_steps": 1000})
     for item in events:
         if isinstance(item.event, Progress) and item.event.step == 1:
-            engine._engine.call(client.watch(item.request_id, watched=True))
+            engine.watch(item.request_id)
         if isinstance(item.event, Preview):
             found.append(item.event)
         if len(found) == 2:
             break
     events.close()
     assert found[0].step < found[1].step
+
+
+def test_an_asyncio_program_sees_the_same_events_and_may_leave_early(engine: DiffGenerator) -> None:
+    async def watch() -> list[GenerationEvent]:
+        return [item async for item in engine.stream_async(WISH | {"num_frames": 1, "num_previews": 3})]
+
+    async def leave() -> str:
+        async with contextlib.aclosing(engine.stream_async(WISH | {"num_inference_steps": 1000})) as events:
+            async for item in events:
+                if isinstance(item.event, Progress) and item.event.step >= 2:
+                    return item.request_id
+        raise AssertionError("it ended before its time")
+
+    items = asyncio.run(watch())
+    steps = [item.event.step for item in items if isinstance(item.event, Progress)]
+    assert steps == sorted(steps) and steps[-1] == 60
+    assert {preview.step for preview in seen(items)} <= {15, 30, 45} and seen(items)
+    assert isinstance(items[-1].event, GenerationResult)
+    asyncio.run(leave())
+    deadline = time.monotonic() + 10
+    while engine.status().num_running:
+        assert time.monotonic() < deadline, "who leaves early takes the request along"
+        time.sleep(0.02)
 
 
 def test_a_model_without_previews_says_so() -> None:

@@ -180,6 +180,10 @@ class DiffGenerator:
         """Cancel one output by the id that its events carry."""
         self._engine.call(self._engine.client.cancel(request_id))
 
+    def watch(self, request_id: str, *, watched: bool = True) -> None:
+        """Have previews of an output that runs, `preview_max_per_second` at most, or no more; other ids are ignored."""
+        self._engine.call(self._engine.client.watch(request_id, watched=watched))
+
     def status(self) -> Status:
         """A snapshot of the scheduler."""
         return self._engine.call(self._engine.client.status())

@@ -73,8 +73,8 @@ class RequestHandle:
             if isinstance(event, TERMINAL_EVENTS):
                 return
 
-    async def result(self, on_preview: Callable[[Preview], None] = lambda preview: None) -> Finished:
-        """Wait for the end; `on_preview` sees pictures on the way.
+    async def result(self, on_event: Callable[[RequestEvent], None] = lambda event: None) -> Finished:
+        """Wait for the end; `on_event` sees what comes before it.
 
         Raises:
             RemoteError: the request failed; code, status and sentence are those of its error.
@@ -83,9 +83,8 @@ class RequestHandle:
         async for event in self:
             if isinstance(event, Finished):
                 return event
-            if isinstance(event, Preview):
-                on_preview(event)
             raise_if_terminal(event)
+            on_event(event)
         raise AssertionError("a request ended without a terminal event")
 
 

@@ -155,6 +155,8 @@ def _add_state_routes(app: FastAPI, state: StateApi) -> None:
         state.health_generate
     )
     app.get("/server_info", response_model=None, responses=replies(schema=schemas.SERVER_INFO))(state.server_info)
+    app.get("/model_info", response_model=None, responses=replies(schema=schemas.MODEL_INFO))(state.model_info)
+    app.get("/v1/model_info", response_model=None, responses=replies(schema=schemas.MODEL_PATH))(state.model_path)
 
 
 def _add_control_routes(app: FastAPI, control: ControlApi) -> None:
@@ -171,7 +173,8 @@ def _add_control_routes(app: FastAPI, control: ControlApi) -> None:
 
 
 def _add_model_routes(app: FastAPI, models: ModelApi) -> None:
-    app.get("/v1/models", response_model=None, responses=replies(schema=schemas.MODELS))(models.list)
+    for path in ("/v1/models", "/models"):
+        app.get(path, response_model=None, responses=replies(schema=schemas.MODELS))(models.list)
     app.get(
         "/v1/models/{model_id:path}",  # hub ids hold a slash
         response_model=None,

@@ -118,7 +118,7 @@ class Dispatcher:
             in_quarantine = self._is_quarantined(tick, requests)
             if in_quarantine and group.in_flight:
                 return
-            deadline_s = self.learned.deadline_s(self._advance(tick, requests))
+            deadline_s = self.learned.deadline_s(self._advance(tick, requests), has_previews=bool(previews))
             if any(requests[unit.request_id].params.profile for unit in tick.units):
                 deadline_s = max(deadline_s, UNLEARNED_DEADLINE_S)  # it may begin or write a profile besides
             group.submit(tick, deadline_s)
@@ -175,9 +175,18 @@ class Dispatcher:
         self._retry(tick, failures, requests, settled)
         for lane in message.lanes:
             self._credit(lane, _lane_units(tick, lane.lane), message.peak_bytes, failures, requests, settled)
+        if message.preview_ms > 0:
+            self._charge_previews(tick, message.preview_ms / 1000, requests)
         if failures and tick.epoch == self.workers.epoch:
             self.workers.epoch += 1
         return settled
+
+    def _charge_previews(self, tick: Tick, seconds: float, requests: Requests) -> None:
+        """The classes that looked pay for what everybody waited for."""
+        self.learned.record_preview(seconds)
+        shown = [unit for unit in tick.denoise if unit.request_id in tick.previews]
+        for record in self._wanted(tuple(shown), requests):
+            _cursor(record).account.charge(seconds / len(shown))
 
     def _wanted(self, units: tuple[Unit, ...], requests: Requests) -> list[RequestRecord]:
         """The units' requests, in order, without those that have ended or left the workers meanwhile."""

@@ -166,7 +166,7 @@ class GPUWorker:
     def _tick(self, tick: Tick) -> TickDone:
         failures: list[UnitFailure] = []
         done: list[LaneDone] = []
-        peak_bytes = 0
+        peak_bytes, preview_s = 0, 0.0
         dropped = tick.epoch < self.min_epoch
         for lane in LANES:
             units: tuple[Unit, ...] = getattr(tick, lane)
@@ -177,7 +177,11 @@ class GPUWorker:
                 done.append(lane_done)
                 failures += failed
                 peak_bytes = max(peak_bytes, self.pipeline.meter.total_peak_bytes())
-                self.previews.take(shown_requests, failed=bool(failed))
+                # All that the worker holds, so that every rank finds the same.
+                others_wait = len(self.requests) > 1
+                preview_s += self.previews.take(
+                    shown_requests, failed=bool(failed), tick=tick.seq, others_wait=others_wait
+                )
         if failures:
             self.min_epoch = tick.epoch + 1
         return TickDone(
@@ -187,6 +191,7 @@ class GPUWorker:
             failures=tuple(failures),
             lanes=tuple(done),
             peak_bytes=peak_bytes,
+            preview_ms=preview_s * 1000,
         )
 
     def _run_lane(self, lane: Lane, units: tuple[Unit, ...]) -> tuple[LaneDone, list[UnitFailure]]:

@@ -492,7 +492,8 @@ class LaneDone(Message, frozen=True, kw_only=True):
 
 class TickDone(Message, frozen=True, kw_only=True, tag="tick_done"):
     """Outcome of one Tick. `dropped`: it was of an old epoch and nothing ran. `peak_bytes`: the most that the device's
-    allocator, or the process on CPU, held during the tick."""
+    allocator, or the process on CPU, held during the tick. `preview_ms`: what its previews took beside the lanes, where
+    it was more than a copy."""
 
     seq: int
     epoch: int
@@ -500,6 +501,7 @@ class TickDone(Message, frozen=True, kw_only=True, tag="tick_done"):
     failures: tuple[UnitFailure, ...]
     lanes: tuple[LaneDone, ...]
     peak_bytes: int
+    preview_ms: float = 0.0
 
 
 class StateSaved(Message, frozen=True, kw_only=True, tag="state_saved"):

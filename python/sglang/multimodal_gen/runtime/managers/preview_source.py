@@ -50,20 +50,31 @@ class PreviewSource:
             req.keeps_clean = True
         return wanted
 
-    def take(self, requests: Sequence[Req], *, failed: bool) -> None:
-        """After the step. Whatever goes wrong here costs the request its previews and nothing else."""
+    def take(self, requests: Sequence[Req], *, failed: bool, tick: int = 0, others_wait: bool = False) -> float:
+        """After the step; the seconds of the worker that fits took, see Previewer. Whatever goes wrong here costs the
+        request its previews and nothing else."""
+        before = self._fit_seconds()
         assert self._previewer is not None or not requests, "only what can be had is wanted"
         for req in requests:
             if failed:
                 req.keeps_clean = False
                 continue
             try:
-                view = self._previewer.view(req) if self._previewer is not None else None
+                view = self._view(req, tick=tick, others_wait=others_wait)
                 if view is not None:
                     self._let_go(req.request_id, view)
             except Exception:
                 logger.exception("there are no previews of the request", extra=fields(request_id=req.request_id))
                 self._given_up.add(req.request_id)
+        return self._fit_seconds() - before
+
+    def _view(self, req: Req, *, tick: int, others_wait: bool) -> View | None:
+        if self._previewer is None:
+            return None
+        return self._previewer.view(req, tick=tick, others_wait=others_wait)
+
+    def _fit_seconds(self) -> float:
+        return self._previewer.fit_seconds if self._previewer is not None else 0.0
 
     def release(self, request_id: str) -> None:
         """The request has left."""

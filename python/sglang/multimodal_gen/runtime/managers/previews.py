@@ -45,7 +45,7 @@ class Previews:
         output: OutputLink,
         max_per_second: float,
     ) -> None:
-        """`max_per_second` is for those that are watched, 0: none."""
+        """`max_per_second` is for those that are watched; 0 is for all: there are no previews."""
         self._requests = requests
         self._tell = tell
         self._ledger = ledger
@@ -59,7 +59,7 @@ class Previews:
 
     def _is_due(self, record: RequestRecord, unit: Unit) -> bool:
         view, number = self._views.get(record.request_id), record.params.num_previews
-        if record.client is None or (view is None and number == 0):
+        if self._max_per_second == 0 or record.client is None or (view is None and number == 0):
             return False
         step, total = record.step_of(unit), record.steps()[1]
         now = time.monotonic()

@@ -35,6 +35,11 @@ class LearnedTimes:
     """By batch key, which holds shape, expert, precision and backend."""
 
     _by_key: dict[str, UnitTime] = field(default_factory=dict)
+    _slowest_preview_s: float | None = None
+
+    def record_preview(self, seconds: float) -> None:
+        """The previews of one tick took `seconds` besides its lanes."""
+        self._slowest_preview_s = max(seconds, self._slowest_preview_s or 0.0)
 
     def record(self, batch_key: str, seconds: float, batch_size: int) -> None:
         """One lane of one tick took `seconds` for `batch_size` requests."""
@@ -86,9 +91,13 @@ class LearnedTimes:
         each = self.steady_seconds(batch_key, batch_size)
         return None if each is None else each + _TICK_S / batch_size
 
-    def deadline_s(self, batches: dict[str, int]) -> float:
+    def deadline_s(self, batches: dict[str, int], *, has_previews: bool = False) -> float:
         """How long a tick with these (batch key -> size) may take before its worker counts as stuck."""
         total = 0.0
+        if has_previews:
+            if self._slowest_preview_s is None:
+                return UNLEARNED_DEADLINE_S
+            total = self._slowest_preview_s
         for batch_key, batch_size in batches.items():
             known = self._by_key.get(batch_key)
             if known is None:

@@ -2,7 +2,8 @@
 
 A fixed map that is fitted on random latents misses backgrounds and colours by far, since a decoder is only tame where
 its encoder leads; docs/decisions/0013 has the numbers. So a small version of what the request predicts is decoded now
-and then, and the map learned from it serves the whole picture and the steps that follow.
+and then, and the map learned from it serves the whole picture and the steps that follow. While others wait for the
+worker that is rare, and a map learned from many requests stands in: one learned from another single one would not do.
 
 Shapes: C latent channels, T, h, w latent frames, height, width; F, H, W those of pixels; p pixels along a cell's side.
 """
@@ -10,6 +11,7 @@ Shapes: C latent channels, T, h, w latent frames, height, width; F, H, W those o
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -31,6 +33,12 @@ _SAMPLE_PIXELS = 256
 _PATCH = 4
 _RIDGE = 1e-3
 _REFITS = 4
+# While others wait for the worker, one of so many ticks may hold the first fit of a request, one of twice as many
+# another: they lose a few hundredths of their time.
+_TICKS_PER_FIT = 20
+# So many requests tell about enough of a decoder; what is long ago counts less.
+_ENOUGH_REQUESTS = 8
+_KEPT = 0.9
 
 
 class Basis(NamedTuple):
@@ -41,6 +49,45 @@ class Basis(NamedTuple):
 
     weights: Tensor
     patch: int
+
+
+class _Kind(NamedTuple):
+    """Bases of one kind can be learned together."""
+
+    is_clip: bool
+    patch: int
+
+
+class _Equations(NamedTuple):
+    """The normal equations of both maps of a Basis: [2, C + 1, C + 1], [2, C + 1, 3·p·p]; of how many cells, [2]."""
+
+    gram: Tensor
+    cross: Tensor
+    counts: Tensor
+
+    def solved(self, patch: int) -> Basis:
+        """By ridge regression."""
+        penalty = _RIDGE * self.counts[:, None, None] * torch.eye(self.gram.shape[1], dtype=self.gram.dtype)
+        return Basis(weights=torch.linalg.solve(self.gram + penalty, self.cross).float(), patch=patch)
+
+
+@dataclass
+class _Pool:
+    """What was learned from many requests. `basis` is None until there were enough of them."""
+
+    kind: _Kind
+    basis: Basis | None = None
+    _num_requests: int = 0
+    _sum: _Equations | None = None
+
+    def add(self, equations: _Equations, *, is_new: bool) -> None:
+        """One more fit, `is_new` the first of its request."""
+        self._num_requests += is_new
+        if self._sum is not None:
+            equations = _Equations(*(_KEPT * old + new for old, new in zip(self._sum, equations, strict=True)))
+        self._sum = equations
+        if self._num_requests >= _ENOUGH_REQUESTS:
+            self.basis = equations.solved(self.kind.patch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +107,16 @@ class Previewer:
         self._stages = stages
         self._frame_stride = frame_stride
         self._fitted: dict[str, tuple[int, Basis]] = {}
+        self._pools: dict[_Kind, _Pool] = {}
+        self._tried_at: int | None = None
+        self.fit_seconds = 0.0
 
-    def view(self, req: Req) -> View | None:
-        """Of what the last step predicted; None when it kept nothing. Reads nothing that the next step writes."""
+    def view(self, req: Req, *, tick: int = 0, others_wait: bool = False) -> View | None:
+        """Of what the last step predicted; None when it kept nothing, or when it would take a fit that others have no
+        time for now. Reads nothing that the next step writes.
+
+        `tick` rises by one with each, alike on all ranks. What fits take is added to `fit_seconds`.
+        """
         clean, req.clean_latents, req.keeps_clean = req.clean_latents, None, False
         if clean is None or req.latent_shape is None:
             return None
@@ -70,28 +124,44 @@ class Previewer:
         step = sum(req.done(phase.name) for phase in req.phases if phase.lane == "denoise")
         num_frames = clean.shape[1]
         shown = torch.linspace(0, num_frames - 1, min(num_frames, MAX_FRAMES)).round().int().tolist()
+        basis = self._basis(req, clean, step, tick=tick, others_wait=others_wait)
+        if basis is None:
+            return None
         latents = torch.stack([clean[:, frame] for frame in shown], dim=1)  # a copy, and no index for a GPU to wait for
-        return View(step=step, latents=latents, basis=self._basis(req, clean, step))
+        return View(step=step, latents=latents, basis=basis)
 
     def forget(self, request_id: str) -> None:
         """The request has left."""
         self._fitted.pop(request_id, None)
 
-    def _basis(self, req: Req, clean: Tensor, step: int) -> Basis:
-        """That of the last fit, unless much has changed since."""
-        total = sum(phase.units for phase in req.phases if phase.lane == "denoise")
-        fitted_at, basis = self._fitted.get(req.request_id, (-total, None))
-        if basis is None or step - fitted_at >= max(1, total // _REFITS):
-            basis = self._fit(req, clean)
-            self._fitted[req.request_id] = (step, basis)
-        return basis
-
-    def _fit(self, req: Req, clean: Tensor) -> Basis:
+    def _basis(self, req: Req, clean: Tensor, step: int, *, tick: int, others_wait: bool) -> Basis | None:
+        """That of the request's last fit, unless much has changed since and there is a better one."""
         assert req.latent_shape is not None and req.params.height, "checked at admission"
         ratio = req.params.height // req.latent_shape[2]
         sample, is_whole = small_version(clean[:, :_SAMPLE_FRAMES], ratio)
-        patch = _PATCH if is_whole and ratio % _PATCH == 0 else 1
-        return fitted(sample, self._decoded(req, sample, ratio), frame_stride=self._frame_stride, patch=patch)
+        kind = _Kind(is_clip=clean.shape[1] > 1, patch=_PATCH if is_whole and ratio % _PATCH == 0 else 1)
+        total = sum(phase.units for phase in req.phases if phase.lane == "denoise")
+        fitted_at, basis = self._fitted.get(req.request_id, (None, None))
+        if fitted_at is not None and step - fitted_at < max(1, total // _REFITS):
+            return basis
+        pool = self._pools.setdefault(kind, _Pool(kind))
+        pause = _TICKS_PER_FIT if basis is None else 2 * _TICKS_PER_FIT
+        if others_wait and self._tried_at is not None and tick - self._tried_at < pause:
+            return pool.basis or basis
+        self._tried_at = tick
+        equations = self._equations(req, sample, ratio, kind.patch)
+        pool.add(equations, is_new=basis is None)
+        basis = equations.solved(kind.patch)
+        self._fitted[req.request_id] = (step, basis)
+        return basis
+
+    def _equations(self, req: Req, sample: Tensor, ratio: int, patch: int) -> _Equations:
+        begin = time.perf_counter()
+        try:
+            frames = self._decoded(req, sample, ratio)
+            return _equations(sample, frames, frame_stride=self._frame_stride, patch=patch)
+        finally:
+            self.fit_seconds += time.perf_counter() - begin
 
     def _decoded(self, req: Req, sample: Tensor, ratio: int) -> Tensor:
         """Latents [C, T, h, w] -> their frames [F, H, W, 3] uint8, by all that comes after denoising."""
@@ -142,6 +212,11 @@ def fitted(latents: Tensor, frames: Tensor, *, frame_stride: int, patch: int) ->
     H and W are multiples of h·p and w·p. Frames count from the end: the last `frame_stride` belong to the last latent
     frame, and what is left to the first; a decoder that drops some at the start leaves the first without.
     """
+    return _equations(latents, frames, frame_stride=frame_stride, patch=patch).solved(patch)
+
+
+def _equations(latents: Tensor, frames: Tensor, *, frame_stride: int, patch: int) -> _Equations:
+    """See `fitted`."""
     num_latent_frames, height, width = latents.shape[1:]
     colours = frames.permute(0, 3, 1, 2).double() / 127.5 - 1
     cells: list[Tensor] = []
@@ -156,18 +231,15 @@ def fitted(latents: Tensor, frames: Tensor, *, frame_stride: int, patch: int) ->
         cells.append(_with_one(latents[:, index].double().cpu().flatten(1).T))
         pixels.append(grid.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1))
     later_cells, later_pixels = cells[1:] or cells, pixels[1:] or pixels
-    has_first = len(cells) == num_latent_frames
-    later = _ridge(torch.cat(later_cells), torch.cat(later_pixels))
-    first = _ridge(cells[0], pixels[0]) if has_first else later
-    return Basis(weights=torch.stack((first, later)).float(), patch=patch)
+    later = (torch.cat(later_cells), torch.cat(later_pixels))
+    first = (cells[0], pixels[0]) if len(cells) == num_latent_frames else later
+    return _Equations(
+        gram=torch.stack([x.T @ x for x, _ in (first, later)]),
+        cross=torch.stack([x.T @ y for x, y in (first, later)]),
+        counts=torch.tensor([float(len(x)) for x, _ in (first, later)], dtype=torch.float64),
+    )
 
 
 def _with_one(cells: Tensor) -> Tensor:
     """[S, C] -> [S, C + 1]."""
     return torch.cat((cells, torch.ones_like(cells[:, :1])), dim=1)
-
-
-def _ridge(cells: Tensor, pixels: Tensor) -> Tensor:
-    """[S, C + 1], [S, N] -> [C + 1, N]."""
-    penalty = _RIDGE * len(cells) * torch.eye(cells.shape[1], dtype=cells.dtype)
-    return torch.linalg.solve(cells.T @ cells + penalty, cells.T @ pixels)

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 import aiohttp
 
@@ -54,9 +54,18 @@ class LoadClient:
         self._session = aiohttp.ClientSession(
             connector=connector, timeout=timeout, headers=self._headers, cookie_jar=aiohttp.DummyCookieJar()
         )
+        keyless = {name: value for name, value in self._headers.items() if name != "Authorization"}
+        self._elsewhere = aiohttp.ClientSession(
+            connector=connector,
+            connector_owner=False,
+            timeout=timeout,
+            headers=keyless,
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self._elsewhere.close()
         await self._session.close()
 
     async def check(self) -> None:
@@ -93,13 +102,29 @@ class LoadClient:
                 await self._image_events(reply, seen)
                 return
             data = await _read(reply, seen)
-            seen.end()
+        seen.end()
         found = json_object(data)
         images = found.get("data")
         if not isinstance(images, list) or not images:
             raise RequestFailure("invalid reply", "the reply has no images")
-        seen.num_outputs = len(images)
         seen.says(found)
+        urls = [str(image["url"]) for image in images if isinstance(image, dict) and image.get("url")]
+        if urls:
+            await asyncio.gather(*(self._fetch(url, seen) for url in urls))
+            seen.end()
+        seen.num_outputs = len(images)
+
+    async def _fetch(self, url: str, seen: Observation) -> None:
+        """The bytes of one image, from this server or, without its key, from another. Raises RequestFailure."""
+        address = urljoin(self.api + "/", url)
+        is_own = urlsplit(address)[:2] == urlsplit(self.api)[:2]
+        try:
+            async with (self._session if is_own else self._elsewhere).get(address) as reply:
+                data = await _read(reply, seen, keep=reply.status != 200)
+                if reply.status != 200:
+                    raise failure_of(reply.status, data)
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise RequestFailure("connection", _reason(error)) from None
 
     async def _image_events(self, reply: aiohttp.ClientResponse, seen: Observation) -> None:
         async for kind, found in _events(reply, seen):

@@ -26,7 +26,6 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     MappedArray,
     MediaInputs,
     Operation,
-    Preview,
     RequestEvent,
     Status,
 )
@@ -45,8 +44,8 @@ class Handle(Protocol):
     def __aiter__(self) -> AsyncIterator[RequestEvent]:
         """The request's events; the last one is terminal."""
 
-    async def result(self, on_preview: Callable[[Preview], None] = ...) -> Finished:
-        """The outcome; `on_preview` sees pictures on the way.
+    async def result(self, on_event: Callable[[RequestEvent], None] = ...) -> Finished:
+        """The outcome; `on_event` sees what comes before it.
 
         Raises: ServingError when the request failed or was cancelled.
         """

@@ -26,6 +26,11 @@ def event_frame(content: Mapping[str, Any]) -> bytes:
     return b"event: %s\ndata: %s\n\n" % (str(content["type"]).encode("ascii"), to_json(content))
 
 
+def comment_frame(content: Mapping[str, Any]) -> bytes:
+    """What only those hear who know of it: clients skip comments."""
+    return b": %s\n\n" % to_json(content)
+
+
 def error_frame(info: ErrorInfo) -> bytes:
     """The end of a stream that failed, in the form that OpenAI's client raises."""
     return b"data: %s\n\n" % to_json({"error": error_object(info)})

@@ -14,7 +14,7 @@ from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import EngineStopped, InternalError, ServingError
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import NO_INPUTS, DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine
-from sglang.multimodal_gen.runtime.managers.messages import Finished, MediaInputs, Preview
+from sglang.multimodal_gen.runtime.managers.messages import Finished, MediaInputs, RequestEvent
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ class EncodedResult:
     data: bytes | None
 
 
-OnPreview = Callable[[Preview], None]
+OnEvent = Callable[[RequestEvent], None]
 
 
 async def generate_all(
@@ -35,7 +35,7 @@ async def generate_all(
     requests: Mapping[str, SamplingParams],
     inputs: DecodedInputs = NO_INPUTS,
     *,
-    on_preview: OnPreview = lambda preview: None,
+    on_event: OnEvent = lambda event: None,
 ) -> list[EncodedResult]:
     """One result per request (id -> parameters), in order, all from the same inputs. When one fails or the caller is
     cancelled, all are.
@@ -45,7 +45,7 @@ async def generate_all(
     """
     async with engine.stored(inputs) as media:
         tasks = [
-            asyncio.create_task(_generate(engine, params, id_, media, on_preview)) for id_, params in requests.items()
+            asyncio.create_task(_generate(engine, params, id_, media, on_event)) for id_, params in requests.items()
         ]
         try:
             return list(await asyncio.gather(*tasks))
@@ -56,11 +56,11 @@ async def generate_all(
 
 
 async def _generate(
-    engine: Engine, params: SamplingParams, request_id: str, media: MediaInputs | None, on_preview: OnPreview
+    engine: Engine, params: SamplingParams, request_id: str, media: MediaInputs | None, on_event: OnEvent
 ) -> EncodedResult:
     handle = await engine.submit(params, request_id=request_id, inputs=media)
     try:
-        finished = await handle.result(on_preview)
+        finished = await handle.result(on_event)
     except asyncio.CancelledError:
         await engine.cancel(request_id)
         # It may have finished before the cancel arrived; then its file is ours to remove.

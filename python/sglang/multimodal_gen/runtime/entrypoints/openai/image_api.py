@@ -145,10 +145,10 @@ class ImageApi:
 
         async def run() -> bytes:
             link_engine_requests(request, by_id)
-            [result] = await generate_all(self._engine, by_id, inputs, on_preview=events.show)
+            [result] = await generate_all(self._engine, by_id, inputs, on_event=events.heard)
             image = await self._image(request, wish, params, result)
             facts = {name: value for name, value in image.items() if name not in ("url", "revised_prompt")}
-            return events.completed(facts | {"safety_identifier": wish.safety_identifier})
+            return events.completed(facts | {"safety_identifier": wish.safety_identifier} | _measured([result]))
 
         frames = events.frames(lambda: self._replies.once(request, body, run))
         return EventStream(request, frames, heartbeat_s=heartbeat_s(request.headers, self._settings.heartbeat_s))
@@ -177,10 +177,7 @@ class ImageApi:
             "size": f"{first.width}x{first.height}",
             "safety_identifier": wish.safety_identifier,
             "usage": None,
-            "queue_time_s": round(max(result.finished.queue_seconds for result in results), 3),
-            "inference_time_s": round(max(result.finished.generation_time for result in results), 3),
-            "peak_memory_mb": round(max(result.finished.peak_memory_bytes for result in results) / 2**20, 1),
-        }
+        } | _measured(results)
 
     async def _image(
         self, request: Request, wish: StillFields, params: SamplingParams, result: EncodedResult
@@ -204,6 +201,15 @@ class ImageApi:
             image_id = await self._store.put(result.data, file_format=params.output_format)
             found["url"] = str(request.url_for("image_content", image_id=image_id))
         return found
+
+
+def _measured(results: list[EncodedResult]) -> dict[str, Any]:
+    """What the slowest took, and the most memory."""
+    return {
+        "queue_time_s": round(max(result.finished.queue_seconds for result in results), 3),
+        "inference_time_s": round(max(result.finished.generation_time for result in results), 3),
+        "peak_memory_mb": round(max(result.finished.peak_memory_bytes for result in results) / 2**20, 1),
+    }
 
 
 def _check_combinations(wish: StillFields, sampling: Mapping[str, Any]) -> None:

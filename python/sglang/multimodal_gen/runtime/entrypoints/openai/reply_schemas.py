@@ -22,7 +22,23 @@ LIVENESS = _object(status={"const": "ok"})
 HEALTHY = _object(status={"const": "ok"}, state={"const": "ready"})
 UNHEALTHY = _object(status={"const": "unavailable"}, state=_STRING)
 GENERATES = _object(status={"const": "ok"}, state={"const": "ready"}, inference_time_s=_NUMBER)
+MODEL_PATH = _object(model_path=_STRING)
+MODEL_INFO = _object(
+    model_path=_STRING,
+    is_generation={"const": True},
+    model_type={"const": "diffusion"},
+    architectures=_nullable(_STRINGS),
+    has_image_understanding={"type": "boolean"},
+    has_audio_understanding={"const": False},
+    task_type=_nullable(_STRING),
+    supported_task_types=_STRINGS,
+    output_types=_STRINGS,
+    is_image_gen={"type": "boolean"},
+)
 SERVER_INFO = _object(
+    model_path=_STRING,
+    tp_size=_INTEGER,
+    dp_size=_INTEGER,
     served_model_name=_STRING,
     state=_STRING,
     started_at=_INTEGER,

@@ -1,4 +1,4 @@
-"""How the server is: /liveness, /health, /health_generate and /server_info."""
+"""How the server is: /liveness, /health, /health_generate, /server_info and /model_info."""
 
 from __future__ import annotations
 
@@ -83,7 +83,10 @@ class StateApi:
     async def server_info(self, request: Request) -> Response:
         """The model, the limits, the queue and the memory; for administrators the options and the versions too."""
         info: dict[str, Any] = {
+            "model_path": self._model_path(request),
             "served_model_name": self._settings.model_names[0],
+            "tp_size": self._option("tp_size", 1),
+            "dp_size": self._option("dp_size", 1),
             "state": "draining" if self._lifecycle.draining else self._engine.state.state,
             "started_at": int(self._started),
             "uptime_s": round(time.monotonic() - self._clock, 1),
@@ -94,8 +97,41 @@ class StateApi:
             "workers": None,
         } | _running(await self._status())
         if caller_of(request).role == "admin":
-            info |= {"options": self._settings.options, "versions": _versions()}
+            info |= {"options": self._settings.options, "versions": _versions(), "version": _version()}
         return JsonResponse(info)
+
+    async def model_info(self, request: Request) -> Response:
+        """What kind of model this is, for gateways in front of servers of several kinds."""
+        model = self._engine.state.model
+        tasks = [] if model is None else list(model.tasks)
+        outputs = sorted({"video" if task.lower().endswith(("video", "2v")) else "image" for task in tasks})
+        inputs = None if model is None else model.limits.inputs
+        return JsonResponse(
+            {
+                "model_path": self._model_path(request),
+                "is_generation": True,
+                "model_type": "diffusion",
+                "architectures": None if model is None else [model.pipeline_class],
+                "has_image_understanding": inputs is not None and inputs.max_images > 0,
+                "has_audio_understanding": False,
+                "task_type": tasks[0] if tasks else None,
+                "supported_task_types": tasks,
+                "output_types": outputs,
+                "is_image_gen": "image" in outputs,
+            }
+        )
+
+    async def model_path(self, request: Request) -> Response:
+        """The model's name alone."""
+        return JsonResponse({"model_path": self._model_path(request)})
+
+    def _model_path(self, request: Request) -> str:
+        """Administrators may know where it lies; others get the name that it is served under."""
+        path = self._option("model_path", None) if caller_of(request).role == "admin" else None
+        return path or self._settings.model_names[0]
+
+    def _option(self, name: str, otherwise: Any) -> Any:
+        return self._settings.options.get(name, {}).get("value", otherwise)
 
     def _model(self) -> dict[str, Any] | None:
         model = self._engine.state.model
@@ -163,6 +199,10 @@ def _running(status: Status | None) -> dict[str, Any]:
             "mean_batch_size": round(status.mean_batch_size, 3),
         },
     }
+
+
+def _version() -> str | None:
+    return _versions().get(_PACKAGES[0])
 
 
 def _versions() -> dict[str, str]:

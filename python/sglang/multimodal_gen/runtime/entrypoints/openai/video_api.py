@@ -359,7 +359,7 @@ def video_object(job: VideoJob) -> dict[str, Any]:
         "eta_seconds": _rounded(job.eta_s, 1),
         "generation_time": _rounded(job.generation_time, 3),
         "inference_time_s": _rounded(job.generation_time, 3),
-        "queue_seconds": _rounded(job.queue_seconds, 3),
+        "queue_time_s": _rounded(job.queue_seconds, 3),
         "attempts": job.attempts,
         "peak_memory_mb": _rounded(job.peak_memory_mb, 1),
         "notes": list(job.notes),

@@ -109,10 +109,12 @@ export async function* eventsOf(response) {
   }
 }
 
-/** The JSON of one event, or null for comments and the closing `[DONE]`. */
+/** The JSON of one event, or of a comment that tells a state; null for other comments and the closing `[DONE]`. */
 function parsed(block) {
-  const data = block
-    .split(/\r?\n/)
+  const lines = block.split(/\r?\n/);
+  const [state] = lines.filter((line) => line.startsWith(": {"));
+  if (state) return JSON.parse(state.slice(2));
+  const data = lines
     .filter((line) => line.startsWith("data:"))
     .map((line) => line.slice(5).trimStart())
     .join("\n");

@@ -74,10 +74,11 @@ export class VideoItem {
   async settings() {
     const kept = await store.settingsOf(this.key).catch(() => null);
     if (kept !== null) return kept;
-    const { prompt, seed, size, num_frames, fps, model } = this.video;
-    const told = Object.entries({ prompt: prompt ?? "", seed, size, num_frames, fps });
+    const { prompt, seed, size, num_frames, fps, model, parameters } = this.video;
+    const { width, height, ...recorded } = parameters ?? {}; // the size says them
+    const told = Object.entries({ ...recorded, prompt: prompt ?? "", seed, size, num_frames, fps });
     const params = Object.fromEntries(told.filter(([, value]) => value !== null && value !== undefined));
-    return { kind: "video", params, files: {}, model, total: null };
+    return { kind: "video", params, files: {}, model, total: recorded.num_inference_steps ?? null };
   }
 
   _content = (variant) => async () => (await request(`v1/videos/${this.key}/content${variant}`)).blob();

@@ -6,11 +6,28 @@ import { CALLS } from "./schema.js";
 
 const POLL_MS = 700;
 const PREVIEWS = 3;
-const MAX_STREAMS = 3; // a browser opens six connections to a server; some must be left for everything else
+// A browser opens six connections to a server; one must be left for everything else.
+const MAX_VIDEO_STREAMS = 2;
+const MAX_IMAGE_STREAMS = 3;
 
 /** What the server can do, found out by trying. */
 const offers = { imageStream: true, videoEvents: true };
-let streams = 0;
+let videoStreams = 0;
+let imageStreams = 0;
+const waitingForStream = [];
+
+/** Runs `work` once there is a stream for an image. */
+async function withStream(work) {
+  if (imageStreams < MAX_IMAGE_STREAMS) imageStreams += 1;
+  else await new Promise((go) => waitingForStream.push(go)); // whoever ends hands its own on
+  try {
+    return await work();
+  } finally {
+    const next = waitingForStream.shift();
+    if (next) next();
+    else imageStreams -= 1;
+  }
+}
 
 /** One generation. Fires `change` when what it shows changes; `state` ends as done, failed or cancelled. */
 export class Job extends EventTarget {
@@ -25,6 +42,7 @@ export class Job extends EventTarget {
     this.step = null;
     this.total = settings.total;
     this.eta = null;
+    this.position = null;
     this.preview = null;
     this.error = null;
     this.results = [];
@@ -118,16 +136,15 @@ const send = (job, extra) => {
 
 /** [{blob, seed, notes, seconds}] */
 async function images(job) {
-  job.update({ state: "running" });
   if (offers.imageStream) {
     try {
-      return await streamedImages(job, await send(job, { stream: true, partial_images: PREVIEWS }));
+      return await streamedImages(job);
     } catch (error) {
-      if (!["stream", "partial_images", "n"].includes(error.param)) throw error;
-      // Streams of several images at once may be refused where one is not.
-      if (error.param !== "n" && (job.settings.params.n ?? 1) === 1) offers.imageStream = false;
+      if (!["stream", "partial_images"].includes(error.param)) throw error;
+      offers.imageStream = false;
     }
   }
+  job.update({ state: "running" });
   return wholeImages(job, await (await send(job)).json());
 }
 
@@ -141,24 +158,80 @@ function wholeImages(job, reply) {
   }));
 }
 
-async function streamedImages(job, response) {
-  if (!response.headers.get("content-type")?.includes("event-stream")) return wholeImages(job, await response.json());
-  const found = [];
+/** One stream for each image, since a stream tells of one: output i has the seed + i, as in a call for all of them. */
+async function streamedImages(job) {
+  const { seed, n = 1 } = job.settings.params;
+  const count = Array.isArray(seed) ? Math.max(seed.length, 1) : Number(n);
+  const unknown = { state: "sending", position: null, fraction: 0, eta: null, step: 0, total: null };
+  const parts = Array.from({ length: count }, () => ({ ...unknown }));
+  const one = (part, index) => {
+    const own = seed === undefined ? {} : { seed: seedOf(job.settings, index, null) };
+    const wish = { stream: true, partial_images: PREVIEWS, ...(count > 1 ? { n: 1, ...own } : {}) };
+    const tell = (changes, preview) => {
+      Object.assign(part, changes);
+      showParts(job, parts);
+      // Of several the first that is not done.
+      if (preview && parts.find((each) => each.state !== "done") === part) job.showPreview(preview);
+    };
+    return withStream(async () => {
+      if (!job.running || !offers.imageStream) return null; // another one has failed, and with it all
+      return streamedImage(job, await send(job, wish), index, tell);
+    });
+  };
+  return Promise.all(parts.map(one));
+}
+
+/** What all parts come to. */
+function showParts(job, parts) {
+  const sum = (name) => parts.reduce((all, part) => all + part[name], 0);
+  const begun = parts.filter((part) => part.state === "running" || part.state === "done");
+  const waiting = parts.find((part) => part.state === "queued");
+  const open = parts.filter((part) => part.state !== "done");
+  const known = open.every((part) => part.eta !== null);
+  const counted = parts.every((part) => part.total !== null);
+  job.update({
+    state: begun.length > 0 ? "running" : waiting ? "queued" : "sending",
+    fraction: begun.length > 0 ? sum("fraction") / parts.length : null,
+    eta: known && open.length > 0 ? Math.max(...open.map((part) => part.eta)) : null,
+    step: counted ? sum("step") : null,
+    total: counted ? sum("total") : job.settings.total,
+    position: waiting?.position ?? null,
+  });
+}
+
+/** The image of one stream, whose events and comments `tell` hears of. */
+async function streamedImage(job, response, index, tell) {
+  if (!response.headers.get("content-type")?.includes("event-stream")) {
+    return wholeImages(job, await response.json())[0];
+  }
+  let found = null;
   for await (const event of eventsOf(response)) {
     const type = `image/${event.output_format ?? "png"}`;
-    if (event.type?.endsWith(".partial_image")) {
-      const index = event.partial_image_index ?? 0;
-      job.fraction = Math.max(job.fraction ?? 0, (index + 1) / (PREVIEWS + 1));
-      progressOf(job, event);
-      job.showPreview(blobOf(event.b64_json, type));
-    } else if (event.type?.endsWith(".completed")) {
-      const seed = seedOf(job.settings, found.length, event.seed);
+    if (event.type?.endsWith(".completed")) {
       const seconds = event.generation_time ?? (Date.now() - job.created) / 1000;
-      found.push({ blob: blobOf(event.b64_json, type), seed, notes: event.notes ?? [], seconds });
+      const seed = seedOf(job.settings, index, event.seed);
+      found = { blob: blobOf(event.b64_json, type), seed, notes: event.notes ?? [], seconds };
+      tell({ state: "done", fraction: 1, eta: null });
+    } else if (event.type?.endsWith(".partial_image")) {
+      tell({ state: "running", ...stepsOf(event) }, blobOf(event.b64_json, type));
+    } else if (event.status) {
+      const state = event.status === "queued" ? "queued" : "running";
+      tell({ state, position: event.queue_position ?? null, ...stepsOf(event) });
     }
   }
-  if (found.length === 0) throw new ApiError("The connection to the server was lost.");
+  if (found === null) throw new ApiError("The connection to the server was lost.");
   return found;
+}
+
+/** What an event tells of progress, as far as it does. */
+function stepsOf({ step, total_steps: total, progress, eta_seconds: eta }) {
+  const counted = typeof step === "number" && typeof total === "number";
+  const fraction = typeof progress === "number" ? progress / 100 : counted ? step / total : null;
+  return {
+    ...(counted ? { step, total } : {}),
+    ...(fraction === null ? {} : { fraction }),
+    ...(eta === undefined ? {} : { eta }),
+  };
 }
 
 /** Output i has the request's seed + i; the server's reply may have lost digits of a large one. */
@@ -188,7 +261,7 @@ async function video(job) {
 async function follow(job, first) {
   job.videoId = first.id;
   let now = apply(job, first);
-  if (!isFinal(now) && offers.videoEvents && streams < MAX_STREAMS) now = (await streamed(job, now)) ?? now;
+  if (!isFinal(now) && offers.videoEvents && videoStreams < MAX_VIDEO_STREAMS) now = (await streamed(job, now)) ?? now;
   while (!isFinal(now)) {
     await pause(POLL_MS, job.signal);
     now = apply(job, await retrieved(job, now));
@@ -212,7 +285,7 @@ async function retrieved(job, before) {
 /** The last state that the events told; null when there are none. What is still missing then is asked for. */
 async function streamed(job, before) {
   let now = null;
-  streams += 1;
+  videoStreams += 1;
   try {
     const response = await request(`v1/videos/${job.videoId}/events`, { signal: job.signal });
     for await (const event of eventsOf(response)) {
@@ -225,18 +298,19 @@ async function streamed(job, before) {
     if (error.name === "AbortError") throw error;
     if (error.status === 404 || error.status === 405) offers.videoEvents = false;
   } finally {
-    streams -= 1;
+    videoStreams -= 1;
   }
   return now ?? before;
 }
 
 function apply(job, video) {
-  const total = job.total ?? video.num_inference_steps ?? null;
+  const total = job.total ?? video.parameters?.num_inference_steps ?? null;
   const counted = total !== null && video.status !== "queued";
   job.update({
     state: video.status === "queued" ? "queued" : "running",
     fraction: video.progress / 100,
     eta: video.eta_seconds ?? null,
+    position: video.queue_position ?? null,
     step: counted ? Math.max(job.step ?? 0, Math.floor((video.progress / 100) * total)) : null,
     total,
   });

@@ -3,10 +3,10 @@
 import { h } from "./dom.js";
 import { duration } from "./format.js";
 
-/** "Step 7 of 20 · 35 % · about 4.2 s left", as far as it is known. */
+/** "Step 7 of 20 · 35 % · about 4.2 s left" or "Waiting for its turn… 2 before it", as far as it is known. */
 export function progressText(job) {
   if (job.state === "sending") return "Sending…";
-  if (job.state === "queued") return "Waiting for its turn…";
+  if (job.state === "queued") return `Waiting for its turn…${job.position ? ` ${job.position} before it` : ""}`;
   const parts = [];
   if (job.step !== null && job.total !== null) parts.push(`Step ${Math.min(job.step, job.total)} of ${job.total}`);
   if (job.fraction !== null) parts.push(`${Math.round(job.fraction * 100)} %`);
