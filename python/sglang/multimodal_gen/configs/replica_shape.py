@@ -1,0 +1,28 @@
+"""How the ranks of one replica are laid out: sizes of the axes (cfg, ring, ulysses, tp)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+AXES = ("cfg", "ring", "ulysses", "tp")
+"""The outermost first: neighbours on the last talk most, and are to be neighbours in hardware too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaShape:
+    """Sizes of the axes of a replica."""
+
+    cfg: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    tp: int = 1
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """In the order of the mesh."""
+        return self.cfg, self.ring, self.ulysses, self.tp
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of the replica."""
+        return self.cfg * self.ring * self.ulysses * self.tp
