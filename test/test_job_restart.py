@@ -93,6 +93,7 @@ def test_jobs_go_on_after_every_process_was_killed(tmp_path: Path, undisturbed: 
         wait_until(lambda: video(server.url, first)["progress"] >= 30, "a third of the first video")
         kill()
     with running_server(command(tmp_path)) as server:
+        assert video(server.url, first)["progress"] >= 30, "what a client has seen is not taken back"
         for video_id in (first, second):
             wait_until(lambda video_id=video_id: video(server.url, video_id)["status"] == "completed", "the end")
         assert content(server.url, first) == undisturbed[1]

@@ -51,9 +51,11 @@ def serving(*options: str) -> Iterator[ServerProcess]:
     process.stderr.close()
 
 
-def call(server: ServerProcess, path: str, *, key: str | None = None, **fields: Any) -> tuple[int, dict[str, Any]]:
-    """The status and body of a GET, or of a POST with these fields."""
-    request = urllib.request.Request(server.url + path, data=json.dumps(fields).encode() if fields else None)
+def call(
+    server: ServerProcess, path: str, *, key: str | None = None, post: bool = False, **fields: Any
+) -> tuple[int, dict[str, Any]]:
+    """The status and body of a GET, or of a POST, which is also what has fields."""
+    request = urllib.request.Request(server.url + path, data=json.dumps(fields).encode() if post or fields else None)
     request.add_header("content-type", "application/json")
     if key is not None:
         request.add_header("authorization", f"Bearer {key}")
@@ -130,7 +132,7 @@ def test_keys_health_and_operations_of_a_real_server(tmp_path: Path) -> None:
     command = [SGLANG, "serve", "--port", "0", "--api-key-file", str(keys), "--admin-api-key", ADMIN_KEY]
     with running_server(command) as server:
         assert call(server, "/v1/models")[0] == 401
-        assert call(server, "/flush_cache", key=KEY, x=1)[0] == 403
+        assert call(server, "/flush_cache", key=KEY, post=True)[0] == 403
         status, body = call(server, "/health_generate", key=KEY)
         assert (status, body["status"]) == (200, "ok"), body
         _, info = call(server, "/server_info", key=KEY)
@@ -140,11 +142,11 @@ def test_keys_health_and_operations_of_a_real_server(tmp_path: Path) -> None:
         assert info["options"]["api_key_file"] == {"value": str(keys), "source": "flag"}
         assert info["options"]["api_key"]["value"] == info["options"]["admin_api_key"]["value"] == "***"
         assert info["versions"].keys() >= {"python", "torch"}
-        assert call(server, "/release_memory_occupation", key=ADMIN_KEY, x=1)[1]["success"] is True
+        assert call(server, "/release_memory_occupation", key=ADMIN_KEY, post=True)[1]["success"] is True
         status, health = call(server, "/health")
         assert (status, health["state"]) == (503, "asleep")
         assert call(server, "/v1/images/generations", key=KEY, prompt="a star")[1]["error"]["code"] == "memory_released"
-        assert call(server, "/resume_memory_occupation", key=ADMIN_KEY, x=1)[1]["success"] is True
+        assert call(server, "/resume_memory_occupation", key=ADMIN_KEY, post=True)[1]["success"] is True
         assert call(server, "/update_weights_from_disk", key=ADMIN_KEY, model_path=None)[1]["success"] is True
         status, body = call(server, "/health_generate", key=KEY)
         assert (status, body["status"]) == (200, "ok"), body

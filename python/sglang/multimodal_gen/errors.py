@@ -7,6 +7,7 @@ process borders as `ErrorInfo` and come back as `ServingError` with the same cod
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -331,6 +332,12 @@ class InsufficientStorage(StorageError):
     """The disk is full: what was asked for was not accepted."""
 
     code = "insufficient_storage"
+
+
+def storage_error(problem: str, error: OSError) -> StorageError:
+    """What could not be written and the system's reason; a full disk or quota is InsufficientStorage."""
+    kind = InsufficientStorage if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+    return kind(f"{problem}: {error.strerror}")
 
 
 class StorageUnavailable(ServingError):

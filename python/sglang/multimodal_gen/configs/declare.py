@@ -13,6 +13,7 @@ import json
 import math
 import numbers
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -345,7 +346,28 @@ def _read_object(text: str) -> dict[str, Any]:
     return value
 
 
-_READERS: dict[type, Callable[[str], Any]] = {bool: _read_bool, int: int, float: float, dict: _read_object, str: str}
+def _read_int(text: str) -> int:
+    if _INTEGER.fullmatch(text) is None:
+        raise ValueError(text)
+    return int(text)
+
+
+def _read_float(text: str) -> float:
+    if _NUMBER.fullmatch(text) is None:
+        raise ValueError(text)
+    return float(text)
+
+
+# Python's own readers take underscores, white space and the digits of all scripts as well.
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+_NUMBER = re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|nan|inf|infinity)", re.IGNORECASE | re.ASCII)
+_READERS: dict[type, Callable[[str], Any]] = {
+    bool: _read_bool,
+    int: _read_int,
+    float: _read_float,
+    dict: _read_object,
+    str: str,
+}
 
 
 def hint(name: str, known: Iterable[str]) -> str:

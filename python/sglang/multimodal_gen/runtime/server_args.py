@@ -432,7 +432,8 @@ class StorageArgs:
     )
     max_output_gib: float = arg(
         50.0,
-        help="Disk space for the files of finished video jobs; beyond it the oldest go first.",
+        help="Space for the files of finished video jobs, also in a bucket, and for what unfinished ones start from; "
+        "beyond it the oldest go first. Images that wait to be fetched by URL may take as much.",
         group="storage",
         metavar="GIB",
         minimum=0.001,

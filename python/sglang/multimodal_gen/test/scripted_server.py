@@ -11,7 +11,7 @@ import io
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Status,
 )
 from sglang.multimodal_gen.runtime.managers.state_dir import StateDir
+from sglang.multimodal_gen.runtime.postprocess.object_store import StoredFile
 
 MODEL = ModelInfo(
     name="tiny",
@@ -61,8 +62,12 @@ SECRET_PATH = "/home/somebody/checkpoints"
 class ScriptedEngine:
     """Ends a request at once, or while `held` is set when it is cleared; the prompt `fail` fails.
 
-    A request has as many previews as it wants, and one for each `show`; `watched` is who is looked at.
+    A request has as many previews as it wants, and one for each `show`; `watched` is who is looked at. While `waiting`
+    is set, also for engines to come, requests stay in the queue. Results say that `stored_files` were uploaded.
     """
+
+    waiting = False
+    stored_files: Mapping[str, StoredFile] = {}
 
     def __init__(self) -> None:
         self.state = READY
@@ -181,6 +186,8 @@ class ScriptedEngine:
         request_id = handle.request_id
         handle.put(Queued(request_id=request_id, position=0))
         await asyncio.sleep(0)
+        while self.waiting:
+            await asyncio.sleep(0.005)
         handle.put(Started(request_id=request_id, queue_seconds=0.0, phases=(), notes=("a note",)))
         handle.put(Progress(request_id=request_id, phase="denoise", step=2, total_steps=4, fraction=0.5, eta_s=1.25))
         for step in range(1, params.num_previews + 1):
@@ -227,6 +234,7 @@ class ScriptedEngine:
             step_batch_sizes=(),
             peak_memory_bytes=0,
             attempts=1,
+            stored=dict(self.stored_files),
         )
 
 
@@ -275,7 +283,8 @@ def error_of(reply: httpx.Response, status: int) -> dict[str, Any]:
     assert reply.status_code == status, reply.text
     error: dict[str, Any] = reply.json()["error"]
     assert reply.json().keys() == {"error"} and error.keys() == {"message", "type", "param", "code"}
-    assert error["type"] == ("invalid_request_error" if status < 500 else "server_error")
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    assert error["type"] == ("rate_limit_error" if status == 429 else kind)
     assert reply.headers["x-request-id"] and reply.headers["content-type"] == "application/json"
     assert "Traceback" not in reply.text and SECRET_PATH not in reply.text
     return error

@@ -289,6 +289,27 @@ def test_an_operation_reaches_the_engine_and_is_answered(
     assert admin.get(path).status_code == 405
 
 
+@pytest.mark.parametrize("path", sorted(ADMIN_PATHS))
+@pytest.mark.parametrize(
+    ("content", "content_type", "status", "code", "param"),
+    [
+        (b'{"x": 1}', "application/json", 400, "unknown_parameter", "x"),
+        (b'{"x": null}', "application/json", 400, "unknown_parameter", "x"),
+        (b"junk", "application/json", 400, "invalid_json", None),
+        (b"[]", "application/json", 400, "invalid_json", None),
+        (b"x=1", "application/x-www-form-urlencoded", 415, "unsupported_media_type", None),
+    ],
+)
+def test_an_operation_ignores_nothing_that_it_is_sent(
+    *, admin: httpx.Client, keyed_server: RunningServer, path: str, content: bytes, content_type: str, status: int,
+    code: str, param: str | None,
+) -> None:  # fmt: skip
+    error = error_of(admin.post(path, content=content, headers={"content-type": content_type}), status)
+    assert (error["code"], error["param"]) == (code, param)
+    assert error_of(admin.post(f"{path}?x=1"), 400)["code"] == "unknown_parameter"
+    assert not keyed_server.engine.operations
+
+
 @pytest.mark.parametrize(
     ("body", "code", "param"),
     [

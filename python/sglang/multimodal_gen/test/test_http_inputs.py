@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from sglang.multimodal_gen.configs.model_info import InputLimits, SizeFromImage
+from sglang.multimodal_gen.runtime.entrypoints import media_decoding
 from sglang.multimodal_gen.runtime.entrypoints.openai import uploads
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import BodyLimits
 from sglang.multimodal_gen.test.scripted_server import (
@@ -120,6 +121,27 @@ def test_uploads_reach_the_engine_decoded(server: RunningServer) -> None:
         assert [image.shape for image in inputs.images] == [(16, 32, 3), (16, 64, 3)]
         assert inputs.mask is not None and inputs.mask[0].tolist() == [255] * 16 + [0] * 16
     assert edit(server, ("image", png()), size="64x64").json()["size"] == "64x64"
+
+
+@pytest.mark.parametrize("kind", ["cmyk", "16 bits", "animated webp", "apng", "turned"])
+def test_b19_a_picture_of_another_mode_is_converted(server: RunningServer, kind: str) -> None:
+    picture = Image.fromarray(np.full((16, 32, 3), 200, np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by a quarter
+    deep = Image.fromarray(np.full((16, 32), 200 * 257, np.uint16))
+    files: dict[str, tuple[Image.Image, str, dict[str, Any]]] = {
+        "cmyk": (picture.convert("CMYK"), "JPEG", {"quality": 95}),
+        "16 bits": (deep, "PNG", {}),
+        "animated webp": (picture, "WEBP", {"save_all": True, "append_images": [deep.convert("L").convert("RGB")]}),
+        "apng": (picture, "PNG", {"save_all": True, "append_images": [Image.new("RGB", (32, 16), "red")]}),
+        "turned": (picture, "JPEG", {"exif": exif}),
+    }
+    image, file_format, options = files[kind]
+    reply = edit(server, ("image", encoded(image, file_format, **options).getvalue()))
+    assert reply.status_code == 200, reply.text
+    [inputs] = server.engine.inputs.values()
+    assert inputs.images[0].shape == ((32, 16, 3) if kind == "turned" else (16, 32, 3))
+    assert np.abs(inputs.images[0].astype(int) - 200).max() <= 2
 
 
 @pytest.mark.parametrize(
@@ -316,6 +338,15 @@ def test_a_bad_video_upload_is_refused(
     assert not animating.engine.submitted
 
 
+def test_b25_a_video_that_is_too_long_is_refused(animating: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is lowered: the way is the same."""
+    monkeypatch.setattr(media_decoding, "MAX_VIDEO_FRAMES", 4)
+    video = clip("mp4", "libx264", num_frames=5).getvalue()
+    reply = animate(animating, ("input_reference", png()), ("video", video))
+    assert_error(reply, 400, "video_too_long", "video")
+    assert not animating.engine.submitted
+
+
 @pytest.mark.parametrize("name", ["../../x.png", "/etc/passwd", "..\\x", "a\0b.png", "x" * 4096, ""])
 def test_the_name_of_an_upload_is_never_looked_at(server: RunningServer, name: str) -> None:
     files_before = sorted(server.files_dir.rglob("*"))
@@ -342,9 +373,10 @@ def test_the_openapi_page_tells_of_files(server: RunningServer) -> None:
     page = server.client.get("/openapi.json").json()
     content = page["paths"][EDITS]["post"]["requestBody"]["content"]
     form = content["multipart/form-data"]["schema"]["properties"]
-    assert form["image"]["anyOf"][0] == {"type": "string", "format": "binary"}
+    assert (form["image"]["format"], form["image[]"]["items"]["format"]) == ("binary", "binary")
     assert form["mask"]["format"] == "binary" and "strength" in form and "image_path" not in form
-    assert "base64" in content["application/json"]["schema"]["properties"]["image"]["anyOf"][0]["description"]
+    schemas = {media_type: each["schema"] for media_type, each in content.items()}
+    assert "base64" in schemas["application/json"]["properties"]["image"]["anyOf"][0]["description"]
     assert set(page["paths"][VIDEOS]["post"]["requestBody"]["content"]) == {"application/json", "multipart/form-data"}
     assert "/v1/images/variations" not in page["paths"]
     assert json.dumps(server.client.get("/v1/models").json()["data"][0]["limits"]["inputs"])

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from sglang.multimodal_gen.errors import QueueFull
+from sglang.multimodal_gen.runtime.entrypoints.openai.patience import heartbeat_s
 from sglang.multimodal_gen.runtime.managers.messages import EngineState
 from sglang.multimodal_gen.test.scripted_server import (
     MODEL,
@@ -140,6 +141,30 @@ def test_comments_keep_a_stream_alive_while_nothing_happens(server: RunningServe
         events.skip_comments(2)
         server.engine.held = False
         assert [event["type"] for event in events] == ["image_generation.completed"]
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_comments_come_within_the_clients_patience(start_server: Start, kind: str) -> None:
+    """OpenAI's client says how long it waits for the next bytes: 15 s between comments were too long for this one."""
+    server = start_server()
+    server.engine.held = True
+    headers = {"x-stainless-read-timeout": "0.6"}
+    call: dict[str, Any] = {"method": "POST", "url": IMAGES, "json": {"prompt": "a", "stream": True}}
+    if kind == "video":
+        call = {"method": "GET", "url": f"{VIDEOS}/{created(server)}/events", "params": {"previews": "false"}}
+    with server.client.stream(**call, headers=headers, timeout=3) as reply:
+        comments = (line for line in reply.iter_lines() if line == ": keep-alive")
+        assert next(comments) == next(comments)
+        server.engine.held = False
+
+
+@pytest.mark.parametrize(
+    ("patience", "seconds"),
+    [("600", 15.0), ("10", 10 / 3), ("0.001", 0.1), ("nan", 15.0), ("-1", 15.0), ("soon", 15.0), (None, 15.0)],
+)
+def test_a_heartbeat_is_a_third_of_the_clients_patience(patience: str | None, seconds: float) -> None:
+    headers = {} if patience is None else {"x-stainless-read-timeout": patience}
+    assert heartbeat_s(headers, 15.0) == pytest.approx(seconds)
 
 
 def test_an_error_before_the_first_event_is_an_ordinary_reply(server: RunningServer) -> None:

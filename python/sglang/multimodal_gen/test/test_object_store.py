@@ -80,7 +80,7 @@ def test_an_uploaded_file_is_there_under_its_name_until_it_is_removed(server: S3
     stored = store.put(name, clip)
     assert stored.key == f"some/place/{name}" and server.contents() == [stored.key] and store.has(name)
     found = server.client.get_object(Bucket=BUCKET, Key=stored.key)
-    assert found["Body"].read() == CONTENT
+    assert found["Body"].read() == CONTENT and stored.num_bytes == len(CONTENT)
     assert found["ContentType"] == {"4": "video/mp4", "g": "image/png", "p": "image/webp", "G": "image/jpeg"}[name[-1]]
     store.remove([stored.key, "some/place/never-there"])
     assert server.contents() == [] and not store.has(name)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -79,12 +80,54 @@ def test_every_route_lists_its_errors(server: RunningServer) -> None:
             assert ({"401", "403"} <= statuses) == (path not in OPEN_PATHS)
             if method == "post":
                 assert statuses >= {"408", "413", "415", "503"}, path
+                generates = path not in ADMIN_PATHS
+                assert (statuses >= {"499", "504", "507"}) == generates, path
+                headers = {each["name"] for each in operation.get("parameters", ()) if each["in"] == "header"}
+                assert ("Idempotency-Key" in headers) == generates, path
+            if method == "delete":
+                assert statuses >= {"503", "507"}, "results may be in a store that does not answer"
+            if path == "/v1/videos/{video_id}/content":
+                assert "503" in statuses
             if "{" in path:
                 assert "404" in statuses, path
             assert ("security" in operation) == (path in ADMIN_PATHS)
             for status, reply in operation["responses"].items():
                 assert reply["description"], (path, status)
     assert set(page["paths"]) >= ADMIN_PATHS and set(page["paths"]) >= OPEN_PATHS
+
+
+JPEG = "data:image/jpeg;base64,aaaa"
+
+
+@pytest.mark.parametrize(
+    ("path", "media_type", "body"),
+    [
+        ("images/generations", "application/json", {"extra_body": {"seed": 1}, "quality": "standard"}),
+        *(
+            ("images/edits", "application/json", fields)
+            for fields in (
+                {"image": JPEG},
+                {"image": {"image_url": JPEG}},
+                {"images": [{"image_url": JPEG}, JPEG]},
+                {"image": [JPEG], "images": None, "mask": {"image_url": JPEG}, "seed": [1, 2]},
+            )
+        ),
+        ("videos", "application/json", {"input_reference": {"image_url": JPEG}, "last_image": None}),
+        ("videos/edits", "application/json", {"video": {"id": "video_1"}}),
+        ("videos/extensions", "application/json", {"video_id": "video_1", "seconds": 4}),
+        ("images/edits", "multipart/form-data", {"image[]": ["…", "…"], "mask": "…", "extra_body": "{}"}),
+        ("videos", "multipart/form-data", {"input_reference[image_url]": JPEG, "skip_guidance_layers[]": [1]}),
+        ("videos/extensions", "multipart/form-data", {"video[id]": "video_1"}),
+    ],
+)
+def test_the_page_takes_what_the_routes_take(
+    server: RunningServer, path: str, media_type: str, body: dict[str, Any]
+) -> None:
+    page = server.client.get("/openapi.json").json()
+    schema = page["paths"][f"/v1/{path}"]["post"]["requestBody"]["content"][media_type]["schema"]
+    jsonschema.Draft202012Validator(schema).validate({"prompt": "a", **body})
+    for wrong in ({"no_such_field": 1}, {"video": {"url": "x"}}, {"prompt": 5}):
+        assert not jsonschema.Draft202012Validator(schema).is_valid({"prompt": "a", **body, **wrong})
 
 
 def test_a_server_with_keys_says_so_on_the_page(start_server: Start) -> None:

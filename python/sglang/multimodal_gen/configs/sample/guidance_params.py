@@ -37,6 +37,7 @@ class GuidanceParams:
         group="denoising",
         unset=FROM_MODEL,
         minimum=0.0,
+        maximum=1000.0,
         recorded=True,
     )
     cfg_truncation: float | None = arg(

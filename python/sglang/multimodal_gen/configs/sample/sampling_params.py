@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -437,8 +438,8 @@ class SamplingParams(
         return math.prod(size or 1 for size in sizes)
 
     def require_prompt(self) -> None:
-        """Raises EmptyPrompt when there is nothing to generate from."""
-        if not self.prompt.strip():
+        """Raises EmptyPrompt when there is nothing to generate from: no character that can be seen."""
+        if all(unicodedata.category(character) in _UNSEEN for character in self.prompt):
             raise EmptyPrompt()
 
     def private_texts(self) -> tuple[str, ...]:
@@ -446,6 +447,8 @@ class SamplingParams(
         return tuple(text for text in (self.prompt, self.negative_prompt, *_texts_in(self.diffusers_kwargs)) if text)
 
 
+# Control and format characters, such as the zero-width space, and all white space.
+_UNSEEN = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 _OF_SKIPPED_LAYERS = ("skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop")
 
 

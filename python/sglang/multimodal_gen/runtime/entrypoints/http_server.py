@@ -12,17 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
+from sglang.multimodal_gen.configs.declare import check_names
 from sglang.multimodal_gen.errors import (
     ImageNotFound,
     MethodNotAllowed,
     ModelNotFound,
     RouteNotFound,
     ServingError,
+    StorageError,
+    StorageUnavailable,
+    UnknownParameter,
     VideoNotFound,
     shown,
 )
@@ -39,7 +44,7 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.fields import (
     VIDEO_CALL,
 )
 from sglang.multimodal_gen.runtime.entrypoints.openai.frame import RequestFrame
-from sglang.multimodal_gen.runtime.entrypoints.openai.gate import ADMIN_PATHS, OPEN_PATHS, Gate
+from sglang.multimodal_gen.runtime.entrypoints.openai.gate import ADMIN_PATHS, OPEN_PATHS, Gate, is_page
 from sglang.multimodal_gen.runtime.entrypoints.openai.image_api import ImageApi
 from sglang.multimodal_gen.runtime.entrypoints.openai.lifecycle import Lifecycle
 from sglang.multimodal_gen.runtime.entrypoints.openai.model_api import ModelApi
@@ -57,6 +62,7 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.openapi import (
     tidied,
 )
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse, error_response
+from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import drop_body
 from sglang.multimodal_gen.runtime.entrypoints.openai.state_api import StateApi
 from sglang.multimodal_gen.runtime.entrypoints.openai.video_api import ContentQuery, EventsQuery, ListQuery, VideoApi
 from sglang.multimodal_gen.runtime.entrypoints.openai.video_derivation import VideoDerivationApi
@@ -99,6 +105,7 @@ def create_app(engine: Engine, settings: HttpSettings) -> FastAPI:
         default_response_class=JsonResponse,
         responses=replies(*ALWAYS),
         lifespan=lifespan,
+        dependencies=[Depends(_refuse_unknown_query)],
     )
     app.key_paths = None if settings.api_keys else ADMIN_PATHS
     app.state.draining = asyncio.Event()
@@ -173,6 +180,7 @@ def _add_model_routes(app: FastAPI, models: ModelApi) -> None:
 
 
 def _add_image_routes(app: FastAPI, images: ImageApi) -> None:
+    """Variations have a route to say what to use instead."""
     responses = replies(*CALLING, schema=schemas.IMAGES)
     responses[200]["content"] |= EVENT_STREAM[200]["content"]
     app.post(
@@ -212,6 +220,8 @@ def _add_video_routes(app: FastAPI, videos: VideoApi) -> None:
     app.get("/v1/videos/{video_id}", response_model=None, responses=replies(VideoNotFound, schema=schemas.VIDEO))(
         videos.retrieve
     )
+    for method, path in (("POST", "/v1/videos/characters"), ("GET", "/v1/videos/characters/{character_id}")):
+        app.api_route(path, methods=[method], response_model=None, include_in_schema=False)(videos.characters)
     derived = VideoDerivationApi(videos)
     for name, call in (("edits", derived.edit), ("extensions", derived.extend)):
         app.post(
@@ -227,7 +237,9 @@ def _add_video_routes(app: FastAPI, videos: VideoApi) -> None:
         responses=replies(*CALLING, VideoNotFound, schema=schemas.VIDEO),
     )(derived.remix)
     app.delete(
-        "/v1/videos/{video_id}", response_model=None, responses=replies(VideoNotFound, schema=schemas.VIDEO_DELETED)
+        "/v1/videos/{video_id}",
+        response_model=None,
+        responses=replies(VideoNotFound, StorageError, StorageUnavailable, schema=schemas.VIDEO_DELETED),
     )(videos.delete)
     app.get(
         "/v1/videos/{video_id}/events",
@@ -239,8 +251,28 @@ def _add_video_routes(app: FastAPI, videos: VideoApi) -> None:
         "/v1/videos/{video_id}/content",
         response_model=None,
         openapi_extra=query(ContentQuery),
-        responses=binary(_VIDEO_VARIANTS, *READING, VideoNotFound),
+        responses=binary(_VIDEO_VARIANTS, *READING, VideoNotFound, StorageUnavailable),
     )(videos.content)
+
+
+async def _refuse_unknown_query(request: Request) -> None:
+    """Raises UnknownParameter for what the route's page does not name. Probes and the page for browsers have none, and
+    caches and load balancers like to add some."""
+    if not request.query_params or request.url.path in OPEN_PATHS or is_page(request.url.path):
+        return
+    described = (getattr(request.scope["route"], "openapi_extra", None) or {}).get("parameters", ())
+    known = [each["name"] for each in described if each["in"] == "query"]
+    try:
+        check_names(request.query_params, known, what="query parameter")
+    except UnknownParameter:
+        await drop_body(request)
+        raise
+
+
+def _methods_of(request: Request) -> str:
+    """All that the path has, in whichever of its routes."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in routes for method in getattr(route, "methods", None) or ()}))
 
 
 async def _on_serving_error(request: Request, error: Exception) -> Response:
@@ -253,7 +285,7 @@ async def _on_routing_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path
     if error.status_code == MethodNotAllowed.http_status:
-        allowed = (error.headers or {}).get("Allow", "")
+        allowed = _methods_of(request)
         message = f"method: got {shown(request.method)}, accepted for {shown(path)} is {allowed}"
         return error_response(MethodNotAllowed(message), {"allow": allowed})
     if path.startswith("/v1/videos/") and (request.method in ("GET", "DELETE") or path.endswith("/remix")):

@@ -45,6 +45,12 @@ class DecodedInputs:
         """Whether there are any."""
         return _any(self)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all pixels."""
+        arrays = (*self.images, self.mask, self.last_image, None if self.video is None else self.video.frames)
+        return sum(array.nbytes for array in arrays if array is not None)
+
     def check(self, limits: InputLimits, *, strength: bool) -> None:
         """Refuse what the model does not take. Raises InvalidRequest."""
         limits.check(_given(self, strength=strength), self.names)

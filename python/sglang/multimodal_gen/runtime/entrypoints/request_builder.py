@@ -60,6 +60,19 @@ def expand_prompts(
     return _observed(expanded)
 
 
+def check_ahead(values: Mapping[str, Any], *, model: ModelInfo, images: bool = False, video: bool = False) -> None:
+    """Refuse what no input can make acceptable, before anybody decodes one: an empty prompt, and more or other pixels,
+    frames or work than are accepted, as far as they do not follow from the `images` or the `video` that there are."""
+    wish = SamplingParams.from_values(values)
+    wish.require_prompt()
+    limits = model.limits
+    if images and limits.size_from_image is not None and (wish.width is None or wish.height is None):
+        return
+    if video and limits.takes_length_from_video and wish.num_frames is None:
+        wish = dataclasses.replace(wish, num_frames=1)  # the fewest that there may be
+    limits.check(limits.sized(wish.filled_from(model.defaults, GENERAL_DEFAULTS)))
+
+
 @functools.cache
 def _exposed(surface: Surface) -> tuple[str, ...]:
     return tuple(name for name, p in parameters(SamplingParams).items() if surface in p.declaration.exposed)

@@ -45,8 +45,9 @@ class VideoJob(msgspec.Struct, frozen=True, kw_only=True):
     """One video as the server keeps it. Times in unix seconds; `progress` in percent, 100 only when it is complete.
 
     `file_name` is that of the result, `profile` that of its trace: bare names. `num_bytes` counts all files of the
-    result. `has_inputs`: what the job starts from lies beside the database. `webhook` says whether somebody is still to
-    be told of the end. `eta_s` and `queue_position`, the jobs before it, are of the moment.
+    result, wherever they are. `has_inputs`: what the job starts from lies beside the database, `num_input_bytes` of it
+    until the job is final. `webhook` says whether somebody is still to be told of the end. `eta_s` and
+    `queue_position`, the jobs before it, are of the moment.
     """
 
     id: str
@@ -72,6 +73,7 @@ class VideoJob(msgspec.Struct, frozen=True, kw_only=True):
     safety_identifier: str | None = None
     remixed_from: str | None = None
     has_inputs: bool = False
+    num_input_bytes: int = 0
     num_bytes: int = 0
     webhook: Webhook = "none"
 
@@ -155,30 +157,40 @@ class JobStore:
                 self._connection.execute("ROLLBACK")
             raise
 
-    def update(self, job: VideoJob) -> None:
-        """Keep what a job has become; one that was deleted stays so. Raises as `insert` does."""
+    def update(self, job: VideoJob, *, synced: bool = True) -> None:
+        """Keep what a job has become; one that was deleted stays so. What is not `synced` outlives this process but not
+        a power failure, for a small part of the time. Raises as `insert` does."""
+        run = self._connection.execute
         with _as_storage_error(self._path):
-            self._connection.execute(
-                "UPDATE jobs SET status = ?, expires_at = ?, record = ? WHERE id = ?",
-                (job.status, job.expires_at, msgspec.msgpack.encode(job), job.id),
-            )
+            if not synced:
+                run("PRAGMA synchronous=NORMAL")
+            try:
+                run(
+                    "UPDATE jobs SET status = ?, expires_at = ?, record = ? WHERE id = ?",
+                    (job.status, job.expires_at, msgspec.msgpack.encode(job), job.id),
+                )
+            finally:
+                if not synced:
+                    run("PRAGMA synchronous=FULL")
 
     def delete(self, job_id: str) -> None:
         """Forget a job, and the reply that told of it. Raises as `insert` does."""
         with _as_storage_error(self._path):
             self._connection.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
 
-    def load(self) -> list[VideoJob]:
-        """All jobs in order of creation. One that this release cannot read is left alone, with a line in the log."""
+    def load(self) -> tuple[list[VideoJob], list[str]]:
+        """All jobs in order of creation, and the ids of those that this release cannot read: they are left alone, with
+        a line in the log."""
         with _as_storage_error(self._path):
             rows = self._connection.execute("SELECT id, record FROM jobs ORDER BY number").fetchall()
-        jobs = []
+        jobs, unreadable = [], []
         for job_id, record in rows:
             try:
                 jobs.append(msgspec.msgpack.decode(record, type=VideoJob))
             except (msgspec.DecodeError, msgspec.ValidationError) as error:
                 logger.error("job %s cannot be read by this release: %s", job_id, error)
-        return jobs
+                unreadable.append(job_id)
+        return jobs, unreadable
 
     def replies(self) -> list[KeptReply]:
         """All kept replies, the oldest job's first."""

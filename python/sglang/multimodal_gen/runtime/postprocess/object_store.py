@@ -49,10 +49,11 @@ _PIECE_BYTES = 4 * _MIB
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFile:
-    """An uploaded file: its key in the bucket, and a presigned URL, good for anybody until it expires."""
+    """An uploaded file: its key in the bucket, a presigned URL, good for anybody until it expires, and its size."""
 
     key: str
     url: str
+    num_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ class ObjectStore:
         size = source.stat().st_size
         with self._slots, self._saving("did not take the result"):
             lifetime = timedelta(seconds=self.settings.url_lifetime_s)
-            stored = StoredFile(key=key, url=self._obstore.sign(self._store, "GET", key, lifetime))
+            stored = StoredFile(key=key, url=self._obstore.sign(self._store, "GET", key, lifetime), num_bytes=size)
             self._obstore.put(
                 self._store,
                 key,

@@ -94,21 +94,31 @@ class Connection(H11Protocol):
         self._refuse(BadHttp("request: not a valid HTTP/1.1 request, or its head is too large"))
 
     def _refuse(self, error: ServingError) -> None:
-        """Answer before there is a request.
+        """Answer bytes that are no request, or no more of one; who has had the answer to the request gets no other.
 
         Closing with bytes unread would reset the connection and lose the answer, so the client gets a moment to go.
         """
+        self._refused = True
+        self._stop_watching()
+        if self.conn.our_state is h11.SEND_BODY:
+            self.transport.close()  # in the middle of a reply, which the client sees to be cut short
+            return
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self._answer(error)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._deadline = self.loop.call_later(_LINGER_S, self.transport.close)
+
+    def _answer(self, error: ServingError) -> None:
         response = error_response(error)
         headers = [*response.raw_headers, (b"connection", b"close"), (b"x-request-id", _request_id())]
         head = h11.Response(status_code=error.http_status, headers=headers)
         body = h11.Data(data=bytes(response.body))
         for event in (head, body, h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
-        self._refused = True
-        self._stop_watching()
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        self._deadline = self.loop.call_later(_LINGER_S, self.transport.close)
+        if self.cycle is not None:  # the request that was cut off is nobody's any more
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
 
 
 def _request_id() -> bytes:

@@ -6,18 +6,20 @@ The gate has checked the key. Each answers when it is done. A client that goes a
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sglang.multimodal_gen.configs.declare import arg, build
+from sglang.multimodal_gen.configs.declare import arg, build, check_names, parameters
 from sglang.multimodal_gen.errors import InvalidValue, UnsupportedParameter, WeightsDoNotFit
 from sglang.multimodal_gen.registry import get_model_info
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, HttpSettings, require_model
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse
-from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import read_json
+from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import has_body, read_json
 from sglang.multimodal_gen.runtime.managers.messages import Operation
 
 _UNSUPPORTED = {"target_modules": "all components are loaded anew"}
@@ -49,16 +51,16 @@ class ControlApi:
     async def flush_cache(self, request: Request) -> Response:
         """Forget the embeddings of earlier requests and what was learned of the memory that they take, and give unused
         memory back. Requests that run go on."""
-        return await self._do("flush_cache")
+        return await self._do_without_fields(request, "flush_cache")
 
     async def release_memory(self, request: Request) -> Response:
         """Free the device: requests that have begun end first, then the weights go. Those that wait go on waiting, new
         ones are refused until the memory is resumed."""
-        return await self._do("release_memory_occupation")
+        return await self._do_without_fields(request, "release_memory_occupation")
 
     async def resume_memory(self, request: Request) -> Response:
         """Load the weights again that were released."""
-        return await self._do("resume_memory_occupation")
+        return await self._do_without_fields(request, "resume_memory_occupation")
 
     async def update_weights(self, request: Request) -> Response:
         """Load weights anew, from the same directory or another one of the same architecture. Requests that have begun
@@ -72,10 +74,8 @@ class ControlApi:
         return await self._do("update_weights_from_disk", model_path=path)
 
     async def _weights_wish(self, request: Request) -> WeightsFields:
-        has_body = "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
-        if not has_body:
-            return WeightsFields()
-        values = {k: v for k, v in (await read_json(request, self._settings.body)).values.items() if v is not None}
+        given = await self._given(request, {*parameters(WeightsFields), *_UNSUPPORTED})
+        values = {name: value for name, value in given.items() if value is not None}
         for name, reason in _UNSUPPORTED.items():
             if name in values:
                 raise UnsupportedParameter(name, reason)
@@ -83,6 +83,18 @@ class ControlApi:
         if not wish.flush_cache:
             raise UnsupportedParameter("flush_cache", "embeddings of other weights are never kept")
         return wish
+
+    async def _given(self, request: Request, known: Collection[str]) -> Mapping[str, Any]:
+        """The fields of the body, which may be left out. Raises UnknownParameter for others than `known`."""
+        if not has_body(request):
+            return {}
+        values = (await read_json(request, self._settings.body)).values
+        check_names(values, known, what="field")
+        return values
+
+    async def _do_without_fields(self, request: Request, operation: Operation) -> Response:
+        await self._given(request, ())
+        return await self._do(operation)
 
     async def _do(self, operation: Operation, *, model_path: str | None = None) -> Response:
         message = await self._engine.control(operation, model_path=model_path)

@@ -23,6 +23,7 @@ from sglang.multimodal_gen.errors import (
     AdminRequired,
     IncompatibleParameters,
     InvalidType,
+    InvalidValue,
     MissingParameter,
     SizeTooLarge,
     UnknownParameter,
@@ -68,7 +69,7 @@ class StillFields(CommonFields):
     )
     background: str = arg("auto", help="Results are opaque.", group="openai", choices=("auto", "opaque"))
     quality: str = arg(
-        "auto", help="Rendering effort is set with num_inference_steps.", group="openai", choices=("auto",)
+        "auto", help="Rendering effort is set with num_inference_steps.", group="openai", choices=("auto", "standard")
     )
     stream: bool = arg(False, help="Send one image as server-sent events.", group="openai")
     partial_images: int = arg(
@@ -162,26 +163,41 @@ class CallFields:
         for name in body.values:
             if name not in accepted and not (name in absent and body.values[name] is None):
                 self.refuse(name)
-        values = {
+        checked = {
             name: _checked_value(accepted[name], value, spelled=name in body.spelled)
             for name, value in body.values.items()
             if value is not None
         }
+        values = {name: value for name, value in checked.items() if value is not None}  # a text may spell null
         if "prompt" not in values:
             raise MissingParameter("prompt: not given, accepted is a text", param="prompt")
         return values
 
 
 def _checked_value(parameter: Parameter, value: Any, *, spelled: bool) -> Any:
-    if spelled:
-        value = (
-            tuple(from_text(parameter.item(), v) for v in value)
-            if isinstance(value, list)
-            else from_text(parameter, value)
-        )
-    if parameter.name in ("width", "height"):
-        _check_side(value, param=parameter.name)
-    return coerce(parameter, value)
+    try:
+        if spelled:
+            value = _read(parameter, value)
+        if parameter.name in ("width", "height"):
+            _check_side(value, param=parameter.name)
+        return coerce(parameter, value)
+    except InvalidValue as error:
+        raise _explained(parameter, error) from None
+
+
+def _read(parameter: Parameter, value: Any) -> Any:
+    """What the texts of a multipart body spell; an object (`name[key]`) is left to be refused by its type."""
+    if isinstance(value, list):
+        return tuple(from_text(parameter.item(), text) for text in value)
+    return value if isinstance(value, dict) else from_text(parameter, value)
+
+
+def _explained(parameter: Parameter, error: InvalidValue) -> InvalidValue:
+    """The error; of OpenAI's choices, the help says why others are not there and what is used instead."""
+    declaration = parameter.declaration
+    if declaration.group != "openai" or declaration.choices is None:
+        return error
+    return InvalidValue(parameter.name, error.value, f"{error.accepted} ({declaration.help.rstrip('.')})")
 
 
 def _check_side(value: Any, *, param: str) -> None:
@@ -194,12 +210,15 @@ def _check_side(value: Any, *, param: str) -> None:
 
 
 def sides(size: str) -> tuple[int, int]:
-    """(width, height) of a checked WIDTHxHEIGHT. Raises SizeTooLarge for sides beyond any model's."""
+    """(width, height) of a checked WIDTHxHEIGHT. Raises SizeTooLarge or InvalidValue for sides beyond any model's."""
     match = _SIZE.fullmatch(size)
     assert match is not None, "the declaration has checked the form"
     width, height = int(match[1]), int(match[2])
+    least = parameters(SamplingParams)["width"].declaration.minimum or 0
     for side in (width, height):
         _check_side(side, param="size")
+        if side < least:
+            raise InvalidValue("size", size, f"sides of at least {int(least)} pixels", code="invalid_size")
     return width, height
 
 
@@ -270,6 +289,12 @@ _NEW_VIDEO_FILES = (
     FileField(name="last_image", kind="image", help="Image that the video ends with."),
     FileField(name="video", kind="video", help="MP4, WebM or GIF that the video is made from."),
 )
+_NOT_MADE_FOR_VIDEOS = {
+    "n": "a job makes one video",
+    "num_outputs_per_prompt": "a job makes one video",
+    "stream": "a video is followed with GET /v1/videos/{id}/events",
+    "partial_images": "they come with GET /v1/videos/{id}/events",
+}
 _SOURCE_VIDEO = FileField(
     name="video", kind="video", help="MP4, WebM or GIF, or the id of a video of this server.", by_id=True
 )
@@ -279,7 +304,7 @@ def _video_call(own: type[VideoFields], files: Iterable[FileField]) -> CallField
     return CallFields(
         accepted=MappingProxyType(_declared(own, without=("num_outputs_per_prompt",), formats=VIDEO_FORMATS)),
         admin_only=_admin_only(),
-        unsupported=MappingProxyType({"n": "a job makes one video", "num_outputs_per_prompt": "a job makes one video"}),
+        unsupported=MappingProxyType(dict(_NOT_MADE_FOR_VIDEOS)),
         files=MappingProxyType({field.name: field for field in files}),
     )
 

@@ -103,11 +103,11 @@ class Gate:
             if self._keys.any and caller.role is None:
                 raise InvalidApiKey(given=given)
             raise AdminRequired(path, is_field=False)
-        if self._keys.required and caller.role is None and path not in OPEN_PATHS and not _is_page(path):
+        if self._keys.required and caller.role is None and path not in OPEN_PATHS and not is_page(path):
             raise InvalidApiKey(given=given)
 
 
-def _is_page(path: str) -> bool:
+def is_page(path: str) -> bool:
     """Whether it is a part of the page for browsers, which asks for the key itself."""
     return path == "/" or path == "/studio" or path.startswith("/studio/")
 

@@ -26,6 +26,7 @@ _MAX_ENTRIES = 1000
 _MAX_KEPT_BYTES = 64 * 2**20
 
 Work = Callable[[], Coroutine[Any, Any, bytes]]
+Check = Callable[[bytes], bool]
 
 
 @dataclass(kw_only=True)
@@ -38,9 +39,10 @@ class _Run:
     num_waiting: int = 0
 
     @property
-    def num_kept_bytes(self) -> int:
-        """Of a finished reply."""
-        return len(self.reply.result()) if self.reply.done() else 0
+    def kept(self) -> bytes:
+        """The reply, once it is there; nothing until then and after a failure."""
+        has_reply = self.reply.done() and not self.reply.cancelled() and self.reply.exception() is None
+        return self.reply.result() if has_reply else b""
 
 
 class IdempotentReplies:
@@ -53,8 +55,10 @@ class IdempotentReplies:
         self._lifetime_s = lifetime_s
         self._runs: dict[str, _Run] = {}
 
-    async def once(self, request: Request, body: Body, work: Work) -> bytes:
+    async def once(self, request: Request, body: Body, work: Work, *, holds: Check = lambda reply: True) -> bytes:
         """The reply of `work`, or that of the run with the request's key; without a key `work` simply runs.
+
+        A reply that no longer `holds`, since what it tells of is gone, is forgotten with its key.
 
         Raises:
             IdempotencyMismatch: the key came before, with another body.
@@ -64,7 +68,7 @@ class IdempotentReplies:
         if identity is None:
             return await work()
         key, fingerprint = identity
-        run = self._find_or_start(key, fingerprint, work)
+        run = self._find_or_start(key, fingerprint, work, holds)
         run.num_waiting += 1
         try:
             return await asyncio.shield(run.reply)
@@ -85,12 +89,13 @@ class IdempotentReplies:
         expires = time.monotonic() + self._lifetime_s
         self._runs[kept.key] = _Run(fingerprint=kept.fingerprint, reply=reply, expires=expires)
 
-    def _find_or_start(self, key: str, fingerprint: bytes, work: Work) -> _Run:
+    def _find_or_start(self, key: str, fingerprint: bytes, work: Work, holds: Check) -> _Run:
         self._forget_old()
         run = self._runs.get(key)
-        if run is None:
+        if run is None or (run.kept and not holds(run.kept)):
             expires = time.monotonic() + self._lifetime_s
             run = _Run(fingerprint=fingerprint, reply=asyncio.create_task(work()), expires=expires)
+            self._runs.pop(key, None)  # the new one is the newest
             self._runs[key] = run
         elif run.fingerprint != fingerprint:
             raise IdempotencyMismatch(
@@ -103,13 +108,13 @@ class IdempotentReplies:
             del self._runs[key]
 
     def _forget_old(self) -> None:
-        kept_bytes = sum(run.num_kept_bytes for run in self._runs.values())
+        kept_bytes = sum(len(run.kept) for run in self._runs.values())
         now = time.monotonic()
         for key, run in list(self._runs.items()):  # oldest first
             if run.expires > now and kept_bytes <= _MAX_KEPT_BYTES and len(self._runs) < _MAX_ENTRIES:
                 return
             if run.reply.done():
-                kept_bytes -= run.num_kept_bytes
+                kept_bytes -= len(run.kept)
                 del self._runs[key]
 
 

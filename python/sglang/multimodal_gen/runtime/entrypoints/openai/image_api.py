@@ -54,12 +54,12 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.idempotency import Idempot
 from sglang.multimodal_gen.runtime.entrypoints.openai.image_events import ImageEvents
 from sglang.multimodal_gen.runtime.entrypoints.openai.image_store import ImageStore
 from sglang.multimodal_gen.runtime.entrypoints.openai.inputs import InputReader, edit_sources
-from sglang.multimodal_gen.runtime.entrypoints.openai.patience import client_deadline_s
+from sglang.multimodal_gen.runtime.entrypoints.openai.patience import client_deadline_s, heartbeat_s
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse, to_json
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import Body, read_json, read_json_or_multipart
 from sglang.multimodal_gen.runtime.entrypoints.openai.results import Results
 from sglang.multimodal_gen.runtime.entrypoints.openai.uploads import of_field
-from sglang.multimodal_gen.runtime.entrypoints.request_builder import expand
+from sglang.multimodal_gen.runtime.entrypoints.request_builder import check_ahead, expand
 
 
 class ImageApi:
@@ -72,7 +72,10 @@ class ImageApi:
         self._replies = IdempotentReplies(lifetime_s=settings.idempotency_lifetime_s)
         self._results = Results(settings.object_store)
         self._store = ImageStore(
-            settings.state.files / "images", capacity=settings.max_images, lifetime_s=settings.image_lifetime_s
+            settings.state.files / "images",
+            capacity=settings.max_images,
+            max_bytes=settings.jobs.max_output_bytes,
+            lifetime_s=settings.image_lifetime_s,
         )
 
     async def generate(self, request: Request) -> Response:
@@ -103,8 +106,11 @@ class ImageApi:
         if not wish.stream and "deadline_s" not in sampling:
             sampling["deadline_s"] = client_deadline_s(request.headers)
         model = require_model(self._engine, self._settings, wish.model)
-        inputs = await self._inputs.read(edit_sources(body), model, sampling)
         model.check_previews(wish.partial_images, param="partial_images")
+        sources = edit_sources(body)
+        if sources:
+            check_ahead({**sampling, "num_frames": 1}, model=model, images=bool(sources.images))
+        inputs = await self._inputs.read(sources, model, sampling)
         requests = _image_requests(sampling, model, surface, inputs, num_previews=wish.partial_images)
         if wish.response_format == "url" and self._results.are_uploaded:
             requests = [_uploaded(params, self._settings.state.files / "images") for params in requests]
@@ -145,7 +151,7 @@ class ImageApi:
             return events.completed(facts | {"safety_identifier": wish.safety_identifier})
 
         frames = events.frames(lambda: self._replies.once(request, body, run))
-        return EventStream(request, frames, heartbeat_s=self._settings.heartbeat_s)
+        return EventStream(request, frames, heartbeat_s=heartbeat_s(request.headers, self._settings.heartbeat_s))
 
     async def content(self, request: Request, image_id: str) -> Response:
         """The bytes of an image that was answered with a URL."""

@@ -26,9 +26,9 @@ class JobKeeper:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="job-store")
         self._store = self._thread.submit(JobStore, path).result()
 
-    async def load(self) -> tuple[list[VideoJob], list[KeptReply]]:
-        """All jobs, the oldest first, and the replies that told of them."""
-        return await self._run(lambda: (self._store.load(), self._store.replies()))
+    async def load(self) -> tuple[list[VideoJob], list[str], list[KeptReply]]:
+        """All jobs, the oldest first, the ids of those that cannot be read, and the replies that told of jobs."""
+        return await self._run(lambda: (*self._store.load(), self._store.replies()))
 
     async def insert(self, job: VideoJob, reply: KeptReply | None) -> None:
         """A new job and the reply that tells of it. Raises InsufficientStorage, StorageError."""
@@ -38,9 +38,11 @@ class JobKeeper:
         """Forget a job. Raises InsufficientStorage, StorageError."""
         await self._run(lambda: self._store.delete(job_id))
 
-    def update(self, job: VideoJob) -> None:
-        """What a job has become. A failure is logged: the job goes on, and after a restart it begins again."""
-        self._thread.submit(self._store.update, job).add_done_callback(lambda done: _log_failure(done, job.id))
+    def update(self, job: VideoJob, *, synced: bool = True) -> None:
+        """What a job has become. A failure is logged: the job goes on, and after a restart it begins again. See
+        `JobStore.update` for `synced`."""
+        done = self._thread.submit(self._store.update, job, synced=synced)
+        done.add_done_callback(lambda done: _log_failure(done, job.id))
 
     def forget(self, job_id: str) -> None:
         """As `delete`, without waiting; a failure is logged."""

@@ -12,6 +12,7 @@ from sglang.multimodal_gen.errors import (
     BadHttp,
     BodyTimeout,
     BodyTooLarge,
+    DeadlineExceeded,
     HeadTooLarge,
     HostNotAllowed,
     InternalError,
@@ -30,10 +31,9 @@ from sglang.multimodal_gen.errors import (
     UnsupportedMediaType,
 )
 from sglang.multimodal_gen.runtime.entrypoints.openai.fields import CallFields
-from sglang.multimodal_gen.runtime.entrypoints.openai.uploads import FileField
+from sglang.multimodal_gen.runtime.entrypoints.openai.uploads import URL_KEYS, FileField
 
 _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
 ERROR_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["error"],
@@ -43,12 +43,24 @@ ERROR_SCHEMA: dict[str, Any] = {
             "required": ["message", "type", "param", "code"],
             "properties": {
                 "message": {"type": "string"},
-                "type": {"type": "string", "enum": ["invalid_request_error", "server_error"]},
+                "type": {"type": "string", "enum": ["invalid_request_error", "rate_limit_error", "server_error"]},
                 "param": {"type": ["string", "null"]},
                 "code": {"type": "string"},
             },
         }
     },
+}
+_STRING = {"type": "string"}
+_FILE = {"type": "string", "format": "binary"}
+_DATA_URL = {"type": "string", "description": "Data URL with the file's bytes in base64."}
+_EXTRA = "extra_body"
+_EXTRA_SCHEMA = {"description": "A JSON object of further fields, which stand beside the others.", "x-spelling": True}
+_IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "Sent again with the same key, a call gets the first one's reply and runs once.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
 }
 _ERROR_CONTENT = {"application/json": {"schema": ERROR_SCHEMA}}
 ALWAYS: tuple[type[ServingError], ...] = (
@@ -72,6 +84,7 @@ CALLING: tuple[type[ServingError], ...] = (
     RequestCancelled,
     OutOfMemory,
     NotReady,
+    DeadlineExceeded,
     StorageError,
 )
 """What a call that generates may answer besides."""
@@ -99,6 +112,7 @@ _IN_WORDS = {
     499: "Cancelled",
     500: "The server failed",
     503: "Not now; see x-should-retry",
+    504: "Not done before the request's deadline, or the client's patience",
     507: "No room to save the result",
 }
 
@@ -135,23 +149,62 @@ def tidied(page: dict[str, Any], *, open_paths: Collection[str], key_paths: Coll
 
 
 def request_body(call: CallFields, media_types: Iterable[str]) -> dict[str, Any]:
-    """The `openapi_extra` of a route that takes the call's fields."""
+    """The `openapi_extra` of a route that takes the call's fields, under every spelling of theirs."""
     fields = {
         **{name: field_schema(parameter) for name, parameter in call.accepted.items()},
         **{name: _admin_schema(parameter) for name, parameter in call.admin_only.items()},
     }
 
     def schema(media_type: str) -> dict[str, Any]:
-        files = {name: _file_schema(field, media_type) for name, field in call.files.items()}
+        spell = _in_json if media_type == "application/json" else _in_parts
         return {
             "type": "object",
             "required": ["prompt"],
             "additionalProperties": False,
-            "properties": {**fields, **files},
+            "properties": {**fields, **spell(fields, call.files.values())},
         }
 
     content = {media_type: {"schema": schema(media_type)} for media_type in media_types}
-    return {"requestBody": {"required": True, "content": content}}
+    return {"parameters": [_IDEMPOTENCY_KEY], "requestBody": {"required": True, "content": content}}
+
+
+def _in_json(fields: Mapping[str, Any], files: Iterable[FileField]) -> dict[str, Any]:
+    """The further properties of a JSON body: data URLs in place of files."""
+    found: dict[str, Any] = {_EXTRA: _EXTRA_SCHEMA | {"type": ["object", "null"]}}
+    for field in files:
+        keyed = {**dict.fromkeys(URL_KEYS, _DATA_URL), **({"id": _STRING} if field.by_id else {})}
+        forms = [_DATA_URL, *(_single_key(key, schema) for key, schema in keyed.items())]
+        several = {"type": "array", "items": {"anyOf": forms}, "maxItems": field.max_files}
+        found[field.name] = {"anyOf": [*forms, several, {"type": "null"}], "description": field.help}
+        if field.alias is not None:
+            found[field.alias] = found[field.name] | _other_spelling(f"Another name of {field.name}.")
+    return found
+
+
+def _in_parts(fields: Mapping[str, Any], files: Iterable[FileField]) -> dict[str, Any]:
+    """The further properties of a multipart body: files, and the spellings of lists and objects."""
+    found: dict[str, Any] = {_EXTRA: _EXTRA_SCHEMA | {"type": "string"}}
+    for name, schema in fields.items():
+        for kind in schema.get("anyOf", ()):
+            if kind.get("type") == "array":
+                found[f"{name}[]"] = kind | _other_spelling(f"Several of {name}, one a part.")
+    for field in files:
+        found[field.name] = _FILE | {"description": field.help}
+        if field.max_files > 1:
+            several = {"type": "array", "items": _FILE, "maxItems": field.max_files}
+            found[f"{field.name}[]"] = several | _other_spelling(f"Several of {field.name}, one a part.")
+        for key in (*URL_KEYS, *(["id"] if field.by_id else [])):
+            found[f"{field.name}[{key}]"] = _STRING | _other_spelling(f"In place of {field.name}.")
+    return found
+
+
+def _other_spelling(description: str) -> dict[str, Any]:
+    """What marks a property that says the same as another one."""
+    return {"description": description, "x-spelling": True}
+
+
+def _single_key(key: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "required": [key], "additionalProperties": False, "properties": {key: dict(value)}}
 
 
 def plain_body(owner: type) -> dict[str, Any]:
@@ -159,18 +212,6 @@ def plain_body(owner: type) -> dict[str, Any]:
     fields = {name: field_schema(parameter) for name, parameter in parameters(owner).items()}
     schema = {"type": "object", "additionalProperties": False, "properties": fields}
     return {"requestBody": {"required": False, "content": {"application/json": {"schema": schema}}}}
-
-
-def _file_schema(field: FileField, media_type: str) -> dict[str, Any]:
-    """A file in a multipart body, a data URL in JSON."""
-    if media_type == "application/json":
-        one: dict[str, Any] = {"type": "string", "description": "Data URL with the file's bytes in base64."}
-    else:
-        one = {"type": "string", "format": "binary"}
-    described = {"description": field.help}
-    if field.max_files == 1:
-        return one | described
-    return {"anyOf": [one, {"type": "array", "items": one, "maxItems": field.max_files}]} | described
 
 
 def query(owner: type) -> dict[str, Any]:
@@ -185,7 +226,7 @@ def query(owner: type) -> dict[str, Any]:
 
 def binary(media_types: Iterable[str], *errors: type[ServingError]) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a content route: the bytes or a range of them, and the statuses of these errors."""
-    content = dict.fromkeys(media_types, _BINARY)
+    content = {media_type: {"schema": _FILE} for media_type in media_types}
     return {
         200: {"description": "The file's bytes.", "content": content},
         206: {"description": "The range that was asked for.", "content": content},

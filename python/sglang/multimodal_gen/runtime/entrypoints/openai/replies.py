@@ -36,11 +36,17 @@ def without_paths(message: str) -> str:
     return _PATH.sub("…", message)
 
 
+def _error_type(status: int) -> str:
+    if status == 429:
+        return "rate_limit_error"
+    return "invalid_request_error" if status < 500 else "server_error"
+
+
 def error_object(info: ErrorInfo) -> dict[str, Any]:
     """OpenAI's error object. Sentences about our own faults lose their paths; those about the input have none."""
     return {
         "message": info.message if info.http_status < 500 else without_paths(info.message),
-        "type": "invalid_request_error" if info.http_status < 500 else "server_error",
+        "type": _error_type(info.http_status),
         "param": info.param,
         "code": info.code,
     }

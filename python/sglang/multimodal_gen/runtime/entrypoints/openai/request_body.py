@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,14 @@ _DRAINED_BYTES = 16 * 2**20
 _DRAIN_SECONDS = 2.0
 # Where clients of OpenAI's library put fields that it does not know, when they build the body by hand.
 _EXTRA = "extra_body"
+# How far values may lie within each other. Far below what the parser does, since whoever walks through a value needs
+# a stack as well.
+_MAX_DEPTH = 64
+# `name`, `name[]` of a list, `name[key]` of an object.
+_PART_NAME = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\])*)")
+_QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_NAME_OPTION = re.compile(rb";\s*name\s*=", re.IGNORECASE)
+_PLAIN_ENCODINGS = frozenset({b"7bit", b"8bit", b"binary"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +78,22 @@ async def read_json(request: Request, limits: BodyLimits) -> Body:
     Raises:
         ServingError: another content type, too many bytes, too slow, not one JSON object, a key given twice.
     """
+    _refuse_encoded(request)
     if _media_type(request) != "application/json":
         raise _wrong_media_type(request, "application/json")
     return Body(values=await _read_object(request, limits, max_bytes=limits.max_bytes))
 
 
+def has_body(request: Request) -> bool:
+    """Whether the request comes with a body, as far as its head says."""
+    return "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
+
+
 async def _read_object(request: Request, limits: BodyLimits, *, max_bytes: int) -> dict[str, Any]:
+    _, options = parse_options_header(request.headers["content-type"])
+    charset = options.get(b"charset", b"utf-8").lower()
+    if charset not in (b"utf-8", b"utf8", b"us-ascii"):
+        raise UnsupportedMediaType(f"content-type: got charset {shown(charset.decode('latin-1'))}, accepted is utf-8")
     data = bytearray()
     await _receive(request, limits, data.extend, max_bytes=max_bytes)
     if len(data) <= limits.max_bytes:
@@ -105,6 +124,7 @@ async def _read_fields(
     request: Request, limits: BodyLimits, uploads: Uploads, refuse_file: Callable[[str], None]
 ) -> tuple[dict[str, Any], frozenset[str]]:
     """The fields that are no parts with a file, and the names of those that came as text."""
+    _refuse_encoded(request)
     media_type = _media_type(request)
     if media_type == "application/json":
         return await _read_object(request, limits, max_bytes=limits.max_json_upload_bytes), frozenset()
@@ -140,6 +160,7 @@ class _Form:
         self._header = bytearray()
         self._header_value = bytearray()
         self._disposition = b""
+        self._encoding = b""
         self._name = ""
         self._data = bytearray()
 
@@ -161,20 +182,31 @@ class _Form:
         if self._num_parts > _MAX_PARTS:
             raise InvalidMultipart(f"body: more than the {_MAX_PARTS} parts that are accepted")
         self._upload = None
-        self._disposition = b""
+        self._disposition = self._encoding = b""
         self._data.clear()
 
     def _on_header_end(self) -> None:
-        if self._header.lower() == b"content-disposition":
-            self._disposition = bytes(self._header_value)
+        match bytes(self._header).lower():
+            case b"content-disposition":
+                # Two of them, or two names in one, and whoever looks at the request before us may read the other.
+                if self._disposition:
+                    raise InvalidMultipart("body: a part has more than one Content-Disposition")
+                self._disposition = bytes(self._header_value)
+            case b"content-transfer-encoding":
+                self._encoding = bytes(self._header_value).strip().lower()
         self._header.clear()
         self._header_value.clear()
 
     def _on_headers_finished(self) -> None:
         _, options = parse_options_header(self._disposition)
-        self._name = _utf8(options.get(b"name", b""), "a part's name")
+        self._name = _utf8(options.get(b"name", b""), "a part's name", param=None)
         if not self._name:
             raise InvalidMultipart("body: a part has no name")
+        if len(_NAME_OPTION.findall(_QUOTED.sub(b'""', self._disposition))) > 1:
+            raise InvalidMultipart("body: a part has more than one name")
+        if self._encoding and self._encoding not in _PLAIN_ENCODINGS:
+            encoding = shown(self._encoding.decode("latin-1"))
+            raise InvalidMultipart(f"body: a part's Content-Transfer-Encoding is {encoding}, accepted is binary")
         if b"filename" in options or b"filename*" in options:
             self._begin_file()
 
@@ -205,31 +237,41 @@ class _Form:
         self.complete = True
 
     def fields(self) -> tuple[dict[str, Any], frozenset[str]]:
-        """Those that are no files; `name[]` collects a list, any other name may come once."""
+        """Those that are no files; `name[]` collects a list, `name[key]` spells an object, and nothing else comes
+        twice. Which fields may be lists and objects is for whoever reads them by their types."""
         values: dict[str, Any] = {}
-        for name, data in self._fields:
-            text: Any = _utf8(data, name)
-            if name.endswith("[]"):
-                values.setdefault(name.removesuffix("[]"), []).append(text)
-                continue
-            # `name[key]` spells an object, which only fields with files may be; else the base name is what is refused.
-            name, _, key = name.partition("[")
-            if key and name in self._uploads.fields:
-                text = {key.removesuffix("]"): text}
-            if name in values:
+        lists = set()
+        for part, data in self._fields:
+            match = _PART_NAME.fullmatch(part)
+            name, keys = match.groups() if match else (part, "")
+            text = _utf8(data, name, param=name)
+            if name in values and not (keys == "[]" and name in lists):
                 raise DuplicateParameter(name)
-            values[name] = text
+            if keys == "[]":
+                lists.add(name)
+                values.setdefault(name, []).append(text)
+            else:
+                values[name] = {keys[1:-1]: text} if keys else text
         spelled = frozenset(values) - {_EXTRA}
         if _EXTRA in values:
-            values[_EXTRA] = _json_object(str(values[_EXTRA]).encode())
+            if not isinstance(values[_EXTRA], str):
+                raise InvalidType(_EXTRA, values[_EXTRA], "a JSON object of further fields as one text")
+            values[_EXTRA] = _json_object(values[_EXTRA].encode())
         return _with_extra(values), spelled
 
 
-def _utf8(data: bytes, what: str) -> str:
+def _utf8(data: bytes, what: str, *, param: str | None) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        raise InvalidUnicode(f"{shown(what)}: not valid UTF-8", param=what) from None
+        raise InvalidUnicode(f"{shown(what)}: not valid UTF-8", param=param) from None
+
+
+def _refuse_encoded(request: Request) -> None:
+    """Raises UnsupportedMediaType for a body that is compressed."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise UnsupportedMediaType(f"content-encoding: got {shown(encoding)}, accepted is a body that is not encoded")
 
 
 def _media_type(request: Request) -> str:
@@ -270,8 +312,7 @@ async def _next_chunk(stream: AsyncIterator[bytes], deadline: float) -> bytes | 
 async def drop_body(request: Request) -> None:
     """Read and drop what a refused request still sends, for a moment. A client that waits to be asked for its body
     is not asked."""
-    has_body = "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
-    if has_body and "expect" not in request.headers:
+    if has_body(request) and "expect" not in request.headers:
         await _drain(request.stream())
 
 
@@ -292,7 +333,23 @@ def _json_object(data: bytes) -> dict[str, Any]:
         raise InvalidJson("body: not valid JSON in UTF-8") from None
     if not isinstance(found, dict):
         raise InvalidJson(f"body: got JSON of another kind ({type(found).__name__}), accepted is an object")
+    _check_depth(found)
     return found
+
+
+def _check_depth(value: dict[str, Any]) -> None:
+    """Raises InvalidJson for values that lie too deep within each other. Level by level, so that it needs no stack."""
+    level: list[Any] = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            item
+            for each in level
+            for item in (each.values() if isinstance(each, dict) else each)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return
+    raise InvalidJson(f"body: JSON nested deeper than the {_MAX_DEPTH} levels that are accepted")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

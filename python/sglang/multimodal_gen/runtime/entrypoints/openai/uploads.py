@@ -20,11 +20,11 @@ from sglang.multimodal_gen.errors import (
     InvalidRequest,
     InvalidType,
     InvalidVideo,
-    StorageError,
     TooManyImages,
     UnsupportedParameter,
     UrlNotAllowed,
     VideoTooLarge,
+    storage_error,
 )
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import MAX_IMAGE_BYTES, MAX_MASK_BYTES, MAX_VIDEO_BYTES
 
@@ -32,7 +32,8 @@ MAX_FILE_BYTES = {"image": MAX_IMAGE_BYTES, "mask": MAX_MASK_BYTES, "video": MAX
 _SPOOLED_BYTES = 2**20
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _DATA_URL = re.compile(r"data:([^;,]*)(;[^,]*)?,")
-_URL_KEYS = ("image_url", "video_url")
+URL_KEYS = ("image_url", "video_url")
+"""Keys of the objects that may stand in place of a data URL, with it as their only value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ class Upload:
         return self._hash.hexdigest()
 
     def write(self, data: bytes) -> None:
-        """The next bytes. Raises ImageTooLarge, VideoTooLarge, InvalidMask, StorageError."""
+        """The next bytes. Raises ImageTooLarge, VideoTooLarge, InvalidMask, InsufficientStorage, StorageError."""
         self._num_bytes += len(data)
         if self._num_bytes > MAX_FILE_BYTES[self.field.kind]:
             raise self.field.too_large()
@@ -84,7 +85,7 @@ class Upload:
         try:
             self.file.write(data)
         except OSError as error:
-            raise StorageError(f"the server cannot store the upload: {error.strerror}") from error
+            raise storage_error("the server cannot store the upload", error) from error
 
     def close(self) -> None:
         """Forget the content."""
@@ -128,7 +129,7 @@ class Uploads:
                 )
             for value in given.values():
                 if field.by_id and isinstance(value, dict) and value.keys() == {"id"}:
-                    rest[f"{field.name}_id"] = value["id"]
+                    _set_id(rest, field, value["id"])
                     continue
                 for each in value if isinstance(value, list) else [value]:
                     self.begin(field.name).write(_bytes_of(field, each))
@@ -140,6 +141,14 @@ class Uploads:
             upload.close()
 
 
+def _set_id(values: dict[str, Any], field: FileField, given: Any) -> None:
+    """Put the id of `{"id": …}` where a field of its own has ids. Raises IncompatibleParameters."""
+    name = f"{field.name}_id"
+    if values.get(name) is not None:
+        raise IncompatibleParameters(f"{name}: says the same as {field.name}, accepted is one of them", param=name)
+    values[name] = given
+
+
 def of_field(uploads: Iterable[Upload], name: str) -> list[BinaryIO]:
     """The files of one field."""
     return [upload.file for upload in uploads if upload.field.name == name]
@@ -148,7 +157,7 @@ def of_field(uploads: Iterable[Upload], name: str) -> list[BinaryIO]:
 def _bytes_of(field: FileField, value: Any) -> bytes:
     if isinstance(value, dict) and "file_id" in value:
         raise UnsupportedParameter(field.name, "no files are kept here: send the bytes instead of a file_id")
-    if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in _URL_KEYS:
+    if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in URL_KEYS:
         value = next(iter(value.values()))
     if not isinstance(value, str):
         raise InvalidType(field.name, value, "a data URL, or an object with one as its image_url")

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import dataclasses
 import itertools
+import json
 import math
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -16,14 +17,14 @@ from typing import Any, BinaryIO, Literal
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sglang.multimodal_gen.configs.declare import Surface, arg, from_text, hint, parameters
+from sglang.multimodal_gen.configs.declare import Surface, arg, from_text, parameters
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, SamplingParams
 from sglang.multimodal_gen.errors import (
     DuplicateParameter,
     IncompatibleParameters,
     InvalidValue,
-    UnknownParameter,
+    NotOffered,
     VideoFailed,
     VideoNotFound,
     VideoNotReady,
@@ -41,16 +42,19 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.fields import (
 from sglang.multimodal_gen.runtime.entrypoints.openai.frame import keep_private, link_engine_requests
 from sglang.multimodal_gen.runtime.entrypoints.openai.idempotency import IdempotentReplies, identity_of
 from sglang.multimodal_gen.runtime.entrypoints.openai.inputs import InputReader, video_sources
+from sglang.multimodal_gen.runtime.entrypoints.openai.patience import heartbeat_s
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse, error_object, to_json
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import Body, read_json_or_multipart
 from sglang.multimodal_gen.runtime.entrypoints.openai.results import Results
 from sglang.multimodal_gen.runtime.entrypoints.openai.video_jobs import VideoJobs
-from sglang.multimodal_gen.runtime.entrypoints.request_builder import check_output, expand
+from sglang.multimodal_gen.runtime.entrypoints.request_builder import check_ahead, check_output, expand
 from sglang.multimodal_gen.runtime.managers.job_store import KeptReply, VideoJob
 from sglang.multimodal_gen.runtime.managers.messages import Preview
 
 _SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 _POLL_AFTER_MS = 500
+# A length is told in milliseconds: what was told is taken back, with a little more for the rounding of floats.
+_TOLERANCE_S = 0.000501
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +94,6 @@ class VideoWish:
     sampling: Mapping[str, Any]
     inputs: DecodedInputs
     model: ModelInfo
-    seconds: str | int | float | None = None
     name: str | None = None
     safety_identifier: str | None = None
     remixed_from: str | None = None
@@ -124,11 +127,14 @@ class VideoApi:
         keep_private(request, private_texts(body))
         wish, sampling = sampling_values(VIDEO_CALL.checked(body, surface=self.surface(request)), VideoFields)
         model = require_model(self.engine, self.settings, wish.model)
+        sampling = with_length(sampling, wish.seconds, model)
+        sources = video_sources(body)
+        if sources:
+            check_ahead(sampling, model=model, images=bool(sources.images), video=sources.video is not None)
         wanted = VideoWish(
             sampling=sampling,
-            inputs=await self.inputs.read(video_sources(body), model, sampling),
+            inputs=await self.inputs.read(sources, model, sampling),
             model=model,
-            seconds=wish.seconds,
             name=wish.model,
             safety_identifier=wish.safety_identifier,
         )
@@ -140,10 +146,7 @@ class VideoApi:
 
     async def start_job(self, request: Request, body: Body, wish: VideoWish) -> Response:
         """Start the job, once for each idempotency key, and tell of it."""
-        sampling = dict(wish.sampling)
-        if wish.seconds is not None:
-            sampling["num_frames"] = frames_for(wish.seconds, sampling, wish.model)
-        params = _video_request(sampling, wish.model, self.surface(request), wish.inputs)
+        params = _video_request(wish.sampling, wish.model, self.surface(request), wish.inputs)
 
         def reply_for(job: VideoJob) -> KeptReply | None:
             identity = identity_of(request, body)
@@ -164,7 +167,11 @@ class VideoApi:
             link_engine_requests(request, [job.id])
             return to_json(video_object(job))
 
-        return JsonResponse(await self._replies.once(request, body, start), headers=_poll_headers(done=False))
+        def holds(reply: bytes) -> bool:
+            return self.jobs.holds(json.loads(reply)["id"])
+
+        reply = await self._replies.once(request, body, start, holds=holds)
+        return JsonResponse(reply, headers=_poll_headers(done=False))
 
     def completed(self, request: Request, video_id: str) -> VideoJob:
         """The job, whose result is there. Raises VideoNotFound, VideoFailed, VideoNotReady."""
@@ -192,14 +199,13 @@ class VideoApi:
         """A video's status and progress as server-sent events, from now to its end, and pictures on the way."""
         wanted = _query(request, EventsQuery).previews
         model = self.engine.state.model
-        frames = self._event_frames(
-            self.jobs.get(video_id, caller_of(request)), previews=wanted and model is not None and model.gives_previews
-        )
-        return EventStream(request, frames, heartbeat_s=self.settings.heartbeat_s)
+        job = self.jobs.get(video_id, caller_of(request))
+        frames = self._event_frames(job.id, previews=wanted and model is not None and model.gives_previews)
+        return EventStream(request, frames, heartbeat_s=heartbeat_s(request.headers, self.settings.heartbeat_s))
 
-    async def _event_frames(self, job: VideoJob, *, previews: bool) -> AsyncGenerator[bytes, None]:
+    async def _event_frames(self, job_id: str, *, previews: bool) -> AsyncGenerator[bytes, None]:
         numbers = itertools.count()
-        async with self.jobs.feeds.follow(job, previews=previews) as follower:
+        async with self.jobs.feeds.follow(job_id, previews=previews) as follower:
             async for change in follower:
                 content = _preview_event(change) if isinstance(change, Preview) else _job_event(change)
                 yield event_frame({**content, "sequence_number": next(numbers)})
@@ -238,16 +244,28 @@ class VideoApi:
             return self.jobs.contact_sheet(job), "jpeg"
         return self.jobs.path(job), str(job.params.output_format)
 
+    async def characters(self, request: Request) -> Response:
+        """OpenAI's calls for characters."""
+        raise NotOffered("path: characters are not offered; describe who is to be seen in the prompt")
+
     async def delete(self, request: Request, video_id: str) -> Response:
         """Delete a video and its bytes; one that runs is cancelled."""
         await self.jobs.delete(video_id, caller_of(request))
         return JsonResponse({"id": video_id, "object": "video.deleted", "deleted": True})
 
 
+def with_length(sampling: Mapping[str, Any], seconds: str | int | float | None, model: ModelInfo) -> dict[str, Any]:
+    """`sampling` with as many frames as `seconds` are, where they are given. Raises as `frames_for`."""
+    if seconds is None:
+        return dict(sampling)
+    return {**sampling, "num_frames": frames_for(seconds, sampling, model)}
+
+
 def frames_for(seconds: str | int | float, sampling: Mapping[str, Any], model: ModelInfo) -> int:
     """Frames of a video whose last frame shows `seconds` after its first: 5 s at 16 fps are 81 frames.
 
-    Between two counts that the model can do it is the lower one; the reply tells the actual time.
+    Between two counts that the model can do it is the lower one; the reply tells the actual time, to the millisecond,
+    and that gives the same count again.
 
     Raises:
         IncompatibleParameters: `num_frames` is given too.
@@ -260,11 +278,11 @@ def frames_for(seconds: str | int | float, sampling: Mapping[str, Any], model: M
     stride, most = model.limits.frame_stride, model.limits.max_frames
     longest = (most - 1) // stride * stride / fps
     number = seconds if not isinstance(seconds, str) else float(seconds) if _SECONDS.fullmatch(seconds) else 0
-    if not 0 < number <= longest:
+    if not 0 < number <= longest + _TOLERANCE_S:
         raise InvalidValue(
             "seconds", seconds, f"a number above 0, up to {_plain(longest)} at {fps} fps", code="invalid_seconds"
         )
-    return math.floor(number * fps / stride) * stride + 1
+    return math.floor((number + _TOLERANCE_S) * fps / stride) * stride + 1
 
 
 def _video_request(
@@ -280,12 +298,10 @@ def _video_request(
 
 
 def _query(request: Request, owner: type) -> Any:
-    """The URL's query as an instance of `owner`. Raises for unknown, repeated and bad parameters."""
+    """The URL's query as an instance of `owner`. Raises for repeated and bad parameters."""
     known = parameters(owner)
     values: dict[str, Any] = {}
     for name, text in request.query_params.multi_items():
-        if name not in known:
-            raise UnknownParameter(name, what="query parameter", hint=hint(name, known))
         if name in values:
             raise DuplicateParameter(name)
         values[name] = from_text(known[name], text)

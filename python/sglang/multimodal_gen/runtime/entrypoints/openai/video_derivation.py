@@ -30,7 +30,8 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.fields import (
 from sglang.multimodal_gen.runtime.entrypoints.openai.frame import keep_private
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import Body, read_json, read_json_or_multipart
 from sglang.multimodal_gen.runtime.entrypoints.openai.uploads import of_field
-from sglang.multimodal_gen.runtime.entrypoints.openai.video_api import VideoApi, VideoWish
+from sglang.multimodal_gen.runtime.entrypoints.openai.video_api import VideoApi, VideoWish, with_length
+from sglang.multimodal_gen.runtime.entrypoints.request_builder import check_ahead
 from sglang.multimodal_gen.runtime.managers.job_store import VideoJob
 
 _NAMES = InputNames(images="video", video="video")
@@ -110,9 +111,10 @@ class VideoDerivationApi:
             raise UnsupportedParameter("video", "the model does not go on from an image, so that it extends no video")
         if not extend and not limits.takes_video:
             raise UnsupportedParameter("video", f"the model works from {limits.in_words()}")
-        values = dict(sampling)
+        values = with_length(sampling, wish.seconds, model)
         if not extend and limits.takes_strength:
             values.setdefault("strength", _STRENGTH)
+        check_ahead(values, model=model, images=extend, video=not extend)
         async with self._opened(source, body) as file:
             found = await self._videos.inputs.read(
                 MediaSources(video=file, names=_NAMES), _reading_videos(model), values
@@ -122,7 +124,6 @@ class VideoDerivationApi:
             sampling=values,
             inputs=inputs,
             model=model,
-            seconds=wish.seconds,
             name=wish.model,
             safety_identifier=wish.safety_identifier,
             remixed_from=remixed_from,

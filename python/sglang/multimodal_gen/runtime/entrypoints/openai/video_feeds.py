@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine
@@ -57,14 +57,17 @@ class Follower:
 class JobFeeds:
     """All followers by job. While a job has one that wants previews, the engine is asked for them."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, current: Callable[[str], Job]) -> None:
+        """`current` gives a job as it is now, and raises VideoNotFound."""
         self._engine = engine
+        self._current = current
         self._followers: dict[str, list[Follower]] = {}
         self._asking: set[asyncio.Task[None]] = set()
 
     @contextlib.asynccontextmanager
-    async def follow(self, job: Job, *, previews: bool) -> AsyncIterator[Follower]:
-        """Look at a job for the length of the block."""
+    async def follow(self, job_id: str, *, previews: bool) -> AsyncIterator[Follower]:
+        """Look at a job for the length of the block. Raises VideoNotFound."""
+        job = self._current(job_id)  # nothing is published between this and the registration
         follower = Follower(job, previews=previews)
         was_watched = self._is_watched(job.id)
         self._followers.setdefault(job.id, []).append(follower)

@@ -10,9 +10,9 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -24,15 +24,16 @@ from sglang.multimodal_gen.errors import (
     InternalError,
     InvalidValue,
     QueueFull,
+    RequestCancelled,
     ServingError,
-    StorageError,
     VideoNotFound,
+    storage_error,
 )
 from sglang.multimodal_gen.runtime.entrypoints.engine_client import raise_if_terminal
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import NO_INPUTS, DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, JobSettings
 from sglang.multimodal_gen.runtime.entrypoints.openai.job_keeper import JobKeeper
-from sglang.multimodal_gen.runtime.entrypoints.openai.job_shelf import JobShelf
+from sglang.multimodal_gen.runtime.entrypoints.openai.job_shelf import JobShelf, Order
 from sglang.multimodal_gen.runtime.entrypoints.openai.kept_inputs import load_inputs, save_inputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.keys import NOBODY, Caller
 from sglang.multimodal_gen.runtime.entrypoints.openai.results import Results
@@ -59,7 +60,6 @@ logger = logging.getLogger(__name__)
 _ID = re.compile(r"video_[0-9a-f]{32}")
 _SWEEP_S = 30.0
 _RETRY_S = 0.5
-Order = Literal["asc", "desc"]
 
 
 class VideoJobs:
@@ -76,7 +76,7 @@ class VideoJobs:
         self._jobs = JobShelf(capacity=settings.capacity, max_output_bytes=settings.max_output_bytes)
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self.feeds = JobFeeds(engine)
+        self.feeds = JobFeeds(engine, self._current)
         self._webhooks = None if settings.webhook is None else Webhooks(settings.webhook, self._webhook_settled)
 
     # -- the server's life --
@@ -84,9 +84,9 @@ class VideoJobs:
     async def start(self) -> list[KeptReply]:
         """Find the jobs of the server before this one and go on with them; returns the replies that told of them."""
         self._directory.mkdir(mode=0o700, exist_ok=True)
-        jobs, replies = await self._keeper.load()
-        self._jobs.load(msgspec.structs.replace(job, eta_s=None, queue_position=None) for job in jobs)
-        await asyncio.to_thread(self._remove_strangers)
+        jobs, unreadable, replies = await self._keeper.load()
+        self._jobs.load(_waiting(job) for job in jobs)
+        await asyncio.to_thread(self._remove_strangers, frozenset(unreadable))
         unfinished = [job for job in jobs if not job.is_final]
         if unfinished:
             logger.info("going on with %d videos of the server before this one", len(unfinished))
@@ -123,13 +123,16 @@ class VideoJobs:
         await self._results.close()
         await self._keeper.close()
 
-    def _remove_strangers(self) -> None:
-        """Files that no job knows: of jobs that were deleted, or not accepted, when a process was killed."""
-        known = {path.name for job in self._jobs.values() for path in self.files(job)}
-        inputs = {self._inputs_of(job.id).name for job in self._jobs.values() if job.has_inputs}
-        states = {state_name(job.id) for job in self._jobs.values() if not job.is_final}
+    def _remove_strangers(self, unreadable: Collection[str]) -> None:
+        """Files that no job knows: of jobs that were deleted, or not accepted, when a process was killed. Those of jobs
+        that only another release can read stay."""
+        jobs = list(self._jobs.values())
+        results = {path.name for job in jobs for path in self.files(job)}
+        results |= {path.name for path in self._directory.iterdir() if path.name.partition(".")[0] in unreadable}
+        inputs = {self._inputs_of(job_id).name for job_id in (*(job.id for job in jobs if job.has_inputs), *unreadable)}
+        states = {state_name(job_id) for job_id in (*(job.id for job in jobs if not job.is_final), *unreadable)}
         for directory, names in (
-            (self._directory, known),
+            (self._directory, results),
             (self._state.inputs, inputs),
             (self._state.checkpoints, states),
         ):
@@ -141,7 +144,8 @@ class VideoJobs:
         """Hand the jobs to the engine again, in their old order."""
         for job in unfinished:
             if job.id in self._jobs:
-                self._watchers[job.id] = asyncio.create_task(self._watch(job.id, None))
+                passed_s = max(0.0, time.time() - job.created_at - 1)  # created_at is rounded down
+                self._watchers[job.id] = asyncio.create_task(self._watch(job.id, None, _due(job, passed_s=passed_s)))
                 await asyncio.sleep(0)
 
     async def _sweep(self) -> None:
@@ -167,6 +171,7 @@ class VideoJobs:
 
         Raises:
             QueueFull: all jobs held are unfinished.
+            InsufficientStorage: there is no room for what it starts from.
             StorageError: the job cannot be kept.
             ServingError: the engine refused the request.
         """
@@ -176,6 +181,9 @@ class VideoJobs:
         job = msgspec.structs.replace(
             job, safety_identifier=safety_identifier, remixed_from=remixed_from, owner=owner.id or ""
         )
+        self._jobs.reserve(job)
+        self._forget(self._jobs.excess())
+        due = _due(job)
         try:
             await self._keep_inputs(job, inputs)
             await self._keeper.insert(job, reply_for(job))
@@ -187,7 +195,7 @@ class VideoJobs:
             raise
         self._jobs.put(job)
         self._apply(job.id, first)
-        self._watchers[job.id] = asyncio.create_task(self._watch(job.id, events))
+        self._watchers[job.id] = asyncio.create_task(self._watch(job.id, events, due))
         return job
 
     def _new_job(self, params: SamplingParams, *, model: str, inputs: DecodedInputs) -> VideoJob:
@@ -207,6 +215,7 @@ class VideoJobs:
             file_name=file_name,
             params=saved,
             has_inputs=bool(inputs),
+            num_input_bytes=inputs.num_bytes,
         )
 
     async def _keep_inputs(self, job: VideoJob, inputs: DecodedInputs) -> None:
@@ -215,38 +224,48 @@ class VideoJobs:
         try:
             await asyncio.to_thread(save_inputs, self._inputs_of(job.id), inputs)
         except OSError as error:
-            raise StorageError(f"the server cannot keep what the video starts from: {error.strerror}") from error
+            raise storage_error("the server cannot keep what the video starts from", error) from error
 
     async def _discard(self, job: VideoJob) -> None:
         """The job was not accepted."""
+        self._jobs.pop(job.id)
         await self._engine.cancel(job.id)
         self._remove_all(job)
         self._keeper.forget(job.id)
+
+    def holds(self, job_id: str) -> bool:
+        """Whether it is still there."""
+        self._forget(self._jobs.excess())
+        return job_id in self._jobs
+
+    def _current(self, job_id: str) -> VideoJob:
+        job = self._jobs.get(job_id)
+        if job is None:
+            raise VideoNotFound(job_id)
+        return job
 
     def get(self, job_id: str, viewer: Caller = NOBODY) -> VideoJob:
         """The job as it is now, if it is the viewer's to see. Raises VideoNotFound."""
         self._forget(self._jobs.excess())
         job = self._jobs.get(job_id) if _ID.fullmatch(job_id) else None
-        if job is None or not _may_see(viewer, job):
+        if job is None or not _may_see(viewer, job.owner):
             raise VideoNotFound(job_id)
         return job
 
     def page(
         self, *, after: str | None, limit: int, order: Order, viewer: Caller = NOBODY
     ) -> tuple[list[VideoJob], bool]:
-        """Up to `limit` of the viewer's jobs in order of creation after the job `after`, and whether more follow.
+        """Up to `limit` of the viewer's jobs in order of creation after the job `after`, which may have gone meanwhile,
+        and whether more follow.
 
         Raises:
             InvalidValue: `after` is no job's id (code `invalid_cursor`).
         """
         self._forget(self._jobs.excess())
-        jobs: Iterable[VideoJob] = self._jobs.values() if order == "asc" else reversed(self._jobs.values())
-        jobs = (job for job in jobs if _may_see(viewer, job))
-        if after is not None:
-            last = self._jobs.get(after)
-            if last is None or not _may_see(viewer, last):
-                raise InvalidValue("after", after, "the id of a video in the list", code="invalid_cursor")
-            jobs = itertools.islice(itertools.dropwhile(lambda job: job.id != after, jobs), 1, None)
+        place = None if after is None else self._jobs.place(after)
+        if after is not None and (place is None or not _may_see(viewer, place.owner)):
+            raise InvalidValue("after", after, "the id of a video in the list", code="invalid_cursor")
+        jobs = (job for job in self._jobs.beyond(place, order) if _may_see(viewer, job.owner))
         page = list(itertools.islice(jobs, limit + 1))
         return page[:limit], len(page) > limit
 
@@ -259,11 +278,13 @@ class VideoJobs:
             StorageUnavailable: its bytes are in a store that does not answer; a complete job is still there then.
         """
         job = self.get(job_id, viewer)
-        if job.is_final:
+        was_final = job.is_final
+        if was_final:
             await self._results.remove(self.files(job))
         await self._keeper.delete(job_id)
+        job = self._current(job_id)  # another call may have deleted it, or it has ended
         if not job.is_final:
-            deleted = ErrorInfo(code="cancelled", message="the video was deleted")
+            deleted = RequestCancelled("the video was deleted").info()
             self.feeds.publish(
                 msgspec.structs.replace(job, status="failed", completed_at=int(time.time()), error=deleted)
             )
@@ -272,6 +293,7 @@ class VideoJobs:
         if watcher is not None:
             await self._engine.cancel(job_id)
             await asyncio.wait({watcher}, timeout=self._settings.delete_timeout_s)
+        if watcher is not None or job.is_final != was_final:
             await self._results.remove(self.files(job))
         self._unlink_own(job)
 
@@ -314,8 +336,9 @@ class VideoJobs:
         async with self._engine.stored(inputs) as media:
             return aiter(await self._engine.submit(params, request_id=job.id, inputs=media, durable=True))
 
-    async def _watch(self, job_id: str, events: AsyncIterator[RequestEvent] | None) -> None:
-        """Follow a job to its end, from engine to engine; without `events` it is handed over first.
+    async def _watch(self, job_id: str, events: AsyncIterator[RequestEvent] | None, due: float | None) -> None:
+        """Follow a job to its end, from engine to engine; without `events` it is handed over first. Its time is over at
+        `due`, of the monotonic clock.
 
         Whatever happens here, the job ends: clients poll until it does.
         """
@@ -323,7 +346,7 @@ class VideoJobs:
         assert created is not None, "a job is watched from its creation on"
         try:
             while job is not None and not job.is_final:
-                events = await self._again(job) if events is None else events
+                events = await self._again(job, due) if events is None else events
                 if not await self._follow(job_id, events):
                     return
                 events = None
@@ -339,9 +362,9 @@ class VideoJobs:
             if job_id not in self._jobs:
                 self._remove_all(created)
 
-    async def _again(self, job: VideoJob) -> AsyncIterator[RequestEvent]:
+    async def _again(self, job: VideoJob, due: float | None) -> AsyncIterator[RequestEvent]:
         inputs = await asyncio.to_thread(load_inputs, self._inputs_of(job.id)) if job.has_inputs else NO_INPUTS
-        return await self._submit(job, inputs, _rest_of(job))
+        return await self._submit(job, inputs, _rest_of(job.params, due))
 
     async def _follow(self, job_id: str, events: AsyncIterator[RequestEvent]) -> bool:
         """The events of one engine; whether the job is to be handed to the next one."""
@@ -362,15 +385,18 @@ class VideoJobs:
         job = self._jobs.get(job_id)
         if job is None:
             return
+        running: dict[str, Any]
         match event:
             case Queued():
                 self._become(job_id, queue_position=event.position, eta_s=event.eta_s)
             case Started():
-                running: dict[str, Any] = {"status": "in_progress", "notes": event.notes, "queue_position": None}
+                running = {"status": "in_progress", "notes": event.notes, "queue_position": None}
                 self._become(job_id, **running, started_at=job.started_at or int(time.time()), kept=True)
             case Progress():
                 percent = max(job.progress, min(99, int(event.fraction * 100)))
-                self._become(job_id, status="in_progress", progress=percent, eta_s=event.eta_s, queue_position=None)
+                running = {"status": "in_progress", "progress": percent, "queue_position": None}
+                moved = percent > job.progress  # what clients have seen of it is not taken back after a restart
+                self._become(job_id, **running, eta_s=event.eta_s, kept=moved, synced=False)
             case Preview():
                 pass
             case Finished():
@@ -378,10 +404,12 @@ class VideoJobs:
             case Failed():
                 self._end(job_id, event.error)
             case Cancelled():
-                self._end(job_id, ErrorInfo(code="cancelled", message=f"the video was not finished: {event.reason}"))
+                self._end(job_id, RequestCancelled(f"the video was not finished: {event.reason}").info())
         self.feeds.saw(event)
 
     def _complete(self, job: VideoJob, event: Finished) -> None:
+        here = sum(path.stat().st_size for path in self.files(job) if path.exists())
+        uploaded = sum(file.num_bytes for file in event.stored.values())
         self._finish(
             job.id,
             status="completed",
@@ -392,7 +420,7 @@ class VideoJobs:
             profile=None if event.profile_path is None else Path(event.profile_path).name,
             notes=event.notes or job.notes,
             attempts=event.attempts,
-            num_bytes=sum(path.stat().st_size for path in self.files(job) if path.exists()),
+            num_bytes=max(here, uploaded),  # the same files, when they are in both
         )
 
     def _end(self, job_id: str, error: ErrorInfo) -> None:
@@ -416,7 +444,7 @@ class VideoJobs:
             self._tell(job)
             self._forget(self._jobs.excess())
 
-    def _become(self, job_id: str, *, kept: bool = False, **changes: Any) -> VideoJob | None:
+    def _become(self, job_id: str, *, kept: bool = False, synced: bool = True, **changes: Any) -> VideoJob | None:
         """The changed job, told to whoever watches it and with `kept` to the disk; None when it is deleted."""
         job = self._jobs.get(job_id)
         if job is None:
@@ -425,7 +453,7 @@ class VideoJobs:
         self._jobs.put(job)
         self.feeds.publish(job)
         if kept:
-            self._keeper.update(job)
+            self._keeper.update(job, synced=synced)
         return job
 
     # -- webhooks --
@@ -444,17 +472,28 @@ class VideoJobs:
             self._keeper.forget(job.id)
 
 
-def _rest_of(job: VideoJob) -> SamplingParams:
-    """The request, with what is left of its time. Raises DeadlineExceeded when nothing is."""
+def _waiting(job: VideoJob) -> VideoJob:
+    """A job of the server before, as it is until this one's engine has begun with it. Its progress never falls."""
+    job = msgspec.structs.replace(job, eta_s=None, queue_position=None)
+    return job if job.is_final else msgspec.structs.replace(job, status="queued")
+
+
+def _due(job: VideoJob, *, passed_s: float = 0.0) -> float | None:
+    """When the job's time is over, on this server's monotonic clock; `passed_s` of it went by before."""
     deadline_s = job.params.deadline_s
-    if deadline_s is None:
-        return job.params
-    seconds_left = job.created_at + 1 + deadline_s - time.time()  # created_at is rounded down
+    return None if deadline_s is None else time.monotonic() + deadline_s - passed_s
+
+
+def _rest_of(params: SamplingParams, due: float | None) -> SamplingParams:
+    """The request, with what is left of its time. Raises DeadlineExceeded when nothing is."""
+    if due is None or params.deadline_s is None:
+        return params
+    seconds_left = due - time.monotonic()
     if seconds_left <= 0:
-        raise DeadlineExceeded(deadline_s)
-    return dataclasses.replace(job.params, deadline_s=seconds_left)
+        raise DeadlineExceeded(params.deadline_s)
+    return dataclasses.replace(params, deadline_s=seconds_left)
 
 
-def _may_see(viewer: Caller, job: VideoJob) -> bool:
+def _may_see(viewer: Caller, owner: str) -> bool:
     """Jobs belong to the key that they were made with; those made without one, on an open server, to everybody."""
-    return viewer.role == "admin" or job.owner in ("", viewer.id)
+    return viewer.role == "admin" or owner in ("", viewer.id)

@@ -12,7 +12,6 @@ import hmac
 import http.client
 import json
 import logging
-import secrets
 import time
 import urllib.parse
 from collections.abc import Callable
@@ -73,7 +72,7 @@ class Webhooks:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _tell(self, job: VideoJob) -> None:
-        event_id = f"evt_{secrets.token_hex(16)}"
+        event_id = f"evt_{job.id.removeprefix('video_')}"  # the same after a restart: who receives it knows it again
         event = {
             "id": event_id,
             "object": "event",

@@ -43,9 +43,10 @@ export function modesOf(model) {
   return modes.length > 0 ? modes : ["image", "video"];
 }
 
-/** The schema's properties of a call, as JSON or as multipart. */
+/** The schema's properties of a call, as JSON or as multipart, without other spellings of the same. */
 function propertiesOf(page, path, mediaType) {
-  return page.paths[path]?.post?.requestBody?.content?.[mediaType]?.schema?.properties ?? {};
+  const found = page.paths[path]?.post?.requestBody?.content?.[mediaType]?.schema?.properties ?? {};
+  return Object.fromEntries(Object.entries(found).filter(([, schema]) => !schema["x-spelling"]));
 }
 
 /** Everything that the form of one mode is made of: `fields`, in order, and `inputs`, the files. */
