@@ -17,6 +17,10 @@ class ReplicaShape:
     ulysses: int = 1
     tp: int = 1
 
+    def __str__(self) -> str:
+        named = [f"{name} {size}" for name, size in zip(AXES, self.sizes, strict=True) if size > 1]
+        return " x ".join(named) or "one rank"
+
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """In the order of the mesh."""

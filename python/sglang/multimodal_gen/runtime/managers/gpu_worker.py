@@ -328,7 +328,14 @@ def _load(config: EngineConfig, report: Callable[[str], None]) -> Any:
         return join_replica(shape, config.rank, store=Path(config.rendezvous), device=device)
 
     report("loading the model")
-    return build_pipeline(config.args.model, config.args.execution, local_rank=config.rank, join=join, report=report)
+    return build_pipeline(
+        config.args.model,
+        config.args.execution,
+        local_rank=config.rank,
+        num_gpus=shape.num_ranks,
+        join=join,
+        report=report,
+    )
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ def build_pipeline(
     execution: ExecutionArgs | None = None,
     *,
     local_rank: int = 0,
+    num_gpus: int = 1,
     join: Join = alone,
     report: Callable[[str], None] = lambda _: None,
 ) -> ComposedPipelineBase:
@@ -43,6 +44,7 @@ def build_pipeline(
         resolved,
         execution or ExecutionArgs(),
         local_rank=local_rank,
+        num_gpus=num_gpus,
         join=join,
         random_weights=random_weights,
         report=report,

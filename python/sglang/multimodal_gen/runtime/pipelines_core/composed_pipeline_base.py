@@ -184,6 +184,7 @@ class ComposedPipelineBase:
         execution: ExecutionArgs,
         *,
         local_rank: int = 0,
+        num_gpus: int = 1,
         join: Join = alone,
         random_weights: bool = False,
         report: Report = _ignore,
@@ -196,7 +197,7 @@ class ComposedPipelineBase:
         """
         assert resolved.entry is not None, "resolved before loading"
         start = time.perf_counter()
-        placement = place(execution, local_rank=local_rank)
+        placement = place(execution, local_rank=local_rank, num_gpus=num_gpus)
         config = load_config(resolved.entry)
         parallel = join(placement.device)
         context = cls.load_context(
