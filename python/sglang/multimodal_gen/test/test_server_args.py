@@ -115,7 +115,7 @@ def test_degrees_left_unset_are_chosen_and_make_the_replica() -> None:
 
 def test_several_replicas_are_refused_for_now() -> None:
     with pytest.raises(
-        InvalidValue, match="^dp_size: got 2, accepted is 1; several replicas come with a later release"
+        InvalidValue, match=r"^dp_size: got 2, accepted is 1; several replicas come with a later release"
     ):
         resolve_server_args({"num_gpus": 2, "dp_size": 2}, environ={})
 
