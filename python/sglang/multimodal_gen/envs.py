@@ -161,6 +161,12 @@ def silence_profiler_library() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
+def meet_on_loopback() -> None:
+    """The ranks of a replica are on one machine: let gloo and NCCL meet there, unless their variables are set."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+
+
 def option_variable(name: str) -> str:
     """The variable that sets the server option `name`."""
     return OPTION_PREFIX + name.upper()

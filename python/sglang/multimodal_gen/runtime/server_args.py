@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
 from sglang.multimodal_gen.configs.declare import HIDDEN, Parameter, arg, check_names, coerce, from_text, parameters
+from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.configs.schedulers import SCHEDULER_NAMES
 from sglang.multimodal_gen.errors import FieldError, InvalidValue
 from sglang.multimodal_gen.registry import BACKENDS
@@ -253,6 +254,13 @@ class ParallelArgs:
     ring_degree: int = arg(1, help="Ring-attention ranks.", group="parallel", minimum=1, maximum=_MAX_GPUS)
     ulysses_degree: int = arg(1, help="Ulysses ranks.", group="parallel", minimum=1, maximum=_MAX_GPUS)
     tp_size: int = arg(1, help="Tensor-parallel ranks.", group="parallel", minimum=1, maximum=_MAX_GPUS)
+
+    @property
+    def replica(self) -> ReplicaShape:
+        """How the ranks of each replica are laid out."""
+        return ReplicaShape(
+            cfg=self.cfg_parallel_size, ring=self.ring_degree, ulysses=self.ulysses_degree, tp=self.tp_size
+        )
 
 
 def key_problem(key: str) -> str | None:
@@ -576,17 +584,15 @@ def _choose_degrees(settings: Mapping[str, Setting]) -> dict[str, Setting]:
 
 
 def _check_degrees(settings: Mapping[str, Setting]) -> None:
-    """Raises InvalidValue when the degrees do not multiply to num_gpus, or when there is more than one GPU."""
+    """Raises InvalidValue when the degrees do not multiply to num_gpus, or for several replicas."""
     num_gpus = settings["num_gpus"].value
     degrees = {name: settings[name].value for name in parameters(ParallelArgs) if name != "num_gpus"}
     product = math.prod(degrees.values())
     if product != num_gpus:
         arithmetic = " × ".join(f"{name} {value}" for name, value in degrees.items())
         raise InvalidValue("num_gpus", num_gpus, f"the product of the parallel degrees: {arithmetic} = {product}")
-    if num_gpus > 1:
-        given = [name for name, value in degrees.items() if value > 1 and settings[name].source != "chosen"]
-        name = given[0] if given else "num_gpus"
-        raise InvalidValue(name, settings[name].value, "1; running a model on several GPUs comes with a later release")
+    if degrees["dp_size"] > 1:
+        raise InvalidValue("dp_size", degrees["dp_size"], "1; several replicas come with a later release")
 
 
 def _check_webhook(settings: Mapping[str, Setting]) -> None:

@@ -65,10 +65,10 @@ def test_column_then_row_shards_add_up_to_the_whole_layer() -> None:
     for rank in range(2):
         axis = ProcessAxis(size=2, rank=rank)
         column = ColumnParallelLinear(6, 8, axis=axis)
-        column.weight.copy_(whole[0].weight.chunk(2, dim=column.shard_dim)[rank])
+        column.weight.copy_(column.shards()["weight"].cut(whole[0].weight))
         column.bias.copy_(whole[0].bias.chunk(2)[rank])
         row = RowParallelLinear(8, 5, axis=axis)
-        row.weight.copy_(whole[1].weight.chunk(2, dim=row.shard_dim)[rank])
+        row.weight.copy_(row.shards()["weight"].cut(whole[1].weight))
         # What this rank would hand to the reduction.
         partial_sum += F.linear(column(hidden_states), row.weight)
     torch.testing.assert_close(partial_sum + whole[1].bias, whole[1](whole[0](hidden_states)), **FP32)
@@ -82,7 +82,7 @@ def test_features_that_cannot_be_dealt_evenly_are_our_bug() -> None:
 def test_a_single_rank_reduces_nothing() -> None:
     tensor = noise(3)
     assert all_reduce(tensor, SINGLE.tp) is tensor
-    assert (SINGLE.tp_size, SINGLE.tp_rank, SINGLE.sequence_size) == (1, 0, 1)
+    assert (SINGLE.tp.size, SINGLE.sequence.size, SINGLE.leads) == (1, 1, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from sglang.multimodal_gen.configs.config_file import ConfigFile, read_config_file
+from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.errors import FieldError, InvalidConfigFile, InvalidValue, UnknownParameter
 from sglang.multimodal_gen.runtime.server_args import ServerArgs, resolve_server_args, server_options
 
@@ -106,13 +107,17 @@ def test_degrees_that_do_not_multiply_to_the_number_of_gpus_show_the_arithmetic(
     )
 
 
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [({"num_gpus": 4}, "num_gpus: got 4"), ({"tp_size": 2}, "tp_size: got 2"), ({"num_gpus": 2, "dp_size": 2}, "dp_")],
-)
-def test_more_than_one_gpu_is_refused_for_now_by_the_name_that_was_given(flags: dict[str, int], named: str) -> None:
-    with pytest.raises(InvalidValue, match=f"^{named}.*several GPUs comes with a later release"):
-        resolve_server_args(flags, environ={})
+def test_degrees_left_unset_are_chosen_and_make_the_replica() -> None:
+    args = resolve_server_args({"num_gpus": 4, "tp_size": 2}, environ={}).args
+    assert (args.parallel.ulysses_degree, args.parallel.replica) == (2, ReplicaShape(ulysses=2, tp=2))
+    assert resolve_server_args({"ring_degree": 3}, environ={}).args.parallel.num_gpus == 3
+
+
+def test_several_replicas_are_refused_for_now() -> None:
+    with pytest.raises(
+        InvalidValue, match=r"^dp_size: got 2, accepted is 1; several replicas come with a later release"
+    ):
+        resolve_server_args({"num_gpus": 2, "dp_size": 2}, environ={})
 
 
 def test_keys_may_be_spelled_as_flags_or_as_fields(config: WriteConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import ErrorInfo
 from sglang.multimodal_gen.runtime.bench.statistics import Ratio, Summary
@@ -35,6 +36,17 @@ class ComponentTask(BenchMessage, frozen=True, kw_only=True):
     repeats: int
     min_seconds: float
     compare: str | None
+
+
+class ParallelTask(BenchMessage, frozen=True, kw_only=True):
+    """Time a step in each of the layouts, as one of `num_ranks`; ranks meet in files of the directory `meeting`.
+    Answered by ParallelResult or TaskFailed."""
+
+    component: ComponentTask
+    layouts: tuple[ReplicaShape, ...]
+    rank: int
+    num_ranks: int
+    meeting: str
 
 
 class CostTask(BenchMessage, frozen=True, kw_only=True):
@@ -122,6 +134,27 @@ class ComponentResult(BenchMessage, frozen=True, kw_only=True, tag="component"):
     notes: tuple[str, ...]
 
 
+class LayoutResult(BenchMessage, frozen=True, kw_only=True):
+    """A step in one layout. `relative_difference` is the norm of the difference from one rank's output over its norm;
+    the exposed communication that in which the GPU did nothing else."""
+
+    shape: ReplicaShape
+    seconds: Summary
+    peak_bytes: int | None
+    relative_difference: float
+    exposed_communication_ms: float | None
+
+
+class ParallelResult(BenchMessage, frozen=True, kw_only=True, tag="parallel"):
+    """What one rank measured in the layouts that it was in."""
+
+    module: str
+    device: str
+    device_name: str
+    precision: str
+    layouts: tuple[LayoutResult, ...]
+
+
 class CostResult(BenchMessage, frozen=True, kw_only=True, tag="cost"):
     """FLOPs of one row of one denoising step, which has `num_tokens`, and of decoding one output, 0 where not counted.
 
@@ -155,7 +188,9 @@ class StartupTimes(BenchMessage, frozen=True, kw_only=True, tag="startup"):
     moments: tuple[tuple[str, float], ...]
 
 
-FromChild = Doing | TaskFailed | ComponentResult | CostResult | ReferenceReady | ReferenceDone | StartupTimes
+FromChild = (
+    Doing | TaskFailed | ComponentResult | ParallelResult | CostResult | ReferenceReady | ReferenceDone | StartupTimes
+)
 
 
 def encode(message: BenchMessage) -> bytes:

@@ -81,6 +81,26 @@ class ComponentArgs(ComparedArgs):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpreadArgs(JsonArgs):
+    """One module over several devices."""
+
+    layouts: tuple[str, ...] = arg(
+        ("cfg2", "ulysses2", "ring2", "tp2"),
+        help="How the ranks are laid out, one measurement each: degrees joined by `-`, such as cfg2-ulysses2.",
+        group="bench",
+        metavar="LAYOUT",
+        exposed=CLI_ONLY,
+    )
+    batch_size: int = arg(
+        2, help="Rows of the step; a request with guidance has two.", group="bench", minimum=1, exposed=CLI_ONLY
+    )
+    warmup_runs: int = arg(
+        1, help="Runs that are not counted, before the others.", group="bench", minimum=0, exposed=CLI_ONLY
+    )
+    repeats: int = arg(5, help="Runs that are counted.", group="bench", minimum=1, exposed=CLI_ONLY)
+
+
+@dataclass(frozen=True, kw_only=True)
 class VAEArgs(ComponentArgs):
     """The autoencoder."""
 
@@ -204,6 +224,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "dit": Benchmark(
         summary="one forward of the transformer",
         own=ComponentArgs,
+        of_requests=lambda option: option.name in (*_SIZE, "max_sequence_length"),
+        of_engine=_of_module,
+    ),
+    "parallel": Benchmark(
+        summary="one denoising step spread over several devices, layout by layout",
+        own=SpreadArgs,
         of_requests=lambda option: option.name in (*_SIZE, "max_sequence_length"),
         of_engine=_of_module,
     ),

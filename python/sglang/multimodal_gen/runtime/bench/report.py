@@ -8,7 +8,7 @@ from sglang.multimodal_gen.runtime.bench.engine import EngineResult
 from sglang.multimodal_gen.runtime.bench.load.result import LoadResult
 from sglang.multimodal_gen.runtime.bench.load.tables import load_sections
 from sglang.multimodal_gen.runtime.bench.machine import Machine
-from sglang.multimodal_gen.runtime.bench.messages import ComponentResult, Side
+from sglang.multimodal_gen.runtime.bench.messages import ComponentResult, ParallelResult, Side
 from sglang.multimodal_gen.runtime.bench.pipeline_result import PipelineResult
 from sglang.multimodal_gen.runtime.bench.startup import StartupResult
 from sglang.multimodal_gen.runtime.bench.statistics import Ratio, Summary
@@ -16,7 +16,7 @@ from sglang.multimodal_gen.runtime.bench.tables import Row, Section, as_size, as
 
 _SHORTEST_SHOWN_S = 0.0005
 
-Result = ComponentResult | PipelineResult | EngineResult | StartupResult | LoadResult
+Result = ComponentResult | ParallelResult | PipelineResult | EngineResult | StartupResult | LoadResult
 
 
 def show(name: str, machine: Machine, result: Result) -> None:
@@ -27,6 +27,8 @@ def show(name: str, machine: Machine, result: Result) -> None:
 def _sections(name: str, result: Result) -> Iterator[Section]:
     if isinstance(result, ComponentResult):
         return _component(name, result)
+    if isinstance(result, ParallelResult):
+        return _parallel(result)
     if isinstance(result, PipelineResult):
         return _pipeline(result)
     if isinstance(result, EngineResult):
@@ -73,6 +75,24 @@ def _component(name: str, result: ComponentResult) -> Iterator[Section]:
             "sglang against it",
             [("times as fast", _ratio(result.ratio)), ("largest difference", f"{result.max_relative_difference:.2e}")],
         )
+
+
+def _parallel(result: ParallelResult) -> Iterator[Section]:
+    device = result.device_name or result.device
+    one = result.layouts[0].seconds.median
+    header = ("", "median", "p10", "p90", "times as fast", "difference", "peak memory", "exposed communication")
+    rows = [
+        (
+            str(layout.shape),
+            *_summary(layout.seconds),
+            f"{one / layout.seconds.median:.2f}",
+            f"{layout.relative_difference:.1e}",
+            "unknown" if layout.peak_bytes is None else as_size(layout.peak_bytes),
+            "" if layout.exposed_communication_ms is None else f"{layout.exposed_communication_ms:.1f} ms",
+        )
+        for layout in result.layouts
+    ]
+    yield Section(f"a step of {result.module}, {result.precision} on {device}", rows, header)
 
 
 def _side(name: str, side: Side) -> Row:

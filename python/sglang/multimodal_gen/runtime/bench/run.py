@@ -18,6 +18,7 @@ from sglang.multimodal_gen.runtime.bench.load.plot import draw
 from sglang.multimodal_gen.runtime.bench.load.result import LoadResult
 from sglang.multimodal_gen.runtime.bench.machine import Machine, describe_machine
 from sglang.multimodal_gen.runtime.bench.options import BENCHMARKS
+from sglang.multimodal_gen.runtime.bench.parallel import measure_parallel
 from sglang.multimodal_gen.runtime.bench.pipeline import measure_pipeline
 from sglang.multimodal_gen.runtime.bench.report import Result, show
 from sglang.multimodal_gen.runtime.bench.serve import measure_serve
@@ -98,6 +99,8 @@ def _measure(name: str, options: Mapping[str, Any], args: ServerArgs) -> Result:
         return measure_engine(options, args)
     if name == "startup":
         return measure_startup(options, args)
+    if name == "parallel":
+        return measure_parallel(options, args)
     if name == "serve":
         return measure_serve(options)
     return measure_component(name, options, args)

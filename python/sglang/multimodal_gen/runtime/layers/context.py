@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from sglang.multimodal_gen.configs.attention import AttentionOptions, AttentionRole, wish_for
@@ -10,9 +10,14 @@ from sglang.multimodal_gen.runtime.distributed.parallel_state import SINGLE, Par
 from sglang.multimodal_gen.runtime.layers.attention.attention import Attention
 from sglang.multimodal_gen.runtime.layers.attention.dispatch import FixedKernel, KernelSelector, KernelSource
 from sglang.multimodal_gen.runtime.layers.attention.kernels import TorchSDPA
-from sglang.multimodal_gen.runtime.layers.attention.layouts import LocalSequence, SequenceLayout
+from sglang.multimodal_gen.runtime.layers.attention.layouts import (
+    LocalSequence,
+    SequenceLayout,
+    ShardedSequence,
+)
 from sglang.multimodal_gen.runtime.layers.attention.registry import KERNELS
 from sglang.multimodal_gen.runtime.layers.attention.traits import DeviceFacts, LayerNeeds
+from sglang.multimodal_gen.runtime.layers.token_sharding import TokenSharding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +54,8 @@ class AttentionPlan:
 
     def build(self, head_dim: int, *, mask: bool = False) -> Attention:
         """A layer with heads of that size, for calls with a mask when `mask` says so. Raises AttentionNotAvailable."""
-        needs = LayerNeeds(precision=self.precision, head_dim=head_dim, mask=mask)
+        lse = self.layout.needs_lse and not mask
+        needs = LayerNeeds(precision=self.precision, head_dim=head_dim, mask=mask, lse=lse)
         return Attention(head_dim, needs=needs, source=self.source, layout=self.layout)
 
 
@@ -57,7 +63,8 @@ class AttentionPlan:
 class LayerContext:
     """Parallel axes and attention of one replica; the default is one process with torch's attention.
 
-    Cross-attention has its own plan: text is short and whole on every rank, so it needs no exchange of tokens.
+    Cross-attention has its own plan: text is short and whole on every rank, so it needs no exchange of tokens. `tokens`
+    says how those of a sequence are dealt; the layout of self-attention reads it.
     `frame_attention` is the autoencoders': one head as wide as their channels, often in fp32, which options leave be.
     """
 
@@ -65,3 +72,19 @@ class LayerContext:
     self_attention: AttentionPlan = field(default_factory=partial(AttentionPlan.torch, "self"))
     cross_attention: AttentionPlan = field(default_factory=partial(AttentionPlan.torch, "cross"))
     frame_attention: AttentionPlan = field(default_factory=partial(AttentionPlan.torch, "self"))
+    tokens: TokenSharding = field(default_factory=TokenSharding)
+
+    @classmethod
+    def spread(
+        cls, parallel: ParallelContext, *, self_attention: AttentionPlan, cross_attention: AttentionPlan
+    ) -> LayerContext:
+        """For the ranks of a replica; tokens are dealt along its sequence axis."""
+        tokens = TokenSharding(parallel.sequence)
+        if parallel.sequence.size > 1:
+            self_attention = replace(self_attention, layout=ShardedSequence(tokens, parallel))
+        return cls(parallel=parallel, self_attention=self_attention, cross_attention=cross_attention, tokens=tokens)
+
+    def for_whole_sequences(self) -> LayerContext:
+        """For layers over tokens that every rank has, such as a text's before it is dealt."""
+        plan = replace(self.self_attention, layout=LocalSequence())
+        return replace(self, self_attention=plan, tokens=TokenSharding())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.distributed.collectives import all_reduce
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ALONE, ProcessAxis
+from sglang.multimodal_gen.runtime.layers.shards import Shard
 
 
 class ReplicatedLinear(nn.Linear):
@@ -20,11 +21,14 @@ class ReplicatedLinear(nn.Linear):
 class ColumnParallelLinear(nn.Linear):
     """Each rank computes its own output features: [..., I] -> [..., O/P]."""
 
-    shard_dim = 0
-
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, axis: ProcessAxis = ALONE) -> None:
         super().__init__(in_features, axis.share(out_features, "output features"), bias=bias)
         self.axis = axis
+
+    def shards(self) -> dict[str, Shard]:
+        """See Sharded."""
+        shard = Shard(dim=0, blocks=(self.out_features * self.axis.size,), axis=self.axis)
+        return {"weight": shard} if self.bias is None else {"weight": shard, "bias": shard}
 
 
 class RowParallelLinear(nn.Linear):
@@ -32,8 +36,6 @@ class RowParallelLinear(nn.Linear):
 
     `blocks`: the input is several parts side by side, of these widths, each of them split over the ranks.
     """
-
-    shard_dim = 1
 
     def __init__(
         self,
@@ -49,6 +51,10 @@ class RowParallelLinear(nn.Linear):
         share = sum(axis.share(width, "input features") for width in self.blocks)
         super().__init__(share, out_features, bias=bias)
         self.axis = axis
+
+    def shards(self) -> dict[str, Shard]:
+        """See Sharded."""
+        return {"weight": Shard(dim=1, blocks=self.blocks, axis=self.axis)}
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.axis.size == 1:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.distributed.collectives import all_reduce
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ALONE, ProcessAxis
+from sglang.multimodal_gen.runtime.layers.shards import Shard
 
 
 class FP32LayerNorm(nn.LayerNorm):
@@ -31,14 +32,16 @@ def rms_normed(hidden_states: Tensor, eps: float) -> Tensor:
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, with a weight; the mean runs over all ranks of the axis."""
 
-    shard_dim = 0
-
     def __init__(self, hidden_size: int, eps: float, *, axis: ProcessAxis = ALONE) -> None:
         super().__init__()
         self.hidden_size = hidden_size
         self.eps = eps
         self.axis = axis
         self.weight = nn.Parameter(torch.ones(axis.share(hidden_size, "normalised features")))
+
+    def shards(self) -> dict[str, Shard]:
+        """See Sharded."""
+        return {"weight": Shard(dim=0, blocks=(self.hidden_size,), axis=self.axis)}
 
     def forward(self, hidden_states: Tensor, scale: Tensor | None = None) -> Tensor:
         """[..., D/P] -> [..., D/P] on each of P ranks, times `scale` where given, [B, 1, D/P] for one per sample."""

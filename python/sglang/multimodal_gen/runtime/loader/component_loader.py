@@ -19,6 +19,7 @@ from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.errors import CorruptCheckpoint, InvalidRequest, UnsupportedModel
 from sglang.multimodal_gen.registry import read_json_object
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.shards import Shard, shards_of
 from sglang.multimodal_gen.runtime.loader.image_processor import ImageProcessor, load_image_processor
 from sglang.multimodal_gen.runtime.loader.tokenizer import TextTokenizer, load_tokenizer
 from sglang.multimodal_gen.runtime.loader.weight_utils import StoredWeights, open_weights, tensors_of
@@ -52,11 +53,14 @@ class Checkpoint:
         self, directory: Path, module: nn.Module, *, dtype_of: DtypeOf, device: torch.device
     ) -> dict[str, Tensor]:
         """See ComponentSource. Raises CorruptCheckpoint naming all keys that do not fit, or what a file lacks."""
-        stored = open_weights(directory)
-        names = _match_keys(module, stored, aliases=getattr(module, "key_aliases", {}))
+        stored, shards = open_weights(directory), shards_of(module)
+        names = _match_keys(module, stored, shards, aliases=getattr(module, "key_aliases", {}))
         dtype_of_key = {key: dtype_of(name) for name, key in names.items()}
+        shard_of_key = {names[name]: shard for name, shard in shards.items()}
 
         def place(key: str, tensor: Tensor) -> Tensor:
+            if key in shard_of_key:
+                tensor = shard_of_key[key].cut(tensor)
             return tensor.to(device, dtype_of_key[key]) if tensor.is_floating_point() else tensor.to(device)
 
         tensors = stored.load(list(names.values()), place)
@@ -193,9 +197,12 @@ class _NoInitialisation(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _match_keys(module: nn.Module, stored: StoredWeights, *, aliases: Mapping[str, str]) -> dict[str, str]:
+def _match_keys(
+    module: nn.Module, stored: StoredWeights, shards: Mapping[str, Shard], *, aliases: Mapping[str, str]
+) -> dict[str, str]:
     """Name in the module -> key in the file, for every name; raises CorruptCheckpoint unless all fit."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    expected |= {name: shard.whole_shape(expected[name]) for name, shard in shards.items()}
     names = {name: name for name in expected if name in stored.tensors}
     for alias, name in aliases.items():
         if alias in stored.tensors and name in expected:

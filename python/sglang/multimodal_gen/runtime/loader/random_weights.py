@@ -11,6 +11,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.runtime.layers.shards import shards_of
 from sglang.multimodal_gen.runtime.loader.component_loader import DtypeOf
 from sglang.multimodal_gen.runtime.loader.tokenizer import TextTokenizer, TokenizedText, load_tokenizer
 
@@ -34,10 +35,13 @@ class RandomSource:
     ) -> dict[str, Tensor]:
         """See ComponentSource."""
         pool = torch.randn(_POOL_SIZE, generator=torch.Generator("cpu").manual_seed(self.seed)).to(device)
-        return {
-            name: self._filled(name, tensor, pool, dtype_of(name) if tensor.is_floating_point() else tensor.dtype)
-            for name, tensor in module.state_dict().items()
-        }
+        shards, tensors = shards_of(module), {}
+        for name, tensor in module.state_dict().items():
+            dtype, shard = dtype_of(name) if tensor.is_floating_point() else tensor.dtype, shards.get(name)
+            whole = tensor if shard is None else tensor.new_empty(shard.whole_shape(tuple(tensor.shape)))
+            filled = self._filled(name, whole, pool, dtype)
+            tensors[name] = filled if shard is None else shard.cut(filled).clone()
+        return tensors
 
     def tokenizer(self, directory: Path) -> TextTokenizer:
         """The directory's own where there is one, else a StandInTokenizer."""

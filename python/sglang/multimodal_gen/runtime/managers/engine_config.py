@@ -1,4 +1,4 @@
-"""What every process of an engine is told when it starts: plain data, the same for all."""
+"""What every process of an engine is told when it starts: plain data, the same for all but for a worker's rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Options, the run directory, and what `register_configs` added in the parent process.
 
     `sources` says where each option came from, as far as that is known. `python_path` lets a worker import pipeline
-    classes from where the parent could.
+    classes from where the parent could. The ranks of a replica meet over the file `rendezvous`.
     """
 
     args: ServerArgs
@@ -30,6 +30,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     registrations: tuple[dict[str, Any], ...] = ()
     python_path: tuple[str, ...] = ()
     protocol_version: int = PROTOCOL_VERSION
+    rank: int = 0
+    rendezvous: str = ""
 
     @classmethod
     def of_this_process(

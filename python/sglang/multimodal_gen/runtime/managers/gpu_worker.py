@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, cast
 
 from sglang.multimodal_gen import envs
@@ -103,6 +104,7 @@ class GPUWorker:
         self.run_dir = RunDir.at(config.run_dir)
         self.requests: dict[str, Any] = {}
         self.min_epoch = 0
+        self.leads = pipeline.parallel.leads
 
     def run(self) -> None:
         """Until StopWorker."""
@@ -117,7 +119,9 @@ class GPUWorker:
             elif isinstance(message, Release):
                 self._release(message.request_id)
             elif isinstance(message, FlushCache):
-                self.channel.send(CacheFlushed(query_id=message.query_id, freed_bytes=self.pipeline.flush()))
+                freed_bytes = self.pipeline.flush()
+                if self.leads:
+                    self.channel.send(CacheFlushed(query_id=message.query_id, freed_bytes=freed_bytes))
             elif isinstance(message, StopWorker):
                 return
 
@@ -150,7 +154,7 @@ class GPUWorker:
 
     def _save(self, message: SaveState) -> None:
         req = self.requests.get(message.request_id)
-        if req is not None:
+        if req is not None and self.leads:
             path, identity = self.checkpoint_dir / message.state_file, self.pipeline.state_identity(req)
             self.states.put(message.request_id, path, self.pipeline.saved_state(req), identity=identity)
 
@@ -171,7 +175,7 @@ class GPUWorker:
         for lane in LANES:
             units: tuple[Unit, ...] = getattr(tick, lane)
             if units and not dropped:
-                shown = tick.previews if lane == "denoise" else ()
+                shown = tick.previews if lane == "denoise" and self.leads else ()
                 shown_requests = self.previews.want([self.requests[request_id] for request_id in shown])
                 lane_done, failed = self._run_lane(lane, units)
                 done.append(lane_done)
@@ -231,20 +235,25 @@ class GPUWorker:
                 self._send_latents(req)
         except Exception as error:
             ids = [unit.request_id for unit in units]
-            self._leave_if_device_lost(error, ids)
+            self._leave_if_lost(error, ids)
             info = _error_info(error, ids)
         else:
             return []
         # Not in the handler, where the exception still holds what the unit had allocated.
         return self._failures(units, info)
 
-    def _leave_if_device_lost(self, error: Exception, request_ids: list[str]) -> None:
+    def _leave_if_lost(self, error: Exception, request_ids: list[str]) -> None:
+        """After an error in a rank of several, the others wait in a collective: the replica is replaced."""
         from sglang.multimodal_gen.runtime.pipelines_core.memory import is_device_lost  # late: it imports torch
 
-        if not is_device_lost(error):
+        if is_device_lost(error):
+            reason = f"its device failed: {str(error).splitlines()[0]}"
+        elif self.pipeline.parallel.world.size > 1:
+            reason = f"rank {self.pipeline.parallel.world.rank} failed: {_error_info(error, request_ids).message}"
+        else:
             return
-        logger.error("the device failed", exc_info=error, extra=fields(request_ids=request_ids))
-        self.channel.send(RankLost(reason=f"its device failed: {str(error).splitlines()[0]}"))
+        logger.error("this worker ends: %s", reason, exc_info=error, extra=fields(request_ids=request_ids))
+        self.channel.send(RankLost(reason=reason))
         os._exit(1)  # at an orderly exit libraries would wait for the device
 
     def _failures(self, units: tuple[Unit, ...], info: ErrorInfo) -> list[UnitFailure]:
@@ -273,7 +282,7 @@ class GPUWorker:
         asked = req.params.return_latents or req.params.output_type == "latent"
         denoising = [phase for phase in req.phases if phase.lane == "denoise"]
         complete = denoising and all(req.done(phase.name) == phase.units for phase in denoising)
-        if asked and complete and req.latents is not None:
+        if self.leads and asked and complete and req.latents is not None:
             latents = self.run_dir.send(req.latents.float().cpu().numpy())
             self.channel.send(LatentsReady(request_id=req.request_id, latents=latents))
 
@@ -311,10 +320,27 @@ def _error_info(error: Exception, request_ids: Sequence[str] = ()) -> ErrorInfo:
 def _load(config: EngineConfig, report: Callable[[str], None]) -> Any:
     """The pipeline; torch is imported here, with the scheduler told so."""
     report("importing torch")
+    import torch
+
+    from sglang.multimodal_gen.runtime.distributed.parallel_state import join_replica
     from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 
+    shape = config.args.parallel.replica
+
+    def join(device: torch.device) -> Any:
+        if device.type == "cpu" and shape.num_ranks > 1:
+            torch.set_num_threads(max(1, torch.get_num_threads() // shape.num_ranks))
+        return join_replica(shape, config.rank, store=Path(config.rendezvous), device=device)
+
     report("loading the model")
-    return build_pipeline(config.args.model, config.args.execution, report=report)
+    return build_pipeline(
+        config.args.model,
+        config.args.execution,
+        local_rank=config.rank,
+        num_gpus=shape.num_ranks,
+        join=join,
+        report=report,
+    )
 
 
 def main() -> None:
@@ -327,8 +353,14 @@ def main() -> None:
     channel = Channel(connection)
     channel.start()
     config.apply()
+    envs.meet_on_loopback()
+
+    def report(detail: str) -> None:
+        if config.rank == 0:
+            channel.send(Loading(detail=detail))
+
     try:
-        pipeline = _load(config, lambda detail: channel.send(Loading(detail=detail)))
+        pipeline = _load(config, report)
     except Exception as error:
         channel.send(LoadFailed(error=_error_info(error)))
         return

@@ -13,19 +13,26 @@ import msgspec
 from sglang.multimodal_gen.runtime.managers.child_process import ChildProcess
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.managers.messages import (
+    AdmitFailed,
+    Admitted,
     Codec,
     FromWorker,
     Message,
+    ModelReady,
+    RankLost,
     StopWorker,
     Tick,
     ToWorker,
     encode,
 )
+from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
 _WORKER_MODULE = "sglang.multimodal_gen.runtime.managers.gpu_worker"
 _CODEC = Codec(FromWorker)
+ReplicaAnswer = ModelReady | Admitted | AdmitFailed
+"""What each rank says of the same thing."""
 # A live process answers every second; importing torch on a cold disk can hold the interpreter lock for long.
 SILENCE_LOADING_S = 120.0
 SILENCE_READY_S = 10.0
@@ -46,7 +53,6 @@ class WorkerGroup:
     """All ranks of one replica. `epoch` rises with every failure; `lost` says why the group cannot go on."""
 
     config: EngineConfig
-    num_ranks: int = 1
     ranks: list[ChildProcess] = field(default_factory=list)
     in_flight: dict[int, InFlight] = field(default_factory=dict)
     ready: bool = False
@@ -54,15 +60,24 @@ class WorkerGroup:
     budget_bytes: int = 0
     allocated_bytes: int | None = None
     _next_seq: int = 0
+    _num_starts: int = 0
+    _answers: dict[str, list[ReplicaAnswer]] = field(default_factory=dict)
     _oldest_since: float = 0.0
     _last_heard: list[float] = field(default_factory=list)
 
+    @property
+    def num_ranks(self) -> int:
+        """Processes of the replica."""
+        return self.config.args.parallel.replica.num_ranks
+
     def start(self) -> None:
         """Spawn every rank; they load at once."""
-        payload = self.config.to_bytes()
-        self.ready, self.in_flight, self.ranks = False, {}, []
+        self.ready, self.in_flight, self.ranks, self._answers = False, {}, [], {}
+        self._num_starts += 1
+        meeting = RunDir.at(self.config.run_dir).base / f"replica-{self._num_starts}"
         for rank in range(self.num_ranks):
-            self.ranks.append(ChildProcess(_WORKER_MODULE, config=payload, nice_name=f"worker-{rank}"))
+            config = msgspec.structs.replace(self.config, rank=rank, rendezvous=str(meeting))
+            self.ranks.append(ChildProcess(_WORKER_MODULE, config=config.to_bytes(), nice_name=f"worker-{rank}"))
         self._last_heard = [time.monotonic()] * self.num_ranks
 
     def send(self, message: ToWorker) -> None:
@@ -99,7 +114,7 @@ class WorkerGroup:
         return any(flight.tick.epoch != self.epoch for flight in self.in_flight.values())
 
     def receive(self, rank: int) -> Iterator[FromWorker]:
-        """Messages that wait on one rank's pipe.
+        """Messages that wait on one rank's pipe; of what every rank answers, one for all when the last has come.
 
         Raises:
             EOFError: the worker is gone, or sent what is no message.
@@ -108,11 +123,29 @@ class WorkerGroup:
         try:
             while connection.poll(0):
                 self._last_heard[rank] = time.monotonic()
-                yield cast(FromWorker, _CODEC.decode(connection.recv_bytes()))
+                message = cast(FromWorker, _CODEC.decode(connection.recv_bytes()))
+                if not isinstance(message, ReplicaAnswer):
+                    yield message
+                elif (answer := self._answer_of_all(message)) is not None:
+                    yield answer
         except OSError as error:
             raise EOFError from error
         except msgspec.DecodeError as error:
             raise EOFError("the worker sent a message that does not decode") from error
+
+    def _answer_of_all(self, message: ReplicaAnswer) -> FromWorker | None:
+        key = "" if isinstance(message, ModelReady) else message.request_id
+        answers = self._answers.setdefault(key, [])
+        answers.append(message)
+        if len(answers) < self.num_ranks:
+            return None
+        del self._answers[key]
+        if len({type(answer) for answer in answers}) > 1:
+            return RankLost(reason=f"its ranks disagree about {key or 'the model'}")
+        if isinstance(message, ModelReady):
+            least = min(answer.budget_bytes for answer in answers if isinstance(answer, ModelReady))
+            return msgspec.structs.replace(message, budget_bytes=least)
+        return answers[0]
 
     def silence(self) -> str | None:
         """Why the group counts as stuck, None while all is well."""

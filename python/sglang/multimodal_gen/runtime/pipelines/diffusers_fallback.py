@@ -18,12 +18,17 @@ from torch import nn
 from sglang.multimodal_gen.configs.model_info import ModelInfo, TaskLimits
 from sglang.multimodal_gen.configs.request_plan import Lane, Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import PARAMETERS_OF_SOME, SamplingParams
-from sglang.multimodal_gen.errors import InvalidState, UnsupportedParameter
+from sglang.multimodal_gen.errors import InvalidState, InvalidValue, UnsupportedParameter
 from sglang.multimodal_gen.registry import ResolvedModel, load_config, read_model_index
 from sglang.multimodal_gen.runtime.pipelines.diffusers_call import LibraryCall, SharedProcessors, private_copy
 from sglang.multimodal_gen.runtime.pipelines.diffusers_facts import CallSignature, limits_of, own_defaults
 from sglang.multimodal_gen.runtime.pipelines.diffusers_loading import find_class, load_library
-from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase, Report
+from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import (
+    ComposedPipelineBase,
+    Join,
+    Report,
+    alone,
+)
 from sglang.multimodal_gen.runtime.pipelines_core.placement import place
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
@@ -54,6 +59,8 @@ class DiffusersPipeline(ComposedPipelineBase):
         execution: ExecutionArgs,
         *,
         local_rank: int = 0,
+        num_gpus: int = 1,
+        join: Join = alone,
         random_weights: bool = False,
         report: Report = lambda _: None,
     ) -> Self:
@@ -61,12 +68,14 @@ class DiffusersPipeline(ComposedPipelineBase):
         assert resolved.entry is not None and resolved.local_path is not None, "resolved and downloaded before loading"
         start = time.perf_counter()
         _refuse_options(execution, random_weights)
+        if num_gpus > 1:
+            raise InvalidValue("num_gpus", num_gpus, "1 for a pipeline that diffusers runs")
         index = read_model_index(resolved.local_path)
         pipeline_class = find_class(str(index.get("_class_name")))
         signature = CallSignature.of(pipeline_class)
         why = "asked for" if resolved.backend == "diffusers" else "no native pipeline"
         reason = f"run by diffusers' {signature.class_name}: {why}"
-        placement = place(execution, local_rank=local_rank)
+        placement = place(execution, local_rank=local_rank, num_gpus=num_gpus)
         for line in (reason, *placement.reasons):
             report(line)
         library = load_library(

@@ -9,7 +9,11 @@ from sglang.multimodal_gen.configs.published import published_directory
 from sglang.multimodal_gen.errors import UnsupportedModel
 from sglang.multimodal_gen.registry import ResolvedModel, get_model_info, load_object, with_checkpoint
 from sglang.multimodal_gen.runtime.loader.hub import ensure_local
-from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase
+from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import (
+    ComposedPipelineBase,
+    Join,
+    alone,
+)
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs, ModelArgs
 
 __all__ = ["ComposedPipelineBase", "build_pipeline", "find_pipeline"]
@@ -20,11 +24,14 @@ def build_pipeline(
     execution: ExecutionArgs | None = None,
     *,
     local_rank: int = 0,
+    num_gpus: int = 1,
+    join: Join = alone,
     report: Callable[[str], None] = lambda _: None,
 ) -> ComposedPipelineBase:
     """The loaded pipeline of a model path, downloaded first when it is a hub id.
 
-    `report` hears what is being done and each choice that was made for the user.
+    `report` hears what is being done and each choice that was made for the user. `join` meets the other ranks of the
+    replica, once the device is known.
 
     Raises: ModelError or InvalidRequest with one sentence on what cannot be found, read or done.
     """
@@ -37,6 +44,8 @@ def build_pipeline(
         resolved,
         execution or ExecutionArgs(),
         local_rank=local_rank,
+        num_gpus=num_gpus,
+        join=join,
         random_weights=random_weights,
         report=report,
     )

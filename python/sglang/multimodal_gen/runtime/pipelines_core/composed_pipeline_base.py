@@ -29,6 +29,8 @@ from sglang.multimodal_gen.configs.sample.sampling_params import (
 )
 from sglang.multimodal_gen.errors import InsufficientMemory, UnsupportedModel, UnsupportedParameter, shown
 from sglang.multimodal_gen.registry import ResolvedModel, load_config, read_model_index
+from sglang.multimodal_gen.runtime.distributed.collectives import least
+from sglang.multimodal_gen.runtime.distributed.parallel_state import SINGLE, ParallelContext
 from sglang.multimodal_gen.runtime.layers.attention.registry import device_facts
 from sglang.multimodal_gen.runtime.layers.attention.switch import explain_kernels
 from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerContext
@@ -62,6 +64,15 @@ def _ignore(_: str) -> None:
 _BUDGET_SECONDS = 0.05
 
 
+Join = Callable[[torch.device], ParallelContext]
+"""Meets the other ranks of the replica; the device is this rank's."""
+
+
+def alone(device: torch.device) -> ParallelContext:
+    """A replica of one rank."""
+    return SINGLE
+
+
 class ComposedPipelineBase:
     """Base of all native pipelines. A family says which components it has and which stages they make.
 
@@ -91,6 +102,7 @@ class ComposedPipelineBase:
         config: PipelineConfig,
         defaults: SamplingParams,
         placement: Placement,
+        parallel: ParallelContext = SINGLE,
         components: Mapping[str, Any],
         conditioning_cache: ConditioningCache | None = None,
         entry: ModelEntry | None = None,
@@ -101,6 +113,7 @@ class ComposedPipelineBase:
         self.config = config
         self.defaults = defaults
         self.placement = placement
+        self.parallel = parallel
         self.device = placement.device
         self.dtype = placement.dtype
         self.load_seconds = load_seconds
@@ -111,6 +124,8 @@ class ComposedPipelineBase:
             setattr(self, component, value)
         self.check_components()
         self.stages = self.create_pipeline_stages()
+        for stage in self.stages:
+            stage.parallel = parallel
         names = [stage.name for stage in self.stages]
         assert len(set(names)) == len(names), f"stages of one pipeline need different names: {names}"
         self._stage_order = {name: index for index, name in enumerate(names)}
@@ -169,6 +184,8 @@ class ComposedPipelineBase:
         execution: ExecutionArgs,
         *,
         local_rank: int = 0,
+        num_gpus: int = 1,
+        join: Join = alone,
         random_weights: bool = False,
         report: Report = _ignore,
     ) -> Self:
@@ -180,9 +197,12 @@ class ComposedPipelineBase:
         """
         assert resolved.entry is not None, "resolved before loading"
         start = time.perf_counter()
-        placement = place(execution, local_rank=local_rank)
+        placement = place(execution, local_rank=local_rank, num_gpus=num_gpus)
         config = load_config(resolved.entry)
-        context = cls.load_context(config, placement, execution, random_weights=random_weights, report=report)
+        parallel = join(placement.device)
+        context = cls.load_context(
+            config, placement, execution, parallel=parallel, random_weights=random_weights, report=report
+        )
         components = {}
         if cls.components:
             assert resolved.local_path is not None, "downloaded before loading"
@@ -197,6 +217,7 @@ class ComposedPipelineBase:
             config=config,
             defaults=defaults,
             placement=placement,
+            parallel=parallel,
             components=components,
             conditioning_cache=ConditioningCache(execution.conditioning_cache_mib << 20),
             entry=resolved.entry,
@@ -210,6 +231,7 @@ class ComposedPipelineBase:
         placement: Placement,
         execution: ExecutionArgs,
         *,
+        parallel: ParallelContext = SINGLE,
         random_weights: bool = False,
         report: Report = _ignore,
     ) -> LoadContext:
@@ -220,7 +242,8 @@ class ComposedPipelineBase:
         return LoadContext(
             device=placement.device,
             dtype=placement.dtype,
-            layers=LayerContext(
+            layers=LayerContext.spread(
+                parallel,
                 self_attention=AttentionPlan.chosen("self", execution, facts=facts, precision=precision),
                 cross_attention=AttentionPlan.chosen("cross", execution, facts=facts, precision=precision),
             ),
@@ -270,7 +293,7 @@ class ComposedPipelineBase:
     def free_bytes(self) -> int:
         """Memory on the device that is free now or held by requests: what there is for requests in all."""
         held = self.meter.allocated_bytes() - self._loaded_bytes - self.conditioning_cache.held_bytes
-        return free_bytes(self.device) + max(0, held)
+        return least(free_bytes(self.device) + max(0, held), self.parallel.world)
 
     def budget_bytes(self) -> int:
         """What all requests together may take above the weights."""
@@ -335,7 +358,8 @@ class ComposedPipelineBase:
 
     def _check_memory(self, req: Req) -> None:
         needed = max((phase.peak_bytes + phase.held_bytes for phase in req.phases), default=0)
-        if time.monotonic() - self._budget_time > _BUDGET_SECONDS:
+        # All ranks ask together or none: they would wait for each other.
+        if self.parallel.world.size > 1 or time.monotonic() - self._budget_time > _BUDGET_SECONDS:
             self._budget, self._budget_time = self.budget_bytes(), time.monotonic()
         free = self._budget
         if needed > free:
@@ -350,7 +374,9 @@ class ComposedPipelineBase:
         for req in requests:
             if req.done(phase_name) == 0:
                 self._begin(phase_name, req)
-        outputs = self.stages[self._stage_order[phase_name]].step(requests) or []
+        stage = self.stages[self._stage_order[phase_name]]
+        # Frames leave by one rank.
+        outputs = stage.step(requests) or [] if self.parallel.leads or not stage.only_leader else []
         if self.device.type == "cuda":  # else its time, and its failure, would be put down to a later unit
             torch.cuda.current_stream(self.device).synchronize()
         for req in requests:

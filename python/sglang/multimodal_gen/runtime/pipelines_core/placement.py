@@ -26,15 +26,18 @@ class Placement:
         return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
 
-def place(execution: ExecutionArgs, *, local_rank: int = 0) -> Placement:
-    """The device of the worker with this rank on its host, and its dtype.
+def place(execution: ExecutionArgs, *, local_rank: int = 0, num_gpus: int = 1) -> Placement:
+    """The device of the worker with this rank on its host, one of `num_gpus`, and its dtype. Without a GPU every rank
+    is on the CPU.
 
-    Raises: InvalidValue when CUDA is asked for and there is no such GPU.
+    Raises: InvalidValue when CUDA is asked for and there is none, or fewer GPUs than are wanted.
     """
-    num_gpus = torch.cuda.device_count() if execution.device != "cpu" else 0
-    if execution.device == "cuda" and num_gpus <= local_rank:
-        raise InvalidValue("device", "cuda", f"cpu or auto; {num_gpus} CUDA devices are visible")
-    if num_gpus > local_rank:
+    num_visible = torch.cuda.device_count() if execution.device != "cpu" else 0
+    if execution.device == "cuda" and not num_visible:
+        raise InvalidValue("device", "cuda", "cpu or auto; no CUDA device is visible")
+    if 0 < num_visible < num_gpus:
+        raise InvalidValue("num_gpus", num_gpus, f"at most {num_visible}, the CUDA devices that are visible")
+    if num_visible:
         device, found = torch.device("cuda", local_rank), "a CUDA device is visible"
     else:
         device, found = torch.device("cpu"), "no CUDA device is visible"

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.layers.attention.dispatch import KernelSource
-from sglang.multimodal_gen.runtime.layers.attention.kernels import MaskedKernel
 from sglang.multimodal_gen.runtime.layers.attention.layouts import SequenceLayout
 from sglang.multimodal_gen.runtime.layers.attention.traits import LayerNeeds
 
@@ -32,9 +29,5 @@ class Attention(nn.Module):
 
         `mask`, for layers built for one: [B or 1, 1, 1, L] of all keys, as `kernels` describes it.
         """
-        query, key, value = self.layout.scatter_heads(query, key, value)
-        if mask is None:
-            return self.layout.gather_heads(self.kernel(query, key, value, scale=self.scale))
-        assert self.needs.mask, "a layer that is given masks is built with mask=True"
-        kernel = cast(MaskedKernel, self.kernel)
-        return self.layout.gather_heads(kernel(query, key, value, scale=self.scale, mask=mask))
+        assert mask is None or self.needs.mask, "a layer that is given masks is built with mask=True"
+        return self.layout.attend(self.kernel, query, key, value, mask, scale=self.scale)

@@ -48,7 +48,7 @@ class TorchSDPA:
 
     name: str = "torch_sdpa"
     package: ClassVar[str] = "torch"
-    traits: ClassVar[KernelTraits] = KernelTraits(takes_mask=True)
+    traits: ClassVar[KernelTraits] = KernelTraits(takes_mask=True, gives_lse=True)
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: Tensor | None = None
@@ -57,6 +57,18 @@ class TorchSDPA:
             mask = mask.to(query.dtype)
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
+
+    def with_lse(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+        """See `LseKernel`."""
+        aten, num_queries = torch.ops.aten, query.shape[1]
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        if query.device.type == "cpu":
+            attended, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
+        elif query.dtype == torch.float32 or query.shape[-1] % 8:
+            attended, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, scale=scale)
+        else:
+            attended, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)
+        return attended.transpose(1, 2), lse[..., :num_queries].float()
 
 
 class TorchCudnnSDPA:

@@ -27,6 +27,7 @@ class FluxTransformer2DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
+        self.tokens = context.tokens
         dim, heads, head_dim = config.hidden_size, config.num_attention_heads, config.attention_head_dim
         self.time_text_embed = TimestepTextEmbedding(
             dim, pooled_dim=config.pooled_projection_dim, guidance=config.guidance_embeds
@@ -61,11 +62,14 @@ class FluxTransformer2DModel(nn.Module):
         """
         temb = self.time_text_embed(timestep, pooled_projections, guidance)
         text = self.context_embedder(encoder_hidden_states)
-        hidden_states = self.x_embedder(hidden_states)
+        num_text_tokens, num_tokens = text.shape[1], hidden_states.shape[1]
+        self.tokens.begin(num_text_tokens, num_tokens)
+        freqs_cis, text = self.tokens.deal_joined(freqs_cis), self.tokens.deal(text)
+        hidden_states = self.x_embedder(self.tokens.deal(hidden_states))
         for block in self.transformer_blocks:
             hidden_states, text = block(hidden_states, text, temb, freqs_cis)
-        num_text_tokens = text.shape[1]
+        num_text_held = text.shape[1]
         hidden_states = torch.cat((text, hidden_states), dim=1)
         for block in self.single_transformer_blocks:
             hidden_states = block(hidden_states, temb, freqs_cis)
-        return self.proj_out(self.norm_out(hidden_states[:, num_text_tokens:], temb))
+        return self.tokens.gather(self.proj_out(self.norm_out(hidden_states[:, num_text_held:], temb)), num_tokens)

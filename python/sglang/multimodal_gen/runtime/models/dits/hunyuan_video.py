@@ -55,10 +55,15 @@ class HunyuanVideoTransformer3DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
+        self.tokens = context.tokens
         dim, heads, head_dim = config.hidden_size, config.num_attention_heads, config.attention_head_dim
         self.x_embedder = HunyuanVideoPatchEmbed(config.in_channels, dim, config.patch)
         self.context_embedder = TokenRefiner(
-            config.text_embed_dim, heads, head_dim, context, num_layers=config.num_refiner_layers
+            config.text_embed_dim,
+            heads,
+            head_dim,
+            context.for_whole_sequences(),
+            num_layers=config.num_refiner_layers,
         )
         self.time_text_embed = HunyuanVideoConditionEmbedding(
             dim, pooled_dim=config.pooled_projection_dim, guidance=config.guidance_embeds
@@ -100,20 +105,24 @@ class HunyuanVideoTransformer3DModel(nn.Module):
         text, text_mask = trim_padding(encoder_hidden_states, text_lengths)
         num_tokens, num_text_tokens = math.prod(grid), text.shape[1]
         mask = None if text_mask is None else nn.functional.pad(text_mask, (num_tokens, 0), value=True)
+        self.tokens.begin(num_tokens, num_text_tokens)
         freqs_cis = with_unrotated(self.rotary_table(grid, hidden_states.device), num_text_tokens)
+        freqs_cis = self.tokens.deal_joined(freqs_cis)
         temb = self.time_text_embed(timestep, pooled_projections, guidance)
         video_temb: Tensor | PartedEmbedding = temb
         if self.config.image_condition_type == TOKEN_REPLACE:
             first_frame = self.time_text_embed.first_frame(timestep, pooled_projections)
-            video_temb = PartedEmbedding(first_frame, temb, size=num_tokens // grid[0])
-        text = self.context_embedder(text, timestep, text_mask)
-        hidden_states = self.x_embedder(hidden_states)
+            size = self.tokens.num_held(num_tokens // grid[0], num_tokens)
+            video_temb = PartedEmbedding(first_frame, temb, size=size)
+        text = self.tokens.deal(self.context_embedder(text, timestep, text_mask))
+        hidden_states = self.tokens.deal(self.x_embedder(hidden_states))
         for block in self.transformer_blocks:
             hidden_states, text = block(hidden_states, text, video_temb, freqs_cis, mask, text_temb=temb)
         hidden_states = torch.cat((hidden_states, text), dim=1)
         for block in self.single_transformer_blocks:
             hidden_states = block(hidden_states, video_temb, freqs_cis, mask)
-        return self.unpatchify(self.proj_out(self.norm_out(hidden_states[:, :num_tokens], temb)), grid)
+        of_video = self.norm_out(hidden_states[:, : self.tokens.share(num_tokens)], temb)
+        return self.unpatchify(self.tokens.gather(self.proj_out(of_video), num_tokens), grid)
 
     def patch_grid(self, latents: Tensor) -> tuple[int, int, int]:
         """Patches of [B, C, T, H, W] along time, height and width."""

@@ -66,6 +66,7 @@ class LTXVideoTransformer3DModel(nn.Module):
         context = LayerContext() if context is None else context
         self.config = config
         self.tp = context.parallel.tp
+        self.tokens = context.tokens
         dim = config.hidden_size
         self.proj_in = ReplicatedLinear(config.in_channels, dim)
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
@@ -90,18 +91,20 @@ class LTXVideoTransformer3DModel(nn.Module):
         `timestep` is [B], or [B, G] where G equal runs of tokens have one each. `freqs_cis` [1 or B, S, N, E/2, 2] is
         `fractional_rotary_table`'s. `text_lengths`: from there on a row of text is padding, which nothing attends to.
         """
-        timestep = timestep.unsqueeze(1) if timestep.ndim == 1 else timestep
+        num_tokens = hidden_states.shape[1]
+        self.tokens.begin(num_tokens)
+        timestep = self.tokens.deal_groups(timestep.unsqueeze(1) if timestep.ndim == 1 else timestep, num_tokens)
         text, text_mask = drop_padding(encoder_hidden_states, text_lengths)
         text = self.caption_projection(text)
         modulation, temb = self.time_embed(timestep, hidden_states.dtype)
         modulation = modulation.unsqueeze(2)
-        hidden_states = self.proj_in(hidden_states).unflatten(1, (timestep.shape[1], -1))
-        freqs_cis = self.of_own_heads(freqs_cis)
+        hidden_states = self.proj_in(self.tokens.deal(hidden_states)).unflatten(1, (timestep.shape[1], -1))
+        freqs_cis = self.tokens.deal(self.of_own_heads(freqs_cis))
         for block in self.transformer_blocks:
             hidden_states = block(hidden_states, text, text_mask, modulation, freqs_cis)
         shift, scale = (self.scale_shift_table.float() + temb.float()[:, :, None, None]).unbind(-2)
         normed = modulate(self.norm_out(hidden_states.float()), shift, scale).to(hidden_states.dtype)
-        return self.proj_out(normed.flatten(1, 2))
+        return self.tokens.gather(self.proj_out(normed.flatten(1, 2)), num_tokens)
 
     def of_own_heads(self, freqs_cis: Tensor) -> Tensor:
         """The table's part for the heads of this rank: each head has rotations of its own."""

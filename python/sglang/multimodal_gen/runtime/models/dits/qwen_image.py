@@ -106,6 +106,7 @@ class QwenImageTransformer2DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
+        self.tokens = context.tokens
         dim = config.hidden_size
         self.time_text_embed = QwenTimestepEmbedding(dim)
         self.txt_norm = RMSNorm(config.joint_attention_dim, _EPS)
@@ -131,18 +132,21 @@ class QwenImageTransformer2DModel(nn.Module):
         """
         num_text, num_image = encoder_hidden_states.shape[1], hidden_states.shape[1]
         assert sum(map(prod, image_shapes)) == num_image, "the shapes are those of the tokens"
+        self.tokens.begin(num_text, num_image)
         freqs_cis = joint_table(image_shapes, num_text, self.config.axes_dims_rope, hidden_states.device)
+        freqs_cis = self.tokens.deal_joined(freqs_cis)
         mask = text_mask(tuple(text_lengths), num_text, num_image, hidden_states.device) if text_lengths else None
-        num_noise_tokens = prod(image_shapes[0]) if self.config.zero_cond_t else None
-        if num_noise_tokens is not None:
+        num_noise_tokens = None
+        if self.config.zero_cond_t:
             # The pictures that the image is made from are without noise.
+            num_noise_tokens = self.tokens.num_held(prod(image_shapes[0]), num_image)
             timestep = torch.cat((timestep, torch.zeros_like(timestep)))
         temb = self.time_text_embed(timestep, hidden_states.dtype)
-        text = self.txt_in(self.txt_norm(encoder_hidden_states))
-        hidden_states = self.img_in(hidden_states)
+        text = self.txt_in(self.txt_norm(self.tokens.deal(encoder_hidden_states)))
+        hidden_states = self.img_in(self.tokens.deal(hidden_states))
         for block in self.transformer_blocks:
             hidden_states, text = block(hidden_states, text, temb, freqs_cis, mask, num_noise_tokens=num_noise_tokens)
-        return self.proj_out(self.norm_out(hidden_states, temb[: text.shape[0]]))
+        return self.tokens.gather(self.proj_out(self.norm_out(hidden_states, temb[: text.shape[0]])), num_image)
 
 
 def joint_table(

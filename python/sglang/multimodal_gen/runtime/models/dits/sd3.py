@@ -95,6 +95,7 @@ class SD3Transformer2DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
+        self.tokens = context.tokens
         dim, patch_size = config.hidden_size, config.patch_size
         self.pos_embed = PatchEmbed(config)
         self.time_text_embed = TimestepTextEmbedding(dim, pooled_dim=config.pooled_projection_dim)
@@ -132,6 +133,9 @@ class SD3Transformer2DModel(nn.Module):
         hidden_states = self.pos_embed(hidden_states)
         temb = self.time_text_embed(timestep, pooled_projections)
         text = self.context_embedder(encoder_hidden_states)
+        num_tokens = hidden_states.shape[1]
+        self.tokens.begin(num_tokens, text.shape[1])
+        hidden_states, text = self.tokens.deal(hidden_states), self.tokens.deal(text)
         passing = _rows_passing(skip_layers, hidden_states.device)
         for layer, block in enumerate(self.transformer_blocks):
             rows = passing.get(layer)
@@ -140,7 +144,8 @@ class SD3Transformer2DModel(nn.Module):
             elif rows.numel() > 0:
                 # Rows are taken out rather than masked, so that a row that skips costs nothing here.
                 hidden_states[rows], text[rows] = block(hidden_states[rows], text[rows], temb[rows])
-        return self.unpatchify(self.proj_out(self.norm_out(hidden_states, temb)), grid)
+        tokens = self.tokens.gather(self.proj_out(self.norm_out(hidden_states, temb)), num_tokens)
+        return self.unpatchify(tokens, grid)
 
     def patch_grid(self, latents: Tensor) -> tuple[int, int]:
         """Patches of [B, C, H, W] along height and width. Raises InvalidRequest."""

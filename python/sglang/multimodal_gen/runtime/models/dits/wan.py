@@ -150,6 +150,7 @@ class WanTransformer3DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
+        self.tokens = context.tokens
         self.folds_text_padding = folds_text_padding(config, context)
         dim, patch_size = config.hidden_size, config.patch_size
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=patch_size, stride=patch_size)
@@ -180,10 +181,13 @@ class WanTransformer3DModel(nn.Module):
         text_mask = None
         if text_lengths is not None and self.folds_text_padding:
             encoder_hidden_states, text_mask = fold_padding(encoder_hidden_states, text_lengths)
-        freqs_cis = rotary_table_3d(grid, self.config.attention_head_dim, hidden_states.device)
+        num_tokens = math.prod(grid)
+        self.tokens.begin(num_tokens)
+        freqs_cis = self.tokens.deal(rotary_table_3d(grid, self.config.attention_head_dim, hidden_states.device))
         hidden_states = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
+        hidden_states = self.tokens.deal(hidden_states)
         temb, modulation, text, image = self.condition_embedder(
-            timestep if timestep.ndim == 2 else timestep.unsqueeze(1),
+            self.tokens.deal_groups(timestep if timestep.ndim == 2 else timestep.unsqueeze(1), num_tokens),
             encoder_hidden_states,
             encoder_hidden_states_image,
         )
@@ -191,7 +195,7 @@ class WanTransformer3DModel(nn.Module):
             hidden_states = block(hidden_states, text, text_mask, image, modulation, freqs_cis)
         shift, scale = (self.scale_shift_table.float() + temb.float().unsqueeze(2)).unbind(2)
         normed = modulate(self.norm_out(hidden_states.float()), shift, scale).to(hidden_states.dtype)
-        return self.unpatchify(self.proj_out(normed), grid)
+        return self.unpatchify(self.tokens.gather(self.proj_out(normed), num_tokens), grid)
 
     def patch_grid(self, latents: Tensor) -> tuple[int, int, int]:
         """Patches of [B, C, T, H, W] along time, height and width."""

@@ -175,17 +175,21 @@ class ZImageTransformer2DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
+        self.tokens = context.tokens
         patch = f"{config.patch_size}-{config.all_f_patch_size[0]}"
         self.all_x_embedder = nn.ModuleDict(
             {patch: ReplicatedLinear(config.patch_size**2 * config.in_channels, config.dim)}
         )
         self.all_final_layer = nn.ModuleDict({patch: FinalLayer(config)})
 
-        def blocks(count: int, *, modulation: bool = True) -> nn.ModuleList:
-            return nn.ModuleList([ZImageTransformerBlock(config, context, modulation=modulation) for _ in range(count)])
+        def blocks(count: int) -> nn.ModuleList:
+            return nn.ModuleList([ZImageTransformerBlock(config, context) for _ in range(count)])
 
         self.noise_refiner = blocks(config.n_refiner_layers)
-        self.context_refiner = blocks(config.n_refiner_layers, modulation=False)
+        whole = context.for_whole_sequences()
+        self.context_refiner = nn.ModuleList(
+            [ZImageTransformerBlock(config, whole, modulation=False) for _ in range(config.n_refiner_layers)]
+        )
         self.t_embedder = TimestepEmbedder(min(config.dim, _MODULATION_SIZE))
         self.cap_embedder = nn.Sequential(
             RMSNorm(config.cap_feat_dim, config.norm_eps), ReplicatedLinear(config.cap_feat_dim, config.dim)
@@ -209,16 +213,20 @@ class ZImageTransformer2DModel(nn.Module):
         temb = self.t_embedder(timestep * self.config.t_scale).to(hidden_states.dtype)
         (embed,), (final_layer,) = self.all_x_embedder.values(), self.all_final_layer.values()
         image = self._padded_image(embed(self.patchify(hidden_states)), layout.num_image_tokens)
+        self.tokens.begin(layout.num_image_tokens)
+        image, image_table = self.tokens.deal(image), self.tokens.deal(layout.image_table)
         for block in self.noise_refiner:
-            image = block(image, layout.image_table, None, temb)
+            image = block(image, image_table, None, temb)
         caption = self._caption(encoder_hidden_states, text_lengths)
         for block in self.context_refiner:
             caption = block(caption, layout.caption_table, layout.caption_mask)
-        joined = torch.cat((image, caption), dim=1)
+        self.tokens.begin(layout.num_image_tokens, caption.shape[1])
+        joined, table = torch.cat((image, self.tokens.deal(caption)), dim=1), self.tokens.deal_joined(layout.table)
         for block in self.layers:
-            joined = block(joined, layout.table, layout.joint_mask, temb)
+            joined = block(joined, table, layout.joint_mask, temb)
         num_cells = grid[0] * grid[1] * grid[2]
-        return self.unpatchify(final_layer(joined[:, :num_cells], temb), grid)
+        of_image = final_layer(joined[:, : image.shape[1]], temb)
+        return self.unpatchify(self.tokens.gather(of_image, num_cells), grid)
 
     def _layout(self, grid: tuple[int, int, int], text_lengths: Sequence[int], device: torch.device) -> TokenLayout:
         lengths = tuple(padded_length(length) for length in text_lengths)

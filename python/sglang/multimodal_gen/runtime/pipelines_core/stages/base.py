@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from sglang.multimodal_gen.configs.request_plan import Phase
+from sglang.multimodal_gen.runtime.distributed.parallel_state import SINGLE, ParallelContext
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 
 
@@ -18,6 +19,10 @@ class Stage:
 
     name: str
     """Also the name of the stage's phase."""
+    parallel: ParallelContext = SINGLE
+    """The replica's ranks, said by the pipeline."""
+    only_leader: ClassVar[bool] = False
+    """Whether one rank runs the steps and the others wait for nothing."""
     reads: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[tuple[str, ...]] = ()
     """Fields of Req."""

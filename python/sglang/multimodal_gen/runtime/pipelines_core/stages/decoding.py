@@ -77,6 +77,7 @@ class DecodingStage(Stage):
     """Frames [T, H, W, 3] uint8 of each chunk; the whole clip is one chunk where memory allows."""
 
     name: str = "decode"
+    only_leader = True
     reads: ClassVar[tuple[str, ...]] = ("latents",)
     writes: ClassVar[tuple[str, ...]] = ("decode_plan", "decoder_state")
 

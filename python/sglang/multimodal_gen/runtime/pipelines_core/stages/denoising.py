@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sglang.multimodal_gen.configs.request_plan import Phase
+from sglang.multimodal_gen.runtime.distributed.collectives import all_gather
 from sglang.multimodal_gen.runtime.layers.attention.switch import AttentionSwitch
 from sglang.multimodal_gen.runtime.models.schedulers import SamplerState
 from sglang.multimodal_gen.runtime.models.schedulers.multistep import clean_sample
@@ -126,8 +127,19 @@ class DenoisingStage(Stage):
         return []
 
     def _predict(self, requests: Sequence[Req], branches: Sequence[tuple[Branch, ...]]) -> list[Tensor]:
-        """The prediction [C, T, H, W] of each branch of each request, in order."""
+        """The prediction [C, T, H, W] of each branch of each request, in order; dealt along the cfg axis."""
         rows = [Row(req, *branch) for req, own in zip(requests, branches, strict=True) for branch in own]
+        axis = self.parallel.cfg
+        if axis.size == 1:
+            return self._predict_rows(requests, rows)
+        share = -(-len(rows) // axis.size)
+        # A rank for which no row is left computes the last one once more: all of them have something to give.
+        own_rows = rows[axis.rank * share : (axis.rank + 1) * share] or rows[-1:]
+        own = self._predict_rows(requests, own_rows)
+        own += own[-1:] * (share - len(own))
+        return list(all_gather(torch.stack(own), axis, dim=0).unbind(0))[: len(rows)]
+
+    def _predict_rows(self, requests: Sequence[Req], rows: Sequence[Row]) -> list[Tensor]:
         limits = [req.max_forward_rows for req in requests if req.max_forward_rows is not None]
         rows_per_forward = min(limits, default=len(rows))
         predictions: list[Tensor] = []

@@ -1,0 +1,32 @@
+"""How the ranks of one replica are laid out: sizes of the axes (cfg, ring, ulysses, tp)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+AXES = ("cfg", "ring", "ulysses", "tp")
+"""The outermost first: neighbours on the last talk most, and are to be neighbours in hardware too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaShape:
+    """Sizes of the axes of a replica."""
+
+    cfg: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    tp: int = 1
+
+    def __str__(self) -> str:
+        named = [f"{name} {size}" for name, size in zip(AXES, self.sizes, strict=True) if size > 1]
+        return " x ".join(named) or "one rank"
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """In the order of the mesh."""
+        return self.cfg, self.ring, self.ulysses, self.tp
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of the replica."""
+        return self.cfg * self.ring * self.ulysses * self.tp

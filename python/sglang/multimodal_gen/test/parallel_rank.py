@@ -1,0 +1,62 @@
+"""One rank of the pool that parallel runs are tested with: `python -m sglang.multimodal_gen.test.parallel_rank RANK`.
+
+Each line of stdin is a task, answered with one line: "ok", or what went wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from sglang.multimodal_gen import envs
+from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
+from sglang.multimodal_gen.runtime.distributed.parallel_state import join_replica
+from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
+from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY
+from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
+from sglang.multimodal_gen.test.pipeline_parity import run_together
+
+
+def run(rank: int, task: dict[str, Any]) -> None:
+    """Generate the task's requests together; the leader saves what came out."""
+    shape = ReplicaShape(**task["shape"])
+    if rank >= shape.num_ranks:
+        return
+    try:
+        pipeline = build_pipeline(
+            task["directory"],
+            ExecutionArgs(device="cpu", precision="fp32"),
+            join=lambda device: join_replica(shape, rank, store=Path(task["store"]), device=device, timeout_s=60),
+        )
+        with torch.inference_mode():
+            results = run_together(pipeline, [(wish, EMPTY) for wish in task["wishes"]])
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if rank == 0:
+        arrays = {f"latents{i}": req.latents.numpy() for i, (req, _) in enumerate(results) if req.latents is not None}
+        np.savez(task["out"], **arrays, **{f"frames{i}": frames for i, (_, frames) in enumerate(results)})
+
+
+def main() -> None:
+    rank = int(sys.argv[1])
+    torch.set_num_threads(1)
+    envs.meet_on_loopback()
+    for line in sys.stdin:
+        try:
+            run(rank, json.loads(line))
+            answer = "ok"
+        except Exception:
+            answer = json.dumps(traceback.format_exc())
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":
+    main()

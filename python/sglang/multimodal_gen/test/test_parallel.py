@@ -1,0 +1,175 @@
+"""Every layout gives the pictures of one process: fp32 on the CPU, ranks over gloo, one pool of them for the file."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
+from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY
+from sglang.multimodal_gen.test.pipeline_parity import LATENT_TOLERANCE, load, relative_error, run_together
+from sglang.multimodal_gen.test.tiny_checkpoints import TinyWan, save_tiny_wan
+from sglang.multimodal_gen.test.tiny_flux import TinyFlux, save_tiny_flux
+from sglang.multimodal_gen.test.tiny_hunyuan_video import TinyHunyuanVideo, save_tiny_hunyuan_video
+from sglang.multimodal_gen.test.tiny_ltx import TinyLTX, save_tiny_ltx
+from sglang.multimodal_gen.test.tiny_qwen_image import TinyQwenImage, save_tiny_qwen_image
+from sglang.multimodal_gen.test.tiny_zimage import TinyZImage, save_tiny_zimage
+
+pytestmark = pytest.mark.timeout(180)
+NUM_RANKS = 4
+FOUR_HEADS = {"num_attention_heads": 4}
+
+Wish = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A checkpoint with four heads, and two requests that stand at other steps and may have no guidance."""
+
+    save: Callable[[Path], Path]
+    wishes: tuple[Wish, ...]
+
+
+def wishes(**values: Any) -> tuple[Wish, ...]:
+    return (
+        {"prompt": "a red circle moving left", "seed": 1, "num_inference_steps": 3, **values},
+        {"prompt": "a small star", "seed": 2, "num_inference_steps": 2, **values},
+    )
+
+
+# Sizes that no number of ranks divides: the last rank has padding, of image and of text.
+FAMILIES = {
+    "wan": Family(
+        save=lambda directory: save_tiny_wan(
+            directory, TinyWan(seed=7, transformer={**FOUR_HEADS, "attention_head_dim": 12, "freq_dim": 32})
+        ),
+        wishes=wishes(width=48, height=80, num_frames=9, guidance_scale=4.0),
+    ),
+    "flux": Family(
+        save=lambda directory: save_tiny_flux(directory, TinyFlux(seed=3, transformer=FOUR_HEADS)),
+        wishes=wishes(width=48, height=80, guidance_scale=4.0, max_sequence_length=13),
+    ),
+    "qwen": Family(
+        save=lambda directory: save_tiny_qwen_image(directory, TinyQwenImage(seed=3, transformer=FOUR_HEADS)),
+        wishes=wishes(width=48, height=80, true_cfg_scale=3.0, negative_prompt="green", max_sequence_length=30),
+    ),
+    "ltx": Family(
+        save=lambda directory: save_tiny_ltx(
+            directory, TinyLTX(seed=3, transformer={**FOUR_HEADS, "cross_attention_dim": 40})
+        ),
+        wishes=wishes(width=96, height=160, num_frames=9, guidance_scale=3.0, max_sequence_length=13),
+    ),
+    "hunyuan_video": Family(
+        save=lambda directory: save_tiny_hunyuan_video(directory, TinyHunyuanVideo(seed=3, transformer=FOUR_HEADS)),
+        wishes=wishes(width=48, height=80, num_frames=5, guidance_scale=4.0),
+    ),
+    "zimage": Family(
+        save=lambda directory: save_tiny_zimage(
+            directory, TinyZImage(seed=3, transformer={"dim": 96, "n_heads": 4, "n_kv_heads": 4})
+        ),
+        wishes=wishes(width=48, height=80, guidance_scale=3.0, max_sequence_length=64),
+    ),
+}
+SHAPES = [
+    ReplicaShape(tp=2),
+    ReplicaShape(ulysses=2),
+    ReplicaShape(ring=2),
+    ReplicaShape(cfg=2),
+    ReplicaShape(ulysses=4),
+    ReplicaShape(ring=2, ulysses=2),
+    ReplicaShape(cfg=2, tp=2),
+    ReplicaShape(ulysses=2, tp=2),
+]
+
+
+class Pool:
+    """Ranks that take one task after the other."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-P", "-m", "sglang.multimodal_gen.test.parallel_rank"]
+        self.ranks = [
+            subprocess.Popen(
+                [*command, str(rank)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+            for rank in range(NUM_RANKS)
+        ]
+
+    def run(self, directory: Path, shape: ReplicaShape, requests: Sequence[Wish], scratch: Path) -> Any:
+        """What the leader saved of the requests, run together."""
+        out = scratch / "out.npz"
+        task = {
+            "directory": str(directory),
+            "shape": asdict(shape),
+            "wishes": list(requests),
+            "store": str(scratch / "store"),
+            "out": str(out),
+        }
+        for rank in self.ranks:
+            assert rank.stdin is not None
+            rank.stdin.write(json.dumps(task) + "\n")
+            rank.stdin.flush()
+        answers = [rank.stdout.readline().strip() for rank in self.ranks if rank.stdout is not None]
+        assert answers == ["ok"] * NUM_RANKS, "\n".join(json.loads(text) for text in answers if text != "ok")
+        return np.load(out)
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            rank.communicate(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    found = Pool()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("parallel")
+    return functools.cache(lambda name: FAMILIES[name].save(root / name))
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoints: Callable[[str], Path]) -> Callable[[str], list[Any]]:
+    """What one process makes of a family's requests."""
+
+    @functools.cache
+    def run(name: str) -> list[Any]:
+        with torch.inference_mode():
+            return run_together(load(checkpoints(name)), [(wish, EMPTY) for wish in FAMILIES[name].wishes])
+
+    return run
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape.sizes)))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_several_ranks_give_the_pictures_of_one(
+    name: str,
+    shape: ReplicaShape,
+    pool: Pool,
+    checkpoints: Callable[[str], Path],
+    alone: Callable[[str], list[Any]],
+    tmp_path: Path,
+) -> None:
+    expected = alone(name)
+    found = pool.run(checkpoints(name), shape, FAMILIES[name].wishes, tmp_path)
+    for index, (req, frames) in enumerate(expected):
+        assert relative_error(torch.from_numpy(found[f"latents{index}"]), req.latents) <= LATENT_TOLERANCE
+        assert int(np.abs(found[f"frames{index}"].astype(int) - frames.astype(int)).max()) <= 1
+        assert frames.std() > 5, "a flat picture would agree with anything"
