@@ -40,7 +40,10 @@ class ParallelBench:
         args = task.component.engine.args
         self.placement = place(args.execution, local_rank=task.rank, num_gpus=task.num_ranks)
         self.device = self.placement.device
-        if self.device.type == "cpu":
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.cuda.init()
+        else:
             torch.set_num_threads(max(1, torch.get_num_threads() // task.num_ranks))
         self.model = find_model(args.model, _WORKLOAD, parent)
         self.workload = self.model.pipeline_class.workloads[_WORKLOAD]
