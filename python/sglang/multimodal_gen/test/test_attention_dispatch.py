@@ -53,7 +53,7 @@ BF16 = LayerNeeds(precision="bf16", head_dim=128)
         (gpu(HOPPER, "fa2"), LayerNeeds(precision="bf16", head_dim=256), "fa2"),
         (gpu(HOPPER, *ALL), LayerNeeds(precision="bf16", head_dim=128, mask=True), "torch_sdpa"),
         (gpu(HOPPER, "fa2"), LayerNeeds(precision="bf16", head_dim=128, lse=True), "fa2"),
-        (gpu(HOPPER), LayerNeeds(precision="bf16", head_dim=128, lse=True), "torch_reference"),
+        (gpu(HOPPER), LayerNeeds(precision="bf16", head_dim=128, lse=True), "torch_sdpa"),
         (gpu(BLACKWELL, *ALL), BF16, "torch_cudnn_sdpa"),
         (gpu(AMPERE, *ALL), BF16, "fa2"),
         (gpu(AMPERE), BF16, "torch_sdpa"),
@@ -169,8 +169,9 @@ def test_the_reason_says_which_parameter_asked_and_what_its_family_lacks() -> No
         (
             gpu(HOPPER, "fa2"),
             LayerNeeds(precision="bf16", head_dim=128, lse=True),
-            "torch_sdpa",
-            "got torch_sdpa, but torch_sdpa gives no log-sum-exp; accepted here is fa2, torch_reference",
+            "torch_cudnn_sdpa",
+            "got torch_cudnn_sdpa, but torch_cudnn_sdpa gives no log-sum-exp; accepted here is torch_sdpa, fa2, "
+            "torch_reference",
         ),
         (
             device_facts(CPU),
