@@ -41,6 +41,24 @@ def all_gather(tensor: Tensor, axis: ProcessAxis, *, dim: int) -> Tensor:
     return torch.cat(gathered, dim=dim)
 
 
+class AllToAll:
+    """Part u of each row [B, U, ...] on its way to rank u of U; row by row, so that what comes has no gaps."""
+
+    def __init__(self, parts: Tensor, axis: ProcessAxis) -> None:
+        self._parts, self._received = parts, torch.empty_like(parts)
+        self._work = [
+            dist.all_to_all_single(received, sent, group=axis.group, async_op=True)
+            for received, sent in zip(self._received, parts, strict=True)
+        ]
+
+    def wait(self) -> Tensor:
+        """[B, U, ...]: the parts that came, by sender."""
+        for work in self._work:
+            if work is not None:
+                work.wait()
+        return self._received
+
+
 class Exchange:
     """Tensors to and from other ranks of an axis, all under way at once; they stay as they are until `wait`.
 

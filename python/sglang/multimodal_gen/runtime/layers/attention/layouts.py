@@ -11,7 +11,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from sglang.multimodal_gen.runtime.distributed.collectives import Exchange, all_gather
+from sglang.multimodal_gen.runtime.distributed.collectives import AllToAll, Exchange, all_gather
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ParallelContext, ProcessAxis
 from sglang.multimodal_gen.runtime.layers.attention.kernels import AttentionKernel, LseKernel, MaskedKernel
 from sglang.multimodal_gen.runtime.layers.token_sharding import TokenSharding
@@ -22,20 +22,12 @@ class HeadExchange:
 
     def __init__(self, tensor: Tensor, axis: ProcessAxis) -> None:
         """[B, s, H, E] on each of U ranks."""
-        batch, tokens, heads, width = tensor.shape
-        self._received = tensor.new_empty((batch, axis.size, tokens, heads // axis.size, width))
-        self._exchange = Exchange(axis)
-        parts = tensor.chunk(axis.size, dim=2)
-        for rank, part in enumerate(parts):
-            if rank != axis.rank:
-                _trade(self._exchange, part.contiguous(), self._received[:, rank], rank)
-        self._exchange.start()
-        self._received[:, axis.rank].copy_(parts[axis.rank])
+        parts = tensor.unflatten(2, (axis.size, -1)).transpose(1, 2).contiguous()  # [B, U, s, H/U, E]
+        self._exchange = AllToAll(parts, axis)
 
     def result(self) -> Tensor:
         """[B, U·s, H/U, E]."""
-        self._exchange.wait()
-        return self._received.flatten(1, 2)
+        return self._exchange.wait().flatten(1, 2)
 
 
 Sent = Tensor | HeadExchange
@@ -168,26 +160,12 @@ def _arrived(sent: Sent) -> Tensor:
     return sent.result() if isinstance(sent, HeadExchange) else sent
 
 
-def _trade(exchange: Exchange, ours: Tensor, theirs: Tensor, rank: int) -> None:
-    """Row by row, so that each lands in a piece of memory without a gap."""
-    for sent, received in zip(ours, theirs, strict=True):
-        exchange.send(sent, rank)
-        exchange.receive(received, rank)
-
-
 def _gather_heads(tensor: Tensor, axis: ProcessAxis) -> Tensor:
     """[B, U·s, H/U, E] on each of U ranks -> [B, s, H, E]."""
     if axis.size == 1:
         return tensor
-    parts = list(tensor.contiguous().chunk(axis.size, dim=1))
-    exchange = Exchange(axis)
-    whole = [part if rank == axis.rank else part.new_empty(part.shape) for rank, part in enumerate(parts)]
-    for rank, part in enumerate(parts):
-        if rank != axis.rank:
-            _trade(exchange, part, whole[rank], rank)
-    exchange.start()
-    exchange.wait()
-    return torch.cat(whole, dim=2)
+    received = AllToAll(tensor.contiguous().unflatten(1, (axis.size, -1)), axis).wait()  # [B, U, s, H/U, E]
+    return received.transpose(1, 2).flatten(2, 3)
 
 
 def _merged(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> tuple[Tensor, Tensor]:
