@@ -136,13 +136,15 @@ class ComponentResult(BenchMessage, frozen=True, kw_only=True, tag="component"):
 
 class LayoutResult(BenchMessage, frozen=True, kw_only=True):
     """A step in one layout. `relative_difference` is the norm of the difference from one rank's output over its norm;
-    the exposed communication that in which the GPU did nothing else."""
+    the exposed communication that in which the GPU did nothing else; `host_ms` is what this process takes to launch a
+    step: where that is as long as the step, GPUs wait for it."""
 
     shape: ReplicaShape
     seconds: Summary
     peak_bytes: int | None
     relative_difference: float
     exposed_communication_ms: float | None
+    host_ms: float
 
 
 class ParallelResult(BenchMessage, frozen=True, kw_only=True, tag="parallel"):

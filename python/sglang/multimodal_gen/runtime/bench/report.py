@@ -80,7 +80,7 @@ def _component(name: str, result: ComponentResult) -> Iterator[Section]:
 def _parallel(result: ParallelResult) -> Iterator[Section]:
     device = result.device_name or result.device
     one = result.layouts[0].seconds.median
-    header = ("", "median", "p10", "p90", "times as fast", "difference", "peak memory", "exposed communication")
+    header = ("", "median", "p10", "p90", "times as fast", "difference", "peak memory", "host", "exposed communication")
     rows = [
         (
             str(layout.shape),
@@ -88,6 +88,7 @@ def _parallel(result: ParallelResult) -> Iterator[Section]:
             f"{one / layout.seconds.median:.2f}",
             f"{layout.relative_difference:.1e}",
             "unknown" if layout.peak_bytes is None else as_size(layout.peak_bytes),
+            f"{layout.host_ms:.0f} ms",
             "" if layout.exposed_communication_ms is None else f"{layout.exposed_communication_ms:.1f} ms",
         )
         for layout in result.layouts

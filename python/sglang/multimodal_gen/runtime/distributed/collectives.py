@@ -5,7 +5,8 @@ Tensors only, never objects: those would be pickled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,33 +41,54 @@ def all_gather(tensor: Tensor, axis: ProcessAxis, *, dim: int) -> Tensor:
     return torch.cat(gathered, dim=dim)
 
 
-def all_to_all(parts: Tensor, axis: ProcessAxis) -> Tensor:
-    """[P, ...] on each of P ranks: part i goes to rank i; returned are the parts that came, by sender."""
-    if axis.size == 1:
-        return parts
-    received = torch.empty_like(parts, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(received, parts.contiguous(), group=axis.group)
-    return received
+class AllToAll:
+    """Part u of each row [B, U, ...] on its way to rank u of U; row by row, so that what comes has no gaps."""
 
-
-class RingExchange:
-    """A tensor on its way to the next rank of a ring, while that of the rank before comes."""
-
-    def __init__(self, tensor: Tensor, axis: ProcessAxis) -> None:
-        assert axis.group is not None, "a ring has several ranks"
-        self._sent = tensor.contiguous()
-        self._received = torch.empty_like(self._sent)
-        following, preceding = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
-        peers = [dist.get_global_rank(axis.group, peer) for peer in (following, preceding)]
-        self._work: Sequence[dist.Work] = dist.batch_isend_irecv(
-            [
-                dist.P2POp(dist.isend, self._sent, peers[0], group=axis.group),
-                dist.P2POp(dist.irecv, self._received, peers[1], group=axis.group),
-            ]
-        )
+    def __init__(self, parts: Tensor, axis: ProcessAxis) -> None:
+        self._parts, self._received = parts, torch.empty_like(parts)
+        self._work = [
+            dist.all_to_all_single(received, sent, group=axis.group, async_op=True)
+            for received, sent in zip(self._received, parts, strict=True)
+        ]
 
     def wait(self) -> Tensor:
-        """What the rank before sent."""
+        """[B, U, ...]: the parts that came, by sender."""
+        for work in self._work:
+            if work is not None:
+                work.wait()
+        return self._received
+
+
+class Exchange:
+    """Tensors to and from other ranks of an axis, all under way at once; they stay as they are until `wait`.
+
+    Both sides add the tensors between them in the same order. Each is contiguous.
+    """
+
+    def __init__(self, axis: ProcessAxis) -> None:
+        assert axis.group is not None, "an exchange has several ranks"
+        self._group = axis.group
+        self._operations: list[dist.P2POp] = []
+        self._work: Sequence[dist.Work] = ()
+
+    def send(self, tensor: Tensor, rank: int) -> None:
+        """To this rank of the axis."""
+        self._add(dist.isend, tensor, rank)
+
+    def receive(self, tensor: Tensor, rank: int) -> None:
+        """In place, from this rank of the axis."""
+        self._add(dist.irecv, tensor, rank)
+
+    def _add(self, operation: Callable[..., Any], tensor: Tensor, rank: int) -> None:
+        peer = dist.get_global_rank(self._group, rank)
+        self._operations.append(dist.P2POp(operation, tensor, peer, group=self._group))
+
+    def start(self) -> None:
+        """Begin with all of them."""
+        self._work = dist.batch_isend_irecv(self._operations)
+
+    def wait(self) -> None:
+        """Until what was received is there; on a GPU, for what is computed next."""
         for work in self._work:
             work.wait()
-        return self._received
+        self._operations, self._work = [], ()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.runtime.layers.attention.layouts import Sent
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
 from sglang.multimodal_gen.runtime.layers.norm import RMSNorm
@@ -19,8 +20,8 @@ from sglang.multimodal_gen.runtime.layers.rotary import apply_rotary_emb
 class SelfAttention(nn.Module):
     """Every token attends to every other; queries and keys are normed by head (`qk_norm`) and rotated.
 
-    With `projects_out=False` the heads come back side by side, for blocks with an output projection of their own. With
-    `mask=True` calls may have a mask; those without one are served by kernels that could not take it.
+    With `projects_out=False` there is no output projection, for blocks that have one of their own: they `project` and
+    `attend`. With `mask=True` calls may have a mask; those without one are served by kernels that could not take it.
     """
 
     def __init__(
@@ -54,24 +55,27 @@ class SelfAttention(nn.Module):
         """[B, S, N·E] -> [B, S, N, E]."""
         return hidden_states.unflatten(-1, (self.num_heads, -1))
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, freqs_cis: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
-        """Three times [B, S, N, E], the table of all S tokens, a mask [B, 1, 1, S] -> [B, S, N·E]."""
-        if freqs_cis is not None:
-            query, key = apply_rotary_emb(query, freqs_cis), apply_rotary_emb(key, freqs_cis)
+    def attend(self, query: Sent, key: Sent, value: Sent, mask: Tensor | None) -> Tensor:
+        """Three times [B, S, N, E] as it was sent, a mask [B, 1, 1, S] -> [B, S, N·E]."""
         if mask is None:
             return self.attention(query, key, value).flatten(2)
         assert self.masked_attention is not None, "a layer that is given masks is built with mask=True"
         return self.masked_attention(query, key, value, mask).flatten(2)
 
+    def send_rotated(self, tensor: Tensor, freqs_cis: Tensor | None) -> Sent:
+        """Queries or keys [B, S, N, E] with the table of all S tokens, on their way."""
+        return self.attention.send(tensor if freqs_cis is None else apply_rotary_emb(tensor, freqs_cis))
+
+    def project(self, hidden_states: Tensor, freqs_cis: Tensor | None) -> tuple[Sent, Sent, Sent]:
+        """[B, S, D] -> queries, keys and values for `attend`; what is computed before that overlaps with their way."""
+        value = self.attention.send(self.split_heads(self.to_v(hidden_states)))
+        query = self.send_rotated(self.norm_q(self.split_heads(self.to_q(hidden_states))), freqs_cis)
+        key = self.send_rotated(self.norm_k(self.split_heads(self.to_k(hidden_states))), freqs_cis)
+        return query, key, value
+
     def forward(self, hidden_states: Tensor, freqs_cis: Tensor | None, mask: Tensor | None = None) -> Tensor:
-        """[B, S, D] -> [B, S, D], or [B, S, N·E] without an output projection."""
-        query = self.norm_q(self.split_heads(self.to_q(hidden_states)))
-        key = self.norm_k(self.split_heads(self.to_k(hidden_states)))
-        value = self.split_heads(self.to_v(hidden_states))
-        attended = self.attend(query, key, value, freqs_cis, mask)
-        return self.to_out[0](attended) if hasattr(self, "to_out") else attended
+        """[B, S, D] -> [B, S, D]."""
+        return self.to_out[0](self.attend(*self.project(hidden_states, freqs_cis), mask))
 
 
 class JointAttention(SelfAttention):
@@ -109,16 +113,18 @@ class JointAttention(SelfAttention):
         self, hidden_states: Tensor, text: Tensor, freqs_cis: Tensor | None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """[B, S, D], [B, L, D], the table of S + L tokens, a mask [B, 1, 1, S + L] -> [B, S, D], [B, L, D]."""
+        value = self._joined(self.split_heads(self.add_v_proj(text)), self.split_heads(self.to_v(hidden_states)))
+        value_sent = self.attention.send(value)
         query = self._joined(
             self.norm_added_q(self.split_heads(self.add_q_proj(text))),
             self.norm_q(self.split_heads(self.to_q(hidden_states))),
         )
+        query_sent = self.send_rotated(query, freqs_cis)
         key = self._joined(
             self.norm_added_k(self.split_heads(self.add_k_proj(text))),
             self.norm_k(self.split_heads(self.to_k(hidden_states))),
         )
-        value = self._joined(self.split_heads(self.add_v_proj(text)), self.split_heads(self.to_v(hidden_states)))
-        attended = self.attend(query, key, value, freqs_cis, mask)
+        attended = self.attend(query_sent, self.send_rotated(key, freqs_cis), value_sent, mask)
         sizes = (text.shape[1], hidden_states.shape[1])
         if self.text_first:
             of_text, of_image = attended.split(sizes, dim=1)

@@ -126,6 +126,7 @@ class SingleStreamBlock(nn.Module):
         """[B, S, D], [B, D] (or [B, S, D] per token), table and mask [B, 1, 1, S] of these tokens -> [B, S, D]."""
         [modulation] = self.norm(temb)
         normed = modulation.normed(hidden_states)
+        sent = self.attn.project(normed, freqs_cis)
         mlp = F.gelu(self.proj_mlp(normed), approximate="tanh")
-        update = self.proj_out(torch.cat((self.attn(normed, freqs_cis, mask), mlp), dim=-1))
+        update = self.proj_out(torch.cat((self.attn.attend(*sent, mask), mlp), dim=-1))
         return modulation.add_gated(hidden_states, update)

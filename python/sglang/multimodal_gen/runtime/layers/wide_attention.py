@@ -65,9 +65,10 @@ class WideNormSelfAttention(WideNormAttention):
 
     def forward(self, hidden_states: Tensor, freqs_cis: Tensor) -> Tensor:
         """[B, S, D] and the rotary table [1 or B, S, 1 or N, E/2, 2] -> [B, S, D]."""
-        query = apply_rotary_emb(self.split_heads(self.norm_q(self.to_q(hidden_states))), freqs_cis)
-        key = apply_rotary_emb(self.split_heads(self.norm_k(self.to_k(hidden_states))), freqs_cis)
-        value = self.split_heads(self.to_v(hidden_states))
+        send = self.attention.send
+        value = send(self.split_heads(self.to_v(hidden_states)))
+        query = send(apply_rotary_emb(self.split_heads(self.norm_q(self.to_q(hidden_states))), freqs_cis))
+        key = send(apply_rotary_emb(self.split_heads(self.norm_k(self.to_k(hidden_states))), freqs_cis))
         return self.to_out[0](self.attention(query, key, value).flatten(2))
 
 

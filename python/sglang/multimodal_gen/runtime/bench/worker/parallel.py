@@ -6,6 +6,7 @@ Every rank gets the same task and goes through its layouts in order, joining tho
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,6 +71,7 @@ class ParallelBench:
             difference = self._difference(output)
             del output
             samples = self._times(step, parallel)
+            host_ms = self._host_ms(step)
             peak = None
             if self.device.type == "cuda":
                 peak = torch.cuda.max_memory_allocated(self.device)
@@ -83,6 +85,7 @@ class ParallelBench:
             peak_bytes=peak,
             relative_difference=difference,
             exposed_communication_ms=exposed,
+            host_ms=host_ms,
         )
 
     def _load(self, parallel: ParallelContext) -> tuple[nn.Module, torch.dtype]:
@@ -137,6 +140,14 @@ class ParallelBench:
         for _ in range(self.task.component.warmup_runs):
             step()
         return [sample() for _ in range(self.task.component.repeats)]
+
+    def _host_ms(self, step: Run) -> float:
+        begin = time.perf_counter()
+        step()
+        launched = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return (launched - begin) * 1000
 
     def _exposed_ms(self, step: Run) -> float:
         """Time in which a collective ran on the GPU and nothing else did."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.layers.attention.dispatch import KernelSource
-from sglang.multimodal_gen.runtime.layers.attention.layouts import SequenceLayout
+from sglang.multimodal_gen.runtime.layers.attention.layouts import Sent, SequenceLayout
 from sglang.multimodal_gen.runtime.layers.attention.traits import LayerNeeds
 
 
@@ -24,8 +24,12 @@ class Attention(nn.Module):
         self.kernel = source.kernel(needs)
         self.layout = layout
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, S/P, H, E], [B, L/P, H, E], [B, L/P, H, E] on each of P ranks -> [B, S/P, H, E].
+    def send(self, tensor: Tensor) -> Sent:
+        """Begin to bring queries, keys or values to the ranks that need them; what is computed next overlaps."""
+        return self.layout.send(tensor)
+
+    def forward(self, query: Sent, key: Sent, value: Sent, mask: Tensor | None = None) -> Tensor:
+        """[B, S/P, H, E], [B, L/P, H, E], [B, L/P, H, E] on each of P ranks, each as `send` gave it -> [B, S/P, H, E].
 
         `mask`, for layers built for one: [B or 1, 1, 1, L] of all keys, as `kernels` describes it.
         """

@@ -11,10 +11,27 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from sglang.multimodal_gen.runtime.distributed.collectives import RingExchange, all_gather, all_to_all
+from sglang.multimodal_gen.runtime.distributed.collectives import AllToAll, Exchange, all_gather
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ParallelContext, ProcessAxis
 from sglang.multimodal_gen.runtime.layers.attention.kernels import AttentionKernel, LseKernel, MaskedKernel
 from sglang.multimodal_gen.runtime.layers.token_sharding import TokenSharding
+
+
+class HeadExchange:
+    """A tensor on its way from "some tokens, all heads" to "all tokens of the group, some heads"."""
+
+    def __init__(self, tensor: Tensor, axis: ProcessAxis) -> None:
+        """[B, s, H, E] on each of U ranks."""
+        parts = tensor.unflatten(2, (axis.size, -1)).transpose(1, 2).contiguous()  # [B, U, s, H/U, E]
+        self._exchange = AllToAll(parts, axis)
+
+    def result(self) -> Tensor:
+        """[B, U·s, H/U, E]."""
+        return self._exchange.wait().flatten(1, 2)
+
+
+Sent = Tensor | HeadExchange
+"""What attention is given: a tensor, or one that is under way."""
 
 
 class SequenceLayout(Protocol):
@@ -25,11 +42,15 @@ class SequenceLayout(Protocol):
         """Whether calls without a mask want a kernel that gives the log-sum-exp."""
         ...
 
+    def send(self, tensor: Tensor) -> Sent:
+        """Begin to bring queries, keys or values [B, S/P, H, E] to where they are needed, while others are computed."""
+        ...
+
     def attend(
-        self, kernel: AttentionKernel, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float
+        self, kernel: AttentionKernel, query: Sent, key: Sent, value: Sent, mask: Tensor | None, *, scale: float
     ) -> Tensor:
-        """[B, S/P, H, E], [B, L/P, H, E] twice -> [B, S/P, H, E]. The mask [B or 1, 1, 1, L] is of all keys, in the
-        order of the whole sequence."""
+        """[B, S/P, H, E], [B, L/P, H, E] twice, each as it was sent -> [B, S/P, H, E]. The mask [B or 1, 1, 1, L] is of
+        all keys, in the order of the whole sequence."""
         ...
 
 
@@ -38,10 +59,13 @@ class LocalSequence:
 
     needs_lse = False
 
+    def send(self, tensor: Tensor) -> Sent:
+        return tensor
+
     def attend(
-        self, kernel: AttentionKernel, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float
+        self, kernel: AttentionKernel, query: Sent, key: Sent, value: Sent, mask: Tensor | None, *, scale: float
     ) -> Tensor:
-        return _local(kernel, query, key, value, mask, scale)
+        return _local(kernel, _arrived(query), _arrived(key), _arrived(value), mask, scale)
 
 
 class ShardedSequence:
@@ -56,11 +80,14 @@ class ShardedSequence:
         self.ulysses, self.ring = parallel.ulysses, parallel.ring
         self.needs_lse = self.ring.size > 1
 
+    def send(self, tensor: Tensor) -> Sent:
+        return tensor if self.ulysses.size == 1 else HeadExchange(tensor, self.ulysses)
+
     def attend(
-        self, kernel: AttentionKernel, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float
+        self, kernel: AttentionKernel, query: Sent, key: Sent, value: Sent, mask: Tensor | None, *, scale: float
     ) -> Tensor:
-        num_held = key.shape[1]
-        query, key, value = _scatter_heads((query, key, value), self.ulysses)
+        query, key, value = _arrived(query), _arrived(key), _arrived(value)
+        num_held = key.shape[1] // self.ulysses.size
         if self.ring.size == 1:
             attended = self._with_keys(kernel, query, key, value, mask, scale, num_held)
         elif mask is not None:
@@ -89,21 +116,31 @@ class ShardedSequence:
     def _around_the_ring(
         self, kernel: LseKernel, query: Tensor, key: Tensor, value: Tensor, scale: float, num_held: int
     ) -> Tensor:
-        ring, block = self.ring, torch.stack((key, value))
+        ring, held = self.ring, (key.contiguous(), value.contiguous())
         merged: tuple[Tensor, Tensor] | None = None
         for step in range(ring.size):
-            coming = RingExchange(block, ring) if step + 1 < ring.size else None
+            coming = _passed_on(held, ring) if step + 1 < ring.size else None
             source = (ring.rank - step) % ring.size
             ranks = range(source * self.ulysses.size, (source + 1) * self.ulysses.size)
-            places, tokens = self.sharding.order(ranks, block.device, num_held=num_held)
+            places, tokens = self.sharding.order(ranks, query.device, num_held=num_held)
             if len(tokens):
-                key, value = (_picked(part, places, tokens) for part in block)
-                part = kernel.with_lse(query, key, value, scale=scale)
+                part = kernel.with_lse(query, *(_picked(each, places, tokens) for each in held), scale=scale)
                 merged = part if merged is None else _merged(*merged, *part)
             if coming is not None:
-                block = coming.wait()
+                exchange, held = coming
+                exchange.wait()
         assert merged is not None, "a sequence has a token"
         return merged[0].to(query.dtype)
+
+
+def _passed_on(held: tuple[Tensor, Tensor], axis: ProcessAxis) -> tuple[Exchange, tuple[Tensor, Tensor]]:
+    """Send to the next rank of the ring what this one holds, and begin to receive what the one before holds."""
+    coming, exchange = (torch.empty_like(held[0]), torch.empty_like(held[1])), Exchange(axis)
+    for ours, theirs in zip(held, coming, strict=True):
+        exchange.send(ours, (axis.rank + 1) % axis.size)
+        exchange.receive(theirs, (axis.rank - 1) % axis.size)
+    exchange.start()
+    return exchange, coming
 
 
 def _local(
@@ -119,26 +156,22 @@ def _picked(tensor: Tensor, places: Tensor | None, tokens: Tensor) -> Tensor:
     return tensor[:, : len(tokens)] if places is None else tensor.index_select(1, places)
 
 
-def _scatter_heads(tensors: tuple[Tensor, ...], axis: ProcessAxis) -> tuple[Tensor, ...]:
-    """Several times [B, s, H, E] on each of U ranks -> [B, U·s, H/U, E], in one exchange."""
-    if axis.size == 1:
-        return tensors
-    # [n, B, s, U, H/U, E] -> [U, n, B, s, H/U, E]: a part for each rank, and then from each rank
-    parts = torch.stack(tensors).unflatten(3, (axis.size, -1)).permute(3, 0, 1, 2, 4, 5)
-    received = all_to_all(parts, axis)
-    return received.permute(1, 2, 0, 3, 4, 5).flatten(2, 3).unbind(0)
+def _arrived(sent: Sent) -> Tensor:
+    return sent.result() if isinstance(sent, HeadExchange) else sent
 
 
 def _gather_heads(tensor: Tensor, axis: ProcessAxis) -> Tensor:
     """[B, U·s, H/U, E] on each of U ranks -> [B, s, H, E]."""
     if axis.size == 1:
         return tensor
-    received = all_to_all(tensor.unflatten(1, (axis.size, -1)).transpose(0, 1), axis)  # [U, B, s, H/U, E]
-    return received.permute(1, 2, 0, 3, 4).flatten(2, 3)
+    received = AllToAll(tensor.contiguous().unflatten(1, (axis.size, -1)), axis).wait()  # [B, U, s, H/U, E]
+    return received.transpose(1, 2).flatten(2, 3)
 
 
 def _merged(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to two sets of keys as one to both: results [B, S, H, E], log-sum-exps [B, H, S]; fp32."""
-    lse = torch.logaddexp(first_lse, second_lse)
-    weight, other = ((part - lse).exp().transpose(1, 2).unsqueeze(-1) for part in (first_lse, second_lse))
-    return first.float() * weight + second.float() * other, lse
+    """Attention to two sets of keys as one to both: results [B, S, H, E], log-sum-exps [B, H, S] in fp32.
+
+    Weights and sums are fp32, as are the results from here on; half-precision results are read as they are.
+    """
+    weight = torch.sigmoid(second_lse - first_lse).transpose(1, 2).unsqueeze(-1)
+    return torch.addcmul(first * (1 - weight), second, weight), torch.logaddexp(first_lse, second_lse)
