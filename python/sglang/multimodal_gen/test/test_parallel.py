@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
+from sglang.multimodal_gen.errors import InvalidValue, RemoteError
+from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY
 from sglang.multimodal_gen.test.pipeline_parity import LATENT_TOLERANCE, load, relative_error, run_together
 from sglang.multimodal_gen.test.tiny_checkpoints import TinyWan, save_tiny_wan
@@ -173,3 +179,54 @@ def test_several_ranks_give_the_pictures_of_one(
         assert relative_error(torch.from_numpy(found[f"latents{index}"]), req.latents) <= LATENT_TOLERANCE
         assert int(np.abs(found[f"frames{index}"].astype(int) - frames.astype(int)).max()) <= 1
         assert frames.std() > 5, "a flat picture would agree with anything"
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_heads", "sentence"),
+    [
+        (ReplicaShape(ulysses=4), 30, "ulysses_degree: got 4, accepted is 1, 2, 3, 5, 6, 10, 15, 30: what divides"),
+        (
+            ReplicaShape(ulysses=4, tp=2),
+            12,
+            "ulysses_degree: got 4, accepted is 1, 2, 3, 6: .*12 attention heads at tp_",
+        ),
+        (ReplicaShape(tp=5), 12, "tp_size: got 5, accepted is 1, 2, 3, 4, 6, 12: what divides"),
+    ],
+)
+def test_degrees_that_do_not_divide_the_heads_name_those_that_do(
+    shape: ReplicaShape, num_heads: int, sentence: str
+) -> None:
+    with pytest.raises(InvalidValue, match=f"^{sentence}"):
+        shape.check_heads(num_heads)
+    ReplicaShape(cfg=7, ring=7, tp=2).check_heads(num_heads)
+
+
+# --- the engine with ranks on the CPU ---
+
+
+def test_a_layout_that_the_model_cannot_have_ends_in_its_own_error(checkpoints: Callable[[str], Path]) -> None:
+    with pytest.raises(RemoteError, match="tp_size: got 3, accepted is 1, 2, 4: what divides the transformer's 4"):
+        DiffGenerator.from_pretrained(str(checkpoints("wan")), tp_size=3)
+
+
+def test_a_rank_that_is_killed_is_replaced_with_its_replica_and_requests_go_on(
+    checkpoints: Callable[[str], Path], alone: Callable[[str], list[Any]]
+) -> None:
+    wish = {**FAMILIES["wan"].wishes[0], "num_inference_steps": 60, "save_output": False, "return_frames": True}
+    options: dict[str, Any] = {"ulysses_degree": 2, "checkpoint_every": 5, "precision": "fp32"}
+    with DiffGenerator.from_pretrained(str(checkpoints("wan")), **options) as engine:
+        undisturbed = engine.generate(wish)
+        pids = engine.status().worker_pids
+        assert len(pids) == 2
+        with concurrent.futures.ThreadPoolExecutor(1) as executor:
+            result = executor.submit(engine.generate, wish)
+            deadline = time.monotonic() + 30
+            while not engine.status().num_running:
+                assert time.monotonic() < deadline and not result.done(), "it is not being made"
+            time.sleep(0.3)
+            os.kill(pids[1], signal.SIGKILL)
+            resumed = result.result()
+        assert resumed.metrics["attempts"] == 2
+        assert set(engine.status().worker_pids).isdisjoint(pids)
+        np.testing.assert_array_equal(resumed.frames, undisturbed.frames)
+    assert not [pid for pid in pids if psutil.pid_exists(pid)]
