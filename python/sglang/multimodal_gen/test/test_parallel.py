@@ -30,6 +30,7 @@ from sglang.multimodal_gen.test.tiny_flux import TinyFlux, save_tiny_flux
 from sglang.multimodal_gen.test.tiny_hunyuan_video import TinyHunyuanVideo, save_tiny_hunyuan_video
 from sglang.multimodal_gen.test.tiny_ltx import TinyLTX, save_tiny_ltx
 from sglang.multimodal_gen.test.tiny_qwen_image import TinyQwenImage, save_tiny_qwen_image
+from sglang.multimodal_gen.test.tiny_sd3 import TINY_DUAL_TRANSFORMER, TinySD3, save_tiny_sd3
 from sglang.multimodal_gen.test.tiny_zimage import TinyZImage, save_tiny_zimage
 
 pytestmark = pytest.mark.timeout(180)
@@ -80,6 +81,13 @@ FAMILIES = {
         save=lambda directory: save_tiny_hunyuan_video(directory, TinyHunyuanVideo(seed=3, transformer=FOUR_HEADS)),
         wishes=wishes(width=48, height=80, num_frames=5, guidance_scale=4.0),
     ),
+    "sd3": Family(
+        save=lambda directory: save_tiny_sd3(
+            directory,
+            TinySD3(seed=3, transformer=TINY_DUAL_TRANSFORMER | FOUR_HEADS | {"caption_projection_dim": 32}),
+        ),
+        wishes=wishes(width=48, height=80, guidance_scale=4.0, max_sequence_length=13),
+    ),
     "zimage": Family(
         save=lambda directory: save_tiny_zimage(
             directory, TinyZImage(seed=3, transformer={"dim": 96, "n_heads": 4, "n_kv_heads": 4})
@@ -102,7 +110,7 @@ SHAPES = [
 class Pool:
     """Ranks that take one task after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_ranks: int = NUM_RANKS) -> None:
         command = [sys.executable, "-P", "-m", "sglang.multimodal_gen.test.parallel_rank"]
         self.ranks = [
             subprocess.Popen(
@@ -112,10 +120,12 @@ class Pool:
                 text=True,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
-            for rank in range(NUM_RANKS)
+            for rank in range(num_ranks)
         ]
 
-    def run(self, directory: Path, shape: ReplicaShape, requests: Sequence[Wish], scratch: Path) -> Any:
+    def run(
+        self, directory: Path, shape: ReplicaShape, requests: Sequence[Wish], scratch: Path, *, device: str = "cpu"
+    ) -> Any:
         """What the leader saved of the requests, run together."""
         out = scratch / "out.npz"
         task = {
@@ -124,13 +134,14 @@ class Pool:
             "wishes": list(requests),
             "store": str(scratch / "store"),
             "out": str(out),
+            "device": device,
         }
         for rank in self.ranks:
             assert rank.stdin is not None
             rank.stdin.write(json.dumps(task) + "\n")
             rank.stdin.flush()
         answers = [rank.stdout.readline().strip() for rank in self.ranks if rank.stdout is not None]
-        assert answers == ["ok"] * NUM_RANKS, "\n".join(json.loads(text) for text in answers if text != "ok")
+        assert answers == ["ok"] * len(self.ranks), "\n".join(json.loads(text) for text in answers if text != "ok")
         return np.load(out)
 
     def close(self) -> None:
