@@ -32,7 +32,9 @@ def run(rank: int, task: dict[str, Any]) -> None:
     try:
         pipeline = build_pipeline(
             task["directory"],
-            ExecutionArgs(device="cpu", precision="fp32"),
+            ExecutionArgs(device=task["device"], precision="fp32"),
+            local_rank=rank,
+            num_gpus=shape.num_ranks,
             join=lambda device: join_replica(shape, rank, store=Path(task["store"]), device=device, timeout_s=60),
         )
         with torch.inference_mode():
@@ -41,13 +43,16 @@ def run(rank: int, task: dict[str, Any]) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
     if rank == 0:
-        arrays = {f"latents{i}": req.latents.numpy() for i, (req, _) in enumerate(results) if req.latents is not None}
+        latents = [req.latents for req, _ in results if req.latents is not None]
+        arrays = {f"latents{index}": tensor.cpu().numpy() for index, tensor in enumerate(latents)}
         np.savez(task["out"], **arrays, **{f"frames{i}": frames for i, (_, frames) in enumerate(results)})
 
 
 def main() -> None:
     rank = int(sys.argv[1])
     torch.set_num_threads(1)
+    # Comparisons in fp32 are of fp32: no rounding to TF32 on the way.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     envs.meet_on_loopback()
     for line in sys.stdin:
         try:

@@ -50,6 +50,11 @@ class ParallelContext:
     world: ProcessAxis = ALONE
 
     @property
+    def shape(self) -> ReplicaShape:
+        """Sizes of the axes."""
+        return ReplicaShape(cfg=self.cfg.size, ring=self.ring.size, ulysses=self.ulysses.size, tp=self.tp.size)
+
+    @property
     def leads(self) -> bool:
         """Whether this rank speaks for the replica: it sends what all of them have."""
         return self.world.rank == 0

@@ -99,9 +99,12 @@ class NativeModule:
             raise UnsupportedModel(
                 f"the checkpoint's {directory.name} is a {class_name}; supported is {self.module_class.__name__}"
             )
+        config, replica = self.config(directory), context.layers.parallel.shape
+        if num_heads := getattr(config, "num_attention_heads", None):
+            replica.check_heads(num_heads)
         return load_module(
             self.module_class,
-            self.config(directory),
+            config,
             directory,
             dtype=context.dtype_of(directory.name),
             device=context.device,

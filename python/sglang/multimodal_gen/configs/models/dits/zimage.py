@@ -70,6 +70,11 @@ class ZImageTransformerConfig(ModelConfig):
         return self.dim // self.n_heads
 
     @property
+    def num_attention_heads(self) -> int:
+        """As other families call it."""
+        return self.n_heads
+
+    @property
     def ffn_dim(self) -> int:
         """Width of the gated feed-forward layer, rounded as the published weights are."""
         return int(self.dim / 3 * 8)
