@@ -316,7 +316,8 @@ def test_help_of_a_benchmark_loads_nothing_heavy() -> None:
     [
         (
             "bench ditt",
-            "unknown benchmark 'ditt', accepted is one of dit, parallel, vae, encoder, pipeline, engine, startup, serve",
+            "unknown benchmark 'ditt', accepted is one of dit, parallel, vae, encoder, pipeline, engine, startup, "
+            "serve",
         ),
         ("bench dit --compare torch", "--compare: got torch, accepted is one of diffusers"),
         ("bench dit --batching-max-size 2", "unknown flag --batching-max-size"),
