@@ -9,8 +9,8 @@ import torch
 
 from gpu_checks.report import Report
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
+from sglang.multimodal_gen.test.parallel_pool import FAMILIES, SHAPES, Pool
 from sglang.multimodal_gen.test.pipeline_parity import LATENT_TOLERANCE, relative_error
-from sglang.multimodal_gen.test.test_parallel import FAMILIES, SHAPES, Pool
 
 
 def check_ranks(report: Report, device: torch.device, num_gpus: int) -> None:

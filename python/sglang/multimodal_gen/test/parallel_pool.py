@@ -1,0 +1,137 @@
+"""What layouts are tested with: families with four heads, and a pool of ranks that take one task after the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
+from sglang.multimodal_gen.test.tiny_checkpoints import TinyWan, save_tiny_wan
+from sglang.multimodal_gen.test.tiny_flux import TinyFlux, save_tiny_flux
+from sglang.multimodal_gen.test.tiny_hunyuan_video import TinyHunyuanVideo, save_tiny_hunyuan_video
+from sglang.multimodal_gen.test.tiny_ltx import TinyLTX, save_tiny_ltx
+from sglang.multimodal_gen.test.tiny_qwen_image import TinyQwenImage, save_tiny_qwen_image
+from sglang.multimodal_gen.test.tiny_sd3 import TINY_DUAL_TRANSFORMER, TinySD3, save_tiny_sd3
+from sglang.multimodal_gen.test.tiny_zimage import TinyZImage, save_tiny_zimage
+
+NUM_RANKS = 4
+FOUR_HEADS = {"num_attention_heads": 4}
+
+Wish = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A checkpoint with four heads, and two requests that stand at other steps and may have no guidance."""
+
+    save: Callable[[Path], Path]
+    wishes: tuple[Wish, ...]
+
+
+def wishes(**values: Any) -> tuple[Wish, ...]:
+    return (
+        {"prompt": "a red circle moving left", "seed": 1, "num_inference_steps": 3, **values},
+        {"prompt": "a small star", "seed": 2, "num_inference_steps": 2, **values},
+    )
+
+
+# Sizes that no number of ranks divides: the last rank has padding, of image and of text.
+FAMILIES = {
+    "wan": Family(
+        save=lambda directory: save_tiny_wan(
+            directory, TinyWan(seed=7, transformer={**FOUR_HEADS, "attention_head_dim": 12, "freq_dim": 32})
+        ),
+        wishes=wishes(width=48, height=80, num_frames=9, guidance_scale=4.0),
+    ),
+    "flux": Family(
+        save=lambda directory: save_tiny_flux(directory, TinyFlux(seed=3, transformer=FOUR_HEADS)),
+        wishes=wishes(width=48, height=80, guidance_scale=4.0, max_sequence_length=13),
+    ),
+    "qwen": Family(
+        save=lambda directory: save_tiny_qwen_image(directory, TinyQwenImage(seed=3, transformer=FOUR_HEADS)),
+        wishes=wishes(width=48, height=80, true_cfg_scale=3.0, negative_prompt="green", max_sequence_length=30),
+    ),
+    "ltx": Family(
+        save=lambda directory: save_tiny_ltx(
+            directory, TinyLTX(seed=3, transformer={**FOUR_HEADS, "cross_attention_dim": 40})
+        ),
+        wishes=wishes(width=96, height=160, num_frames=9, guidance_scale=3.0, max_sequence_length=13),
+    ),
+    "hunyuan_video": Family(
+        save=lambda directory: save_tiny_hunyuan_video(directory, TinyHunyuanVideo(seed=3, transformer=FOUR_HEADS)),
+        wishes=wishes(width=48, height=80, num_frames=5, guidance_scale=4.0),
+    ),
+    "sd3": Family(
+        save=lambda directory: save_tiny_sd3(
+            directory,
+            TinySD3(seed=3, transformer=TINY_DUAL_TRANSFORMER | FOUR_HEADS | {"caption_projection_dim": 32}),
+        ),
+        wishes=wishes(width=48, height=80, guidance_scale=4.0, max_sequence_length=13),
+    ),
+    "zimage": Family(
+        save=lambda directory: save_tiny_zimage(
+            directory, TinyZImage(seed=3, transformer={"dim": 96, "n_heads": 4, "n_kv_heads": 4})
+        ),
+        wishes=wishes(width=48, height=80, guidance_scale=3.0, max_sequence_length=64),
+    ),
+}
+SHAPES = [
+    ReplicaShape(tp=2),
+    ReplicaShape(ulysses=2),
+    ReplicaShape(ring=2),
+    ReplicaShape(cfg=2),
+    ReplicaShape(ulysses=4),
+    ReplicaShape(ring=2, ulysses=2),
+    ReplicaShape(cfg=2, tp=2),
+    ReplicaShape(ulysses=2, tp=2),
+]
+
+
+class Pool:
+    """Ranks that take one task after the other."""
+
+    def __init__(self, num_ranks: int = NUM_RANKS) -> None:
+        command = [sys.executable, "-P", "-m", "sglang.multimodal_gen.test.parallel_rank"]
+        self.ranks = [
+            subprocess.Popen(
+                [*command, str(rank)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+            for rank in range(num_ranks)
+        ]
+
+    def run(
+        self, directory: Path, shape: ReplicaShape, requests: Sequence[Wish], scratch: Path, *, device: str = "cpu"
+    ) -> Any:
+        """What the leader saved of the requests, run together."""
+        out = scratch / "out.npz"
+        task = {
+            "directory": str(directory),
+            "shape": asdict(shape),
+            "wishes": list(requests),
+            "store": str(scratch / "store"),
+            "out": str(out),
+            "device": device,
+        }
+        for rank in self.ranks:
+            assert rank.stdin is not None
+            rank.stdin.write(json.dumps(task) + "\n")
+            rank.stdin.flush()
+        answers = [rank.stdout.readline().strip() for rank in self.ranks if rank.stdout is not None]
+        assert answers == ["ok"] * len(self.ranks), "\n".join(json.loads(text) for text in answers if text != "ok")
+        return np.load(out)
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            rank.communicate(timeout=30)
