@@ -25,7 +25,6 @@ def check_ranks(report: Report, device: torch.device, num_gpus: int) -> None:
                 alone = {key: saved[key] for key in saved.files if key.startswith("latents")}
                 for shape in shapes:
                     with report.check(f"ranks: {name}, {shape}") as result:
-                        (scratch / "store").unlink(missing_ok=True)
                         found = pool.run(checkpoint, shape, family.wishes, scratch, device=device.type)
                         worst = max(
                             relative_error(torch.from_numpy(found[key]), torch.from_numpy(latents))

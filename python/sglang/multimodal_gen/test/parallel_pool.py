@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -99,6 +100,7 @@ class Pool:
     """Ranks that take one task after the other."""
 
     def __init__(self, num_ranks: int = NUM_RANKS) -> None:
+        self._numbers = itertools.count()
         command = [sys.executable, "-P", "-m", "sglang.multimodal_gen.test.parallel_rank"]
         self.ranks = [
             subprocess.Popen(
@@ -120,7 +122,7 @@ class Pool:
             "directory": str(directory),
             "shape": asdict(shape),
             "wishes": list(requests),
-            "store": str(scratch / "store"),
+            "store": str(scratch / f"store-{next(self._numbers)}"),  # a store that ends removes its file, some time
             "out": str(out),
             "device": device,
         }
