@@ -49,6 +49,7 @@ class TorchSDPA:
     name: str = "torch_sdpa"
     package: ClassVar[str] = "torch"
     traits: ClassVar[KernelTraits] = KernelTraits(takes_mask=True, gives_lse=True)
+    _HEAD_MULTIPLE = 8  # of the kernels on GPUs that give the log-sum-exp
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: Tensor | None = None
@@ -60,15 +61,18 @@ class TorchSDPA:
 
     def with_lse(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
         """See `LseKernel`."""
-        aten, num_queries = torch.ops.aten, query.shape[1]
+        aten, num_queries, width = torch.ops.aten, query.shape[1], query.shape[-1]
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         if query.device.type == "cpu":
             attended, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
-        elif query.dtype == torch.float32 or query.shape[-1] % 8:
+            return attended.transpose(1, 2), lse
+        if missing := -width % self._HEAD_MULTIPLE:  # zeros change no product
+            query, key, value = (F.pad(tensor, (0, missing)) for tensor in (query, key, value))
+        if query.dtype == torch.float32:
             attended, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, scale=scale)
         else:
             attended, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)
-        return attended.transpose(1, 2), lse[..., :num_queries].float()
+        return attended[..., :width].transpose(1, 2), lse[..., :num_queries].float()
 
 
 class TorchCudnnSDPA:
