@@ -135,6 +135,8 @@ class GPUWorker:
                 self._send_latents(req)  # its last step may have been before the state was saved
             self.profiler.admit(message.request_id, message.params, req.phases)
         except Exception as error:
+            if not isinstance(error, ServingError):  # what is wrong with the request, every rank finds
+                self._leave_if_lost(error, [message.request_id])
             failed = AdmitFailed(request_id=message.request_id, error=_error_info(error, [message.request_id]))
             PRIVATE_TEXTS.forget(message.request_id)
             return failed
