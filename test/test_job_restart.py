@@ -72,6 +72,11 @@ def wait_until(condition: Callable[[], bool], what: str, *, seconds: float = 240
         time.sleep(0.02)
 
 
+def num_running(url: str) -> int:
+    found: int = httpx.get(f"{url}/server_info", timeout=30).json()["queue"]["running"]
+    return found
+
+
 def content(url: str, video_id: str) -> bytes:
     return httpx.get(f"{url}/v1/videos/{video_id}/content", timeout=30).raise_for_status().content
 
@@ -122,12 +127,15 @@ def test_jobs_go_on_when_one_process_ends(
         image = pool.submit(httpx.post, f"{server.url}/v1/images/generations", json=body, timeout=60)
         video_id = create(server.url, seed=1)
         wait_until(lambda: video(server.url, video_id)["progress"] >= 20, "a fifth of the video")
-        assert httpx.get(f"{server.url}/server_info").json()["queue"]["running"] == 2, image
+        assert num_running(server.url) == 2, image
         children = psutil.Process(server.process.pid).children()
         [process] = [child for child in children if any(victim in part for part in child.cmdline())]
         process.send_signal(number)
         if victim == "http_main":
             assert isinstance(image.exception(), httpx.TransportError), "its connection has gone"
+            wait_until(lambda: server.answers("/health"), "the next HTTP process", seconds=30)
+            # The image was its client's alone and has far more steps to go than the video.
+            wait_until(lambda: num_running(server.url) <= 1, "the end of the image", seconds=5)
         else:
             assert image.result().status_code == 503
             assert image.result().json()["error"]["code"] == "engine_stopped"

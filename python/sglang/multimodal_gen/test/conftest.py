@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from sglang.multimodal_gen.test.scripted_server import Start
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +43,12 @@ def fallback_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
         return built[name]
 
     return checkpoint
+
+
+@pytest.fixture(scope="module")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts HTTP servers before a scripted engine; they end with the module."""
+    from sglang.multimodal_gen.test.scripted_server import servers  # likewise
+
+    with servers(lambda: tmp_path_factory.mktemp("files")) as start:
+        yield start

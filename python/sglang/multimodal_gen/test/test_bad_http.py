@@ -13,7 +13,6 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,6 @@ from sglang.multimodal_gen.test.scripted_server import (
     assert_error,
     encoded_image,
     error_of,
-    servers,
     wait_for,
 )
 
@@ -63,12 +61,6 @@ def ready_for(inputs: InputLimits) -> Any:
 
 
 EDITING, FROM_CLIPS = ready_for(STARTS_FROM_A_PICTURE), ready_for(STARTS_FROM_A_CLIP)
-
-
-@pytest.fixture(scope="module")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    with servers(lambda: tmp_path_factory.mktemp("files")) as start:
-        yield start
 
 
 @pytest.fixture(scope="module")

@@ -20,17 +20,11 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.keys import Keys, read_key
 from sglang.multimodal_gen.runtime.launch_server import _with_keys, is_exposed
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.server_args import HttpArgs, ServerArgs
-from sglang.multimodal_gen.test.scripted_server import READY, RunningServer, Start, assert_error, error_of, servers
+from sglang.multimodal_gen.test.scripted_server import READY, RunningServer, Start, assert_error, error_of
 
 USER_KEYS = ("first-key-of-a-user", "second-key-of-a-user")
 ADMIN_KEY = "correct-horse-battery"
 IMAGES, VIDEOS = "/v1/images/generations", "/v1/videos"
-
-
-@pytest.fixture(scope="module")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    with servers(lambda: tmp_path_factory.mktemp("files")) as start:
-        yield start
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import logging
 import re
 import socket
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -35,15 +34,8 @@ from sglang.multimodal_gen.test.scripted_server import (
     RunningServer,
     Start,
     error_of,
-    servers,
     wait_for,
 )
-
-
-@pytest.fixture(scope="module")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    with servers(lambda: tmp_path_factory.mktemp("files")) as start:
-        yield start
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -25,7 +24,6 @@ from sglang.multimodal_gen.test.scripted_server import (
     RunningServer,
     Start,
     error_of,
-    servers,
 )
 from sglang.multimodal_gen.test.test_media_inputs import clip, encoded, png_header
 
@@ -41,12 +39,6 @@ def state(**inputs: Any) -> Any:
 
 EDITOR = state(max_images=16, takes_mask=True, takes_strength=True)
 ANIMATOR = state(min_images=1, max_images=1, takes_last_image=True, takes_video=True, takes_strength=True)
-
-
-@pytest.fixture(scope="module")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    with servers(lambda: tmp_path_factory.mktemp("files")) as start:
-        yield start
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,8 @@ from sglang.multimodal_gen.test.scripted_server import RunningServer, Start, err
 
 null_family.register()
 IMAGES = "/v1/images/generations"
+VIDEOS = "/v1/videos"
+MOST_QUEUED = 64
 
 
 @pytest.fixture
@@ -125,7 +127,7 @@ def test_urgency_is_no_part_of_what_a_key_stands_for(server: RunningServer) -> N
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[DiffGenerator]:
-    with DiffGenerator.from_pretrained("null-model", batching_max_size=1) as generator:
+    with DiffGenerator.from_pretrained("null-model", batching_max_size=1, max_queued_requests=MOST_QUEUED) as generator:
         yield generator
 
 
@@ -135,6 +137,10 @@ class Front:
 
     port: int
     engine: DiffGenerator
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     def status(self) -> Status:
         return self.engine.status()
@@ -241,10 +247,46 @@ def test_hundreds_at_once_are_answered_with_an_image_or_with_429(front: Front) -
     async def post_all() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=300)
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{front.port}", timeout=120, limits=limits) as client:
-            posts = [client.post(IMAGES, json={"prompt": "x", "num_inference_steps": 1}) for _ in range(300)]
+            posts = [client.post(IMAGES, json={"prompt": "sleep-5", "num_inference_steps": 1}) for _ in range(300)]
             return list(await asyncio.gather(*posts))
 
     replies = asyncio.run(post_all())
-    assert {reply.status_code for reply in replies} <= {200, 429}
-    assert sum(reply.status_code == 200 for reply in replies) > 0
+    refused = [reply for reply in replies if reply.status_code == 429]
+    made = [reply for reply in replies if reply.status_code == 200]
+    assert len(made) + len(refused) == 300 and len(made) >= MOST_QUEUED and refused
+    for reply in refused:
+        assert error_of(reply, 429)["code"] == "queue_full"
+        assert 1 <= int(reply.headers["retry-after"]) <= 120
+    assert_nothing_is_left(front)
+
+
+# --- workers that die ---
+
+
+def test_an_image_whose_worker_dies_is_made_again(front: Front, tmp_path: Path) -> None:
+    restarts = front.status().num_worker_restarts
+    reply = httpx.post(f"{front.url}{IMAGES}", json={"prompt": f"die-once-{tmp_path / 'died'}"}, timeout=60)
+    assert (reply.status_code, len(reply.json()["data"])) == (200, 1), reply.text
+    assert front.status().num_worker_restarts == restarts + 1
+
+
+def test_a_video_whose_worker_dies_goes_on_and_counts_its_attempts(front: Front, tmp_path: Path) -> None:
+    body = {"prompt": f"die-once-{tmp_path / 'died'}", "num_frames": 5}
+    video = httpx.post(f"{front.url}{VIDEOS}", json=body, timeout=30).json()
+    seen = [video]
+
+    def completed() -> bool:
+        seen.append(httpx.get(f"{front.url}{VIDEOS}/{video['id']}", timeout=30).json())
+        return seen[-1]["status"] == "completed"
+
+    wait_for(completed, seconds=60)
+    assert {each["status"] for each in seen} <= {"queued", "in_progress", "completed"}
+    assert seen[-1]["attempts"] == 2
+
+
+def test_an_image_that_kills_every_worker_fails_for_good_and_others_do_not(front: Front) -> None:
+    reply = httpx.post(f"{front.url}{IMAGES}", json={"prompt": "die"}, timeout=60)
+    assert error_of(reply, 500)["code"] == "poison_request"
+    assert reply.headers["x-should-retry"] == "false"
+    assert httpx.post(f"{front.url}{IMAGES}", json={"prompt": "x"}, timeout=60).status_code == 200
     assert_nothing_is_left(front)

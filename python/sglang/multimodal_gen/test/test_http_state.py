@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import socket
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -27,17 +26,10 @@ from sglang.multimodal_gen.test.scripted_server import (
     RunningServer,
     Start,
     error_of,
-    servers,
     wait_for,
 )
 
 ADMIN_KEY = "correct-horse-battery"
-
-
-@pytest.fixture(scope="module")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    with servers(lambda: tmp_path_factory.mktemp("files")) as start:
-        yield start
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from sglang.multimodal_gen.test.scripted_server import (
     ScriptedEngine,
     Start,
     assert_error,
-    servers,
     wait_for,
 )
 from sglang.multimodal_gen.test.test_media_inputs import encoded
@@ -39,12 +38,6 @@ ANIMATOR = msgspec.structs.replace(
 PICTURE = np.full((16, 32, 3), 7, np.uint8)
 FULL = {errno.ENOSPC, errno.EDQUOT}
 FAULTS = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.EACCES]
-
-
-@pytest.fixture(scope="module")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    with servers(lambda: tmp_path_factory.mktemp("files")) as start:
-        yield start
 
 
 @pytest.fixture(scope="module")

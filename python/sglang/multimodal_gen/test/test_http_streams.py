@@ -24,17 +24,10 @@ from sglang.multimodal_gen.test.scripted_server import (
     Start,
     encoded_image,
     error_of,
-    servers,
     wait_for,
 )
 
 IMAGES, EDITS, VIDEOS = "/v1/images/generations", "/v1/images/edits", "/v1/videos"
-
-
-@pytest.fixture(scope="module")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    with servers(lambda: tmp_path_factory.mktemp("files")) as start:
-        yield start
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import inspect
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -17,7 +17,7 @@ from PIL import Image
 from sglang.multimodal_gen.configs.model_info import STARTS_FROM_A_CLIP
 from sglang.multimodal_gen.errors import QueueFull
 from sglang.multimodal_gen.test.clips import clip, save
-from sglang.multimodal_gen.test.scripted_server import MODEL, READY, RunningServer, Start, servers, wait_for
+from sglang.multimodal_gen.test.scripted_server import MODEL, READY, RunningServer, Start, wait_for
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The Sora API is scheduled:DeprecationWarning"),
@@ -28,12 +28,6 @@ KEY = "a-key-of-some-user"
 LIMITS = msgspec.structs.replace(MODEL.limits, inputs=STARTS_FROM_A_CLIP)
 FROM_CLIPS = msgspec.structs.replace(READY, model=msgspec.structs.replace(MODEL, limits=LIMITS))
 Call = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    with servers(lambda: tmp_path_factory.mktemp("files")) as start:
-        yield start
 
 
 @pytest.fixture(scope="module")

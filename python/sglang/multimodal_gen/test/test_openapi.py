@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
@@ -18,17 +17,11 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from sglang.multimodal_gen.runtime.entrypoints.openai.gate import ADMIN_PATHS, OPEN_PATHS
-from sglang.multimodal_gen.test.scripted_server import RunningServer, Start, servers
+from sglang.multimodal_gen.test.scripted_server import RunningServer, Start
 
 ADMIN_KEY = "correct-horse-battery"
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 CHECKS = (not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance)
-
-
-@pytest.fixture(scope="module")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    with servers(lambda: tmp_path_factory.mktemp("files")) as start:
-        yield start
 
 
 @pytest.fixture(scope="module")

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
 
 from sglang.multimodal_gen.runtime.entrypoints.studio_routes import STUDIO_DIRECTORY
 from sglang.multimodal_gen.runtime.server_args import HttpArgs, resolve_server_args
-from sglang.multimodal_gen.test.scripted_server import RunningServer, Start, servers
+from sglang.multimodal_gen.test.scripted_server import RunningServer, Start
 
 FILES = sorted(path.name for path in STUDIO_DIRECTORY.iterdir())
 PAGE = "/studio"
-
-
-@pytest.fixture(scope="module")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    with servers(lambda: tmp_path_factory.mktemp("files")) as start:
-        yield start
 
 
 @pytest.fixture(scope="module")

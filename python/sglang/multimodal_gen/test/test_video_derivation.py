@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from sglang.multimodal_gen.test.scripted_server import (
     RunningServer,
     Start,
     assert_error,
-    servers,
     wait_for,
 )
 
@@ -37,12 +35,6 @@ FROM_IMAGES = state("I2V", inputs=InputLimits(min_images=1, max_images=1))
 FROM_TEXT = state("T2V", inputs=InputLimits())
 FIRST_AND_LAST = state("I2V", inputs=InputLimits(min_images=1, max_images=1, requires_last_image=True))
 EDITS, EXTENSIONS = f"{VIDEOS}/edits", f"{VIDEOS}/extensions"
-
-
-@pytest.fixture(scope="module")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    with servers(lambda: tmp_path_factory.mktemp("state")) as start:
-        yield start
 
 
 @pytest.fixture(scope="module")

@@ -37,18 +37,11 @@ from sglang.multimodal_gen.test.scripted_server import (
     ScriptedEngine,
     Start,
     assert_error,
-    servers,
     wait_for,
 )
 
 VIDEOS = "/v1/videos"
 SECRET = "whsec_" + "c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0"
-
-
-@pytest.fixture(scope="module")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    with servers(lambda: tmp_path_factory.mktemp("state")) as start:
-        yield start
 
 
 def job(number: int = 0, **changes: Any) -> VideoJob:

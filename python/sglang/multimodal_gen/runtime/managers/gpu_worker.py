@@ -330,8 +330,10 @@ def _load(config: EngineConfig, report: Callable[[str], None]) -> Any:
     shape = config.args.parallel.replica
 
     def join(device: torch.device) -> Any:
-        if device.type == "cpu" and shape.num_ranks > 1:
-            torch.set_num_threads(max(1, torch.get_num_threads() // shape.num_ranks))
+        if shape.num_ranks > 1:
+            envs.meet_on_loopback()
+            if device.type == "cpu":
+                torch.set_num_threads(max(1, torch.get_num_threads() // shape.num_ranks))
         return join_replica(shape, config.rank, store=Path(config.rendezvous), device=device)
 
     report("loading the model")
@@ -355,7 +357,6 @@ def main() -> None:
     channel = Channel(connection)
     channel.start()
     config.apply()
-    envs.meet_on_loopback()
 
     def report(detail: str) -> None:
         if config.rank == 0:
