@@ -228,6 +228,7 @@ from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.memory import is_out_of_memory
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
 
+# Of the estimate, 0.8 would do for the whole clip and 0.55 not for its smallest piece.
 pipeline = build_pipeline(sys.argv[1], ExecutionArgs(device="cpu"))
 params = SamplingParams.from_values({"prompt": "x", "width": 384, "height": 384, "num_frames": 17,
                                      "num_inference_steps": 1, "guidance_scale": 1.0, "seed": 1})
@@ -237,7 +238,7 @@ with torch.inference_mode():
         pipeline.run_unit(name, [req])
     assert req.phases[-1].units == 1, req.phases
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    limit = used + int(0.65 * req.phases[-1].peak_bytes)
+    limit = used + int(0.7 * req.phases[-1].peak_bytes)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     num_failures, frames = 0, 0
     while req.done("decode") < req.phases[-1].units:

