@@ -269,7 +269,7 @@ class Scheduler:
         record = self._enqueue(message.request_id, client, message.params, max_attempts=message.max_attempts)
         record.durable = message.durable
         self.states.find(record)
-        place = self.waiting.last_place(record.share_class)
+        place = self.waiting.place(record)
         self.observer.received(record, num_before=place.position)
         self._tell_place(record, place)
 
@@ -515,7 +515,7 @@ class Scheduler:
         self.workers.send(Release(request_id=record.request_id))
         self.observer.requeued(record, reason="preempted")
         self._back_to_queue(record)
-        self._tell_place(record, self.waiting.first_place(record.share_class))
+        self._tell_place(record, self.waiting.place(record))
 
     def _on_chunk(self, message: OutputChunk) -> None:
         record = self.requests.get(message.request_id)
