@@ -1,9 +1,8 @@
-"""Requests that wait for a worker: within each class whoever is due first starts first. Among requests without a deadline
-that is first come, first served.
+"""Requests that wait for a worker: within each class whoever is due first starts first.
 
-A request without one counts as due `PATIENCE_S` after it came, so that it is overtaken for no longer than that by those
-with a shorter one. Finding the next costs the same with ten thousand requests as with ten, and so does adding one that
-overtakes nobody.
+Among requests without a deadline that is first come, first served: such a one counts as due `PATIENCE_S` after it came,
+so that those with a shorter deadline overtake it for no longer than that. Finding the next costs the same with ten
+thousand requests as with ten, and so does adding one that overtakes nobody.
 """
 
 from __future__ import annotations
