@@ -15,6 +15,7 @@ from sglang.multimodal_gen.runtime.managers.admission import Admission, with_cos
 from sglang.multimodal_gen.runtime.managers.batching import UnitCursor
 from sglang.multimodal_gen.runtime.managers.deadlines import Deadlines
 from sglang.multimodal_gen.runtime.managers.fair_share import FairShare, ShareClass
+from sglang.multimodal_gen.runtime.managers.intake import Intake
 from sglang.multimodal_gen.runtime.managers.messages import Admitted
 from sglang.multimodal_gen.runtime.managers.queue_news import QueueNews
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
@@ -43,22 +44,33 @@ def record(params: SamplingParams = SHORT, *, priority: int = 0, warm_up: bool =
     number = next(_numbers)
     params = SamplingParams.from_values({**vars(params), "priority": priority, **values})
     client = None if warm_up else b"client"
-    return RequestRecord(request_id=f"r{number}", client=client, params=params, order=number, max_attempts=2)
+    replica = 0 if warm_up else None
+    return RequestRecord(
+        request_id=f"r{number}", client=client, params=params, order=number, max_attempts=2, replica=replica
+    )
 
 
-def admission(**options: Any) -> Admission:
-    made = Admission(ExecutionArgs(**options), LearnedTimes(), FairShare(), WaitingQueue(), {})
+class Policy(Admission):
+    """With the only replica's intake."""
+
+    intake: Intake
+
+
+def admission(**options: Any) -> Policy:
+    active: dict[str, RequestRecord] = {}
+    made = Policy(ExecutionArgs(**options), LearnedTimes(), WaitingQueue(), active.values)
+    made.intake = Intake(made, FairShare(), active)
     made.model_ready(MODEL)
     return made
 
 
-def start(policy: Admission) -> RequestRecord | None:
+def start(policy: Policy) -> RequestRecord | None:
     """Hand over whoever is next."""
-    found = policy.next_to_start(lambda head: True, is_busy=False)
+    found = policy.intake.next_to_start(lambda head: True, is_busy=False)
     if found is not None:
         policy.waiting.remove(found)
-        assert isinstance(policy.active, dict)
-        policy.active[found.request_id] = found
+        assert isinstance(policy.intake.active, dict)
+        policy.intake.active[found.request_id] = found
         found.status = "running"
     return found
 
@@ -263,7 +275,7 @@ def test_a_class_whose_batches_do_not_pay_holds_two_places() -> None:
     first = start(policy)
     assert first is not None
     phases = (Phase(name="d", lane="denoise", units=50, batch_key="d", cost=1.0, peak_bytes=1),)
-    first.begin(Admitted(request_id=first.request_id, phases=phases), policy.share.account(first.share_class))
+    first.begin(Admitted(request_id=first.request_id, phases=phases), policy.intake.share.account(first.share_class))
     policy.admitted(first)
     assert start(policy) is not None
     assert start(policy) is None
@@ -275,10 +287,10 @@ def test_a_suspect_waits_until_the_workers_rest_and_nobody_starts_beside_it() ->
     suspect.blame()
     policy.waiting.push(suspect)
     policy.waiting.push(other)
-    assert policy.next_to_start(lambda head: True, is_busy=True) is None
-    assert policy.must_rest
+    assert policy.intake.next_to_start(lambda head: True, is_busy=True) is None
+    assert policy.intake.must_rest
     assert start(policy) is suspect
-    assert not policy.must_rest
+    assert not policy.intake.must_rest
     suspect.status = "admitting"
     assert start(policy) is None
     suspect.status, suspect.is_suspect = "running", False
@@ -288,11 +300,11 @@ def test_a_suspect_waits_until_the_workers_rest_and_nobody_starts_beside_it() ->
 # --- deadlines ---
 
 
-def learned_steps(policy: Admission, seconds: float) -> None:
+def learned_steps(policy: Policy, seconds: float) -> None:
     """A short request was run, at so many seconds a step."""
     phases = (Phase(name="d", lane="denoise", units=4, batch_key="d", cost=1.0, peak_bytes=1),)
     known = record()
-    known.begin(Admitted(request_id=known.request_id, phases=phases), policy.share.account(known.share_class))
+    known.begin(Admitted(request_id=known.request_id, phases=phases), policy.intake.share.account(known.share_class))
     policy.admitted(known)
     for _ in range(2):
         policy.times.record("d", seconds, 1)
@@ -382,8 +394,8 @@ def test_the_eta_of_a_queued_request_follows_from_the_work_before_it() -> None:
     running = record()
     phases = (Phase(name="d", lane="denoise", units=4, batch_key="d", cost=1.0, peak_bytes=1),)
     running.cursor = UnitCursor(request_id=running.request_id, phases=phases, order=0, done=2)
-    assert isinstance(policy.active, dict)
-    policy.active[running.request_id] = running
+    assert isinstance(policy.intake.active, dict)
+    policy.intake.active[running.request_id] = running
     policy.units_done([], seconds=0.0)
     assert policy.eta_s(policy.waiting.place(waiting[-1]).work) == pytest.approx(9.0)
 

@@ -101,9 +101,9 @@ class WaitingQueue:
         if not line.records:
             del self._lines[record.share_class]
 
-    def warm_up(self) -> RequestRecord | None:
-        """The warm-up whose turn it is."""
-        return next(iter(self._warm_ups.values()), None)
+    def warm_up(self, replica: int) -> RequestRecord | None:
+        """The warm-up of this replica whose turn it is."""
+        return next((record for record in self._warm_ups.values() if record.replica == replica), None)
 
     def heads(self) -> list[RequestRecord]:
         """The first of each class."""
