@@ -232,8 +232,8 @@ class ModelTooLarge(ModelError):
         others = max(0, total_bytes - free_bytes - own_bytes)
         super().__init__(
             f"the model does not fit: memory ran out on {device} when {own_bytes / gib:.1f} GiB were loaded; of its "
-            f"{total_bytes / gib:.1f} GiB other processes hold {others / gib:.1f}, so end them or take another GPU with "
-            "--gpu-ids, or spread the weights with --tp-size"
+            f"{total_bytes / gib:.1f} GiB other processes hold {others / gib:.1f}, so end them or take another GPU "
+            "with --gpu-ids, or spread the weights with --tp-size"
         )
 
 

@@ -144,7 +144,7 @@ def test_weights_that_do_not_fit_beside_others_say_so(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
     monkeypatch.setitem(WanPipeline.components, "transformer", full)
-    with pytest.raises(ModelTooLarge, match="memory ran out on cpu when .* other processes hold"):
+    with pytest.raises(ModelTooLarge, match=r"memory ran out on cpu when .* other processes hold"):
         build_pipeline(str(wan_checkpoint("plain")), ExecutionArgs(device="cpu"))
     gib = 2**30
     error = ModelTooLarge("cuda:1", total_bytes=80 * gib, free_bytes=gib // 2, own_bytes=int(15.25 * gib))
