@@ -45,8 +45,8 @@ class Hardware:
 
 
 # Rates: fitted to one forward of seven transformers on one H100, docs/performance.md. Links: all-to-all, ring step and
-# all-reduce of two blocks on two H100 through NVLink, within 10 % of `latency + bytes / bandwidth`. Launching: steps that
-# got no shorter on two H200 than launching took, 80 to 130 ms by the processor for 3,500 kernels.
+# all-reduce of two blocks on two H100 through NVLink, within 20 % of `latency + bytes / bandwidth`. Launching: steps
+# that got no shorter on two H200 than launching took, 80 to 130 ms by the processor for 3,500 kernels.
 H100 = Hardware(
     name="h100",
     product_flops=0.75e15,
@@ -74,7 +74,7 @@ HEADS_SHARE_OF_TRAFFIC = 0.2
 # Bytes that merging the parts of a ring reads and writes, for each channel of each token and each step round.
 RING_MERGE_TRAFFIC = 24
 # Peak of activations for each channel of each token in half precision: 14 billion parameters on one and two H200.
-ACTIVATION_BYTES = 22
+ACTIVATION_BYTES = 21
 # Of each GPU for the CUDA context, buffers of collectives, the least chunk of a decoder and the allocator's waste.
 RESERVED_BYTES = 3 * 2**30
 
@@ -90,8 +90,8 @@ class StepWork:
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """Of one rank and one step: seconds on the GPU, those of them that it only waits for exchanges, seconds on the host,
-    and bytes sent to other ranks."""
+    """Of one rank and one step: seconds on the GPU, those of them that it only waits for exchanges, seconds on the
+    host, and bytes sent to other ranks."""
 
     gpu_s: float
     waiting_s: float
@@ -195,6 +195,11 @@ def _compute_s(run: BlockRun, shape: TransformerShape, share: _Share, hardware: 
     return products + attention + traffic / hardware.memory_bandwidth
 
 
+def link_seconds(num_bytes: float, hardware: Hardware) -> float:
+    """How long it takes a rank to send so much to others of its host."""
+    return num_bytes / hardware.link_bandwidth + hardware.link_latency_s
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Exchanges:
     number: int
@@ -211,7 +216,7 @@ def _exchanges(run: BlockRun, shape: TransformerShape, share: _Share, hardware: 
     def exchange(num_bytes: float, count: int, exposed: float) -> None:
         nonlocal number, waiting, sent
         number += count
-        waiting += exposed * (num_bytes / hardware.link_bandwidth + hardware.link_latency_s)
+        waiting += exposed * link_seconds(num_bytes, hardware)
         sent += num_bytes
 
     for segment in run.attentions:

@@ -80,8 +80,8 @@ def outline_of(resolved: ResolvedModel) -> ModelOutline:
     config = None if resolved.entry is None else load_config(resolved.entry)
     if directory is None or config is None or config.transformer is None:
         raise UnsupportedModel(
-            f"model_path: {shown(resolved.hub_id or resolved.name)} has no transformer whose configs are known before it "
-            "loads; accepted here are an id that `sglang models` lists, a local directory of such a model, or demo",
+            f"model_path: {shown(resolved.hub_id or resolved.name)} has no transformer whose configs are known before "
+            "it loads; accepted here are an id that `sglang models` lists, a local directory of such a model, or demo",
             param="model_path",
         )
     try:

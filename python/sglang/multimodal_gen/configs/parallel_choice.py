@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sglang.multimodal_gen.configs.cost_model import H100, HALF_PRECISION_BYTES, HARDWARE, Hardware
 from sglang.multimodal_gen.configs.model_outline import ModelOutline, outline_of
-from sglang.multimodal_gen.configs.parallel_plan import GIB, ParallelPlan, PlanOptions, plan_layouts
+from sglang.multimodal_gen.configs.parallel_plan import GIB, PlanOptions, plan_layouts
 from sglang.multimodal_gen.configs.replica_shape import DEGREES, ReplicaShape
 from sglang.multimodal_gen.configs.visible_gpus import gpus_of_this_machine
 from sglang.multimodal_gen.errors import InvalidRequest, InvalidValue, ModelError
@@ -55,37 +55,48 @@ def choose_degrees(model: ModelChoice, num_gpus: int, given: Mapping[str, int]) 
             raise InvalidValue("num_gpus", num_gpus, f"{dp} for a pipeline that diffusers runs")
         return DegreeChoice(degrees={}, reason="")
     fixed = {axis: given[option] for option, axis in DEGREES.items() if option in given}
-    plan = plan_for_this_machine(outline, num_gpus, dp=dp, fixed=fixed, precision=model.precision)
+    machine = this_machine()
+    plan = plan_layouts(
+        outline,
+        outline.work(),
+        PlanOptions(
+            num_gpus=num_gpus,
+            hardware=machine.hardware,
+            gpu_bytes=machine.gpu_bytes,
+            dp=dp,
+            fixed=fixed,
+            element_bytes=element_bytes(model.precision),
+        ),
+    )
     if plan.chosen is None:
         raise _impossible(outline, num_gpus // dp, given)
     chosen = {option: getattr(plan.chosen.shape, axis) for option, axis in DEGREES.items() if option not in given}
     doubt = plan.chosen.problem is not None
-    return DegreeChoice(degrees=chosen, reason=plan.reason if chosen or doubt else "", doubt=doubt)
+    assumed = "" if machine.has_gpus else ", which are assumed: no GPU was found"
+    return DegreeChoice(degrees=chosen, reason=plan.reason + assumed if chosen or doubt else "", doubt=doubt)
 
 
-def plan_for_this_machine(
-    outline: ModelOutline, num_gpus: int, *, dp: int, fixed: Mapping[str, int], precision: str
-) -> ParallelPlan:
-    """At the model's default size, with the memory of this machine's GPUs, or of 80 GiB each where there are none."""
-    hardware, gpu_bytes = this_machine()
-    options = PlanOptions(
-        num_gpus=num_gpus,
-        hardware=hardware,
-        gpu_bytes=gpu_bytes,
-        dp=dp,
-        fixed=fixed,
-        element_bytes=_ELEMENT_BYTES.get(precision, HALF_PRECISION_BYTES),
-    )
-    return plan_layouts(outline, outline.work(), options)
+@dataclass(frozen=True, kw_only=True)
+class MachineFacts:
+    """What the GPUs of a machine do, as the nearest that was measured, and the memory of the smallest."""
+
+    hardware: Hardware
+    gpu_bytes: float
+    has_gpus: bool
 
 
-def this_machine() -> tuple[Hardware, float]:
-    """What its GPUs do, as the nearest that was measured, and the memory of the smallest."""
+def this_machine() -> MachineFacts:
+    """This one; without GPUs the first that was measured is assumed."""
     found = gpus_of_this_machine()
     if not found:
-        return H100, DEFAULT_GPU_BYTES
+        return MachineFacts(hardware=H100, gpu_bytes=DEFAULT_GPU_BYTES, has_gpus=False)
     named = (hardware for name, hardware in HARDWARE.items() if name in found[0].name.lower())
-    return next(named, H100), min(gpu.memory_bytes for gpu in found)
+    return MachineFacts(hardware=next(named, H100), gpu_bytes=min(gpu.memory_bytes for gpu in found), has_gpus=True)
+
+
+def element_bytes(precision: str) -> int:
+    """Of a weight; `auto` is taken for that of GPUs."""
+    return _ELEMENT_BYTES.get(precision, HALF_PRECISION_BYTES)
 
 
 def _as_ulysses(num_gpus: int, given: Mapping[str, int], why: str) -> DegreeChoice:
@@ -93,7 +104,9 @@ def _as_ulysses(num_gpus: int, given: Mapping[str, int], why: str) -> DegreeChoi
     left = num_gpus // math.prod(given.values())
     if left == 1 or _TAKES_THE_REST in given:
         return DegreeChoice(degrees={}, reason="")
-    reason = f"Ulysses takes the {left} GPUs that are left, since nothing better can be said before the model loads: {why}"
+    reason = (
+        f"Ulysses takes the {left} GPUs that are left, since nothing better can be said before the model loads: {why}"
+    )
     return DegreeChoice(degrees={_TAKES_THE_REST: left}, reason=reason)
 
 

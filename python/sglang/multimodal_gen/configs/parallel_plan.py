@@ -15,7 +15,7 @@ from sglang.multimodal_gen.configs.cost_model import (
     step_cost,
 )
 from sglang.multimodal_gen.configs.model_outline import ModelOutline
-from sglang.multimodal_gen.configs.replica_shape import AXES, ReplicaShape
+from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.errors import InvalidValue
 
 GIB = 2**30
@@ -51,6 +51,10 @@ class LayoutPlan:
     fits: bool = False
     problem: str | None = None
 
+    def has_degrees(self, degrees: Mapping[str, int]) -> bool:
+        """Whether these, by axis, are its own."""
+        return all(getattr(self.shape, axis) == degree for axis, degree in degrees.items())
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelPlan:
@@ -75,7 +79,7 @@ class ParallelPlan:
         replicas = f" in each of {chosen.dp} replicas" if chosen.dp > 1 else ""
         held = f"{chosen.memory.total / GIB:.0f}"
         return (
-            f"layout {chosen.shape}{replicas} for {self.num_gpus} GPUs: {self._why(chosen)}; a step has "
+            f"layout {chosen.shape}{replicas} for {counted(self.num_gpus, 'GPU')}: {self._why(chosen)}; a step has "
             f"{counted(self.work.rows, 'row')} and {counted(shape.num_heads, 'attention head')}, and a GPU holds about "
             f"{held} of {self.gpu_bytes / GIB:.0f} GiB"
         )
@@ -84,13 +88,27 @@ class ParallelPlan:
         assert chosen.cost is not None and chosen.speedup is not None, "it was reckoned"
         if chosen.problem is not None:
             return f"the best of those that were left, although {chosen.problem}"
-        fits = "the fastest that fits" if chosen.shape.tp > 1 else "the fastest"
-        if self.fixed:
-            fits += " with the degrees asked for"
+        best = self._rank_in_words(chosen) + (" with the degrees asked for" if self.fixed else "")
         if chosen.speedup >= _NO_FASTER:
-            return f"{fits}, about {chosen.speedup:.1f} times as fast as one GPU"
+            return f"{best}, about {chosen.speedup:.1f} times as fast as one GPU"
         waits = "launching its kernels takes as long" if chosen.cost.is_host_bound else "exchanges take as long"
-        return f"{fits}, but about as fast as one GPU, since {waits}"
+        return f"{best}, but about as fast as one GPU, since {waits}"
+
+    def _rank_in_words(self, chosen: LayoutPlan) -> str:
+        """How it compares with those that it was chosen from."""
+        others = [
+            plan
+            for plan in self.layouts
+            if plan.dp == chosen.dp and plan.problem is None and plan.has_degrees(self.fixed)
+        ]
+        with_as_much_tp = [plan for plan in others if plan.shape.tp <= chosen.shape.tp]
+        speedup = chosen.speedup or 0.0
+        if all(speedup >= (plan.speedup or 0.0) for plan in others):
+            return "the fastest that fits" if chosen.shape.tp > 1 else "the fastest"
+        if all(speedup >= (plan.speedup or 0.0) for plan in with_as_much_tp):
+            whole = "keeps the weights whole" if chosen.shape.tp == 1 else "divides the weights no further than needed"
+            return f"the fastest that {whole}"
+        return "as fast as any, as far as can be reckoned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,11 +134,7 @@ def plan_layouts(outline: ModelOutline, work: StepWork, options: PlanOptions) ->
     ]
     layouts.sort(key=_order)
     candidates = [
-        plan
-        for plan in layouts
-        if plan.dp == options.dp
-        and plan.cost is not None
-        and all(getattr(plan.shape, axis) == degree for axis, degree in options.fixed.items())
+        plan for plan in layouts if plan.dp == options.dp and plan.cost is not None and plan.has_degrees(options.fixed)
     ]
     return ParallelPlan(
         num_gpus=options.num_gpus,
@@ -142,8 +156,8 @@ def _planned(
         shape.check_heads(outline.shape.num_heads)
     except InvalidValue:
         divided = ReplicaShape(ulysses=shape.ulysses, tp=shape.tp)
-        problem = f"{outline.shape.num_heads} attention heads do not divide by {divided}"
-        return LayoutPlan(dp=dp, shape=shape, problem=problem)
+        heads = counted(outline.shape.num_heads, "attention head")
+        return LayoutPlan(dp=dp, shape=shape, problem=f"{heads} do not divide by {divided}")
     weights = outline.weights(element_bytes=options.element_bytes)
     memory = MemoryNeed(
         transformer=weights.transformer_on_each(shape),
@@ -152,7 +166,7 @@ def _planned(
         activations=activation_bytes(outline.shape, work, shape, element_bytes=options.element_bytes),
     )
     cost = step_cost(outline.shape, work, shape, options.hardware)
-    problem = None
+    problem: str | None = None
     if memory.total > options.gpu_bytes:
         problem = f"{memory.total / GIB:.1f} GiB do not fit into {options.gpu_bytes / GIB:g}"
     elif shape.cfg > work.rows:
@@ -184,7 +198,7 @@ def _best(candidates: list[LayoutPlan]) -> LayoutPlan | None:
     fastest = max(plan.speedup or 0.0 for plan in good)
     close = [plan for plan in good if (plan.speedup or 0.0) * _CLOSE >= fastest]
     # Guidance before Ulysses before the ring: the first are cheaper to deal, whatever the links are.
-    return max(close, key=lambda plan: plan.shape.sizes[: AXES.index("ring")] + (plan.shape.ulysses,))
+    return max(close, key=lambda plan: (plan.shape.cfg, plan.shape.ulysses))
 
 
 def _memory(plan: LayoutPlan) -> float:

@@ -245,8 +245,10 @@ class WarmupArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelArgs:
-    """How the model is spread over GPUs. num_gpus is the product of all the others; degrees that are left out are chosen
-    by the model, its own size and the GPUs' memory: `sglang plan`."""
+    """How the model is spread over GPUs. num_gpus is the product of all the others.
+
+    Degrees that are left out are chosen by the model, its own size and the GPUs' memory: `sglang plan`.
+    """
 
     num_gpus: int = arg(1, help="GPUs to use in all.", group="parallel", minimum=1, maximum=_MAX_GPUS)
     dp_size: int = arg(1, help="Independent replicas.", group="parallel", minimum=1, maximum=_MAX_GPUS)

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sglang.multimodal_gen.configs.models.base import TransformerConfig
-from sglang.multimodal_gen.configs.transformer_shape import TransformerShape, dual_stream_run, single_stream_run, time_embedding_parameters
+from sglang.multimodal_gen.configs.transformer_shape import (
+    TransformerShape,
+    dual_stream_run,
+    single_stream_run,
+    time_embedding_parameters,
+)
 from sglang.multimodal_gen.errors import InvalidRequest
 
 

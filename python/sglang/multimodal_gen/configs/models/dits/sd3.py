@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sglang.multimodal_gen.configs.models.base import TransformerConfig
-from sglang.multimodal_gen.configs.transformer_shape import BlockRun, TransformerShape, time_embedding_parameters
+from sglang.multimodal_gen.configs.transformer_shape import (
+    BlockRun,
+    Segment,
+    TransformerShape,
+    time_embedding_parameters,
+)
 from sglang.multimodal_gen.errors import InvalidRequest
 
 CLIP_TOKENS = 77
@@ -75,8 +80,12 @@ class SD3TransformerConfig(TransformerConfig):
 
     def _run(self, layer: int) -> BlockRun:
         """One block. The last makes nothing of the text, and some let the image attend once more, to itself alone."""
-        dim, is_last, attends_twice = self.hidden_size, layer == self.num_layers - 1, layer in self.dual_attention_layers
+        dim, is_last = self.hidden_size, layer == self.num_layers - 1
+        attends_twice = layer in self.dual_attention_layers
         normed = self.qk_norm is not None
+        sums: tuple[Segment, ...] = ("image", "image", "image") if attends_twice else ("image", "image")
+        if not is_last:
+            sums += ("text", "text")
         return BlockRun(
             count=1,
             image_weights=(16 if attends_twice else 12) * dim**2,
@@ -84,7 +93,7 @@ class SD3TransformerConfig(TransformerConfig):
             sample_weights=(6 + (2 if is_last else 6) + (3 if attends_twice else 0)) * dim**2,
             other_parameters=30 * dim,
             attentions=("joint", "image") if attends_twice else ("joint",),
-            sums=("image",) * (3 if attends_twice else 2) + ("text",) * (0 if is_last else 2),
+            sums=sums,
             launches=(92 if normed else 60) + (30 if attends_twice else 0),
             traffic=(225 if normed else 144) + (139 if attends_twice else 0),
         )
