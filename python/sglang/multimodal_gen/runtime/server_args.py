@@ -250,7 +250,13 @@ class ParallelArgs:
     Degrees that are left out are chosen by the model, its own size and the GPUs' memory: `sglang plan`.
     """
 
-    num_gpus: int = arg(1, help="GPUs to use in all.", group="parallel", minimum=1, maximum=_MAX_GPUS)
+    num_gpus: int = arg(
+        1,
+        help="GPUs to use in all; degrees that are left out are then chosen, as `sglang plan` shows.",
+        group="parallel",
+        minimum=1,
+        maximum=_MAX_GPUS,
+    )
     dp_size: int = arg(1, help="Independent replicas.", group="parallel", minimum=1, maximum=_MAX_GPUS)
     cfg_parallel_size: int = arg(
         1, help="Ranks that the guidance branches are dealt to.", group="parallel", minimum=1, maximum=_MAX_GPUS

@@ -104,12 +104,19 @@ class PlanJob:
 
 def parser() -> OptionParser:
     """The options of `sglang plan`."""
-    own = parameters(PlanCommandArgs)
     return OptionParser(
-        "plan",
-        "Show what each layout of a model over several GPUs costs, from its configs alone.",
-        {**own, **_request_options(), **_engine_options()},
+        "plan", "Show what each layout of a model over several GPUs costs, from its configs alone.", options()
     )
+
+
+def options() -> Mapping[str, Parameter]:
+    """Its own, and those of requests and of the engine that the plan depends on."""
+    engine = {
+        name: option
+        for name, option in server_options().items()
+        if name in _OF_MODELS or option.declaration.group == "parallel"
+    }
+    return {**parameters(PlanCommandArgs), **_request_options(), **engine}
 
 
 def configure(arguments: Sequence[str]) -> PlanJob | ComparisonJob:
@@ -134,7 +141,7 @@ def _plan(resolved: ResolvedServerArgs, flags: Mapping[str, Any]) -> ParallelPla
     outline = outline_of(get_model_info(model.model_path, model_id=model.model_id, backend=model.backend))
     asked = {name: flags[name] for name in _OF_REQUESTS if name in flags}
     machine, gpu, memory = this_machine(), flags.get("gpu"), flags.get("gpu_memory")
-    options = PlanOptions(
+    wanted = PlanOptions(
         num_gpus=parallel.num_gpus,
         hardware=machine.hardware if gpu is None else HARDWARE[gpu],
         gpu_bytes=machine.gpu_bytes if memory is None else memory * GIB,
@@ -147,19 +154,11 @@ def _plan(resolved: ResolvedServerArgs, flags: Mapping[str, Any]) -> ParallelPla
         element_bytes=element_bytes(resolved.args.execution.precision),
     )
     params = build(SamplingParams, asked, what="parameter")
-    return plan_layouts(outline, outline.work(params), options)
+    return plan_layouts(outline, outline.work(params), wanted)
 
 
 def _request_options() -> Mapping[str, Parameter]:
     return {name: option for name, option in parameters(SamplingParams).items() if name in _OF_REQUESTS}
-
-
-def _engine_options() -> Mapping[str, Parameter]:
-    return {
-        name: option
-        for name, option in server_options().items()
-        if name in _OF_MODELS or option.declaration.group == "parallel"
-    }
 
 
 def _encoders(plan: ParallelPlan) -> str:
