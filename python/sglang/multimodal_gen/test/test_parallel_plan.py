@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import subprocess
@@ -34,9 +35,9 @@ Capture = pytest.CaptureFixture[str]
 
 def planned(model: str, num_gpus: int, *, gib: float = 80, **options: Any) -> ParallelPlan:
     outline = outline_of(get_model_info(model))
-    params = options.pop("params", SamplingParams())
+    params, hardware = options.pop("params", SamplingParams()), options.pop("hardware", H100)
     return plan_layouts(
-        outline, outline.work(params), PlanOptions(num_gpus=num_gpus, hardware=H100, gpu_bytes=gib * GIB, **options)
+        outline, outline.work(params), PlanOptions(num_gpus=num_gpus, hardware=hardware, gpu_bytes=gib * GIB, **options)
     )
 
 
@@ -81,6 +82,15 @@ def test_weights_are_divided_only_where_they_do_not_fit_otherwise() -> None:
     assert chosen(EXPERTS, 4, gib=52).tp == 2
     assert chosen(EXPERTS, 8, gib=32).tp == 4
     assert chosen(WAN_14B, 2, gib=40) == ReplicaShape(tp=2)
+
+
+def test_weights_that_fit_stay_whole_even_where_dividing_them_would_be_faster() -> None:
+    slow_exchanges = dataclasses.replace(H100, exchange_launch_s=1e-3)
+    plan = planned(TURBO, 2, hardware=slow_exchanges, fixed={"ring": 1})
+    by_shape = {layout.shape: layout.speedup or 0.0 for layout in plan.layouts if layout.dp == 1}
+    assert by_shape[ReplicaShape(tp=2)] > 1.2 * by_shape[ReplicaShape(ulysses=2)]
+    assert plan.chosen is not None and plan.chosen.shape == ReplicaShape(ulysses=2)
+    assert "the fastest that keeps the weights whole with the degrees asked for" in plan.reason
 
 
 def test_where_nothing_fits_the_layout_that_needs_least_is_taken_and_said_so() -> None:
