@@ -20,6 +20,7 @@ from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.errors import InvalidValue, RemoteError
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY
+from sglang.multimodal_gen.runtime.server_args import ModelArgs, ParallelArgs, ServerArgs
 from sglang.multimodal_gen.test.parallel_pool import FAMILIES, SHAPES, Pool
 from sglang.multimodal_gen.test.pipeline_parity import LATENT_TOLERANCE, load, relative_error, run_together
 
@@ -92,9 +93,19 @@ def test_degrees_that_do_not_divide_the_heads_name_those_that_do(
 # --- the engine with ranks on the CPU ---
 
 
-def test_a_layout_that_the_model_cannot_have_ends_in_its_own_error(checkpoints: Callable[[str], Path]) -> None:
-    with pytest.raises(RemoteError, match="tp_size: got 3, accepted is 1, 2, 4: what divides the transformer's 4"):
+def test_a_layout_that_the_model_cannot_have_is_refused_before_it_loads(checkpoints: Callable[[str], Path]) -> None:
+    with pytest.raises(InvalidValue, match="tp_size: got 3, accepted is 1, 2, 4: what divides the transformer's 4"):
         DiffGenerator.from_pretrained(str(checkpoints("wan")), tp_size=3)
+
+
+def test_a_layout_that_the_loaded_model_cannot_have_ends_in_its_own_error(checkpoints: Callable[[str], Path]) -> None:
+    """As with a model that is only known once it is downloaded."""
+    model, parallel = ModelArgs(model_path=str(checkpoints("wan"))), ParallelArgs(num_gpus=3, tp_size=3)
+    with (
+        DiffGenerator.from_server_args(ServerArgs(model=model, parallel=parallel)) as generator,
+        pytest.raises(RemoteError, match="tp_size: got 3, accepted is 1, 2, 4: what divides the transformer's 4"),
+    ):
+        generator.wait_ready()
 
 
 def test_a_rank_that_is_killed_is_replaced_with_its_replica_and_requests_go_on(
