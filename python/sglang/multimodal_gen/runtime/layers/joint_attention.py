@@ -65,9 +65,8 @@ class SelfAttention(nn.Module):
         return self.masked_attention(query, key, value, mask).flatten(2)
 
     def join_projections(self) -> None:
-        """Not where what is projected first is on its way to other ranks while the next is projected."""
-        if not self.attention.layout.overlaps:
-            self.joined = JoinedLinear([self.to_q, self.to_k, self.to_v])
+        """See `fused.join_projections`."""
+        self.joined = JoinedLinear([self.to_q, self.to_k, self.to_v])
 
     def projected(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """[B, S, D] -> queries, keys and values [B, S, N, E] as they come from one product."""
@@ -77,13 +76,15 @@ class SelfAttention(nn.Module):
 
     def project(self, hidden_states: Tensor, freqs_cis: Tensor | None) -> tuple[Sent, Sent, Sent]:
         """[B, S, D] -> queries, keys and values for `attend`; what is computed before that overlaps with their way."""
-        send = self.attention.send
-        if self.attention.layout.overlaps:
+        send, packs = self.attention.send, self.attention.sends_packed(hidden_states)
+        if self.attention.layout.overlaps and not packs:
             sent_value = send(self.split_heads(self.to_v(hidden_states)))
             sent_query = send(placed(self.split_heads(self.to_q(hidden_states)), self.norm_q, freqs_cis))
             sent_key = send(placed(self.split_heads(self.to_k(hidden_states)), self.norm_k, freqs_cis))
             return sent_query, sent_key, sent_value
         query, key, value = self.projected(hidden_states)
+        if packs:
+            return self.attention.send_packed(packed(query, key, value, self.norm_q, self.norm_k, freqs_cis))
         return send(placed(query, self.norm_q, freqs_cis)), send(placed(key, self.norm_k, freqs_cis)), send(value)
 
     def forward(self, hidden_states: Tensor, freqs_cis: Tensor | None, mask: Tensor | None = None) -> Tensor:
@@ -138,27 +139,42 @@ class JointAttention(SelfAttention):
     def join_projections(self) -> None:
         """See `fused.join_projections`."""
         super().join_projections()
-        if self.joined is not None:
-            self.joined_text = JoinedLinear([self.add_q_proj, self.add_k_proj, self.add_v_proj])
+        self.joined_text = JoinedLinear([self.add_q_proj, self.add_k_proj, self.add_v_proj])
+
+    def projected_text(self, text: Tensor) -> tuple[Tensor, ...]:
+        """[B, L, D] -> queries, keys and values [B, L, N, E]."""
+        layers = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+        parts = [layer(text) for layer in layers] if self.joined_text is None else self.joined_text(text)
+        return tuple(self.split_heads(part) for part in parts)
 
     def _joint_project(self, hidden_states: Tensor, text: Tensor, freqs_cis: Tensor | None) -> tuple[Sent, Sent, Sent]:
         """[B, S, D], [B, L, D] -> queries, keys and values of both streams for `attend`."""
         join, send = _Joint(text.shape[1], hidden_states.shape[1], text_first=self.text_first), self.attention.send
-        if self.joined is None or self.joined_text is None:
+        packs, heads = self.attention.sends_packed(hidden_states), self.split_heads
+        if self.attention.layout.overlaps and not packs:
             # One after the other: what comes first is on its way while the next is computed.
-            heads = self.split_heads
             value = send(join(heads(self.add_v_proj(text)), heads(self.to_v(hidden_states))))
             of_text, of_image = heads(self.add_q_proj(text)), heads(self.to_q(hidden_states))
             query = send(join(of_text, of_image, self.norm_added_q, self.norm_q, freqs_cis))
             of_text, of_image = heads(self.add_k_proj(text)), heads(self.to_k(hidden_states))
             return query, send(join(of_text, of_image, self.norm_added_k, self.norm_k, freqs_cis)), value
-        text_query, text_key, text_value = (self.split_heads(part) for part in self.joined_text(text))
-        query_, key_, value_ = self.projected(hidden_states)
-        return (
-            send(join(text_query, query_, self.norm_added_q, self.norm_q, freqs_cis)),
-            send(join(text_key, key_, self.norm_added_k, self.norm_k, freqs_cis)),
-            send(join(text_value, value_)),
+        together = None
+        if packs:
+            num_tokens = join.num_text + join.num_image
+            together = _pack_of(hidden_states, num_tokens, self.num_heads, self.attention.head_dim)
+        norms: list[tuple[nn.Module | None, nn.Module | None, Tensor | None]] = [
+            (self.norm_added_q, self.norm_q, freqs_cis),
+            (self.norm_added_k, self.norm_k, freqs_cis),
+            (None, None, None),
+        ]
+        parts = zip(self.projected_text(text), self.projected(hidden_states), norms, strict=True)
+        query_, key_, value_ = (
+            join(of_text, of_image, *how, out=None if together is None else together[:, :, index])
+            for index, (of_text, of_image, how) in enumerate(parts)
         )
+        if together is not None:
+            return self.attention.send_packed(together)
+        return send(query_), send(key_), send(value_)
 
 
 @dataclass(frozen=True)
@@ -176,9 +192,12 @@ class _Joint:
         text_norm: nn.Module | None = None,
         image_norm: nn.Module | None = None,
         freqs_cis: Tensor | None = None,
+        *,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """[B, L, N, E], [B, S, N, E], the table of all tokens -> [B, L + S, N, E]."""
-        joint = image.new_empty(image.shape[0], self.num_text + self.num_image, *image.shape[2:])
+        """[B, L, N, E], [B, S, N, E], the table of all tokens -> [B, L + S, N, E], in `out` where given."""
+        size = (image.shape[0], self.num_text + self.num_image, *image.shape[2:])
+        joint = image.new_empty(size) if out is None else out
         text_start, image_start = (0, self.num_text) if self.text_first else (self.num_image, 0)
         for heads, norm, start in ((text, text_norm, text_start), (image, image_norm, image_start)):
             part = slice(start, start + heads.shape[1])
@@ -192,3 +211,23 @@ def placed(heads: Tensor, norm: nn.Module | None, freqs_cis: Tensor | None, *, o
     if weight is None and freqs_cis is None and out is None:
         return heads
     return norm_rotate(heads, weight, freqs_cis, eps=eps, out=out)
+
+
+def packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    norm_q: nn.Module | None,
+    norm_k: nn.Module | None,
+    freqs_cis: Tensor | None,
+) -> Tensor:
+    """Queries, keys and values [B, S, N, E], the first two normed and rotated, side by side: [B, S, 3, N, E]."""
+    together = _pack_of(query, query.shape[1], *query.shape[2:])
+    placed(query, norm_q, freqs_cis, out=together[:, :, 0])
+    placed(key, norm_k, freqs_cis, out=together[:, :, 1])
+    placed(value, None, None, out=together[:, :, 2])
+    return together
+
+
+def _pack_of(like: Tensor, num_tokens: int, num_heads: int, head_dim: int) -> Tensor:
+    return like.new_empty(like.shape[0], num_tokens, 3, num_heads, head_dim)

@@ -65,14 +65,14 @@ class WideNormSelfAttention(WideNormAttention):
         super().__init__(hidden_size, num_heads, context, context.self_attention, eps=eps, bias=bias, out_bias=out_bias)
 
     def join_projections(self) -> None:
-        """Not where what is projected first is on its way to other ranks while the next is projected."""
-        if not self.attention.layout.overlaps:
-            self.joined = JoinedLinear([self.to_q, self.to_k, self.to_v])
+        """See `fused.join_projections`."""
+        self.joined = JoinedLinear([self.to_q, self.to_k, self.to_v])
 
     def forward(self, hidden_states: Tensor, freqs_cis: Tensor) -> Tensor:
         """[B, S, D] and the rotary table [1 or B, S, 1 or N, E/2, 2] -> [B, S, D]."""
         send, heads = self.attention.send, self.split_heads
-        if self.joined is None:
+        if self.joined is None or self.attention.layout.overlaps:
+            # One after the other: what comes first is on its way while the next is computed.
             sent_value = send(heads(self.to_v(hidden_states)))
             sent_query = send(self._rotated(heads(self.to_q(hidden_states)), self.norm_q, freqs_cis))
             sent_key = send(self._rotated(heads(self.to_k(hidden_states)), self.norm_k, freqs_cis))

@@ -6,6 +6,7 @@ U in a Ulysses group and R in a ring.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -30,7 +31,35 @@ class HeadExchange:
         return self._exchange.wait().flatten(1, 2)
 
 
-Sent = Tensor | HeadExchange
+class PackedExchange:
+    """Queries, keys and values on that way together."""
+
+    def __init__(self, packed: Tensor, axis: ProcessAxis) -> None:
+        """[B, s, 3, H, E] on each of U ranks."""
+        parts = packed.unflatten(3, (axis.size, -1)).permute(0, 3, 1, 2, 4, 5).contiguous()  # [B, U, s, 3, H/U, E]
+        self._exchange = AllToAll(parts, axis)
+        self._received: Tensor | None = None
+
+    def received(self, part: int) -> Tensor:
+        """[B, U·s, H/U, E], a view; 0 are the queries, 1 the keys, 2 the values."""
+        if self._received is None:
+            self._received = self._exchange.wait().flatten(1, 2)
+        return self._received[:, :, part]
+
+
+@dataclass(frozen=True)
+class PackedPart:
+    """One of the three."""
+
+    exchange: PackedExchange
+    part: int
+
+    def result(self) -> Tensor:
+        """[B, U·s, H/U, E]."""
+        return self.exchange.received(self.part)
+
+
+Sent = Tensor | HeadExchange | PackedPart
 """What attention is given: a tensor, or one that is under way."""
 
 
@@ -51,6 +80,10 @@ class SequenceLayout(Protocol):
         """Begin to bring queries, keys or values [B, S/P, H, E] to where they are needed, while others are computed."""
         ...
 
+    def send_packed(self, packed: Tensor) -> tuple[Sent, Sent, Sent]:
+        """The same for queries, keys and values [B, S/P, 3, H, E] at once."""
+        ...
+
     def attend(
         self, kernel: AttentionKernel, query: Sent, key: Sent, value: Sent, mask: Tensor | None, *, scale: float
     ) -> Tensor:
@@ -67,6 +100,10 @@ class LocalSequence:
 
     def send(self, tensor: Tensor) -> Sent:
         return tensor
+
+    def send_packed(self, packed: Tensor) -> tuple[Sent, Sent, Sent]:
+        query, key, value = packed.unbind(2)
+        return query, key, value
 
     def attend(
         self, kernel: AttentionKernel, query: Sent, key: Sent, value: Sent, mask: Tensor | None, *, scale: float
@@ -89,6 +126,13 @@ class ShardedSequence:
 
     def send(self, tensor: Tensor) -> Sent:
         return tensor if self.ulysses.size == 1 else HeadExchange(tensor, self.ulysses)
+
+    def send_packed(self, packed: Tensor) -> tuple[Sent, Sent, Sent]:
+        if self.ulysses.size == 1:
+            query, key, value = packed.unbind(2)
+            return query, key, value
+        exchange = PackedExchange(packed, self.ulysses)
+        return PackedPart(exchange, 0), PackedPart(exchange, 1), PackedPart(exchange, 2)
 
     def attend(
         self, kernel: AttentionKernel, query: Sent, key: Sent, value: Sent, mask: Tensor | None, *, scale: float
@@ -164,7 +208,7 @@ def _picked(tensor: Tensor, places: Tensor | None, tokens: Tensor) -> Tensor:
 
 
 def _arrived(sent: Sent) -> Tensor:
-    return sent.result() if isinstance(sent, HeadExchange) else sent
+    return sent if isinstance(sent, Tensor) else sent.result()
 
 
 def _gather_heads(tensor: Tensor, axis: ProcessAxis) -> Tensor:
