@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
+from sglang.multimodal_gen.test.parallel_coding import Coding
 from sglang.multimodal_gen.test.tiny_checkpoints import TinyWan, save_tiny_wan
 from sglang.multimodal_gen.test.tiny_flux import TinyFlux, save_tiny_flux
 from sglang.multimodal_gen.test.tiny_hunyuan_video import TinyHunyuanVideo, save_tiny_hunyuan_video
@@ -117,11 +118,20 @@ class Pool:
         self, directory: Path, shape: ReplicaShape, requests: Sequence[Wish], scratch: Path, *, device: str = "cpu"
     ) -> Any:
         """What the leader saved of the requests, run together."""
+        return self._run(directory, shape, scratch, device, wishes=list(requests), codings=[])
+
+    def code(
+        self, directory: Path, shape: ReplicaShape, codings: Sequence[Coding], scratch: Path, *, device: str = "cpu"
+    ) -> Any:
+        """What the leader saved of clips that the checkpoint's autoencoder encodes and decodes."""
+        return self._run(directory, shape, scratch, device, wishes=[], codings=[asdict(coding) for coding in codings])
+
+    def _run(self, directory: Path, shape: ReplicaShape, scratch: Path, device: str, **work: Any) -> Any:
         out = scratch / "out.npz"
         task = {
+            **work,
             "directory": str(directory),
             "shape": asdict(shape),
-            "wishes": list(requests),
             "store": str(scratch / f"store-{next(self._numbers)}"),  # a store that ends removes its file, some time
             "out": str(out),
             "device": device,

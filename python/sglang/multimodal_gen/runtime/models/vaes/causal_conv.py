@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
+
 
 class TemporalState:
     """What the causal layers remember of the frames before this chunk; one per clip, and per tile of a tiled clip.
@@ -54,23 +56,33 @@ def unfold_frames(images: Tensor, batch_size: int) -> Tensor:
 class CausalConv3d(nn.Conv3d):
     """Convolution that sees this frame and the `kernel_size - 1` before it; before the clip there are zeros."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int, int]) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int, int], *, strips: StripSharding
+    ) -> None:
         sides = (kernel_size,) * 3 if isinstance(kernel_size, int) else kernel_size
-        super().__init__(in_channels, out_channels, sides, padding=(0, sides[1] // 2, sides[2] // 2))
+        super().__init__(in_channels, out_channels, sides)
+        self.strips = strips
+        rows, columns = sides[1] // 2, sides[2] // 2
+        self.edges = (columns, columns, rows, rows)
 
     def forward(self, frames: Tensor, state: TemporalState) -> Tensor:  # type: ignore[override]
         """[B, C, T, H, W] -> [B, O, T, H, W]."""
         num_frames, reach = frames.shape[2], self.kernel_size[0] - 1
+        if self.strips.is_dealt:
+            frames, padding = self.strips.pad(frames, self.edges), (0, 0)
+        else:
+            padding = (self.edges[2], self.edges[0])
         if reach:
             frames = state.extend(self, frames, reach)
         # A single frame without a past meets only one slice of the kernel. On the CPU torch has no fast 3-D convolution
         # below B·C·T·H = 20,480 (32 channels, 8x64x64: 146 ms, in slices 14 ms) and none faster than slices above.
         if frames.shape[2] == 1 or frames.device.type == "cpu":
-            return self._by_slices(frames, num_frames)
+            return self._by_slices(frames, num_frames, padding)
         missing = num_frames + reach - frames.shape[2]
-        return super().forward(F.pad(frames, (0, 0, 0, 0, missing, 0)) if missing else frames)
+        frames = F.pad(frames, (0, 0, 0, 0, missing, 0)) if missing else frames
+        return F.conv3d(frames, self.weight, self.bias, padding=(0, *padding))
 
-    def _by_slices(self, frames: Tensor, num_frames: int) -> Tensor:
+    def _by_slices(self, frames: Tensor, num_frames: int, padding: tuple[int, int]) -> Tensor:
         """The sum of one 2-D convolution for each temporal slice of the kernel, latest slice first."""
         batch_size, total, reach = frames.shape[0], frames.shape[2], self.kernel_size[0] - 1
         output: Tensor | None = None
@@ -82,7 +94,7 @@ class CausalConv3d(nn.Conv3d):
                 break
             weight = self.weight[:, :, reach - delay]
             bias = self.bias if delay == 0 else None
-            images = F.conv2d(fold_frames(frames[:, :, first:last]), weight, bias, padding=self.padding[1:])
+            images = F.conv2d(fold_frames(frames[:, :, first:last]), weight, bias, padding=padding)
             part = unfold_frames(images, batch_size)
             if output is None:
                 output = part
