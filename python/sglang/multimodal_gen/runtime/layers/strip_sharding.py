@@ -122,7 +122,7 @@ class StripSharding:
         """As torch's `pad`; where a neighbour's strip begins, its lines in place of padding."""
         if not any(sides):
             return strip
-        padded = F.pad(strip, sides, mode=mode)
+        padded = _with_zeros(strip, sides) if mode == "constant" else F.pad(strip, sides, mode=mode)
         if self._cut is not None:
             dim = self._cut.dim
             self._fill(padded, dim, *sides[-2 * dim - 2 : -2 * dim])
@@ -152,6 +152,8 @@ class StripSharding:
     def _fill(self, padded: Tensor, dim: int, before: int, after: int) -> None:
         """Put the neighbours' lines where there is padding for them. A neighbour's strip was padded in the other
         dimensions as this one, so that its lines fit as they are."""
+        if not (before or after):
+            return
         rank, last = self.axis.rank, self.axis.size - 1
         own = padded.shape[dim] - before - after
         assert own >= max(before, after), f"strips of {own} lines have not enough for a neighbour's {before}, {after}"
@@ -188,6 +190,24 @@ class StripSharding:
         lines = whole.shape[cut.dim] // cut.bounds[-1]
         start, end = cut.bounds[self.axis.rank : self.axis.rank + 2]
         return whole.narrow(cut.dim, lines * start, lines * (end - start))
+
+
+def _with_zeros(strip: Tensor, sides: tuple[int, ...]) -> Tensor:
+    """As F.pad, which writes all of the result twice: large activations are bound by that."""
+    shape, inside, around = list(strip.shape), [slice(None)] * strip.ndim, []
+    for dim, (before, after) in enumerate(zip(sides[::2], sides[1::2], strict=True), start=1):
+        length = shape[-dim]
+        shape[-dim] = before + length + after
+        inside[-dim] = slice(before, before + length)
+        around += [(-dim, 0, before), (-dim, before + length, after)]
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(strip.ndim, torch.contiguous_format)
+    if not strip.is_contiguous(memory_format=layout):
+        layout = torch.contiguous_format
+    padded = torch.empty(shape, dtype=strip.dtype, device=strip.device, memory_format=layout)
+    padded[tuple(inside)] = strip
+    for place in around:
+        padded.narrow(*place).zero_()
+    return padded
 
 
 def explain_strips(components: Mapping[str, Any]) -> Iterable[str]:

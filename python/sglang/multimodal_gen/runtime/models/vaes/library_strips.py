@@ -6,6 +6,8 @@ or only in whole cells. An autoencoder with a part of another class stays whole.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLLTXVideo
 from diffusers.models import resnet
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 from sglang.multimodal_gen.runtime.layers.strips import StripConv2d, StripConv3d, StripGroupNorm, StripTokens
 
-_LOCAL: frozenset[type[nn.Module]] = frozenset(
+_LOCAL: frozenset[Any] = frozenset(
     {
         AutoencoderKL,
         vae.Encoder,
@@ -113,10 +115,10 @@ def _why_whole(module: nn.Module) -> str:
     return ""
 
 
-def _is_known(layer: nn.Module) -> bool:
+def _is_known(layer: Any) -> bool:
     if isinstance(layer, Attention):
         return layer.spatial_norm is None and layer.norm_q is None and layer.norm_k is None
-    if isinstance(layer, Downsample2D):
+    if issubclass(type(layer), Downsample2D):
         return layer.use_conv and layer.padding == 0 and layer.norm is None
     if isinstance(layer, ltx.LTXVideoUpsampler3d | ltx.LTXVideoDownsampler3d):
         return layer.stride[1] == layer.stride[2]
