@@ -85,6 +85,18 @@ FAMILIES = {
         wishes=wishes(width=48, height=80, guidance_scale=3.0, max_sequence_length=64),
     ),
 }
+# Odd numbers of latent cells along the side that is cut, rows or columns, and fewer than ranks, which stays whole.
+CODINGS = {
+    "wan": (
+        Coding(height=48, width=72, num_frames=9, chunk_frames=1),
+        Coding(height=56, width=40, num_frames=5),
+        Coding(height=40, width=56, num_frames=5, chunk_frames=1, tile=32),
+        Coding(height=16, width=24),
+    ),
+    "hunyuan_video": (Coding(height=24, width=40, num_frames=21), Coding(height=56, width=40, num_frames=5, tile=32)),
+    "ltx": (Coding(height=72, width=48, num_frames=9), Coding(height=64, width=72, num_frames=5, tile=32)),
+    "flux": (Coding(height=48, width=72), Coding(height=56, width=40), Coding(height=48, width=80, tile=32)),
+}
 SHAPES = [
     ReplicaShape(tp=2),
     ReplicaShape(ulysses=2),

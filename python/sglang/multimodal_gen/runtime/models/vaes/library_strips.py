@@ -117,9 +117,9 @@ def _why_whole(module: nn.Module) -> str:
 
 def _is_known(layer: Any) -> bool:
     if isinstance(layer, Attention):
-        return layer.spatial_norm is None and layer.norm_q is None and layer.norm_k is None
-    if issubclass(type(layer), Downsample2D):
-        return layer.use_conv and layer.padding == 0 and layer.norm is None
+        return all(norm is None for norm in (layer.spatial_norm, layer.norm_q, layer.norm_k))
+    if type(layer) is Downsample2D:
+        return bool(layer.use_conv and layer.norm is None) and layer.conv.padding == (0, 0)
     if isinstance(layer, ltx.LTXVideoUpsampler3d | ltx.LTXVideoDownsampler3d):
         return layer.stride[1] == layer.stride[2]
     return type(layer) in _LOCAL or type(layer) in _EXCHANGED
