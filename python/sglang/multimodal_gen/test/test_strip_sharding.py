@@ -115,7 +115,7 @@ def test_what_cannot_be_dealt_exactly_stays_whole_and_the_log_says_why() -> None
 def test_a_rank_plans_with_the_memory_of_its_strip(tmp_path: Path) -> None:
     pipeline = load(save_tiny_wan(tmp_path / "wan", TinyWan(seed=1)))
     [stage] = [stage for stage in pipeline.stages if isinstance(stage, DecodingStage)]
-    req = pipeline.admit("r", SamplingParams.from_values({"prompt": "", "width": 400, "height": 320, "num_frames": 9}))
+    req = pipeline.admit("r", SamplingParams.from_values({"prompt": "a", "width": 400, "height": 320, "num_frames": 9}))
     alone = stage.phase(req)
     pipeline.vae.strips.axis = ProcessAxis(size=4)
     shared = DecodingStage(
