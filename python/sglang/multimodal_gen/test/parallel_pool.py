@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
+from sglang.multimodal_gen.test.parallel_coding import Coding
 from sglang.multimodal_gen.test.tiny_checkpoints import TinyWan, save_tiny_wan
 from sglang.multimodal_gen.test.tiny_flux import TinyFlux, save_tiny_flux
 from sglang.multimodal_gen.test.tiny_hunyuan_video import TinyHunyuanVideo, save_tiny_hunyuan_video
@@ -84,6 +85,18 @@ FAMILIES = {
         wishes=wishes(width=48, height=80, guidance_scale=3.0, max_sequence_length=64),
     ),
 }
+# Odd numbers of latent cells along the side that is cut, rows or columns, and fewer than ranks, which stays whole.
+CODINGS = {
+    "wan": (
+        Coding(height=48, width=72, num_frames=9, chunk_frames=1),
+        Coding(height=56, width=40, num_frames=5),
+        Coding(height=40, width=56, num_frames=5, chunk_frames=1, tile=32),
+        Coding(height=16, width=24),
+    ),
+    "hunyuan_video": (Coding(height=24, width=40, num_frames=21), Coding(height=56, width=40, num_frames=5, tile=32)),
+    "ltx": (Coding(height=72, width=48, num_frames=9), Coding(height=64, width=72, num_frames=5, tile=32)),
+    "flux": (Coding(height=48, width=72), Coding(height=56, width=40), Coding(height=48, width=80, tile=32)),
+}
 SHAPES = [
     ReplicaShape(tp=2),
     ReplicaShape(ulysses=2),
@@ -117,11 +130,20 @@ class Pool:
         self, directory: Path, shape: ReplicaShape, requests: Sequence[Wish], scratch: Path, *, device: str = "cpu"
     ) -> Any:
         """What the leader saved of the requests, run together."""
+        return self._run(directory, shape, scratch, device, wishes=list(requests), codings=[])
+
+    def code(
+        self, directory: Path, shape: ReplicaShape, codings: Sequence[Coding], scratch: Path, *, device: str = "cpu"
+    ) -> Any:
+        """What the leader saved of clips that the checkpoint's autoencoder encodes and decodes."""
+        return self._run(directory, shape, scratch, device, wishes=[], codings=[asdict(coding) for coding in codings])
+
+    def _run(self, directory: Path, shape: ReplicaShape, scratch: Path, device: str, **work: Any) -> Any:
         out = scratch / "out.npz"
         task = {
+            **work,
             "directory": str(directory),
             "shape": asdict(shape),
-            "wishes": list(requests),
             "store": str(scratch / f"store-{next(self._numbers)}"),  # a store that ends removes its file, some time
             "out": str(out),
             "device": device,

@@ -21,11 +21,12 @@ from sglang.multimodal_gen.runtime.distributed.parallel_state import join_replic
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
+from sglang.multimodal_gen.test.parallel_coding import Coding, coded
 from sglang.multimodal_gen.test.pipeline_parity import run_together
 
 
 def run(rank: int, task: dict[str, Any]) -> None:
-    """Generate the task's requests together; the leader saves what came out."""
+    """Generate the task's requests together, or encode and decode; the leader saves what came out."""
     shape = ReplicaShape(**task["shape"])
     if rank >= shape.num_ranks:
         return
@@ -38,14 +39,22 @@ def run(rank: int, task: dict[str, Any]) -> None:
             join=lambda device: join_replica(shape, rank, store=Path(task["store"]), device=device, timeout_s=60),
         )
         with torch.inference_mode():
-            results = run_together(pipeline, [(wish, EMPTY) for wish in task["wishes"]])
+            if task["codings"]:
+                arrays = coded(pipeline, [Coding(**coding) for coding in task["codings"]])
+            else:
+                arrays = _generated(pipeline, task["wishes"])
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     if rank == 0:
-        latents = [req.latents for req, _ in results if req.latents is not None]
-        arrays = {f"latents{index}": tensor.cpu().numpy() for index, tensor in enumerate(latents)}
-        np.savez(task["out"], **arrays, **{f"frames{i}": frames for i, (_, frames) in enumerate(results)})
+        np.savez(task["out"], allow_pickle=False, **arrays)
+
+
+def _generated(pipeline: Any, wishes: list[Any]) -> dict[str, np.ndarray]:
+    results = run_together(pipeline, [(wish, EMPTY) for wish in wishes])
+    latents = [req.latents for req, _ in results if req.latents is not None]
+    arrays = {f"latents{index}": tensor.cpu().numpy() for index, tensor in enumerate(latents)}
+    return arrays | {f"frames{index}": frames for index, (_, frames) in enumerate(results)}
 
 
 def main() -> None:

@@ -21,7 +21,8 @@ from sglang.multimodal_gen.errors import InvalidValue, RemoteError
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY
 from sglang.multimodal_gen.runtime.server_args import ModelArgs, ParallelArgs, ServerArgs
-from sglang.multimodal_gen.test.parallel_pool import FAMILIES, SHAPES, Pool
+from sglang.multimodal_gen.test.parallel_coding import coded
+from sglang.multimodal_gen.test.parallel_pool import CODINGS, FAMILIES, SHAPES, Pool
 from sglang.multimodal_gen.test.pipeline_parity import LATENT_TOLERANCE, load, relative_error, run_together
 
 pytestmark = pytest.mark.timeout(180)
@@ -52,6 +53,18 @@ def alone(checkpoints: Callable[[str], Path]) -> Callable[[str], list[Any]]:
     return run
 
 
+@pytest.fixture(scope="module")
+def coded_alone(checkpoints: Callable[[str], Path]) -> Callable[[str], dict[str, np.ndarray]]:
+    """What one process makes of a family's clips."""
+
+    @functools.cache
+    def run(name: str) -> dict[str, np.ndarray]:
+        with torch.inference_mode():
+            return coded(load(checkpoints(name)), CODINGS[name])
+
+    return run
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape.sizes)))
 @pytest.mark.parametrize("name", FAMILIES)
 def test_several_ranks_give_the_pictures_of_one(
@@ -68,6 +81,24 @@ def test_several_ranks_give_the_pictures_of_one(
         assert relative_error(torch.from_numpy(found[f"latents{index}"]), req.latents) <= LATENT_TOLERANCE
         assert int(np.abs(found[f"frames{index}"].astype(int) - frames.astype(int)).max()) <= 1
         assert frames.std() > 5, "a flat picture would agree with anything"
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("name", CODINGS)
+def test_an_autoencoder_on_strips_gives_what_it_gives_on_whole_pictures(
+    name: str,
+    num_ranks: int,
+    pool: Pool,
+    checkpoints: Callable[[str], Path],
+    coded_alone: Callable[[str], dict[str, np.ndarray]],
+    tmp_path: Path,
+) -> None:
+    """The tolerance is fp32's rounding in another order; a line that a neighbour did not send changes 1e-2."""
+    expected = coded_alone(name)
+    found = pool.code(checkpoints(name), ReplicaShape(ulysses=num_ranks), CODINGS[name], tmp_path)
+    assert set(found.files) == set(expected)
+    for key, values in expected.items():
+        assert relative_error(torch.from_numpy(found[key]), torch.from_numpy(values)) <= 1e-5, key
 
 
 @pytest.mark.parametrize(

@@ -39,11 +39,12 @@ class ComponentTask(BenchMessage, frozen=True, kw_only=True):
 
 
 class ParallelTask(BenchMessage, frozen=True, kw_only=True):
-    """Time a step in each of the layouts, as one of `num_ranks`; ranks meet in files of the directory `meeting`.
-    Answered by ParallelResult or TaskFailed."""
+    """Time a step in each of the layouts, as one of `num_ranks`; ranks meet in files of the directory `meeting`. With
+    `decode` also decoding, once for each number of ranks. Answered by ParallelResult or TaskFailed."""
 
     component: ComponentTask
     layouts: tuple[ReplicaShape, ...]
+    decode: bool
     rank: int
     num_ranks: int
     meeting: str
@@ -135,9 +136,12 @@ class ComponentResult(BenchMessage, frozen=True, kw_only=True, tag="component"):
 
 
 class LayoutResult(BenchMessage, frozen=True, kw_only=True):
-    """A step in one layout. `relative_difference` is the norm of the difference from one rank's output over its norm;
-    the exposed communication that in which the GPU did nothing else; `host_ms` is what this process takes to launch a
-    step: where that is as long as the step, GPUs wait for it."""
+    """A step in one layout, or decoding, which asks only for the number of ranks.
+
+    `relative_difference` is the norm of the difference from one rank's output over its norm; the exposed communication
+    that in which the GPU did nothing else; `host_ms` is what this process takes to launch a step: where that is as long
+    as the step, GPUs wait for it.
+    """
 
     shape: ReplicaShape
     seconds: Summary
@@ -148,13 +152,18 @@ class LayoutResult(BenchMessage, frozen=True, kw_only=True):
 
 
 class ParallelResult(BenchMessage, frozen=True, kw_only=True, tag="parallel"):
-    """What one rank measured in the layouts that it was in."""
+    """What one rank measured in the layouts that it was in; `decoding` by `decoder`, where it was asked for, has its
+    own precision and `chunk_frames` latent frames at a time, by layout."""
 
     module: str
     device: str
     device_name: str
     precision: str
     layouts: tuple[LayoutResult, ...]
+    decoder: str = ""
+    decoder_precision: str = ""
+    decoding: tuple[LayoutResult, ...] = ()
+    chunk_frames: tuple[int, ...] = ()
 
 
 class CostResult(BenchMessage, frozen=True, kw_only=True, tag="cost"):

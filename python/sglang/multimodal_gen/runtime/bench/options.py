@@ -94,6 +94,20 @@ class SpreadArgs(JsonArgs):
     batch_size: int = arg(
         2, help="Rows of the step; a request with guidance has two.", group="bench", minimum=1, exposed=CLI_ONLY
     )
+    decode: bool = arg(
+        False,
+        help="Also decode one clip on one rank and on as many as each layout has.",
+        group="bench",
+        exposed=CLI_ONLY,
+    )
+    chunk_frames: int | None = arg(
+        None,
+        help="Latent frames that are decoded at a time.",
+        group="bench",
+        unset="as many as half of the free memory takes",
+        minimum=1,
+        exposed=CLI_ONLY,
+    )
     warmup_runs: int = arg(
         1, help="Runs that are not counted, before the others.", group="bench", minimum=0, exposed=CLI_ONLY
     )

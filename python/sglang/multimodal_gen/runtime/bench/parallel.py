@@ -1,4 +1,5 @@
-"""`bench parallel`: one denoising step of the transformer on one device and spread over several, layout by layout."""
+"""`bench parallel`: one denoising step of the transformer on one device and spread over several, layout by layout, and
+decoding."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def measure_parallel(options: Mapping[str, Any], args: ServerArgs) -> ParallelRe
         height=options.get("height"),
         num_frames=options.get("num_frames"),
         max_sequence_length=options.get("max_sequence_length"),
-        chunk_frames=None,
+        chunk_frames=options.get("chunk_frames"),
         batch_size=options["batch_size"],
         warmup_runs=options["warmup_runs"],
         repeats=options["repeats"],
@@ -42,7 +43,14 @@ def measure_parallel(options: Mapping[str, Any], args: ServerArgs) -> ParallelRe
     )
     with tempfile.TemporaryDirectory() as meeting, contextlib.ExitStack() as stack:
         tasks = [
-            ParallelTask(component=component, layouts=layouts, rank=rank, num_ranks=num_ranks, meeting=meeting)
+            ParallelTask(
+                component=component,
+                layouts=layouts,
+                decode=options["decode"],
+                rank=rank,
+                num_ranks=num_ranks,
+                meeting=meeting,
+            )
             for rank in range(num_ranks)
         ]
         children = [stack.enter_context(BenchChild(_WORKER, task)) for task in tasks]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from sglang.multimodal_gen.runtime.bench.engine import EngineResult
 from sglang.multimodal_gen.runtime.bench.load.result import LoadResult
 from sglang.multimodal_gen.runtime.bench.load.tables import load_sections
 from sglang.multimodal_gen.runtime.bench.machine import Machine
-from sglang.multimodal_gen.runtime.bench.messages import ComponentResult, ParallelResult, Side
+from sglang.multimodal_gen.runtime.bench.messages import ComponentResult, LayoutResult, ParallelResult, Side
 from sglang.multimodal_gen.runtime.bench.pipeline_result import PipelineResult
 from sglang.multimodal_gen.runtime.bench.startup import StartupResult
 from sglang.multimodal_gen.runtime.bench.statistics import Ratio, Summary
@@ -79,11 +79,23 @@ def _component(name: str, result: ComponentResult) -> Iterator[Section]:
 
 def _parallel(result: ParallelResult) -> Iterator[Section]:
     device = result.device_name or result.device
-    one = result.layouts[0].seconds.median
+    names = [str(layout.shape) for layout in result.layouts]
+    title = f"a step of {result.module}, {result.precision} on {device}"
+    yield _layouts(title, names, result.layouts)
+    if result.decoding:
+        names = [
+            f"{layout.shape.num_ranks} ranks, {frames} latent frames at a time"
+            for layout, frames in zip(result.decoding, result.chunk_frames, strict=True)
+        ]
+        yield _layouts(f"decoding by {result.decoder}, {result.decoder_precision}", names, result.decoding)
+
+
+def _layouts(title: str, names: Sequence[str], layouts: Sequence[LayoutResult]) -> Section:
+    one = layouts[0].seconds.median
     header = ("", "median", "p10", "p90", "times as fast", "difference", "peak memory", "host", "exposed communication")
     rows = [
         (
-            str(layout.shape),
+            name,
             *_summary(layout.seconds),
             f"{one / layout.seconds.median:.2f}",
             f"{layout.relative_difference:.1e}",
@@ -91,9 +103,9 @@ def _parallel(result: ParallelResult) -> Iterator[Section]:
             f"{layout.host_ms:.0f} ms",
             "" if layout.exposed_communication_ms is None else f"{layout.exposed_communication_ms:.1f} ms",
         )
-        for layout in result.layouts
+        for name, layout in zip(names, layouts, strict=True)
     ]
-    yield Section(f"a step of {result.module}, {result.precision} on {device}", rows, header)
+    return Section(title, rows, header)
 
 
 def _side(name: str, side: Side) -> Row:

@@ -41,6 +41,20 @@ def all_gather(tensor: Tensor, axis: ProcessAxis, *, dim: int) -> Tensor:
     return torch.cat(gathered, dim=dim)
 
 
+def all_gather_uneven(tensor: Tensor, sizes: Sequence[int], axis: ProcessAxis, *, dim: int) -> Tensor:
+    """Shares of these sizes side by side along `dim`, in the order of the ranks; in all else they agree."""
+    if len(set(sizes)) == 1:
+        return all_gather(tensor, axis, dim=dim)
+    # Not every backend gathers unequal shapes, so what travels is as long as the largest share.
+    shape = list(tensor.shape)
+    shape[dim] = max(sizes)
+    sent = tensor.new_empty(shape)
+    sent.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+    gathered = [torch.empty_like(sent) for _ in sizes]
+    dist.all_gather(gathered, sent, group=axis.group)
+    return torch.cat([share.narrow(dim, 0, size) for share, size in zip(gathered, sizes, strict=True)], dim=dim)
+
+
 class AllToAll:
     """Part u of each row [B, U, ...] on its way to rank u of U; row by row, so that what comes has no gaps."""
 

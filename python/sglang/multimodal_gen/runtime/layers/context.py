@@ -17,6 +17,7 @@ from sglang.multimodal_gen.runtime.layers.attention.layouts import (
 )
 from sglang.multimodal_gen.runtime.layers.attention.registry import KERNELS
 from sglang.multimodal_gen.runtime.layers.attention.traits import DeviceFacts, LayerNeeds
+from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 from sglang.multimodal_gen.runtime.layers.token_sharding import TokenSharding
 
 
@@ -66,6 +67,7 @@ class LayerContext:
     Cross-attention has its own plan: text is short and whole on every rank, so it needs no exchange of tokens. `tokens`
     says how those of a sequence are dealt; the layout of self-attention reads it.
     `frame_attention` is the autoencoders': one head as wide as their channels, often in fp32, which options leave be.
+    `strips` says how the picture that they work on is dealt.
     """
 
     parallel: ParallelContext = SINGLE
@@ -73,16 +75,23 @@ class LayerContext:
     cross_attention: AttentionPlan = field(default_factory=partial(AttentionPlan.torch, "cross"))
     frame_attention: AttentionPlan = field(default_factory=partial(AttentionPlan.torch, "self"))
     tokens: TokenSharding = field(default_factory=TokenSharding)
+    strips: StripSharding = field(default_factory=StripSharding)
 
     @classmethod
     def spread(
         cls, parallel: ParallelContext, *, self_attention: AttentionPlan, cross_attention: AttentionPlan
     ) -> LayerContext:
-        """For the ranks of a replica; tokens are dealt along its sequence axis."""
+        """For the ranks of a replica; tokens are dealt along its sequence axis, pictures to all ranks."""
         tokens = TokenSharding(parallel.sequence)
         if parallel.sequence.size > 1:
             self_attention = replace(self_attention, layout=ShardedSequence(tokens, parallel))
-        return cls(parallel=parallel, self_attention=self_attention, cross_attention=cross_attention, tokens=tokens)
+        return cls(
+            parallel=parallel,
+            self_attention=self_attention,
+            cross_attention=cross_attention,
+            tokens=tokens,
+            strips=StripSharding(parallel.world),
+        )
 
     def for_whole_sequences(self) -> LayerContext:
         """For layers over tokens that every rank has, such as a text's before it is dealt."""

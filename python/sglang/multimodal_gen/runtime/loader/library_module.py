@@ -19,6 +19,7 @@ from torch import nn
 
 from sglang.multimodal_gen.errors import CorruptCheckpoint, UnsupportedModel
 from sglang.multimodal_gen.runtime.loader.component_loader import Checkpoint, LoadContext
+from sglang.multimodal_gen.runtime.models.vaes.library_strips import deal_pictures
 
 _SHOWN_KEYS = 8
 # Their bars and advice belong into no server's log; what is wrong with a checkpoint is said here.
@@ -37,6 +38,8 @@ class LibraryModule:
     """Parts of names of weights that a file may lack, since no forward of ours reads them."""
     part: str = ""
     """Dotted name of the submodule that is used; the rest never gets to the device."""
+    deals_pictures: bool = False
+    """Whether it is an autoencoder, of which several ranks each do a strip of the picture."""
 
     def __call__(self, directory: Path, class_name: str, context: LoadContext) -> nn.Module:
         """Raises UnsupportedModel for another class, CorruptCheckpoint when config or weights do not fit."""
@@ -52,7 +55,10 @@ class LibraryModule:
         )
         if self.part:
             module = attrgetter(self.part)(module)
-        return module.to(context.device).eval().requires_grad_(False)
+        module = module.to(context.device).eval().requires_grad_(False)
+        if self.deals_pictures:
+            deal_pictures(module, context.layers.strips)
+        return module
 
     def _stored(self, cls: Any, directory: Path, dtype: torch.dtype) -> nn.Module:
         """With the checkpoint's weights."""
@@ -90,9 +96,9 @@ def transformers_module(*class_names: str, optional_keys: tuple[str, ...] = (), 
     return LibraryModule(class_names, transformers, optional_keys, part)
 
 
-def diffusers_module(*class_names: str) -> LibraryModule:
-    """A component of one of these classes of diffusers."""
-    return LibraryModule(class_names, diffusers)
+def diffusers_autoencoder(*class_names: str) -> LibraryModule:
+    """An autoencoder of one of these classes of diffusers."""
+    return LibraryModule(class_names, diffusers, deals_pictures=True)
 
 
 def _explained(directory: Path, error: Exception) -> str:

@@ -21,7 +21,7 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
     SchedulerConfig,
     Tokenizer,
 )
-from sglang.multimodal_gen.runtime.loader.library_module import diffusers_module, transformers_module
+from sglang.multimodal_gen.runtime.loader.library_module import diffusers_autoencoder, transformers_module
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
 from sglang.multimodal_gen.runtime.models.dits.flux import FluxTransformer2DModel
 from sglang.multimodal_gen.runtime.models.schedulers.shifting import spaced_to_last
@@ -156,7 +156,7 @@ class FluxPipeline(PicturePipelineBase):
         "text_encoder": transformers_module("CLIPTextModel"),
         "text_encoder_2": transformers_module("T5EncoderModel"),
         "transformer": NativeModule(FluxTransformer2DModel, FluxTransformerConfig),
-        "vae": diffusers_module("AutoencoderKL"),
+        "vae": diffusers_autoencoder("AutoencoderKL"),
         "scheduler": SchedulerConfig(),
     }
     workloads: ClassVar[Mapping[str, Workload]] = FLUX_WORKLOADS

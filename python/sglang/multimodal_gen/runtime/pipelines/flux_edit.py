@@ -59,7 +59,9 @@ class ReferenceStage(Stage):
             units=1,
             batch_key=self.name,
             cost=float(width * height),
-            peak_bytes=self.memory.chunk_bytes(1, height, width),
+            peak_bytes=self.memory.encoding_bytes(
+                self.autoencoder.strips, 1, height, width, ratio=self.autoencoder.spatial_ratio
+            ),
         )
 
     def step(self, requests: Sequence[Req]) -> list[OutputBatch]:
@@ -175,7 +177,9 @@ class MaskedImageStage(Stage):
             units=1,
             batch_key=self.name,
             cost=float(width * height),
-            peak_bytes=self.memory.chunk_bytes(1, height, width),
+            peak_bytes=self.memory.encoding_bytes(
+                self.autoencoder.strips, 1, height, width, ratio=self.autoencoder.spatial_ratio
+            ),
         )
 
     def step(self, requests: Sequence[Req]) -> list[OutputBatch]:

@@ -92,7 +92,9 @@ class PictureEncodingStage(Stage):
             units=1,
             batch_key=self.name,
             cost=float(width * height),
-            peak_bytes=self.memory.chunk_bytes(1, height, width),
+            peak_bytes=self.memory.encoding_bytes(
+                self.vae.strips, 1, height, width, ratio=self.vae.config.spatial_compression_ratio
+            ),
         )
 
     def step(self, requests: Sequence[Req]) -> list[OutputBatch]:

@@ -26,7 +26,7 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
     SchedulerConfig,
     Tokenizer,
 )
-from sglang.multimodal_gen.runtime.loader.library_module import diffusers_module, transformers_module
+from sglang.multimodal_gen.runtime.loader.library_module import diffusers_autoencoder, transformers_module
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
 from sglang.multimodal_gen.runtime.models.dits.ltx import LTXVideoTransformer3DModel
 from sglang.multimodal_gen.runtime.models.schedulers.shifting import linear_then_quadratic, spaced_to_last
@@ -119,7 +119,7 @@ class LTXPipeline(ComposedPipelineBase):
         "tokenizer": Tokenizer(),
         "text_encoder": transformers_module("T5EncoderModel"),
         "transformer": NativeModule(LTXVideoTransformer3DModel, LTXVideoTransformerConfig),
-        "vae": diffusers_module("AutoencoderKLLTXVideo"),
+        "vae": diffusers_autoencoder("AutoencoderKLLTXVideo"),
         "scheduler": SchedulerConfig(),
     }
     workloads: ClassVar[Mapping[str, Workload]] = LTX_WORKLOADS

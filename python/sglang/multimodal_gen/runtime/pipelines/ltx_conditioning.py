@@ -151,7 +151,9 @@ class GivenFramesStage(Stage):
             units=1,
             batch_key=self.name,  # each is encoded for itself
             cost=float(num_frames * height * width) / self.geometry.spatial_ratio**2,
-            peak_bytes=self.memory.chunk_bytes(num_frames, height, width),
+            peak_bytes=self.memory.encoding_bytes(
+                self.autoencoder.strips, num_frames, height, width, ratio=self.autoencoder.spatial_ratio
+            ),
         )
 
     def num_frames(self, req: Req) -> int:

@@ -90,8 +90,10 @@ class PictureEncodingStage(Stage):
             units=1,
             batch_key=self.name,
             cost=float(sum(width * height for width, height in sizes)),
-            # An encoder is a decoder in reverse.
-            peak_bytes=max(self.memory.chunk_bytes(1, height, width) for width, height in sizes),
+            peak_bytes=max(
+                self.memory.encoding_bytes(self.vae.strips, 1, height, width, ratio=self.vae.config.spatial_ratio)
+                for width, height in sizes
+            ),
         )
 
     def step(self, requests: Sequence[Req]) -> list[OutputBatch]:

@@ -21,7 +21,7 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
     SchedulerConfig,
     Tokenizer,
 )
-from sglang.multimodal_gen.runtime.loader.library_module import diffusers_module, transformers_module
+from sglang.multimodal_gen.runtime.loader.library_module import diffusers_autoencoder, transformers_module
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
 from sglang.multimodal_gen.runtime.models.dits.sd3 import SD3Transformer2DModel
 from sglang.multimodal_gen.runtime.models.vaes.library_vae import spatial_ratio_of
@@ -175,7 +175,7 @@ class StableDiffusion3Pipeline(PicturePipelineBase):
         "text_encoder_2": transformers_module("CLIPTextModelWithProjection"),
         "text_encoder_3": transformers_module("T5EncoderModel"),
         "transformer": NativeModule(SD3Transformer2DModel, SD3TransformerConfig),
-        "vae": diffusers_module("AutoencoderKL"),
+        "vae": diffusers_autoencoder("AutoencoderKL"),
         "scheduler": SchedulerConfig(),
     }
     optional_components: ClassVar[frozenset[str]] = frozenset({"text_encoder_3", "tokenizer_3"})

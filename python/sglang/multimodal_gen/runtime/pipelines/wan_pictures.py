@@ -66,7 +66,9 @@ class PictureConditionStage(Stage):
             return None
         height, width = _size(req)
         num_frames = 1 if self.first_frame_only else self.vae.config.temporal_ratio
-        peak_bytes = self.memory.chunk_bytes(num_frames, height, width) + self.memory.carried_bytes(height, width)
+        strips, ratio = self.vae.strips, self.vae.config.spatial_ratio
+        peak_bytes = self.memory.encoding_bytes(strips, num_frames, height, width, ratio=ratio)
+        peak_bytes += self.memory.carried_bytes(*strips.largest(height, width, ratio=ratio))
         return Phase(
             name=self.name,
             lane="encode",

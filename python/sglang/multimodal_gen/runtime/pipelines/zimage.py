@@ -16,7 +16,7 @@ from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.runtime.loader.chat_tokenizer import ChatPromptTokenizer, ChatTokenizer
 from sglang.multimodal_gen.runtime.loader.component_loader import ComponentLoader, NativeModule, SchedulerConfig
-from sglang.multimodal_gen.runtime.loader.library_module import diffusers_module, transformers_module
+from sglang.multimodal_gen.runtime.loader.library_module import diffusers_autoencoder, transformers_module
 from sglang.multimodal_gen.runtime.models.dits.zimage import TOKEN_MULTIPLE, ZImageTransformer2DModel, padded_length
 from sglang.multimodal_gen.runtime.models.schedulers.shifting import spaced_to_last
 from sglang.multimodal_gen.runtime.models.vaes.library_vae import spatial_ratio_of
@@ -140,7 +140,7 @@ class ZImagePipeline(PicturePipelineBase):
         "tokenizer": ChatTokenizer(options=(("enable_thinking", True),)),
         "text_encoder": transformers_module("Qwen3Model", "Qwen3ForCausalLM"),
         "transformer": NativeModule(ZImageTransformer2DModel, ZImageTransformerConfig),
-        "vae": diffusers_module("AutoencoderKL"),
+        "vae": diffusers_autoencoder("AutoencoderKL"),
         "scheduler": SchedulerConfig(),
     }
     workloads: ClassVar[Mapping[str, Workload]] = Z_IMAGE_WORKLOADS

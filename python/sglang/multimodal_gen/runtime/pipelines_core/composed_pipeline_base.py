@@ -34,6 +34,7 @@ from sglang.multimodal_gen.runtime.distributed.parallel_state import SINGLE, Par
 from sglang.multimodal_gen.runtime.layers.attention.registry import device_facts
 from sglang.multimodal_gen.runtime.layers.attention.switch import explain_kernels
 from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerContext
+from sglang.multimodal_gen.runtime.layers.strip_sharding import explain_strips
 from sglang.multimodal_gen.runtime.loader.component_loader import (
     Checkpoint,
     ComponentLoader,
@@ -215,6 +216,8 @@ class ComposedPipelineBase:
             components = cls._load_components(resolved.local_path, context, report)
         for reason in explain_kernels(c for c in components.values() if isinstance(c, nn.Module)):
             report(reason)
+        for reason in explain_strips(components):
+            report(reason)
         defaults = resolved.defaults
         if execution.scheduler is not None:
             defaults = dataclasses.replace(defaults, scheduler=execution.scheduler)
@@ -386,7 +389,7 @@ class ComposedPipelineBase:
             if req.done(phase_name) == 0:
                 self._begin(phase_name, req)
         stage = self.stages[self._stage_order[phase_name]]
-        # Frames leave by one rank.
+        # Frames leave by one rank, whether others help to make them or not.
         outputs = stage.step(requests) or [] if self.parallel.leads or not stage.only_leader else []
         if self.device.type == "cuda":  # else its time, and its failure, would be put down to a later unit
             torch.cuda.current_stream(self.device).synchronize()

@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 
 from sglang.multimodal_gen.errors import ModelTooLarge
+from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 
 # Of the free memory, what one unit may plan with; the rest is for allocator waste and for other requests.
 USABLE_SHARE = 0.9
@@ -124,3 +125,10 @@ class DecoderMemory:
         """Peak for video frames of height x width pixels: four activations, and the pixels as fp32, fp32 and uint8."""
         cells = num_frames * (height // self.patch_size) * (width // self.patch_size)
         return 4 * cells * self.channels * self.element_size + num_frames * height * width * 3 * (2 * _FP32_BYTES + 1)
+
+    def encoding_bytes(self, strips: StripSharding, num_frames: int, height: int, width: int, *, ratio: int) -> int:
+        """Peak of encoding, which is decoding in reverse. A rank with a strip, of latent cells of `ratio` pixels along
+        each side, has the whole clip beside it."""
+        held = strips.largest(height, width, ratio=ratio)
+        clip = 0 if held == (height, width) else num_frames * height * width * 3 * _FP32_BYTES
+        return self.chunk_bytes(num_frames, *held) + clip

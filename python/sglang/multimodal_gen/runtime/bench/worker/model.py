@@ -16,6 +16,7 @@ from sglang.multimodal_gen.registry import load_config, read_model_index
 from sglang.multimodal_gen.runtime.bench.messages import ComponentTask, CostTask
 from sglang.multimodal_gen.runtime.bench.worker.flops import count_flops
 from sglang.multimodal_gen.runtime.bench.worker.reporting import Parent
+from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 from sglang.multimodal_gen.runtime.loader.component_loader import LoadContext, NativeModule
 from sglang.multimodal_gen.runtime.pipelines_core import ComposedPipelineBase, find_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.placement import place
@@ -93,8 +94,16 @@ def find_model(model: ModelArgs, workload: str, parent: Parent) -> BenchModel:
     )
 
 
-def work_size(task: ComponentTask | CostTask, model: BenchModel, *, dtype: torch.dtype, free_bytes: int) -> WorkSize:
-    """The sizes asked for, completed by the model's defaults; chunks as long as a pipeline would decode them.
+def work_size(
+    task: ComponentTask | CostTask,
+    model: BenchModel,
+    *,
+    dtype: torch.dtype,
+    free_bytes: int,
+    strips: StripSharding | None = None,
+) -> WorkSize:
+    """The sizes asked for, completed by the model's defaults; chunks as long as a pipeline would decode them, of the
+    largest of these strips.
 
     Raises: InvalidRequest for sizes that the model cannot do.
     """
@@ -114,7 +123,8 @@ def work_size(task: ComponentTask | CostTask, model: BenchModel, *, dtype: torch
     if memory is not None:
         lengths = range(longest, 0, -1)
         frames = {length: length * geometry.temporal_ratio for length in lengths}
-        longest = next((n for n in lengths if memory.chunk_bytes(frames[n], params.height, params.width) <= budget), 1)
+        height, width = (strips or StripSharding()).largest(params.height, params.width, ratio=geometry.spatial_ratio)
+        longest = next((n for n in lengths if memory.chunk_bytes(frames[n], height, width) <= budget), 1)
     return WorkSize(
         width=params.width,
         height=params.height,

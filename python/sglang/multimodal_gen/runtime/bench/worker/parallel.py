@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,13 +23,15 @@ from sglang.multimodal_gen.runtime.bench.statistics import summarise
 from sglang.multimodal_gen.runtime.bench.worker.model import find_model, work_size
 from sglang.multimodal_gen.runtime.bench.worker.reporting import Parent, failures_told, take_task, watch_parent
 from sglang.multimodal_gen.runtime.bench.worker.timing import Run, timer_for
-from sglang.multimodal_gen.runtime.distributed.collectives import all_gather
+from sglang.multimodal_gen.runtime.distributed.collectives import all_gather, least
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ParallelContext, join_replica
+from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
+from sglang.multimodal_gen.runtime.pipelines_core.memory import free_bytes
 from sglang.multimodal_gen.runtime.pipelines_core.placement import place
-from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, Inputs, WorkSize
+from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, Inputs, Workload, WorkSize
 
-_WORKLOAD = "dit"
+_WORKLOAD, _DECODING = "dit", "vae_decode"
 _COMMUNICATION = "nccl"
 
 
@@ -47,28 +50,48 @@ class ParallelBench:
         else:
             torch.set_num_threads(max(1, torch.get_num_threads() // task.num_ranks))
         self.model = find_model(args.model, _WORKLOAD, parent)
-        self.workload = self.model.pipeline_class.workloads[_WORKLOAD]
-        self.size = work_size(task.component, self.model, dtype=self.placement.dtype, free_bytes=0)
-        self.alone: Tensor | None = None
+        if task.decode:
+            find_model(args.model, _DECODING, parent)
+        self.alone: dict[str, Tensor] = {}
+        self.chunk_frames: list[int] = []
+        self.dtypes: dict[str, torch.dtype] = {}
 
-    def run(self) -> tuple[LayoutResult, ...]:
-        """Those of the layouts that this rank leads; the first is that of one rank."""
+    def run(self) -> ParallelResult:
+        """The layouts that this rank is in; the first is that of one rank."""
+        by_size = {shape.num_ranks: shape for shape in reversed(self.task.layouts)}
+        decoding = [by_size[size] for size in sorted(by_size)] if self.task.decode else []
+        layouts = self._measured(_WORKLOAD, self.task.layouts)
+        decoded = self._measured(_DECODING, decoding)
+        return ParallelResult(
+            module=self._module_name(_WORKLOAD),
+            device=str(self.device),
+            device_name=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "",
+            precision=self.placement.precision,
+            layouts=layouts,
+            decoder=self._module_name(_DECODING) if decoded else "",
+            decoder_precision=str(self.dtypes.get(_DECODING, "")).removeprefix("torch."),
+            decoding=decoded,
+            chunk_frames=tuple(self.chunk_frames),
+        )
+
+    def _module_name(self, name: str) -> str:
+        return self.model.native(self.model.pipeline_class.workloads[name].component).module_class.__name__
+
+    def _measured(self, name: str, layouts: Sequence[ReplicaShape]) -> tuple[LayoutResult, ...]:
         results = []
-        for number, shape in enumerate(self.task.layouts):
+        for number, shape in enumerate(layouts):
             if self.task.rank < shape.num_ranks:
                 if self.task.rank == 0:
-                    self.parent.tell(f"measuring {shape}")
-                results.append(self._measure(shape, Path(self.task.meeting, f"layout-{number}")))
+                    self.parent.tell(f"measuring {name}, {shape}")
+                results.append(self._measure(name, shape, Path(self.task.meeting, f"{name}-{number}")))
         return tuple(results)
 
-    def _measure(self, shape: ReplicaShape, store: Path) -> LayoutResult:
+    def _measure(self, name: str, shape: ReplicaShape, store: Path) -> LayoutResult:
         parallel = join_replica(shape, self.task.rank, store=store, device=self.device)
         try:
-            module, dtype = self._load(parallel)
-            inputs = self.workload.inputs(self.model.configs, self.size, Drawing(self.device, dtype))
-            step = self._step(module, inputs, parallel)
+            step = (self._step if name == _WORKLOAD else self._decoding)(parallel)
             output = step()
-            difference = self._difference(output)
+            difference = self._difference(name, output)
             del output
             samples = self._times(step, parallel)
             host_ms = self._host_ms(step)
@@ -88,12 +111,13 @@ class ParallelBench:
             host_ms=host_ms,
         )
 
-    def _load(self, parallel: ParallelContext) -> tuple[nn.Module, torch.dtype]:
+    def _load(self, name: str, parallel: ParallelContext) -> tuple[Workload, nn.Module, torch.dtype]:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
-        args, component = self.task.component.engine.args, self.workload.component
+        workload = self.model.pipeline_class.workloads[name]
+        args, component = self.task.component.engine.args, workload.component
         context = self.model.pipeline_class.load_context(
             self.model.config,
             self.placement,
@@ -103,18 +127,38 @@ class ParallelBench:
         )
         load = self.model.native(component)
         module = load(self.model.directory / component, self.model.listed(component)[1], context)
-        return module, context.dtype_of(component)
+        self.dtypes[name] = context.dtype_of(component)
+        return workload, module, self.dtypes[name]
 
-    def _step(self, module: nn.Module, inputs: Inputs, parallel: ParallelContext) -> Callable[[], Tensor]:
+    def _decoding(self, parallel: ParallelContext) -> Callable[[], Tensor]:
+        """One clip, chunk by chunk; the leader has its video."""
+        workload, module, dtype = self._load(_DECODING, parallel)
+        strips: StripSharding = module.strips  # type: ignore[assignment]
+        task = msgspec.structs.replace(self.task.component, batch_size=1)
+        free = least(free_bytes(self.device), parallel.world)
+        size = work_size(task, self.model, dtype=dtype, free_bytes=free, strips=strips)
+        self.chunk_frames.append(size.chunk_frames)
+        inputs = workload.inputs(self.model.configs, size, Drawing(self.device, dtype))
+
+        def step() -> Tensor:
+            video = strips.collect(workload.forward(module, inputs, size), *size.latent_shape[-2:])
+            return inputs[0] if video is None else video
+
+        return step
+
+    def _step(self, parallel: ParallelContext) -> Callable[[], Tensor]:
         """The forwards of one step; its rows are dealt along the cfg axis, as the denoising stage deals them."""
-        rows, axis = self.size.batch_size, parallel.cfg
+        workload, module, dtype = self._load(_WORKLOAD, parallel)
+        size = work_size(self.task.component, self.model, dtype=dtype, free_bytes=0)
+        inputs: Inputs = workload.inputs(self.model.configs, size, Drawing(self.device, dtype))
+        rows, axis = size.batch_size, parallel.cfg
         share = -(-rows // axis.size)
         first = min(axis.rank * share, rows - 1)
         own = tuple(each[first : first + share] if each.shape[0] == rows else each for each in inputs)
-        own_size = WorkSize(**{**vars(self.size), "batch_size": min(share, rows - first)})
+        own_size = WorkSize(**{**vars(size), "batch_size": min(share, rows - first)})
 
         def step() -> Tensor:
-            predicted = self.workload.forward(module, own, own_size)
+            predicted = workload.forward(module, own, own_size)
             missing = share - predicted.shape[0]
             if missing:
                 predicted = torch.cat((predicted, predicted[-1:].expand(missing, *predicted.shape[1:])))
@@ -122,12 +166,13 @@ class ParallelBench:
 
         return step
 
-    def _difference(self, output: Tensor) -> float:
-        """Norm of the difference from one rank's output over its norm; on the leader alone it means something."""
-        if self.alone is None:
-            self.alone = output.float().cpu()
+    def _difference(self, name: str, output: Tensor) -> float:
+        """Norm of the difference from one rank's output over its norm; 0 where there is none, which is not on the
+        leader."""
+        if self.task.rank:
             return 0.0
-        return float((output.float().cpu() - self.alone).norm() / self.alone.norm())
+        alone = self.alone.setdefault(name, output.float().cpu())
+        return float((output.float().cpu() - alone).norm() / alone.norm())
 
     def _times(self, step: Run, parallel: ParallelContext) -> list[float]:
         timer = timer_for(self.device)
@@ -180,17 +225,7 @@ def main() -> None:
     task.component.engine.apply()
     envs.meet_on_loopback()
     with failures_told(parent), torch.inference_mode():
-        bench = ParallelBench(task, parent)
-        layouts = bench.run()
-        parent.send(
-            ParallelResult(
-                module=bench.model.native(bench.workload.component).module_class.__name__,
-                device=str(bench.device),
-                device_name=torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else "",
-                precision=bench.placement.precision,
-                layouts=layouts,
-            )
-        )
+        parent.send(ParallelBench(task, parent).run())
 
 
 if __name__ == "__main__":

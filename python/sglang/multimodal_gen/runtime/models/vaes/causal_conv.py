@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
+
 
 class TemporalState:
     """What the causal layers remember of the frames before this chunk; one per clip, and per tile of a tiled clip.
@@ -24,13 +26,21 @@ class TemporalState:
 
     def extend(self, layer: nn.Module, frames: Tensor, length: int) -> Tensor:
         """Put the layer's remembered frames, `length` at most, in front of [B, C, T, H, W]; remember the last ones."""
-        tail = self._tails.get(layer)
+        tail = self.tail(layer)
         if tail is not None:
             frames = torch.cat((tail, frames), dim=2)
+        self.remember(layer, frames, length)
+        return frames
+
+    def tail(self, layer: nn.Module) -> Tensor | None:
+        """The layer's remembered frames; None at the start of a clip."""
+        return self._tails.get(layer)
+
+    def remember(self, layer: nn.Module, frames: Tensor, length: int) -> None:
+        """The last `length` of these frames, for the next chunk."""
         if self.carry:
             # A copy, because a view would keep the whole chunk in memory.
             self._tails[layer] = frames[:, :, -length:].clone()
-        return frames
 
     def advance(self) -> None:
         """Call when a chunk has passed through all layers: the next one is not the first."""
@@ -54,23 +64,44 @@ def unfold_frames(images: Tensor, batch_size: int) -> Tensor:
 class CausalConv3d(nn.Conv3d):
     """Convolution that sees this frame and the `kernel_size - 1` before it; before the clip there are zeros."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int, int]) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int, int], *, strips: StripSharding
+    ) -> None:
         sides = (kernel_size,) * 3 if isinstance(kernel_size, int) else kernel_size
-        super().__init__(in_channels, out_channels, sides, padding=(0, sides[1] // 2, sides[2] // 2))
+        super().__init__(in_channels, out_channels, sides)
+        self.strips = strips
+        rows, columns = sides[1] // 2, sides[2] // 2
+        self.edges = (columns, columns, rows, rows)
 
     def forward(self, frames: Tensor, state: TemporalState) -> Tensor:  # type: ignore[override]
         """[B, C, T, H, W] -> [B, O, T, H, W]."""
         num_frames, reach = frames.shape[2], self.kernel_size[0] - 1
-        if reach:
+        padding = (self.edges[2], self.edges[0])
+        if self.strips.is_dealt:
+            frames, padding = self._surrounded(frames, state, reach), (0, 0)
+        elif reach:
             frames = state.extend(self, frames, reach)
         # A single frame without a past meets only one slice of the kernel. On the CPU torch has no fast 3-D convolution
         # below B·C·T·H = 20,480 (32 channels, 8x64x64: 146 ms, in slices 14 ms) and none faster than slices above.
         if frames.shape[2] == 1 or frames.device.type == "cpu":
-            return self._by_slices(frames, num_frames)
+            return self._by_slices(frames, num_frames, padding)
         missing = num_frames + reach - frames.shape[2]
-        return super().forward(F.pad(frames, (0, 0, 0, 0, missing, 0)) if missing else frames)
+        frames = F.pad(frames, (0, 0, 0, 0, missing, 0)) if missing else frames
+        return F.conv3d(frames, self.weight, self.bias, padding=(0, *padding))
 
-    def _by_slices(self, frames: Tensor, num_frames: int) -> Tensor:
+    def _surrounded(self, frames: Tensor, state: TemporalState, reach: int) -> Tensor:
+        """A strip between its neighbours' lines, behind what came before it: all in one copy, as with one rank."""
+        tail = state.tail(self)
+        starts = tail is None and (frames.shape[2] == 1 or frames.device.type == "cpu")
+        lead = 0 if starts else reach
+        frames = self.strips.pad(frames, (*self.edges, lead, 0))
+        if tail is not None:
+            frames[:, :, lead - tail.shape[2] : lead] = tail
+        if reach:
+            state.remember(self, frames, reach)
+        return frames
+
+    def _by_slices(self, frames: Tensor, num_frames: int, padding: tuple[int, int]) -> Tensor:
         """The sum of one 2-D convolution for each temporal slice of the kernel, latest slice first."""
         batch_size, total, reach = frames.shape[0], frames.shape[2], self.kernel_size[0] - 1
         output: Tensor | None = None
@@ -82,7 +113,7 @@ class CausalConv3d(nn.Conv3d):
                 break
             weight = self.weight[:, :, reach - delay]
             bias = self.bias if delay == 0 else None
-            images = F.conv2d(fold_frames(frames[:, :, first:last]), weight, bias, padding=self.padding[1:])
+            images = F.conv2d(fold_frames(frames[:, :, first:last]), weight, bias, padding=padding)
             part = unfold_frames(images, batch_size)
             if output is None:
                 output = part

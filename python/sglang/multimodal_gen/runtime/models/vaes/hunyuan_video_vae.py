@@ -11,6 +11,7 @@ Shapes: B batch, T, H, W video frames, height, width; Z latent channels, t, h, w
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.vaes.hunyuan_video import HunyuanVideoVAEConfig
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.strips import StripGroupNorm
 from sglang.multimodal_gen.runtime.models.vaes.distribution import LatentDistribution
 from sglang.multimodal_gen.runtime.models.vaes.hunyuan_video_vae_blocks import (
     NORM_EPS,
@@ -35,17 +37,17 @@ class HunyuanVideoEncoder(nn.Module):
 
     def __init__(self, config: HunyuanVideoVAEConfig, context: LayerContext) -> None:
         super().__init__()
-        widths, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = EdgeCausalConv3d(config.in_channels, widths[0])
+        widths, groups, strips = config.block_out_channels, config.norm_num_groups, context.strips
+        self.conv_in = EdgeCausalConv3d(config.in_channels, widths[0], strips=strips)
         self.down_blocks = nn.ModuleList(
             [
-                DownStage(before, after, config.layers_per_block, groups, strides)
+                DownStage(before, after, config.layers_per_block, groups, strides, strips)
                 for (before, after), strides in zip(pairwise((widths[0], *widths)), config.strides, strict=True)
             ]
         )
         self.mid_block = MidBlock(widths[-1], groups, context, attention=config.mid_block_add_attention)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
-        self.conv_out = EdgeCausalConv3d(widths[-1], 2 * config.latent_channels)
+        self.conv_norm_out = StripGroupNorm(groups, widths[-1], NORM_EPS, strips=strips)
+        self.conv_out = EdgeCausalConv3d(widths[-1], 2 * config.latent_channels, strips=strips)
 
     def forward(self, frames: Tensor) -> Tensor:
         frames = self.conv_in(frames)
@@ -59,17 +61,17 @@ class HunyuanVideoDecoder(nn.Module):
 
     def __init__(self, config: HunyuanVideoVAEConfig, context: LayerContext) -> None:
         super().__init__()
-        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = EdgeCausalConv3d(config.latent_channels, widths[0])
+        widths, groups, strips = config.block_out_channels[::-1], config.norm_num_groups, context.strips
+        self.conv_in = EdgeCausalConv3d(config.latent_channels, widths[0], strips=strips)
         self.mid_block = MidBlock(widths[0], groups, context, attention=config.mid_block_add_attention)
         self.up_blocks = nn.ModuleList(
             [
-                UpStage(before, after, config.layers_per_block + 1, groups, factors)
+                UpStage(before, after, config.layers_per_block + 1, groups, factors, strips)
                 for (before, after), factors in zip(pairwise((widths[0], *widths)), config.strides, strict=True)
             ]
         )
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
-        self.conv_out = EdgeCausalConv3d(widths[-1], config.out_channels)
+        self.conv_norm_out = StripGroupNorm(groups, widths[-1], NORM_EPS, strips=strips)
+        self.conv_out = EdgeCausalConv3d(widths[-1], config.out_channels, strips=strips)
 
     def forward(self, frames: Tensor) -> Tensor:
         frames = self.conv_in(frames)
@@ -93,6 +95,7 @@ class AutoencoderKLHunyuanVideo(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
+        self.strips = context.strips
         self.encoder = HunyuanVideoEncoder(config, context)
         self.decoder = HunyuanVideoDecoder(config, context)
         self.quant_conv = nn.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
@@ -126,7 +129,7 @@ class AutoencoderKLHunyuanVideo(nn.Module):
         return LatentDistribution.of_moments(torch.cat(parts, dim=2))
 
     def decode(self, latents: Tensor, *, tiling: Tiling | None = None) -> Tensor:
-        """Latents [B, Z, t, h, w] -> video [B, 3, T, H, W] in [-1, 1]."""
+        """Latents [B, Z, t, h, w] -> video [B, 3, T, H, W] in [-1, 1]; of several ranks each gets its strip."""
         pieces = range(len(self.decoder_pieces(latents.shape[2])))
         state = self.new_state(tiling, carry=len(pieces) > 1)
         return torch.cat([self.decode_piece(latents, index, state) for index in pieces], dim=2)
@@ -140,15 +143,23 @@ class AutoencoderKLHunyuanVideo(nn.Module):
         return TemporalTiling().scaled(self.config.temporal_compression_ratio).split(num_frames)
 
     def decode_piece(self, latents: Tensor, index: int, state: PieceState) -> Tensor:
-        """Piece `index` of the whole clip's latents [B, Z, t, h, w] -> its video [B, 3, T, H, W]; pieces in order."""
-        slices, tiling = self.decoder_pieces(latents.shape[2]), state.tiling
-        cells = None if tiling is None else tiling.scaled(self.config.spatial_compression_ratio)
-        piece = _in_tiles(self._decode_tile, latents[:, :, slices[index]], cells, tiling)
+        """Piece `index` of the whole clip's latents [B, Z, t, h, w] -> its video [B, 3, T, H, W]; pieces in order.
+
+        Of several ranks each gets its strip, of the whole picture or put together from strips of tiles.
+        """
+        slices, tiling, strips = self.decoder_pieces(latents.shape[2]), state.tiling, self.strips
+        if tiling is None:
+            piece = strips.over_strip(self._decode_tile, latents[:, :, slices[index]])
+        else:
+            cells = tiling.scaled(self.config.spatial_compression_ratio)
+            decode = partial(strips.over_whole, self._decode_tile)
+            piece = strips.own(_in_tiles(decode, latents[:, :, slices[index]], cells, tiling), *latents.shape[3:])
         video, state.before = TemporalTiling().join_next(piece, state.before, last=index == len(slices) - 1)
         return video
 
     def _encode_tile(self, video: Tensor) -> Tensor:
-        return self.quant_conv(self.encoder(video))
+        ratio = self.config.spatial_compression_ratio
+        return self.strips.over_whole(lambda strip: self.quant_conv(self.encoder(strip)), video, ratio=ratio)
 
     def _decode_tile(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(latents))

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
+from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
+from sglang.multimodal_gen.runtime.layers.strips import StripGroupNorm
 from sglang.multimodal_gen.runtime.models.vaes.causal_conv import fold_frames, unfold_frames
 
 NORM_EPS = 1e-6
@@ -23,17 +25,23 @@ class EdgeCausalConv3d(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: tuple[int, int, int] = (1, 1, 1)
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: tuple[int, int, int] = (1, 1, 1),
+        *,
+        strips: StripSharding,
     ) -> None:
         super().__init__()
+        self.strips = strips
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, stride)
         side = kernel_size // 2
         self.edges = (side, side, side, side, kernel_size - 1, 0)
 
     def forward(self, frames: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, O, T', H', W']."""
-        if any(self.edges):
-            frames = F.pad(frames, self.edges, mode="replicate")
+        frames = self.strips.pad(frames, self.edges, "replicate")
         # On the CPU torch has no 3-D convolution as fast as 2-D ones for each temporal slice of the kernel.
         return self._by_slices(frames) if frames.device.type == "cpu" else self.conv(frames)
 
@@ -52,13 +60,15 @@ class EdgeCausalConv3d(nn.Module):
 class ResidualBlock(nn.Module):
     """Two group norms, activations and convolutions beside a shortcut."""
 
-    def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int, strips: StripSharding) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(num_groups, in_channels, NORM_EPS)
-        self.conv1 = EdgeCausalConv3d(in_channels, out_channels)
-        self.norm2 = nn.GroupNorm(num_groups, out_channels, NORM_EPS)
-        self.conv2 = EdgeCausalConv3d(out_channels, out_channels)
-        self.conv_shortcut = None if in_channels == out_channels else EdgeCausalConv3d(in_channels, out_channels, 1)
+        self.norm1 = StripGroupNorm(num_groups, in_channels, NORM_EPS, strips=strips)
+        self.conv1 = EdgeCausalConv3d(in_channels, out_channels, strips=strips)
+        self.norm2 = StripGroupNorm(num_groups, out_channels, NORM_EPS, strips=strips)
+        self.conv2 = EdgeCausalConv3d(out_channels, out_channels, strips=strips)
+        self.conv_shortcut = None
+        if in_channels != out_channels:
+            self.conv_shortcut = EdgeCausalConv3d(in_channels, out_channels, 1, strips=strips)
 
     def forward(self, frames: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, O, T, H, W]."""
@@ -72,22 +82,25 @@ class CausalAttention(nn.Module):
 
     def __init__(self, channels: int, num_groups: int, context: LayerContext) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(num_groups, channels, NORM_EPS)
+        self.group_norm = StripGroupNorm(num_groups, channels, NORM_EPS, strips=context.strips)
         self.to_q = ReplicatedLinear(channels, channels)
         self.to_k = ReplicatedLinear(channels, channels)
         self.to_v = ReplicatedLinear(channels, channels)
         self.to_out = nn.ModuleList([ReplicatedLinear(channels, channels)])
         self.attention = context.frame_attention.build(channels)
+        self.strips = context.strips
 
     def forward(self, frames: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, C, T, H, W]."""
-        num_cells = frames.shape[3] * frames.shape[4]
-        tokens = self.group_norm(frames).flatten(2).transpose(1, 2)
-        query, key, value = (layer(tokens).unsqueeze(2) for layer in (self.to_q, self.to_k, self.to_v))
+        tokens = self.group_norm(frames).flatten(3).permute(0, 2, 3, 1)  # [B, T, H·W, C]
+        query = self.to_q(tokens)
+        key, value = (self.strips.gather(layer(tokens), dim=2) for layer in (self.to_k, self.to_v))
         # Frame by frame, because a mask of all cells would have the square of their number: 10 GB at 720p.
         attended = [
-            self.attention(query[:, end - num_cells : end], key[:, :end], value[:, :end])
-            for end in range(num_cells, tokens.shape[1] + 1, num_cells)
+            self.attention(
+                query[:, index, :, None], *(seen[:, : index + 1].flatten(1, 2)[:, :, None] for seen in (key, value))
+            )
+            for index in range(frames.shape[2])
         ]
         update = self.to_out[0](torch.cat(attended, dim=1).flatten(2))
         return frames + update.transpose(1, 2).reshape(frames.shape)
@@ -98,7 +111,7 @@ class MidBlock(nn.Module):
 
     def __init__(self, channels: int, num_groups: int, context: LayerContext, *, attention: bool) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList([ResidualBlock(channels, channels, num_groups) for _ in range(2)])
+        self.resnets = nn.ModuleList([ResidualBlock(channels, channels, num_groups, context.strips) for _ in range(2)])
         self.attentions = nn.ModuleList([CausalAttention(channels, num_groups, context)] if attention else [])
 
     def forward(self, frames: Tensor) -> Tensor:
@@ -111,9 +124,10 @@ class MidBlock(nn.Module):
 class Downsample(nn.Module):
     """Convolution with a stride of 1 or 2 in time and in space. Key: `conv`."""
 
-    def __init__(self, channels: int, time_stride: int, space_stride: int) -> None:
+    def __init__(self, channels: int, time_stride: int, space_stride: int, strips: StripSharding) -> None:
         super().__init__()
-        self.conv = EdgeCausalConv3d(channels, channels, stride=(time_stride, space_stride, space_stride))
+        stride = (time_stride, space_stride, space_stride)
+        self.conv = EdgeCausalConv3d(channels, channels, stride=stride, strips=strips)
 
     def forward(self, frames: Tensor) -> Tensor:
         return self.conv(frames)
@@ -122,10 +136,10 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Repeats cells and, but for the clip's first, frames; then a convolution. Key: `conv`."""
 
-    def __init__(self, channels: int, time_factor: int, space_factor: int) -> None:
+    def __init__(self, channels: int, time_factor: int, space_factor: int, strips: StripSharding) -> None:
         super().__init__()
         self.time_factor, self.space_factor = time_factor, space_factor
-        self.conv = EdgeCausalConv3d(channels, channels)
+        self.conv = EdgeCausalConv3d(channels, channels, strips=strips)
 
     def forward(self, frames: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, C, 1 + f·(T - 1), s·H, s·W] for the factors f and s."""
@@ -140,11 +154,17 @@ class DownStage(nn.Module):
     """One resolution of the encoder: residual blocks, then the way to the next."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, count: int, num_groups: int, strides: tuple[int, int]
+        self,
+        in_channels: int,
+        out_channels: int,
+        count: int,
+        num_groups: int,
+        strides: tuple[int, int],
+        strips: StripSharding,
     ) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(residual_blocks(in_channels, out_channels, count, num_groups))
-        self.downsamplers = nn.ModuleList([Downsample(out_channels, *strides)] if max(strides) > 1 else [])
+        self.resnets = nn.ModuleList(residual_blocks(in_channels, out_channels, count, num_groups, strips))
+        self.downsamplers = nn.ModuleList([Downsample(out_channels, *strides, strips)] if max(strides) > 1 else [])
 
     def forward(self, frames: Tensor) -> Tensor:
         for layer in (*self.resnets, *self.downsamplers):
@@ -156,11 +176,17 @@ class UpStage(nn.Module):
     """One resolution of the decoder: residual blocks, then the way to the next."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, count: int, num_groups: int, factors: tuple[int, int]
+        self,
+        in_channels: int,
+        out_channels: int,
+        count: int,
+        num_groups: int,
+        factors: tuple[int, int],
+        strips: StripSharding,
     ) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(residual_blocks(in_channels, out_channels, count, num_groups))
-        self.upsamplers = nn.ModuleList([Upsample(out_channels, *factors)] if max(factors) > 1 else [])
+        self.resnets = nn.ModuleList(residual_blocks(in_channels, out_channels, count, num_groups, strips))
+        self.upsamplers = nn.ModuleList([Upsample(out_channels, *factors, strips)] if max(factors) > 1 else [])
 
     def forward(self, frames: Tensor) -> Tensor:
         for layer in (*self.resnets, *self.upsamplers):
@@ -168,6 +194,11 @@ class UpStage(nn.Module):
         return frames
 
 
-def residual_blocks(in_channels: int, out_channels: int, count: int, num_groups: int) -> list[nn.Module]:
+def residual_blocks(
+    in_channels: int, out_channels: int, count: int, num_groups: int, strips: StripSharding
+) -> list[nn.Module]:
     """`count` blocks, of which the first changes the number of channels."""
-    return [ResidualBlock(out_channels if index else in_channels, out_channels, num_groups) for index in range(count)]
+    return [
+        ResidualBlock(out_channels if index else in_channels, out_channels, num_groups, strips)
+        for index in range(count)
+    ]

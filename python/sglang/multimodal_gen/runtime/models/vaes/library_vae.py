@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 from sglang.multimodal_gen.runtime.models.vaes.tiling import Tiling
 
 
@@ -43,6 +45,7 @@ class LibraryAutoencoder:
         is_video: bool,
     ) -> None:
         self.vae = vae
+        self.strips: StripSharding = getattr(vae, "strips", None) or StripSharding()
         parameter = next(vae.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
         self.mean, self.std = (torch.as_tensor(value).float().reshape(-1, 1, 1, 1) for value in (mean, std))
@@ -80,20 +83,37 @@ class LibraryAutoencoder:
         The most likely ones, or with a generator of the CPU a sample.
         """
         video = video.to(self.device, self.dtype)
-        distribution: Any = self.vae.encode(video if self.is_video else video.squeeze(2)).latent_dist
+        distribution = self._distribution(video if self.is_video else video.squeeze(2))
         latents = distribution.mode() if generator is None else distribution.sample(generator)
         return self.normalise(latents if self.is_video else latents.unsqueeze(2))
 
+    def _distribution(self, pixels: Tensor) -> Any:
+        """The library's, of the parameters that all ranks' strips have together."""
+        kinds = []
+
+        def parameters(strip: Tensor) -> Tensor:
+            found: Any = self.vae.encode(strip).latent_dist
+            kinds.append(type(found))
+            return found.parameters
+
+        whole = self.strips.over_whole(parameters, pixels, ratio=self.spatial_ratio)
+        return kinds[0](whole)
+
     def decode_next(self, latents: Tensor, state: WholeClip) -> Tensor:
-        """The whole clip [B, C, t, h, w] of the decoder -> [B, 3, T, H, W] in about [-1, 1]."""
+        """The whole clip [B, C, t, h, w] of the decoder -> [B, 3, T, H, W] in about [-1, 1].
+
+        Of several ranks each gets its strip, of the whole picture or put together from strips of tiles.
+        """
+        decode = partial(self.decode, arguments=state.arguments)
         if state.tiling is None:
-            return self.decode(latents, state.arguments)
+            return self.strips.over_strip(decode, latents)
         height, width = latents.shape[-2:]
         tiling = state.tiling.scaled(self.spatial_ratio)
         tiles = [
-            self.decode(latents[..., rows, columns], state.arguments) for rows, columns in tiling.split(height, width)
+            self.strips.over_whole(decode, latents[..., rows, columns]) for rows, columns in tiling.split(height, width)
         ]
-        return state.tiling.join(tiles, height * self.spatial_ratio, width * self.spatial_ratio)
+        joined = state.tiling.join(tiles, height * self.spatial_ratio, width * self.spatial_ratio)
+        return self.strips.own(joined, height, width)
 
     def decode(self, latents: Tensor, arguments: Mapping[str, Any] = MappingProxyType({})) -> Tensor:
         """One tile, or all: [B, C, t, h, w] -> [B, 3, T, H, W]."""

@@ -9,7 +9,8 @@ Shapes: B batch, T, H, W video frames, height, width; Z latent channels, t, h, w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -51,8 +52,9 @@ class AutoencoderKLWan(nn.Module):
         context = LayerContext() if context is None else context
         self.config = config
         self.encoder = WanEncoder(config, context)
-        self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, 1)
-        self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, 1)
+        self.strips = context.strips
+        self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, 1, strips=self.strips)
+        self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, 1, strips=self.strips)
         self.decoder = WanDecoder(config, context)
 
     def normalise(self, latents: Tensor) -> Tensor:
@@ -106,10 +108,14 @@ class AutoencoderKLWan(nn.Module):
 
         T is k·t, or 1 + k·(t - 1) at the start of the clip. A new clip wants a new `TemporalState(carry=True)`.
         """
-        return LatentDistribution.of_moments(self._moments(patchify(video, self.config.patch_size or 1), state))
+        moments = self._of_strips(partial(self._moments, state=state), patchify(video, self.config.patch_size or 1))
+        return LatentDistribution.of_moments(moments)
 
     def decode(self, latents: Tensor, *, chunk_frames: int | None = None, tiling: Tiling | None = None) -> Tensor:
-        """Latents [B, Z, t, h, w] -> video [B, 3, T, H, W] in [-1, 1], `chunk_frames` latent frames at a time."""
+        """Latents [B, Z, t, h, w] -> video [B, 3, T, H, W] in [-1, 1], `chunk_frames` latent frames at a time.
+
+        Of several ranks each gets its strip.
+        """
         return torch.cat(list(self.decode_chunks(latents, chunk_frames=chunk_frames, tiling=tiling)), dim=2)
 
     def decode_chunks(
@@ -124,14 +130,17 @@ class AutoencoderKLWan(nn.Module):
     def decode_next(self, latents: Tensor, state: DecoderState) -> Tensor:
         """The next latent frames [B, Z, t, h, w] of the clip -> their video [B, 3, T, H, W] in [-1, 1].
 
-        T is k·t, or 1 + k·(t - 1) at the start of the clip. A new clip wants a new `DecoderState()`.
+        T is k·t, or 1 + k·(t - 1) at the start of the clip. A new clip wants a new `DecoderState()`. Of several ranks
+        each gets its strip, of the whole picture or put together from strips of tiles.
         """
-        slices = [(slice(None), slice(None))] if state.tiling is None else self.decoder_tiles(latents, state.tiling)
+        if state.tiling is None:
+            patches = self.strips.over_strip(partial(self.decode_tile, state=state.tile(0)), latents)
+            return self.join_tiles([patches], latents, None)
         tiles = [
-            self.decode_tile(latents[..., rows, columns], state.tile(index))
-            for index, (rows, columns) in enumerate(slices)
+            self.strips.over_whole(partial(self.decode_tile, state=state.tile(index)), latents[..., rows, columns])
+            for index, (rows, columns) in enumerate(self.decoder_tiles(latents, state.tiling))
         ]
-        return self.join_tiles(tiles, latents, state.tiling)
+        return self.strips.own(self.join_tiles(tiles, latents, state.tiling), *latents.shape[3:])
 
     def decoder_tiles(self, latents: Tensor, tiling: Tiling) -> list[tuple[slice, slice]]:
         """Rows and columns of latents that `decode_tile` takes one after the other."""
@@ -161,7 +170,11 @@ class AutoencoderKLWan(nn.Module):
         ends = [*range(step - ratio + 1, num_frames, step), num_frames] if chunk_frames else [num_frames]
         state = TemporalState(carry=len(ends) > 1)
         chunks = (patches[:, :, start:end] for start, end in zip([0, *ends], ends, strict=False))
-        return torch.cat([self._moments(chunk, state) for chunk in chunks], dim=2)
+        return torch.cat([self._of_strips(partial(self._moments, state=state), chunk) for chunk in chunks], dim=2)
+
+    def _of_strips(self, network: Callable[[Tensor], Tensor], patches: Tensor) -> Tensor:
+        """The encoder over this rank's strip, and what all ranks' strips gave."""
+        return self.strips.over_whole(network, patches, ratio=2 ** len(self.config.temperal_downsample))
 
     def _moments(self, patches: Tensor, state: TemporalState) -> Tensor:
         patches = patches.contiguous(memory_format=torch.channels_last_3d)

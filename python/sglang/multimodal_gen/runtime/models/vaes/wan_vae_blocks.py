@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
+from sglang.multimodal_gen.runtime.layers.strips import StripConv2d, StripPad2d
 from sglang.multimodal_gen.runtime.models.vaes.causal_conv import (
     CausalConv3d,
     ChannelRMSNorm,
@@ -24,14 +26,16 @@ from sglang.multimodal_gen.runtime.models.vaes.causal_conv import (
 class ResidualBlock(nn.Module):
     """Twice norm, SiLU and causal convolution, around a shortcut: [B, C, T, H, W] -> [B, O, T, H, W]."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
+    def __init__(self, in_channels: int, out_channels: int, dropout: float, strips: StripSharding) -> None:
         super().__init__()
         self.norm1 = ChannelRMSNorm(in_channels, num_trailing=3)
-        self.conv1 = CausalConv3d(in_channels, out_channels, 3)
+        self.conv1 = CausalConv3d(in_channels, out_channels, 3, strips=strips)
         self.norm2 = ChannelRMSNorm(out_channels, num_trailing=3)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = CausalConv3d(out_channels, out_channels, 3)
-        self.conv_shortcut = None if in_channels == out_channels else CausalConv3d(in_channels, out_channels, 1)
+        self.conv2 = CausalConv3d(out_channels, out_channels, 3, strips=strips)
+        self.conv_shortcut = None
+        if in_channels != out_channels:
+            self.conv_shortcut = CausalConv3d(in_channels, out_channels, 1, strips=strips)
 
     def forward(self, frames: Tensor, state: TemporalState) -> Tensor:
         shortcut = frames if self.conv_shortcut is None else self.conv_shortcut(frames, state)
@@ -48,14 +52,16 @@ class FrameAttention(nn.Module):
         self.norm = ChannelRMSNorm(channels, num_trailing=2)
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
-        # Like text, a frame is whole on every rank: no tokens to exchange.
         self.attention = context.frame_attention.build(channels)
+        self.strips = context.strips
 
     def forward(self, frames: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, C, T, H, W]."""
         images = fold_frames(frames)
         tokens = self.to_qkv(self.norm(images)).flatten(2).transpose(1, 2).unsqueeze(2)  # [B·T, H·W, 1, 3·C]
-        attended = self.attention(*tokens.chunk(3, dim=-1)).squeeze(2).transpose(1, 2)
+        query, seen = tokens.tensor_split((images.shape[1],), dim=-1)
+        key, value = self.strips.gather(seen, dim=1).chunk(2, dim=-1)
+        attended = self.attention(query, key, value).squeeze(2).transpose(1, 2)
         update = self.proj(attended.unflatten(2, images.shape[2:]))
         return frames + unfold_frames(update, frames.shape[0])
 
@@ -65,7 +71,7 @@ class MidBlock(nn.Module):
 
     def __init__(self, channels: int, dropout: float, context: LayerContext) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList([ResidualBlock(channels, channels, dropout) for _ in range(2)])
+        self.resnets = nn.ModuleList([ResidualBlock(channels, channels, dropout, context.strips) for _ in range(2)])
         self.attentions = nn.ModuleList([FrameAttention(channels, context)])
 
     def forward(self, frames: Tensor, state: TemporalState) -> Tensor:
@@ -76,12 +82,13 @@ class MidBlock(nn.Module):
 class Upsample(nn.Module):
     """Doubles height and width, and with `temporal` the frames: all but the clip's first become two."""
 
-    def __init__(self, channels: int, out_channels: int, *, temporal: bool) -> None:
+    def __init__(self, channels: int, out_channels: int, *, temporal: bool, strips: StripSharding) -> None:
         super().__init__()
         self.resample = nn.Sequential(
-            nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(channels, out_channels, 3, padding=1)
+            nn.Upsample(scale_factor=2.0, mode="nearest-exact"),
+            StripConv2d(channels, out_channels, 3, padding=1, strips=strips),
         )
-        self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if temporal else None
+        self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1), strips=strips) if temporal else None
 
     def forward(self, frames: Tensor, state: TemporalState) -> Tensor:
         """[B, C, T, H, W] -> [B, O, T', 2·H, 2·W]; T' is T, 2·T, or for the first chunk 2·T - 1."""
@@ -104,9 +111,11 @@ class Upsample(nn.Module):
 class Downsample(nn.Module):
     """Halves height and width, and with `temporal` the frames: the clip's first stays, then two become one."""
 
-    def __init__(self, channels: int, *, temporal: bool) -> None:
+    def __init__(self, channels: int, *, temporal: bool, strips: StripSharding) -> None:
         super().__init__()
-        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
+        self.resample = nn.Sequential(
+            StripPad2d((0, 1, 0, 1), strips=strips), nn.Conv2d(channels, channels, 3, stride=2)
+        )
         self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def forward(self, frames: Tensor, state: TemporalState) -> Tensor:

@@ -21,7 +21,7 @@ class Stage:
     """Also the name of the stage's phase."""
     parallel: ParallelContext = SINGLE
     """The replica's ranks, said by the pipeline."""
-    only_leader: ClassVar[bool] = False
+    only_leader: bool = False
     """Whether one rank runs the steps and the others wait for nothing."""
     reads: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[tuple[str, ...]] = ()

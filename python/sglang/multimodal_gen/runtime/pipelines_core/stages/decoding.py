@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, cast
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sglang.multimodal_gen.configs.request_plan import Phase
+from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 from sglang.multimodal_gen.runtime.models.vaes.tiling import Tiling
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory
@@ -30,6 +32,8 @@ class StreamingDecoder(Protocol):
     """
 
     decodes_whole_clips: ClassVar[bool]
+    strips: StripSharding
+    """How the picture is dealt to ranks."""
 
     def new_state(self, tiling: Tiling | None, *, carry: bool) -> Any:
         """For a new clip; without `carry` its first chunk is all there is."""
@@ -40,7 +44,8 @@ class StreamingDecoder(Protocol):
         ...
 
     def decode_next(self, latents: Tensor, state: Any) -> Tensor:
-        """The clip's next latent frames [B, C, t, H, W] -> their video [B, 3, T, H, W] in [-1, 1]."""
+        """The clip's next latent frames [B, C, t, H, W] -> their video [B, 3, T, H, W] in [-1, 1], of which each rank
+        gets its strip."""
         ...
 
 
@@ -74,10 +79,12 @@ class DecodePlan:
 
 
 class DecodingStage(Stage):
-    """Frames [T, H, W, 3] uint8 of each chunk; the whole clip is one chunk where memory allows."""
+    """Frames [T, H, W, 3] uint8 of each chunk; the whole clip is one chunk where memory allows.
+
+    Where the autoencoder deals its pictures each rank decodes a strip, and the leader has the frames.
+    """
 
     name: str = "decode"
-    only_leader = True
     reads: ClassVar[tuple[str, ...]] = ("latents",)
     writes: ClassVar[tuple[str, ...]] = ("decode_plan", "decoder_state")
 
@@ -98,6 +105,8 @@ class DecodingStage(Stage):
         parameters.
         """
         self.vae = vae
+        self.strips = vae.strips
+        self.only_leader = self.strips.axis.size == 1
         self.prepare = prepare
         self.prepare_state = prepare_state
         self.geometry = geometry
@@ -126,7 +135,7 @@ class DecodingStage(Stage):
             batch_key=f"{self.name}:{'x'.join(map(str, req.latent_shape))}:{plan.chunk_frames}{tiles}:{self.dtype}",
             cost=float(plan.chunk_frames * height * width),
             peak_bytes=self._peak_bytes(req, plan.chunk_frames, plan.tiling),
-            held_bytes=0 if plan.num_chunks == 1 else self.memory.carried_bytes(*_size(req)),
+            held_bytes=0 if plan.num_chunks == 1 else self.memory.carried_bytes(*self._strip(*_size(req))),
         )
 
     def _plan(self, req: Req) -> DecodePlan:
@@ -169,7 +178,14 @@ class DecodingStage(Stage):
         height, width = _size(req)
         if tiling is not None:
             height, width = min(height, tiling.tile_height), min(width, tiling.tile_width)
-        return self.memory.chunk_bytes(chunk_frames * self.geometry.temporal_ratio, height, width)
+        num_frames = chunk_frames * self.geometry.temporal_ratio
+        # All ranks plan as the leader must, which has the frames of all, the strips that came and what becomes of them.
+        collected = 0 if self.only_leader else 2 * 3 * num_frames * math.prod(_size(req))
+        return self.memory.chunk_bytes(num_frames, *self._strip(height, width)) + collected
+
+    def _strip(self, height: int, width: int) -> tuple[int, int]:
+        """What a rank holds of a picture of so many pixels, at most."""
+        return self.strips.largest(height, width, ratio=self.geometry.spatial_ratio)
 
     def step(self, requests: Sequence[Req]) -> list[OutputBatch]:
         decoded = []
@@ -179,9 +195,9 @@ class DecodingStage(Stage):
             decoded.append(self._decode_chunk(req, state))
         for req, (_, state) in zip(requests, decoded, strict=True):
             req.decoder_state = state
-        return [output for output, _ in decoded]
+        return [output for output, _ in decoded if output is not None]
 
-    def _decode_chunk(self, req: Req, state: Any) -> tuple[OutputBatch, Any]:
+    def _decode_chunk(self, req: Req, state: Any) -> tuple[OutputBatch | None, Any]:
         plan: DecodePlan = req.decode_plan
         index = req.done(self.name)
         if state is None:
@@ -189,10 +205,17 @@ class DecodingStage(Stage):
             state = state if self.prepare_state is None else self.prepare_state(req, state)
             for earlier in range(index):
                 self._video(req, earlier, state)
-        video = self._video(req, index, state)
-        first_frame = self._first_frame(plan, index)
+        assert req.latents is not None, "denoising comes before decoding"
+        pixels = self.strips.collect(to_uint8(self._video(req, index, state)[0]), *req.latents.shape[-2:])
         last = index == plan.num_chunks - 1
-        output = OutputBatch(request_id=req.request_id, first_frame=first_frame, last=last, frames=to_uint8(video[0]))
+        output = None
+        if pixels is not None:
+            output = OutputBatch(
+                request_id=req.request_id,
+                first_frame=self._first_frame(plan, index),
+                last=last,
+                frames=pixels.permute(1, 2, 3, 0).contiguous().cpu(),
+            )
         return output, None if last else state
 
     def _first_frame(self, plan: DecodePlan, index: int) -> int:
@@ -212,6 +235,8 @@ class DecodingStage(Stage):
 class PieceDecoder(Protocol):
     """An autoencoder that must be given a clip in certain pieces, which overlap: how it is cut changes the result."""
 
+    strips: StripSharding
+
     def new_state(self, tiling: Tiling | None, *, carry: bool) -> Any:
         """As StreamingDecoder's."""
         ...
@@ -225,7 +250,7 @@ class PieceDecoder(Protocol):
         ...
 
     def decode_piece(self, latents: Tensor, index: int, state: Any) -> Tensor:
-        """Piece `index` of the whole clip's latents [B, C, T, H, W] -> its own video frames."""
+        """Piece `index` of the whole clip's latents [B, C, T, H, W] -> its own video frames, each rank its strip."""
         ...
 
 
@@ -288,6 +313,5 @@ def _is_cut(tiling: Tiling, req: Req) -> bool:
 
 
 def to_uint8(video: Tensor) -> Tensor:
-    """[3, T, H, W] in [-1, 1] -> frames [T, H, W, 3] uint8 on the CPU, rounded as diffusers' postprocessing does."""
-    pixels = (video.float() * 0.5 + 0.5).clamp(0, 1).mul_(255).round_().to(torch.uint8)
-    return pixels.permute(1, 2, 3, 0).contiguous().cpu()
+    """[3, T, H, W] in [-1, 1] -> the same uint8, rounded as diffusers' postprocessing does."""
+    return (video.float() * 0.5 + 0.5).clamp(0, 1).mul_(255).round_().to(torch.uint8)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.errors import IncompatibleParameters, InvalidValue
+from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory
 from sglang.multimodal_gen.runtime.pipelines_core.pictures import clip_of, latent_mask, mask_of
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
@@ -26,6 +27,9 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.latent_preparation impo
 
 class LatentEncoder(Protocol):
     """An autoencoder's way from pixels to the transformer's latents."""
+
+    strips: StripSharding
+    """How the picture is dealt to ranks."""
 
     def to_latents(self, video: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """[B, 3, T, H, W] in [-1, 1] -> [B, C, t, h, w]: the most likely ones, or with a generator a sample."""
@@ -82,15 +86,21 @@ class InitialImageStage(Stage):
         frames = starting_frames(req)
         if frames is None:
             return None
-        params = req.params
-        assert params.width and params.height, "checked by the stages before"
+        params, shape = req.params, req.latent_shape
+        assert params.width and params.height and shape is not None, "checked by the stages before"
         return Phase(
             name=self.name,
             lane="encode",
             units=1,
             batch_key=self.name,
-            cost=float(math.prod(req.latent_shape or (1,))),
-            peak_bytes=self.memory.chunk_bytes(params.num_frames or 1, params.height, params.width),
+            cost=float(math.prod(shape)),
+            peak_bytes=self.memory.encoding_bytes(
+                self.encoder.strips,
+                params.num_frames or 1,
+                params.height,
+                params.width,
+                ratio=params.height // shape[2],
+            ),
         )
 
     def step(self, requests: Sequence[Req]) -> list[OutputBatch]:

@@ -1,0 +1,127 @@
+"""How pictures are cut, which autoencoders are, and what memory is planned; what ranks exchange is in test_parallel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.runtime.distributed.parallel_state import ProcessAxis
+from sglang.multimodal_gen.runtime.layers.strip_sharding import COLUMNS, ROWS, Cut, StripSharding, explain_strips
+from sglang.multimodal_gen.runtime.layers.strips import StripConv2d, StripGroupNorm, StripTokens
+from sglang.multimodal_gen.runtime.models.vaes.library_strips import deal_pictures
+from sglang.multimodal_gen.runtime.pipelines_core.stages.decoding import DecodingStage
+from sglang.multimodal_gen.test.pipeline_parity import load
+from sglang.multimodal_gen.test.tiny_checkpoints import TinyWan, save_tiny_wan
+from sglang.multimodal_gen.test.tiny_ltx import TINY_NOISY_VAE, TINY_TIMED_VAE, TINY_VAE, tiny_vae
+from sglang.multimodal_gen.test.tiny_parts import tiny_picture_vae
+
+
+def strips_of(num_ranks: int, rank: int = 0, **options: Any) -> StripSharding:
+    return StripSharding(ProcessAxis(size=num_ranks, rank=rank), **options)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "height", "width", "cut"),
+    [
+        (1, 60, 104, None),
+        (2, 60, 104, Cut(dim=COLUMNS, bounds=(0, 52, 104))),
+        (2, 104, 60, Cut(dim=ROWS, bounds=(0, 52, 104))),
+        (4, 7, 5, Cut(dim=ROWS, bounds=(0, 1, 3, 5, 7))),
+        (8, 7, 5, None),
+    ],
+)
+def test_a_picture_is_cut_along_its_longer_side_where_every_rank_gets_a_cell(
+    num_ranks: int, height: int, width: int, cut: Cut | None
+) -> None:
+    assert strips_of(num_ranks).cut(height, width) == cut
+
+
+def test_the_strips_of_all_ranks_are_the_picture_and_none_is_larger_than_planned() -> None:
+    picture = torch.arange(56 * 40).view(1, 56, 40)
+    parts = [strips_of(4, rank).own(picture, 7, 5) for rank in range(4)]
+    assert torch.equal(torch.cat(parts, dim=-2), picture)
+    height, width = strips_of(4).largest(56, 40, ratio=8)
+    assert (height, width) == (max(part.shape[-2] for part in parts) + 2, 40), "a line of each neighbour's"
+    assert strips_of(4).largest(16, 24, ratio=8) == (16, 24), "it stays whole"
+
+
+def test_a_side_that_is_no_number_of_cells_stays_whole() -> None:
+    seen = []
+
+    def network(picture: torch.Tensor) -> torch.Tensor:
+        seen.append(picture.shape[-2:])
+        return picture
+
+    strips_of(2).over_whole(network, torch.zeros(1, 3, 52, 40), ratio=8)
+    assert seen == [(52, 40)]
+
+
+def test_padding_of_a_whole_picture_is_torch_s() -> None:
+    for shape in ((2, 3, 5, 4), (2, 3, 2, 5, 4)):
+        picture = torch.randn(*shape)
+        sides = (1, 2, 0, 1, 2, 0)[: 2 * (len(shape) - 2)]
+        for mode in ("constant", "replicate"):
+            expected = nn.functional.pad(picture, sides, mode=mode)
+            assert torch.equal(StripSharding().pad(picture, sides, mode), expected)
+
+
+@pytest.mark.parametrize("config", [TINY_VAE, TINY_TIMED_VAE])
+def test_layers_of_a_library_s_autoencoder_are_exchanged_and_its_parameters_stay(config: dict[str, Any]) -> None:
+    for module in (tiny_picture_vae(0), tiny_vae(config, 0)):
+        names = {name: id(parameter) for name, parameter in module.named_parameters()}
+        deal_pictures(module, strips_of(2))
+        assert {name: id(parameter) for name, parameter in module.named_parameters()} == names
+        assert module.strips.axis.size == 2 and not module.strips.why_whole
+        assert not any(type(layer) in (nn.Conv2d, nn.Conv3d, nn.GroupNorm) for layer in module.modules())
+    kinds = {type(layer) for layer in tiny_picture_vae(0).modules()}
+    assert {nn.Conv2d, nn.GroupNorm} <= kinds and not {StripConv2d, StripGroupNorm, StripTokens} & kinds
+
+
+def test_one_rank_s_autoencoder_is_left_as_it_is() -> None:
+    module = tiny_picture_vae(0)
+    deal_pictures(module, StripSharding())
+    assert nn.Conv2d in {type(layer) for layer in module.modules()}
+    assert list(explain_strips({"vae": module})) == []
+
+
+def test_what_cannot_be_dealt_exactly_stays_whole_and_the_log_says_why() -> None:
+    noisy, widths = tiny_vae(TINY_NOISY_VAE, 0), (8, 8)
+    unknown = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    for module in (noisy, unknown):
+        deal_pictures(module, strips_of(2))
+        assert module.strips.axis.size == 1
+    sentence = "whole on every rank, and one rank decodes, because"
+    assert list(explain_strips({"vae": noisy, "other": unknown, "none": None})) == [
+        f"vae: {sentence} its decoder draws random numbers for the whole picture",
+        f"other: {sentence} it has parts of which nothing is known: AutoencoderTiny, AutoencoderTinyBlock, "
+        "DecoderTiny, EncoderTiny, ReLU, Upsample",
+    ]
+    dealt = SimpleNamespace(strips=strips_of(2))
+    assert list(explain_strips({"vae": dealt})) == ["vae: pictures are dealt to 2 ranks in strips"]
+
+
+def test_a_rank_plans_with_the_memory_of_its_strip(tmp_path: Path) -> None:
+    pipeline = load(save_tiny_wan(tmp_path / "wan", TinyWan(seed=1)))
+    [stage] = [stage for stage in pipeline.stages if isinstance(stage, DecodingStage)]
+    req = pipeline.admit("r", SamplingParams.from_values({"prompt": "a", "width": 400, "height": 320, "num_frames": 9}))
+    alone = stage.phase(req)
+    pipeline.vae.strips.axis = ProcessAxis(size=4)
+    shared = DecodingStage(
+        pipeline.vae, geometry=stage.geometry, memory=stage.memory, free_bytes=stage.free_bytes, dtype=stage.dtype
+    )
+    assert not shared.only_leader and stage.only_leader
+    strip = shared.phase(req)
+    assert alone is not None and strip is not None
+    assert 1 / 4 < strip.peak_bytes / alone.peak_bytes < 1 / 2, "the leader has all pixels beside"
