@@ -44,9 +44,9 @@ class Hardware:
     exchange_launch_s: float
 
 
-# Rates: fitted to one forward of several transformers on one H100, `scripts/cost_table.py`. Links: all-to-all, ring step and
-# all-reduce of two blocks on two H100 through NVLink, within 20 % of `latency + bytes / bandwidth`. Launching: 52 ms
-# for the 1,000 kernels of a forward of FLUX.1 with fused kernels, what runs between them in Python included.
+# Rates: fitted to one forward of several transformers on one H100, scripts/cost_table.py. Links: all-to-all, ring step
+# and all-reduce of two blocks on two H100 through NVLink, within 20 % of `latency + bytes / bandwidth`. Launching: 52
+# ms for the 1,000 kernels of a forward of FLUX.1 with fused kernels, what runs between them in Python included.
 H100 = Hardware(
     name="h100",
     product_flops=0.75e15,
@@ -76,6 +76,8 @@ HEADS_SHARE_OF_TRAFFIC = 0.4
 # and bytes for each channel of each token.
 NORM_SUM_LAUNCHES = 8
 NORM_SUM_TRAFFIC = 36
+# Of each step round a ring: attention to one more part of the keys, and merging it.
+RING_STEP_LAUNCHES = 7
 # Bytes that merging the parts of a ring reads and writes, for each channel of each token and each step round.
 RING_MERGE_TRAFFIC = 24
 # Peak of activations for each channel of each token in half precision: 14 billion parameters on one and two H200.
@@ -175,6 +177,7 @@ def _launches(run: BlockRun, layout: ReplicaShape) -> int:
     launches = run.launches
     if layout.ulysses > 1:
         launches += run.launches_apart
+    launches += (layout.ring - 1) * len(run.attentions) * RING_STEP_LAUNCHES
     if layout.tp > 1:
         launches += run.norm_sums * NORM_SUM_LAUNCHES
     return launches

@@ -19,6 +19,7 @@ from sglang.multimodal_gen.configs.cost_model import (
     H100,
     NORM_SUM_LAUNCHES,
     NORM_SUM_TRAFFIC,
+    RING_STEP_LAUNCHES,
     StepWork,
     activation_bytes,
     link_seconds,
@@ -31,6 +32,7 @@ from sglang.multimodal_gen.configs.transformer_shape import TransformerShape
 from sglang.multimodal_gen.registry import get_model_info, load_config
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ALONE, ProcessAxis
 from sglang.multimodal_gen.runtime.layers import fused, norm
+from sglang.multimodal_gen.runtime.layers.attention import layouts
 from sglang.multimodal_gen.runtime.loader.component_loader import NativeModule
 from sglang.multimodal_gen.runtime.pipelines_core import find_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, WorkSize
@@ -293,14 +295,23 @@ def test_memory_of_a_step_is_reckoned_within_5_percent(layout: ReplicaShape, mea
     assert (weights + activation_bytes(model.shape, work, layout)) / _GIB == pytest.approx(measured_gib, rel=0.05)
 
 
+def test_a_step_round_the_ring_launches_as_many_kernels_as_reckoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = torch.empty(1, 64, 2, 8, device="meta"), torch.empty(1, 2, 64, device="meta")
+    merging = _counted(lambda: layouts._merged(*part, *part), monkeypatch)
+    assert 1 + merging.launches == RING_STEP_LAUNCHES
+
+
 def test_more_is_launched_where_projections_are_apart_and_norms_are_shared() -> None:
     hardware = dataclasses.replace(H100, exchange_launch_s=0.0)
-    for hub_id, apart, shared in ((WAN_1_3B, 30 * 2, 30 * 4 * NORM_SUM_LAUNCHES), (FLUX, 19 * 4 + 38 * 2, 0)):
+    for hub_id, blocks, apart, shared in (
+        (WAN_1_3B, 30, 30 * 2, 30 * 4 * NORM_SUM_LAUNCHES),
+        (FLUX, 19 + 38, 19 * 4 + 38 * 2, 0),
+    ):
         model = published_outline(hub_id)
-        layouts = (ReplicaShape(), ReplicaShape(ring=2), ReplicaShape(ulysses=2), ReplicaShape(tp=2))
-        alone, *others = (step_cost(model.shape, model.work(), layout, hardware).host_s for layout in layouts)
+        shapes = (ReplicaShape(), ReplicaShape(ring=2), ReplicaShape(ulysses=2), ReplicaShape(tp=2))
+        alone, *others = (step_cost(model.shape, model.work(), layout, hardware).host_s for layout in shapes)
         more = [(host - alone) / hardware.launch_s for host in others]
-        assert more == pytest.approx([0, apart, shared])
+        assert more == pytest.approx([blocks * RING_STEP_LAUNCHES, apart, shared])
 
 
 def test_more_ranks_send_no_less_and_hold_no_more() -> None:
