@@ -46,7 +46,7 @@ class Hardware:
 
 # Rates: fitted to one forward of several transformers on one H100, scripts/cost_table.py. Links: all-to-all, ring step
 # and all-reduce of two blocks on two H100 through NVLink, within 20 % of `latency + bytes / bandwidth`. Launching: 52
-# ms for the 1,000 kernels of a forward of FLUX.1 with fused kernels, what runs between them in Python included.
+# ms for the 1,000 kernels of a forward of 57 blocks with fused kernels, what runs between them in Python included.
 H100 = Hardware(
     name="h100",
     product_flops=0.75e15,
