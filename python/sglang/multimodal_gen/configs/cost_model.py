@@ -44,9 +44,9 @@ class Hardware:
     exchange_launch_s: float
 
 
-# Rates: fitted to one forward of seven transformers on one H100, docs/performance.md. Links: all-to-all, ring step and
-# all-reduce of two blocks on two H100 through NVLink, within 20 % of `latency + bytes / bandwidth`. Launching: steps
-# that got no shorter on two H200 than launching took, 80 to 130 ms by the processor for 3,500 kernels.
+# Rates: fitted to one forward of several transformers on one H100, scripts/cost_table.py. Links: all-to-all, ring step
+# and all-reduce of two blocks on two H100 through NVLink, within 20 % of `latency + bytes / bandwidth`. Launching: 52
+# ms for the 1,000 kernels of a forward of 57 blocks with fused kernels, what runs between them in Python included.
 H100 = Hardware(
     name="h100",
     product_flops=0.75e15,
@@ -56,7 +56,7 @@ H100 = Hardware(
     memory_bandwidth=4.0e12,
     link_bandwidth=280e9,
     link_latency_s=60e-6,
-    launch_s=28e-6,
+    launch_s=54e-6,
     exchange_launch_s=30e-6,
 )
 # The same chip and links with faster memory.
@@ -69,8 +69,15 @@ RING_EXPOSED = 0.9
 ALL_REDUCE_EXPOSED = 1.0
 # What smaller kernels, and those beside an exchange, lose: steps on two H200 against half of one GPU's step.
 SPREAD_LOSS = 1.03
-# Of the traffic of elementwise kernels, that of heads and of feed-forward features, which tensor parallelism divides.
-HEADS_SHARE_OF_TRAFFIC = 0.2
+# Of the traffic of elementwise kernels, that of heads and of feed-forward features, which tensor parallelism divides:
+# by the kernels of a block 0.3 to 0.7.
+HEADS_SHARE_OF_TRAFFIC = 0.4
+# What a norm over all heads together takes more where ranks share the heads, and no kernel does all of it: launches,
+# and bytes for each channel of each token.
+NORM_SUM_LAUNCHES = 8
+NORM_SUM_TRAFFIC = 36
+# Of each step round a ring: attention to one more part of the keys, and merging it.
+RING_STEP_LAUNCHES = 7
 # Bytes that merging the parts of a ring reads and writes, for each channel of each token and each step round.
 RING_MERGE_TRAFFIC = 24
 # Peak of activations for each channel of each token in half precision: 14 billion parameters on one and two H200.
@@ -156,12 +163,24 @@ def step_cost(shape: TransformerShape, work: StepWork, layout: ReplicaShape, har
         computing += run.count * _compute_s(run, shape, held, hardware)
         waiting += run.count * exchanges.waiting_s
         sent += run.count * exchanges.sent_bytes
-        host += run.count * (run.launches * hardware.launch_s + exchanges.number * hardware.exchange_launch_s)
+        host += run.count * _launches(run, held.layout) * hardware.launch_s
+        host += run.count * exchanges.number * hardware.exchange_launch_s
     if layout.cfg > 1 or layout.ring * layout.ulysses > 1:  # the predictions come together on every rank
         waiting += hardware.link_latency_s
     if layout.num_ranks > layout.cfg:
         computing *= SPREAD_LOSS
     return StepCost(gpu_s=computing + waiting, waiting_s=waiting, host_s=host, sent_bytes=sent)
+
+
+def _launches(run: BlockRun, layout: ReplicaShape) -> int:
+    """Of one block on one rank, without exchanges."""
+    launches = run.launches
+    if layout.ulysses > 1:
+        launches += run.launches_apart
+    launches += (layout.ring - 1) * len(run.attentions) * RING_STEP_LAUNCHES
+    if layout.tp > 1:
+        launches += run.norm_sums * NORM_SUM_LAUNCHES
+    return launches
 
 
 def _compute_s(run: BlockRun, shape: TransformerShape, share: _Share, hardware: Hardware) -> float:
@@ -188,6 +207,8 @@ def _compute_s(run: BlockRun, shape: TransformerShape, share: _Share, hardware: 
     attention = 4 * pairs * shape.width / (layout.ring * layout.ulysses * layout.tp) / head_rate
     traffic = channel_tokens * shape.width * run.traffic
     traffic *= 1 - HEADS_SHARE_OF_TRAFFIC + HEADS_SHARE_OF_TRAFFIC / layout.tp
+    if layout.tp > 1:  # where image crosses with text, the keys of one norm are of the text
+        traffic += (run.norm_sums - run.crosses) * channel_tokens * shape.width / layout.tp * NORM_SUM_TRAFFIC
     traffic += run.sample_weights * HALF_PRECISION_BYTES
     if layout.ring > 1:
         merged = sum(share.tokens(segment) for segment in run.attentions) * shape.width / layout.tp

@@ -26,9 +26,10 @@ class BlockRun:
         crosses: whether image tokens also attend to the text, apart.
         sums: activations that tensor-parallel ranks add up, by the tokens that they are of.
         norm_sums: sums of squares that tensor-parallel ranks add up for norms over all heads together.
-        launches: kernels that one forward launches.
-        traffic: bytes in half precision that kernels other than matrix products and attention read and write, for each
-            channel of each token.
+        launches: kernels that one forward launches, with fused kernels and one product for queries, keys and values.
+        launches_apart: how many more where these are products of their own, as Ulysses has them.
+        traffic: bytes in half precision that kernels other than matrix products and attention read and write, fused as
+            they are on a GPU, for each channel of each token.
     """
 
     count: int
@@ -42,6 +43,7 @@ class BlockRun:
     sums: tuple[Segment, ...] = ()
     norm_sums: int = 0
     launches: int
+    launches_apart: int = 0
     traffic: float
 
     @property
@@ -102,8 +104,9 @@ def dual_stream_run(count: int, width: int, *, ffn_dim: int) -> BlockRun:
         other_parameters=2 * (11 * width + ffn_dim),
         attentions=("joint",),
         sums=("image", "image", "text", "text"),
-        launches=98,
-        traffic=265,
+        launches=27,
+        launches_apart=4,
+        traffic=30,
     )
 
 
@@ -116,6 +119,7 @@ def single_stream_run(count: int, width: int, *, ffn_dim: int) -> BlockRun:
         other_parameters=7 * width + ffn_dim,
         attentions=("joint",),
         sums=("joint",),
-        launches=42,
-        traffic=215,
+        launches=12,
+        launches_apart=2,
+        traffic=38,
     )

@@ -60,12 +60,12 @@ def _time(seconds: float) -> str:
 def _forwards() -> Iterator[Measured]:
     """One row through our modules on one H100."""
     for hub_id, size, seconds in (
-        (WAN_1_3B, (832, 480, 81), 0.537),
-        (FLUX, (1024, 1024, 1), 0.166),
-        ("Qwen/Qwen-Image", (1024, 1024, 1), 0.196),
+        (WAN_1_3B, (832, 480, 81), 0.434),
+        (FLUX, (1024, 1024, 1), 0.126),
+        ("Qwen/Qwen-Image", (1024, 1024, 1), 0.135),
         ("hunyuanvideo-community/HunyuanVideo", (960, 544, 61), 2.18),
         ("Lightricks/LTX-Video", (704, 512, 161), 0.095),
-        (Z_IMAGE, (1024, 1024, 1), 0.1226),
+        (Z_IMAGE, (1024, 1024, 1), 0.105),
         ("stabilityai/stable-diffusion-3.5-large", (1024, 1024, 1), 0.0987),
     ):
         yield Measured(hub_id, size, 1, H100, ReplicaShape(), seconds)

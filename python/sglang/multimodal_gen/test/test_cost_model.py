@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from sglang.multimodal_gen.configs.cost_model import (
     H100,
+    NORM_SUM_LAUNCHES,
+    NORM_SUM_TRAFFIC,
+    RING_STEP_LAUNCHES,
     StepWork,
     activation_bytes,
     link_seconds,
@@ -27,6 +30,9 @@ from sglang.multimodal_gen.configs.published import published_ids
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.configs.transformer_shape import TransformerShape
 from sglang.multimodal_gen.registry import get_model_info, load_config
+from sglang.multimodal_gen.runtime.distributed.parallel_state import ALONE, ProcessAxis
+from sglang.multimodal_gen.runtime.layers import fused, norm
+from sglang.multimodal_gen.runtime.layers.attention import layouts
 from sglang.multimodal_gen.runtime.loader.component_loader import NativeModule
 from sglang.multimodal_gen.runtime.pipelines_core import find_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, WorkSize
@@ -73,6 +79,10 @@ def test_the_config_that_plans_is_the_one_that_the_pipeline_loads() -> None:
         assert load_config(entry).transformer is native.config_class, hub_id
 
 
+_PRODUCTS = ("mm", "addmm", "bmm", "_addmm_activation")
+_NO_KERNELS = ("detach", "empty", "empty_like", "new_empty", "_unsafe_view", "alias")
+
+
 class _Counting(TorchDispatchMode):
     """Kernels, and bytes that those other than matrix products read and write."""
 
@@ -83,11 +93,14 @@ class _Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if not func.is_view and name not in ("detach", "empty", "empty_like", "_unsafe_view", "alias"):
-            self.launches += 1
-            if name not in ("mm", "addmm", "bmm"):
-                self.bytes += sum(map(_bytes_of, tree_leaves((args, kwargs, made))))
+        if not func.is_view and name not in _NO_KERNELS:
+            self.add(*(() if name in _PRODUCTS else tree_leaves((args, kwargs, made))))
         return made
+
+    def add(self, *tensors: object) -> None:
+        """A kernel that reads or writes each of these once."""
+        self.launches += 1
+        self.bytes += sum(map(_bytes_of, tensors))
 
 
 def _bytes_of(leaf: object) -> int:
@@ -100,15 +113,68 @@ def _bytes_of(leaf: object) -> int:
     return numbers
 
 
+class _FusedKernels:
+    """Stands in for `triton_kernels`, which would want a GPU: results without values, and one kernel counted."""
+
+    def __init__(self, counting: _Counting) -> None:
+        self.counting = counting
+
+    def sum_norm(
+        self, residual: Tensor, update: Tensor | None, *parts: Tensor | None, norm: bool, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        summed = residual if update is None else residual.new_empty(residual.shape)
+        normed = residual.new_empty(residual.shape) if norm else residual
+        made = [tensor for tensor in (summed, normed) if tensor is not residual]
+        read = [tensor for tensor in (residual, update, *parts) if tensor is not None]
+        assert all(tensor.stride(-1) == 1 for tensor in read), "the kernel reads neighbouring features"
+        self.counting.add(*read, *made)
+        return summed, normed
+
+    def norm_rotate(
+        self, source: Tensor, weight: Tensor | None, table: Tensor | None, target: Tensor, **options: Any
+    ) -> None:
+        self.counting.add(source, weight, table, target)
+
+
 @contextlib.contextmanager
-def _attention_as_one_kernel(counting: _Counting, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _as_on_a_gpu(counting: _Counting, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With the fused kernels; attention, which is reckoned apart, and a norm of torch's are one kernel each too."""
+
     def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        counting.launches += 1
+        counting.add()
         return torch.empty_like(query)
+
+    def rms_norm(hidden_states: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
+        normed = torch.empty_like(hidden_states)
+        counting.add(hidden_states, weight, normed)
+        return normed
 
     with monkeypatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", attend)
+        patch.setattr(F, "rms_norm", rms_norm)
+        patch.setattr(fused, "_serves", lambda tensor: True)
+        patch.setattr(fused, "_kernels", lambda: _FusedKernels(counting))
         yield
+
+
+def _counted(forward: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> _Counting:
+    """What one forward takes once caches of tables are filled."""
+    for _ in range(2):
+        counting = _Counting()
+        with torch.no_grad(), _as_on_a_gpu(counting, monkeypatch), counting:
+            forward()
+    return counting
+
+
+def _as_loaded(native: NativeModule, config: TransformerConfig) -> torch.nn.Module:
+    """Without weights; in the dtypes that a checkpoint is loaded in, its projections apart."""
+    with torch.device("meta"):
+        module: torch.nn.Module = native.module_class(config).to(torch.bfloat16)  # type: ignore[call-arg]
+    kept = getattr(native.module_class, "keep_in_fp32", ())
+    for name, parameter in module.named_parameters():
+        if any(part in kept for part in name.split(".")):
+            parameter.data = parameter.data.float()
+    return module
 
 
 _LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -150,20 +216,32 @@ def test_kernels_and_traffic_of_a_block_are_as_declared(hub_id: str, monkeypatch
     found, declared = [], []
     for layers in _LAYERS[hub_id]:
         config = dataclasses.replace(published, **layers)
-        with torch.device("meta"):
-            module = native.module_class(config).to(torch.bfloat16)  # type: ignore[call-arg]
+        module = _as_loaded(native, config)
         draw = Drawing(torch.device("meta"), torch.bfloat16)
         inputs = workload.inputs({**configs, "transformer": config}, size, draw)
-        for _ in range(2):  # the first fills caches of tables
-            counting = _Counting()
-            with torch.no_grad(), _attention_as_one_kernel(counting, monkeypatch), counting:
-                workload.forward(module, inputs, size)
-        found.append((counting.launches, counting.bytes))
+        apart = _counted(lambda: workload.forward(module, inputs, size), monkeypatch)  # noqa: B023
+        fused.join_projections(module)
+        joined = _counted(lambda: workload.forward(module, inputs, size), monkeypatch)  # noqa: B023
+        found.append((joined.launches, apart.launches - joined.launches, joined.bytes))
         declared.append(_declared(config.shape, inputs_tokens=_tokens(config.shape, size)))
-    launches, traffic = (after - before for before, after in zip(*found, strict=True))
-    declared_launches, declared_traffic = (after - before for before, after in zip(*declared, strict=True))
+    *launches, traffic = (after - before for before, after in zip(*found, strict=True))
+    *declared_launches, declared_traffic = (after - before for before, after in zip(*declared, strict=True))
     assert launches == declared_launches
     assert traffic == pytest.approx(declared_traffic, rel=0.1)
+
+
+def test_norms_over_tensor_parallel_ranks_are_as_reckoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm, "all_reduce", lambda tensor, axis: tensor)
+    tokens = torch.empty(1, 4096, 768, dtype=torch.bfloat16, device="meta")
+    found = []
+    for axis in (ALONE, ProcessAxis(size=2)):
+        with torch.device("meta"):
+            module = norm.RMSNorm(tokens.shape[-1] * axis.size, 1e-6, axis=axis).to(torch.bfloat16)
+        counting = _counted(lambda: module(tokens), monkeypatch)  # noqa: B023
+        found.append((counting.launches, counting.bytes / tokens.numel()))
+    launches, traffic = (after - before for before, after in zip(*found, strict=True))
+    assert launches == NORM_SUM_LAUNCHES
+    assert traffic == pytest.approx(NORM_SUM_TRAFFIC, rel=0.02)
 
 
 def _tokens(shape: TransformerShape, size: WorkSize) -> tuple[int, int]:
@@ -172,15 +250,16 @@ def _tokens(shape: TransformerShape, size: WorkSize) -> tuple[int, int]:
     return frames * height * width // (patch_t * patch_h * patch_w), size.num_text_tokens + shape.extra_text_tokens
 
 
-def _declared(shape: TransformerShape, *, inputs_tokens: tuple[int, int]) -> tuple[int, float]:
+def _declared(shape: TransformerShape, *, inputs_tokens: tuple[int, int]) -> tuple[int, int, float]:
     image, text = inputs_tokens
-    launches, traffic = 0, 0.0
+    launches, apart, traffic = 0, 0, 0.0
     for run in shape.runs:
         tokens = image * bool(run.image_weights) + (image + text) * bool(run.joint_weights)
         tokens += text * (bool(run.text_weights) and not run.crosses)
         launches += run.count * run.launches
+        apart += run.count * run.launches_apart
         traffic += run.count * run.traffic * tokens * shape.width
-    return launches, traffic
+    return launches, apart, traffic
 
 
 @pytest.mark.parametrize("measured", MEASURED, ids=lambda measured: f"{measured.hub_id}-{measured.shape}")
@@ -214,6 +293,25 @@ def test_memory_of_a_step_is_reckoned_within_5_percent(layout: ReplicaShape, mea
     work = StepWork(rows=2, image_tokens=32_760, text_tokens=512)
     weights = model.weights().transformer_on_each(layout)
     assert (weights + activation_bytes(model.shape, work, layout)) / _GIB == pytest.approx(measured_gib, rel=0.05)
+
+
+def test_a_step_round_the_ring_launches_as_many_kernels_as_reckoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = torch.empty(1, 64, 2, 8, device="meta"), torch.empty(1, 2, 64, device="meta")
+    merging = _counted(lambda: layouts._merged(*part, *part), monkeypatch)
+    assert 1 + merging.launches == RING_STEP_LAUNCHES
+
+
+def test_more_is_launched_where_projections_are_apart_and_norms_are_shared() -> None:
+    hardware = dataclasses.replace(H100, exchange_launch_s=0.0)
+    for hub_id, blocks, apart, shared in (
+        (WAN_1_3B, 30, 30 * 2, 30 * 4 * NORM_SUM_LAUNCHES),
+        (FLUX, 19 + 38, 19 * 4 + 38 * 2, 0),
+    ):
+        model = published_outline(hub_id)
+        shapes = (ReplicaShape(), ReplicaShape(ring=2), ReplicaShape(ulysses=2), ReplicaShape(tp=2))
+        alone, *others = (step_cost(model.shape, model.work(), layout, hardware).host_s for layout in shapes)
+        more = [(host - alone) / hardware.launch_s for host in others]
+        assert more == pytest.approx([blocks * RING_STEP_LAUNCHES, apart, shared])
 
 
 def test_more_ranks_send_no_less_and_hold_no_more() -> None:

@@ -122,7 +122,9 @@ def norm_rotate(
 
 def _affine(normed: Tensor, scale: Tensor | None, shift: Tensor | None, *, one_plus: bool) -> Tensor:
     if scale is None:
-        return normed if shift is None else normed + shift.float()
+        if shift is None or shift.ndim == 1:
+            return normed if shift is None else normed + shift.float()
+        return (_grouped(normed, shift.shape[1]) + shift.float().unsqueeze(2)).flatten(1, 2)
     factor = 1 + scale.float() if one_plus else scale.float()
     if factor.ndim == 1:
         return normed * factor if shift is None else torch.addcmul(shift.float(), normed, factor)

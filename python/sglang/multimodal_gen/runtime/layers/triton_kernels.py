@@ -113,6 +113,8 @@ def sum_norm(
     """
     batch, num_tokens, width = residual.shape
     parts = [_per_group(part) for part in (gate, scale, shift)]
+    read = [tensor for tensor in (residual, update, *parts) if tensor is not None]
+    assert all(tensor.stride(-1) == 1 for tensor in read), "features lie side by side"
     num_groups = max([1, *(part.shape[1] for part in parts if part is not None)])
     group_size = num_tokens // num_groups
     rows = next(rows for rows in (4, 2, 1) if group_size % rows == 0)

@@ -89,8 +89,8 @@ class HunyuanVideoTransformerConfig(TransformerConfig):
             other_parameters=15 * dim,
             attentions=("text",),
             sums=("text", "text"),
-            launches=24,
-            traffic=76,
+            launches=14,
+            traffic=44,
         )
         return TransformerShape(
             num_heads=self.num_attention_heads,

@@ -66,8 +66,9 @@ class LTXVideoTransformerConfig(TransformerConfig):
             crosses=True,
             sums=("image", "image", "image"),
             norm_sums=4,
-            launches=81,
-            traffic=331,
+            launches=21,
+            launches_apart=2,
+            traffic=44,
         )
         return TransformerShape(
             num_heads=self.num_attention_heads,

@@ -82,7 +82,6 @@ class SD3TransformerConfig(TransformerConfig):
         """One block. The last makes nothing of the text, and some let the image attend once more, to itself alone."""
         dim, is_last = self.hidden_size, layer == self.num_layers - 1
         attends_twice = layer in self.dual_attention_layers
-        normed = self.qk_norm is not None
         sums: tuple[Segment, ...] = ("image", "image", "image") if attends_twice else ("image", "image")
         if not is_last:
             sums += ("text", "text")
@@ -94,6 +93,7 @@ class SD3TransformerConfig(TransformerConfig):
             other_parameters=30 * dim,
             attentions=("joint", "image") if attends_twice else ("joint",),
             sums=sums,
-            launches=(92 if normed else 60) + (30 if attends_twice else 0),
-            traffic=(225 if normed else 144) + (139 if attends_twice else 0),
+            launches=27 + (7 if attends_twice else 0),
+            launches_apart=4 + (2 if attends_twice else 0),
+            traffic=30 + (18 if attends_twice else 0),
         )

@@ -61,8 +61,9 @@ class WanTransformerConfig(TransformerConfig):
             crosses=True,
             sums=("image", "image", "image"),
             norm_sums=4,
-            launches=78,
-            traffic=327,
+            launches=20,
+            launches_apart=2,
+            traffic=39,
         )
         image_dim, patch = self.image_dim or 0, math.prod(self.patch_size)
         return TransformerShape(

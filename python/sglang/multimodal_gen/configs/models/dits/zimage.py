@@ -110,8 +110,9 @@ class ZImageTransformerConfig(TransformerConfig):
             other_parameters=(8 if modulated else 4) * self.dim + 2 * self.head_dim,
             attentions=(segment,),
             sums=(segment, segment),
-            launches=78 if modulated else 64,
-            traffic=295,
+            launches=23 if modulated else 13,
+            launches_apart=2,
+            traffic=53,
         )
 
 

@@ -46,7 +46,7 @@ class PatchEmbed(nn.Module):
         top, left = (self.max_size - height) // 2, (self.max_size - width) // 2
         table = self.pos_embed.unflatten(1, (self.max_size, self.max_size))
         places = table[:, top : top + height, left : left + width].flatten(1, 2)
-        return (patches.flatten(2).transpose(1, 2) + places).to(latents.dtype)
+        return (patches.flatten(2).transpose(1, 2) + places).to(latents.dtype).contiguous()
 
 
 class JointTransformerBlock(nn.Module):

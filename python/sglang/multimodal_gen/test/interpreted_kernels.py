@@ -1,0 +1,121 @@
+"""Runs the Triton kernels with Triton's interpreter on the CPU and prints how far each is from its reference, as JSON.
+
+A program of its own, because Triton reads TRITON_INTERPRET when it is imported; `test_fused.py` starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sglang.multimodal_gen.runtime.layers import fused, triton_kernels
+
+# The interpreter is slow: each precision has a width, neither of them a power of two.
+DTYPES = {"fp32": (torch.float32, 40), "bf16": (torch.bfloat16, 72)}
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers."""
+    return torch.randn(*shape).to(dtype)
+
+
+def distance(found: Tensor, reference: Tensor) -> float:
+    """Largest difference, relative to the reference's number, or to their root mean square where that is larger.
+    Whatever is no number is far away."""
+    assert (found.shape, found.dtype) == (reference.shape, reference.dtype)
+    exact = reference.double()
+    difference = (found.double() - exact).abs() / torch.maximum(exact.abs(), exact.square().mean().sqrt())
+    return float(difference.nan_to_num(nan=torch.inf).max())
+
+
+def tokens_and_groups() -> Iterator[tuple[int, int, int]]:
+    """Batch, tokens, groups: one and several, of four, two and an odd number of tokens, and one for each token."""
+    yield from ((2, 4, 1), (2, 8, 2), (1, 4, 2), (2, 6, 2), (2, 3, 3))
+
+
+def sum_norms(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
+    """Of `sum_norm` and `gated_sum`: every part there or not, tokens and modulations as slices of wider tensors."""
+    for batch, tokens, groups in tokens_and_groups():
+        residual = drawn(batch, tokens + 3, width + 8, dtype=dtype)[:, 2 : 2 + tokens, :width]
+        update = drawn(batch, tokens, 2 * width, dtype=dtype)[..., width:]
+        gate, scale, shift = drawn(batch, groups, 3 * width).chunk(3, dim=-1)
+        # The same values for every sample, or for every token.
+        shared_gate, vectors = drawn(1, groups, width), (drawn(width), drawn(width))
+        for name, given, parts, options in (
+            ("norm alone", None, (None, None, None), {}),
+            ("modulated", None, (None, scale, shift), {}),
+            ("all", update, (gate, scale, shift), {}),
+            ("all, by the root mean square", update, (gate, scale, shift), {"rms": True}),
+            ("gate of every sample", update, (shared_gate, scale, shift), {}),
+            ("weight and bias", update, (None, *vectors), {"one_plus": False}),
+            ("weight, by the root mean square", update, (gate, vectors[0], None), {"one_plus": False, "rms": True}),
+            ("shift alone", update, (gate, None, shift), {}),
+            ("normed update", update, (gate, scale, None), {"one_plus": False, "rms": True, "norm_update": True}),
+            ("normed update, a weight as gate", update, (vectors[0], scale, None), {"norm_update": True}),
+        ):
+            yield from of_sum_norm(f"{name} {batch, tokens, groups}", (residual, given), parts, options)
+        for name, part, normed in (("gate", gate, False), ("no gate", None, False), ("weight", vectors[0], True)):
+            found, untouched = triton_kernels.sum_norm(
+                residual, update, part, None, None, eps=1e-6, one_plus=False, norm=False, norm_update=normed
+            )
+            assert untouched is residual
+            reference = fused.gated_sum(residual, update, part, norm_update=normed)
+            yield f"sum with {name} {batch, tokens, groups}", distance(found, reference)
+
+
+def of_sum_norm(
+    name: str,
+    tokens: tuple[Tensor, Tensor | None],
+    parts: tuple[Tensor | None, ...],
+    options: dict[str, Any],
+) -> Iterator[tuple[str, float]]:
+    """Both results of one call."""
+    (residual, update), (gate, scale, shift) = tokens, parts
+    complete = {"one_plus": True, **options}
+    found = triton_kernels.sum_norm(residual, update, gate, scale, shift, eps=1e-5, norm=True, **complete)
+    reference = fused.sum_norm(residual, update, gate, scale=scale, shift=shift, eps=1e-5, **complete)
+    assert (found[0] is residual) == (update is None)
+    yield f"{name}: sum", distance(found[0], reference[0])
+    yield f"{name}: norm", distance(found[1], reference[1])
+
+
+def norm_rotations(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
+    """Of `norm_rotate`: heads from one product of three, into a part of a longer sequence."""
+    batch, tokens = 2, 3
+    for (heads, head_dim), wide in product(((4, 16), (3, width // 2)), (False, True)):
+        inner = heads * head_dim
+        source = drawn(batch, tokens, 3 * inner, dtype=dtype)[..., inner : 2 * inner].unflatten(-1, (heads, head_dim))
+        weight = drawn(inner if wide else head_dim)
+        tables = [drawn(by_batch, tokens, by_head, head_dim // 2, 2) for by_batch in (1, 2) for by_head in (1, heads)]
+        longer = drawn(1, tokens + 4, 1, head_dim // 2, 2)[:, 3 : 3 + tokens]
+        for norm, table in product((weight, None), (*tables, longer, None)):
+            room = torch.full((batch, tokens + 3, heads, head_dim), torch.nan, dtype=dtype)
+            target = room[:, 2 : 2 + tokens]
+            triton_kernels.norm_rotate(source, norm, table, target, eps=1e-6, wide=wide)
+            untouched = torch.cat((room[:, :2], room[:, 2 + tokens :]), dim=1)
+            assert bool(untouched.isnan().all()), "what lies around the target stays"
+            # In fp32 throughout, as the kernel computes: the reference would round in the middle.
+            reference = fused.norm_rotate(source.float(), norm, table, eps=1e-6, wide=wide).to(dtype)
+            has = f"{'norm' if norm is not None else 'no norm'}, table {None if table is None else tuple(table.shape)}"
+            yield f"rotation {heads, head_dim}, wide {wide}, {has}", distance(target, reference)
+
+
+def main() -> None:
+    """Print the largest distance of each kernel and precision, with the case that it is of, and how many there were."""
+    torch.manual_seed(0)
+    worst = {}
+    for (name, drawn_as), cases in product(DTYPES.items(), (sum_norms, norm_rotations)):
+        found = list(cases(*drawn_as))
+        case, far = max(found, key=lambda each: each[1])
+        worst[f"{cases.__name__} {name}"] = {"cases": len(found), "worst": case, "distance": far}
+    sys.stdout.write(json.dumps(worst))
+
+
+if __name__ == "__main__":
+    main()
