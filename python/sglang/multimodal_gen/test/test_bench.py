@@ -376,6 +376,21 @@ def test_dit_from_the_command_line_shows_a_table_and_writes_json(
     check_summary(data["result"]["ours"]["seconds"], num_samples=2)
 
 
+def test_parallel_times_decoding_once_for_each_number_of_ranks(
+    capsys: Capture, wan_checkpoint: Callable[[str], Path]
+) -> None:
+    model, size = str(wan_checkpoint("plain")), ("--width", "80", "--height", "48", "--num-frames", "9")
+    spread = ("--layouts", "cfg2", "ring2", "--decode", "--chunk-frames", "2", "--repeats", "2")
+    assert main(["bench", "parallel", "--model-path", model, *size, *spread, "--json", "parallel.json"]) == 0
+    assert "decoding by AutoencoderKLWan, float32" in capsys.readouterr().out
+    result = json.loads(Path("parallel.json").read_text())["result"]
+    assert len(result["layouts"]) == 3 and result["chunk_frames"] == [2, 2]
+    alone, spread_over = result["decoding"]
+    assert alone["relative_difference"] == 0.0
+    assert 0.0 < spread_over["relative_difference"] <= 1e-5, "in fp32, by other sums"
+    check_summary(spread_over["seconds"], num_samples=2)
+
+
 def test_pipeline_compares_sharing_with_one_by_one_and_with_diffusers(
     capsys: Capture, wan_checkpoint: Callable[[str], Path]
 ) -> None:
