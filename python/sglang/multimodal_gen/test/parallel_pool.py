@@ -27,20 +27,25 @@ NUM_RANKS = 4
 FOUR_HEADS = {"num_attention_heads": 4}
 
 Wish = dict[str, Any]
+GUIDED: Wish = {"true_cfg_scale": 3.0, "negative_prompt": "green"}
+UNGUIDED: Wish = {"guidance_scale": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A checkpoint with four heads, and two requests that stand at other steps and may have no guidance."""
+    """A checkpoint with four heads, and three requests with other step counts, of which one or two are guided by a
+    negative prompt."""
 
     save: Callable[[Path], Path]
     wishes: tuple[Wish, ...]
 
 
-def wishes(**values: Any) -> tuple[Wish, ...]:
+def wishes(*, other: Wish, **values: Any) -> tuple[Wish, ...]:
+    """`other`: what the last one wants instead."""
     return (
         {"prompt": "a red circle moving left", "seed": 1, "num_inference_steps": 3, **values},
         {"prompt": "a small star", "seed": 2, "num_inference_steps": 2, **values},
+        {"prompt": "a blue square", "seed": 3, "num_inference_steps": 2, **values, **other},
     )
 
 
@@ -48,40 +53,52 @@ def wishes(**values: Any) -> tuple[Wish, ...]:
 FAMILIES = {
     "wan": Family(
         save=lambda directory: save_tiny_wan(
-            directory, TinyWan(seed=7, transformer={**FOUR_HEADS, "attention_head_dim": 12, "freq_dim": 32})
+            directory,
+            TinyWan(
+                seed=7,
+                transformer={**FOUR_HEADS, "attention_head_dim": 12, "freq_dim": 32},
+                text={"num_heads": 4},
+            ),
         ),
-        wishes=wishes(width=48, height=80, num_frames=9, guidance_scale=4.0),
+        wishes=wishes(width=48, height=80, num_frames=9, guidance_scale=4.0, other=UNGUIDED),
     ),
     "flux": Family(
-        save=lambda directory: save_tiny_flux(directory, TinyFlux(seed=3, transformer=FOUR_HEADS)),
-        wishes=wishes(width=48, height=80, guidance_scale=4.0, max_sequence_length=13),
+        save=lambda directory: save_tiny_flux(directory, TinyFlux(seed=3, text_heads=4, transformer=FOUR_HEADS)),
+        wishes=wishes(width=48, height=80, guidance_scale=4.0, max_sequence_length=13, other=GUIDED),
     ),
     "qwen": Family(
         save=lambda directory: save_tiny_qwen_image(directory, TinyQwenImage(seed=3, transformer=FOUR_HEADS)),
-        wishes=wishes(width=48, height=80, true_cfg_scale=3.0, negative_prompt="green", max_sequence_length=30),
+        wishes=wishes(width=48, height=80, max_sequence_length=30, **GUIDED, other={"true_cfg_scale": 1.0}),
     ),
     "ltx": Family(
         save=lambda directory: save_tiny_ltx(
-            directory, TinyLTX(seed=3, transformer={**FOUR_HEADS, "cross_attention_dim": 40})
+            directory, TinyLTX(seed=3, text_heads=4, transformer={**FOUR_HEADS, "cross_attention_dim": 40})
         ),
-        wishes=wishes(width=96, height=160, num_frames=9, guidance_scale=3.0, max_sequence_length=13),
+        wishes=wishes(width=96, height=160, num_frames=9, guidance_scale=3.0, max_sequence_length=13, other=UNGUIDED),
     ),
     "hunyuan_video": Family(
-        save=lambda directory: save_tiny_hunyuan_video(directory, TinyHunyuanVideo(seed=3, transformer=FOUR_HEADS)),
-        wishes=wishes(width=48, height=80, num_frames=5, guidance_scale=4.0),
+        save=lambda directory: save_tiny_hunyuan_video(
+            directory,
+            TinyHunyuanVideo(
+                seed=3, transformer=FOUR_HEADS, text={**FOUR_HEADS, "num_key_value_heads": 2, "head_dim": 6}
+            ),
+        ),
+        wishes=wishes(width=48, height=80, num_frames=5, guidance_scale=4.0, other=GUIDED),
     ),
     "sd3": Family(
         save=lambda directory: save_tiny_sd3(
             directory,
-            TinySD3(seed=3, transformer=TINY_DUAL_TRANSFORMER | FOUR_HEADS | {"caption_projection_dim": 32}),
+            TinySD3(
+                seed=3, text_heads=4, transformer=TINY_DUAL_TRANSFORMER | FOUR_HEADS | {"caption_projection_dim": 32}
+            ),
         ),
-        wishes=wishes(width=48, height=80, guidance_scale=4.0, max_sequence_length=13),
+        wishes=wishes(width=48, height=80, guidance_scale=4.0, max_sequence_length=13, other=UNGUIDED),
     ),
     "zimage": Family(
         save=lambda directory: save_tiny_zimage(
             directory, TinyZImage(seed=3, transformer={"dim": 96, "n_heads": 4, "n_kv_heads": 4})
         ),
-        wishes=wishes(width=48, height=80, guidance_scale=3.0, max_sequence_length=64),
+        wishes=wishes(width=48, height=80, guidance_scale=3.0, max_sequence_length=64, other={"guidance_scale": 0.0}),
     ),
 }
 SHAPES = [
@@ -115,15 +132,15 @@ class Pool:
 
     def run(
         self, directory: Path, shape: ReplicaShape, requests: Sequence[Wish], scratch: Path, *, device: str = "cpu"
-    ) -> Any:
-        """What the leader saved of the requests, run together."""
-        out = scratch / "out.npz"
+    ) -> list[Any]:
+        """What each rank of the shape saved of the requests, which share forwards."""
+        out = str(scratch / "out-{rank}.npz")
         task = {
             "directory": str(directory),
             "shape": asdict(shape),
             "wishes": list(requests),
             "store": str(scratch / f"store-{next(self._numbers)}"),  # a store that ends removes its file, some time
-            "out": str(out),
+            "out": out,
             "device": device,
         }
         for rank in self.ranks:
@@ -132,7 +149,7 @@ class Pool:
             rank.stdin.flush()
         answers = [rank.stdout.readline().strip() for rank in self.ranks if rank.stdout is not None]
         assert answers == ["ok"] * len(self.ranks), "\n".join(json.loads(text) for text in answers if text != "ok")
-        return np.load(out)
+        return [np.load(out.format(rank=rank)) for rank in range(shape.num_ranks)]
 
     def close(self) -> None:
         for rank in self.ranks:

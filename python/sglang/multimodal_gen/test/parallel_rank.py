@@ -18,34 +18,32 @@ import torch.distributed as dist
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.runtime.distributed.parallel_state import join_replica
+from sglang.multimodal_gen.runtime.loader.component_loader import weight_totals
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
-from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
-from sglang.multimodal_gen.test.pipeline_parity import run_together
+from sglang.multimodal_gen.test.parallel_case import made_of
 
 
 def run(rank: int, task: dict[str, Any]) -> None:
-    """Generate the task's requests together; the leader saves what came out."""
+    """Generate the task's requests together, with text encoders dealt; each rank saves what it has then."""
     shape = ReplicaShape(**task["shape"])
     if rank >= shape.num_ranks:
         return
     try:
         pipeline = build_pipeline(
             task["directory"],
-            ExecutionArgs(device=task["device"], precision="fp32"),
+            ExecutionArgs(device=task["device"], precision="fp32", encoder_parallel="on"),
             local_rank=rank,
             num_gpus=shape.num_ranks,
             join=lambda device: join_replica(shape, rank, store=Path(task["store"]), device=device, timeout_s=60),
         )
-        with torch.inference_mode():
-            results = run_together(pipeline, [(wish, EMPTY) for wish in task["wishes"]])
+        arrays = made_of(pipeline, task["wishes"])
+        encoders = [module for name, module in pipeline.modules.items() if name.startswith("text_encoder")]
+        num_parameters, encoder_bytes = weight_totals(encoders)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if rank == 0:
-        latents = [req.latents for req, _ in results if req.latents is not None]
-        arrays = {f"latents{index}": tensor.cpu().numpy() for index, tensor in enumerate(latents)}
-        np.savez(task["out"], **arrays, **{f"frames{i}": frames for i, (_, frames) in enumerate(results)})
+    np.savez(task["out"].format(rank=rank), **arrays, num_parameters=num_parameters, encoder_bytes=encoder_bytes)
 
 
 def main() -> None:
