@@ -8,18 +8,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY
+from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import RequestInputs
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
+from sglang.multimodal_gen.test.media import picture
 from sglang.multimodal_gen.test.pipeline_parity import admitted, finished, present_phase
 
 Arrays = dict[str, np.ndarray]
 
 
-def made_of(pipeline: Any, wishes: Sequence[Mapping[str, Any]]) -> Arrays:
+def made_of(pipeline: Any, wishes: Sequence[Mapping[str, Any]], *, num_pictures: int = 0) -> Arrays:
     """For each request what its texts became, its latents and its frames, and of one step all that the transformer
-    predicts: there the first request is a step ahead of the others, and all of them share the forward.
+    predicts: there the first request is a step ahead of the others, and all of them share the forward. Each starts from
+    `num_pictures` of its own.
     """
-    requests = admitted(pipeline, [(wish, EMPTY) for wish in wishes])
+    inputs = [
+        RequestInputs(images=tuple(picture(37, 50, 10 * number + index) for index in range(num_pictures)))
+        for number in range(len(wishes))
+    ]
+    requests = admitted(pipeline, list(zip(wishes, inputs, strict=True)))
     with torch.inference_mode():
         for req in requests:
             _run_to_denoising(pipeline, req)

@@ -7,8 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,13 @@ import numpy as np
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.test.tiny_checkpoints import TinyWan, save_tiny_wan
 from sglang.multimodal_gen.test.tiny_flux import TinyFlux, save_tiny_flux
-from sglang.multimodal_gen.test.tiny_hunyuan_video import TinyHunyuanVideo, save_tiny_hunyuan_video
+from sglang.multimodal_gen.test.tiny_hunyuan_video import (
+    TINY_HUNYUAN_VIDEOS,
+    TinyHunyuanVideo,
+    save_tiny_hunyuan_video,
+)
 from sglang.multimodal_gen.test.tiny_ltx import TinyLTX, save_tiny_ltx
-from sglang.multimodal_gen.test.tiny_qwen_image import TinyQwenImage, save_tiny_qwen_image
+from sglang.multimodal_gen.test.tiny_qwen_image import TINY_QWEN_IMAGES, TinyQwenImage, save_tiny_qwen_image
 from sglang.multimodal_gen.test.tiny_sd3 import TINY_DUAL_TRANSFORMER, TinySD3, save_tiny_sd3
 from sglang.multimodal_gen.test.tiny_zimage import TinyZImage, save_tiny_zimage
 
@@ -33,11 +37,12 @@ UNGUIDED: Wish = {"guidance_scale": 1.0}
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A checkpoint with four heads, and three requests with other step counts, of which one or two are guided by a
-    negative prompt."""
+    """A checkpoint, and three requests with other step counts, of which one or two are guided by a negative prompt.
+    Each of them starts from `num_pictures`."""
 
     save: Callable[[Path], Path]
     wishes: tuple[Wish, ...]
+    num_pictures: int = 0
 
 
 def wishes(*, other: Wish, **values: Any) -> tuple[Wish, ...]:
@@ -101,6 +106,25 @@ FAMILIES = {
         wishes=wishes(width=48, height=80, guidance_scale=3.0, max_sequence_length=64, other={"guidance_scale": 0.0}),
     ),
 }
+# Encoders that more than the text goes through, and one whose heads cannot be dealt.
+OTHER_ENCODERS = {
+    "odd_heads": Family(
+        save=lambda directory: save_tiny_flux(directory, TinyFlux(seed=5)),
+        wishes=wishes(width=48, height=80, guidance_scale=4.0, max_sequence_length=13, other=GUIDED),
+    ),
+    "qwen_edit": Family(
+        save=lambda directory: save_tiny_qwen_image(directory, TINY_QWEN_IMAGES["edit"]),
+        wishes=wishes(width=48, height=48, **GUIDED, other={"true_cfg_scale": 1.0}),
+        num_pictures=1,
+    ),
+    "hunyuan_video_i2v": Family(
+        save=lambda directory: save_tiny_hunyuan_video(
+            directory, replace(TINY_HUNYUAN_VIDEOS["i2v"], text={**FOUR_HEADS, "num_key_value_heads": 2, "head_dim": 6})
+        ),
+        wishes=wishes(width=48, height=48, num_frames=5, guidance_scale=4.0, other=GUIDED),
+        num_pictures=1,
+    ),
+}
 SHAPES = [
     ReplicaShape(tp=2),
     ReplicaShape(ulysses=2),
@@ -131,14 +155,15 @@ class Pool:
         ]
 
     def run(
-        self, directory: Path, shape: ReplicaShape, requests: Sequence[Wish], scratch: Path, *, device: str = "cpu"
+        self, directory: Path, shape: ReplicaShape, family: Family, scratch: Path, *, device: str = "cpu"
     ) -> list[Any]:
-        """What each rank of the shape saved of the requests, which share forwards."""
+        """What each rank of the shape saved of the family's requests, which share forwards."""
         out = str(scratch / "out-{rank}.npz")
         task = {
             "directory": str(directory),
             "shape": asdict(shape),
-            "wishes": list(requests),
+            "wishes": list(family.wishes),
+            "num_pictures": family.num_pictures,
             "store": str(scratch / f"store-{next(self._numbers)}"),  # a store that ends removes its file, some time
             "out": out,
             "device": device,

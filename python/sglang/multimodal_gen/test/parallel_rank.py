@@ -37,7 +37,7 @@ def run(rank: int, task: dict[str, Any]) -> None:
             num_gpus=shape.num_ranks,
             join=lambda device: join_replica(shape, rank, store=Path(task["store"]), device=device, timeout_s=60),
         )
-        arrays = made_of(pipeline, task["wishes"])
+        arrays = made_of(pipeline, task["wishes"], num_pictures=task["num_pictures"])
         encoders = [module for name, module in pipeline.modules.items() if name.startswith("text_encoder")]
         num_parameters, encoder_bytes = weight_totals(encoders)
     finally:

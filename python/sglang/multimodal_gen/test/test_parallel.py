@@ -7,7 +7,7 @@ import functools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ import torch
 
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.errors import InvalidValue, RemoteError
-from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator
+from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator, GenerationResult
 from sglang.multimodal_gen.test.parallel_case import Arrays, made_of
-from sglang.multimodal_gen.test.parallel_pool import FAMILIES, SHAPES, Pool
+from sglang.multimodal_gen.test.parallel_pool import FAMILIES, OTHER_ENCODERS, SHAPES, Pool
 from sglang.multimodal_gen.test.pipeline_parity import LATENT_TOLERANCE, load, relative_error
 
 pytestmark = pytest.mark.timeout(180)
@@ -58,7 +58,22 @@ def test_several_ranks_give_the_texts_predictions_and_pictures_of_one(
     tmp_path: Path,
 ) -> None:
     """Text encoders are dealt to the ranks as well. The requests of a batch differ in step, step count and guidance."""
-    expected, [leader, *others] = alone(name), pool.run(checkpoints(name), shape, FAMILIES[name].wishes, tmp_path)
+    assert_same(alone(name), pool.run(checkpoints(name), shape, FAMILIES[name], tmp_path))
+
+
+@pytest.mark.parametrize("name", OTHER_ENCODERS)
+def test_encoders_that_see_pictures_or_are_dealt_in_part_give_the_texts_of_one_rank(
+    name: str, pool: Pool, tmp_path: Path
+) -> None:
+    family = OTHER_ENCODERS[name]
+    checkpoint = family.save(tmp_path / name)
+    expected = made_of(load(checkpoint), family.wishes, num_pictures=family.num_pictures)
+    assert_same(expected, pool.run(checkpoint, ReplicaShape(ulysses=2), family, tmp_path))
+
+
+def assert_same(expected: Arrays, found: Sequence[Mapping[str, Any]]) -> None:
+    """The leader's frames and every rank's tensors, with no rank holding its text encoders whole."""
+    leader, *others = found
     assert sum(key.startswith("predicted") for key in expected) in (4, 5), "some are guided, some are not"
     for key, values in expected.items():
         if key.startswith("frames"):
@@ -121,3 +136,30 @@ def test_a_rank_that_is_killed_is_replaced_with_its_replica_and_requests_go_on(
         assert set(engine.status().worker_pids).isdisjoint(pids)
         np.testing.assert_array_equal(resumed.frames, undisturbed.frames)
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+def test_dealt_encoders_live_through_caching_flushes_released_memory_and_new_weights(
+    checkpoints: Callable[[str], Path],
+) -> None:
+    """All ranks find the same texts in their caches, or one of them would wait for the others in a collective."""
+    wish = {**FAMILIES["wan"].wishes[0], "save_output": False, "return_frames": True}
+    options: dict[str, Any] = {"ulysses_degree": 2, "encoder_parallel": "on", "precision": "fp32"}
+    with DiffGenerator.from_pretrained(str(checkpoints("wan")), **options) as engine:
+
+        def done(operation: Any) -> str:
+            return str(engine._engine.spawn(engine._engine.client.control(operation)).result(100))
+
+        def frames() -> np.ndarray:
+            result = engine.generate(wish)
+            assert isinstance(result, GenerationResult) and result.frames is not None
+            return result.frames
+
+        fresh = frames()
+        np.testing.assert_array_equal(frames(), fresh)
+        assert not done("flush_cache").startswith("0.0 MiB")
+        np.testing.assert_array_equal(frames(), fresh)
+        done("release_memory_occupation")
+        done("resume_memory_occupation")
+        np.testing.assert_array_equal(frames(), fresh)
+        assert "loaded" in done("update_weights_from_disk")
+        np.testing.assert_array_equal(frames(), fresh)
