@@ -329,7 +329,7 @@ class StorageError(ServingError):
 
 
 class InsufficientStorage(StorageError):
-    """The disk is full: what was asked for was not accepted."""
+    """The disk is full: what was asked for was not accepted, or its result has no room."""
 
     code = "insufficient_storage"
 

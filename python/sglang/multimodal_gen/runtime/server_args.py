@@ -261,6 +261,15 @@ class ParallelArgs:
     ring_degree: int = arg(1, help="Ring-attention ranks.", group="parallel", minimum=1, maximum=_MAX_GPUS)
     ulysses_degree: int = arg(1, help="Ulysses ranks.", group="parallel", minimum=1, maximum=_MAX_GPUS)
     tp_size: int = arg(1, help="Tensor-parallel ranks.", group="parallel", minimum=1, maximum=_MAX_GPUS)
+    gpu_ids: tuple[int, ...] | None = arg(
+        None,
+        help="Which of the visible GPUs to use, replica by replica.",
+        group="parallel",
+        unset="the first ones",
+        metavar="GPU",
+        minimum=0,
+        maximum=_MAX_GPUS,
+    )
 
     @property
     def replica(self) -> ReplicaShape:
@@ -556,6 +565,7 @@ def resolve_server_args(
         settings |= {name: Setting(value, f"config {config_file.name}") for name, value in read.items()}
     settings |= _read_environment(environ, options)
     settings |= {name: Setting(coerce(options[name], value), "flag") for name, value in flags.items()}
+    settings |= _count_gpu_ids(settings)
     settings |= _choose_degrees(settings)
     _check_degrees(settings)
     _check_webhook(settings)
@@ -578,9 +588,23 @@ def _read_environment(environ: Mapping[str, str], options: Mapping[str, Paramete
     return settings
 
 
+def _count_gpu_ids(settings: Mapping[str, Setting]) -> dict[str, Setting]:
+    """As many GPUs as are named. Raises InvalidValue for another number than was asked for, or one that is twice."""
+    ids, num_gpus = settings["gpu_ids"].value, settings["num_gpus"]
+    if ids is None:
+        return {}
+    if len(set(ids)) < len(ids):
+        raise InvalidValue("gpu_ids", ids, "each GPU once")
+    if num_gpus.source == "default":
+        return {"num_gpus": Setting(len(ids), "chosen")}
+    if len(ids) != num_gpus.value:
+        raise InvalidValue("gpu_ids", ids, f"as many as num_gpus: {num_gpus.value}, not {len(ids)}")
+    return {}
+
+
 def _choose_degrees(settings: Mapping[str, Setting]) -> dict[str, Setting]:
     """Degrees left unset: num_gpus is the product of those given, or Ulysses takes the GPUs that are left."""
-    degrees = [name for name in parameters(ParallelArgs) if name != "num_gpus"]
+    degrees = [name for name in parameters(ParallelArgs) if name not in ("num_gpus", "gpu_ids")]
     product = math.prod(settings[name].value for name in degrees)
     if settings["num_gpus"].source == "default":
         return {"num_gpus": Setting(product, "chosen")} if product > 1 else {}
@@ -591,15 +615,13 @@ def _choose_degrees(settings: Mapping[str, Setting]) -> dict[str, Setting]:
 
 
 def _check_degrees(settings: Mapping[str, Setting]) -> None:
-    """Raises InvalidValue when the degrees do not multiply to num_gpus, or for several replicas."""
+    """Raises InvalidValue when the degrees do not multiply to num_gpus."""
     num_gpus = settings["num_gpus"].value
-    degrees = {name: settings[name].value for name in parameters(ParallelArgs) if name != "num_gpus"}
+    degrees = {name: settings[name].value for name in parameters(ParallelArgs) if name not in ("num_gpus", "gpu_ids")}
     product = math.prod(degrees.values())
     if product != num_gpus:
         arithmetic = " × ".join(f"{name} {value}" for name, value in degrees.items())
         raise InvalidValue("num_gpus", num_gpus, f"the product of the parallel degrees: {arithmetic} = {product}")
-    if degrees["dp_size"] > 1:
-        raise InvalidValue("dp_size", degrees["dp_size"], "1; several replicas come with a later release")
 
 
 def _check_webhook(settings: Mapping[str, Setting]) -> None:

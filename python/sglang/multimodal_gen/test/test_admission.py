@@ -15,11 +15,12 @@ from sglang.multimodal_gen.runtime.managers.admission import Admission, with_cos
 from sglang.multimodal_gen.runtime.managers.batching import UnitCursor
 from sglang.multimodal_gen.runtime.managers.deadlines import Deadlines
 from sglang.multimodal_gen.runtime.managers.fair_share import FairShare, ShareClass
+from sglang.multimodal_gen.runtime.managers.intake import Intake
 from sglang.multimodal_gen.runtime.managers.messages import Admitted
 from sglang.multimodal_gen.runtime.managers.queue_news import QueueNews
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.timing import LearnedTimes
-from sglang.multimodal_gen.runtime.managers.waiting_queue import WaitingQueue
+from sglang.multimodal_gen.runtime.managers.waiting_queue import PATIENCE_S, WaitingQueue
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
 
 SHORT = SamplingParams(width=512, height=512, num_frames=1, num_inference_steps=4, fps=8, seed=1)
@@ -43,22 +44,33 @@ def record(params: SamplingParams = SHORT, *, priority: int = 0, warm_up: bool =
     number = next(_numbers)
     params = SamplingParams.from_values({**vars(params), "priority": priority, **values})
     client = None if warm_up else b"client"
-    return RequestRecord(request_id=f"r{number}", client=client, params=params, order=number, max_attempts=2)
+    replica = 0 if warm_up else None
+    return RequestRecord(
+        request_id=f"r{number}", client=client, params=params, order=number, max_attempts=2, replica=replica
+    )
 
 
-def admission(**options: Any) -> Admission:
-    made = Admission(ExecutionArgs(**options), LearnedTimes(), FairShare(), WaitingQueue(), {})
+class Policy(Admission):
+    """With the only replica's intake."""
+
+    intake: Intake
+
+
+def admission(**options: Any) -> Policy:
+    active: dict[str, RequestRecord] = {}
+    made = Policy(ExecutionArgs(**options), LearnedTimes(), WaitingQueue(), active.values)
+    made.intake = Intake(made, FairShare(), active)
     made.model_ready(MODEL)
     return made
 
 
-def start(policy: Admission) -> RequestRecord | None:
+def start(policy: Policy) -> RequestRecord | None:
     """Hand over whoever is next."""
-    found = policy.next_to_start(lambda head: True, is_busy=False)
+    found = policy.intake.next_to_start(lambda head: True, is_busy=False)
     if found is not None:
         policy.waiting.remove(found)
-        assert isinstance(policy.active, dict)
-        policy.active[found.request_id] = found
+        assert isinstance(policy.intake.active, dict)
+        policy.intake.active[found.request_id] = found
         found.status = "running"
     return found
 
@@ -95,17 +107,49 @@ def test_who_lost_its_turn_comes_first_in_its_class_and_warm_ups_before_everybod
     assert [start(policy) for _ in range(5)] == [warm_up, again, first, second, None]
 
 
-def test_a_place_counts_who_is_expected_to_start_before() -> None:
+def test_within_a_class_whoever_is_due_first_comes_first_and_nobody_is_overtaken_for_ever() -> None:
     queue = WaitingQueue()
-    for _ in range(10):
-        queue.push(record(LONG))
-    assert queue.last_place(ShareClass.of(LONG)).position == 9
-    queue.push(record(SHORT))
-    assert queue.last_place(ShareClass.of(SHORT)).position == 0, "it waits for no long one"
-    assert queue.last_place(ShareClass.of(LONG)).position == 10
+    patient, usual, urgent, later = (record(deadline_s=s) for s in (None, PATIENCE_S, 5.0, 2 * PATIENCE_S))
+    for age, each in ((60.0, later), (50.0, patient), (40.0, usual), (0.0, urgent)):
+        each.received_at -= age
+        queue.push(each)
+    assert [queue.place(each).position for each in (urgent, patient, usual, later)] == [0, 1, 2, 3]
+    newcomers = []
+    for _ in range(50):  # a flood of urgent ones, each of which overtakes all that came lately
+        newcomers.append(record(deadline_s=100.0))
+        newcomers[-1].received_at += PATIENCE_S - 120.0
+        queue.push(newcomers[-1])
+    served = []
+    while heads := queue.heads():
+        served.append(heads[0])
+        queue.remove(heads[0])
+    assert served == [urgent, patient, usual, *newcomers, later], "who has waited long is overtaken by nobody"
+
+
+def test_places_in_a_mixed_line_agree_with_the_order_in_which_it_is_served() -> None:
+    queue, rng = WaitingQueue(), random.Random(2)
+    for _ in range(300):
+        queue.push(record(deadline_s=rng.choice([None, 1.0, 50.0, 900.0])), front=rng.random() < 0.1)
+    listed = list(queue.places())
+    assert listed == [(each, queue.place(each)) for each, _ in listed]
+    while heads := queue.heads():
+        assert (heads[0], queue.place(heads[0]).position) == (listed.pop(0)[0], 0)
+        queue.remove(heads[0])
+    assert not listed
+
+
+def test_a_place_counts_who_is_expected_to_start_before() -> None:
+    queue, long_ones = WaitingQueue(), [record(LONG) for _ in range(10)]
+    for each in long_ones:
+        queue.push(each)
+    assert queue.place(long_ones[-1]).position == 9
+    short = record(SHORT)
+    queue.push(short)
+    assert queue.place(short).position == 0, "it waits for no long one"
+    assert queue.place(long_ones[-1]).position == 10
     favoured = record(LONG, priority=2)
     queue.push(favoured)
-    place = queue.last_place(favoured.share_class)
+    place = queue.place(favoured)
     assert place.position == 0
     assert place.work < 3 * favoured.cost
 
@@ -231,7 +275,7 @@ def test_a_class_whose_batches_do_not_pay_holds_two_places() -> None:
     first = start(policy)
     assert first is not None
     phases = (Phase(name="d", lane="denoise", units=50, batch_key="d", cost=1.0, peak_bytes=1),)
-    first.begin(Admitted(request_id=first.request_id, phases=phases), policy.share.account(first.share_class))
+    first.begin(Admitted(request_id=first.request_id, phases=phases), policy.intake.share.account(first.share_class))
     policy.admitted(first)
     assert start(policy) is not None
     assert start(policy) is None
@@ -243,10 +287,10 @@ def test_a_suspect_waits_until_the_workers_rest_and_nobody_starts_beside_it() ->
     suspect.blame()
     policy.waiting.push(suspect)
     policy.waiting.push(other)
-    assert policy.next_to_start(lambda head: True, is_busy=True) is None
-    assert policy.must_rest
+    assert policy.intake.next_to_start(lambda head: True, is_busy=True) is None
+    assert policy.intake.must_rest
     assert start(policy) is suspect
-    assert not policy.must_rest
+    assert not policy.intake.must_rest
     suspect.status = "admitting"
     assert start(policy) is None
     suspect.status, suspect.is_suspect = "running", False
@@ -256,11 +300,11 @@ def test_a_suspect_waits_until_the_workers_rest_and_nobody_starts_beside_it() ->
 # --- deadlines ---
 
 
-def learned_steps(policy: Admission, seconds: float) -> None:
+def learned_steps(policy: Policy, seconds: float) -> None:
     """A short request was run, at so many seconds a step."""
     phases = (Phase(name="d", lane="denoise", units=4, batch_key="d", cost=1.0, peak_bytes=1),)
     known = record()
-    known.begin(Admitted(request_id=known.request_id, phases=phases), policy.share.account(known.share_class))
+    known.begin(Admitted(request_id=known.request_id, phases=phases), policy.intake.share.account(known.share_class))
     policy.admitted(known)
     for _ in range(2):
         policy.times.record("d", seconds, 1)
@@ -341,20 +385,19 @@ def test_everybody_hears_of_a_new_place_but_not_all_the_time() -> None:
 
 
 def test_the_eta_of_a_queued_request_follows_from_the_work_before_it() -> None:
-    policy = admission()
-    policy.waiting.push(record())
-    assert policy.eta_s(policy.waiting.last_place(ShareClass.of(SHORT)).work) is None
+    policy, waiting = admission(), [record() for _ in range(4)]
+    for each in waiting:
+        policy.waiting.push(each)
+    assert policy.eta_s(policy.waiting.place(waiting[0]).work) is None
     policy.rate.record(SHORT.cost, 2.0)
-    for _ in range(3):
-        policy.waiting.push(record())
-    assert policy.eta_s(policy.waiting.last_place(ShareClass.of(SHORT)).work) == pytest.approx(8.0)
+    assert policy.eta_s(policy.waiting.place(waiting[-1]).work) == pytest.approx(8.0)
     running = record()
     phases = (Phase(name="d", lane="denoise", units=4, batch_key="d", cost=1.0, peak_bytes=1),)
     running.cursor = UnitCursor(request_id=running.request_id, phases=phases, order=0, done=2)
-    assert isinstance(policy.active, dict)
-    policy.active[running.request_id] = running
+    assert isinstance(policy.intake.active, dict)
+    policy.intake.active[running.request_id] = running
     policy.units_done([], seconds=0.0)
-    assert policy.eta_s(policy.waiting.last_place(ShareClass.of(SHORT)).work) == pytest.approx(9.0)
+    assert policy.eta_s(policy.waiting.place(waiting[-1]).work) == pytest.approx(9.0)
 
 
 def test_where_a_request_stands_makes_no_other_result() -> None:

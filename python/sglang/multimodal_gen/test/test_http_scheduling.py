@@ -243,6 +243,23 @@ def test_a_client_whose_patience_ends_gets_its_answer_in_time(front: Front) -> N
     assert_nothing_is_left(front)
 
 
+@pytest.mark.parametrize("jump_s", [-86_400.0, 86_400.0])
+def test_a_clock_that_is_set_ends_nothing_early_and_nothing_late(
+    front: Front, monkeypatch: pytest.MonkeyPatch, jump_s: float
+) -> None:
+    """Of the front end's process; the scheduler's deadlines are of the monotonic clock."""
+    video = httpx.post(f"{front.url}{VIDEOS}", json={"prompt": "sleep-20", "deadline_s": 60, "num_frames": 5}).json()
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + jump_s)
+    reply = httpx.post(
+        f"{front.url}{IMAGES}", json={"prompt": "sleep-20", "num_inference_steps": 1000, "deadline_s": 0.4}, timeout=30
+    )
+    assert error_of(reply, 504)["code"] == "deadline_exceeded"
+    wait_for(lambda: httpx.get(f"{front.url}{VIDEOS}/{video['id']}").json()["status"] == "completed", seconds=30)
+    assert httpx.get(f"{front.url}{VIDEOS}/{video['id']}/content").status_code == 200
+    assert_nothing_is_left(front)
+
+
 def test_hundreds_at_once_are_answered_with_an_image_or_with_429(front: Front) -> None:
     async def post_all() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=300)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sglang.multimodal_gen.errors import StorageError
+from sglang.multimodal_gen.errors import InsufficientStorage, StorageError
 from sglang.multimodal_gen.runtime.managers import run_dir as module
 from sglang.multimodal_gen.runtime.managers.messages import MappedArray
 from sglang.multimodal_gen.runtime.managers.run_dir import OwnedRunDir, RunDir
@@ -55,7 +55,7 @@ def test_without_room_in_shared_memory_the_temp_directory_serves(owned: OwnedRun
 
 
 def test_more_than_there_is_room_for_is_a_clear_error_and_leaves_nothing(owned: OwnedRunDir) -> None:
-    with pytest.raises(StorageError, match="no room"):
+    with pytest.raises(InsufficientStorage, match="no room"):
         owned.paths.allocate((1 << 50,), "|u1")
     assert files(owned.paths) == []
 

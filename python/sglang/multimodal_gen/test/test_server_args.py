@@ -113,11 +113,13 @@ def test_degrees_left_unset_are_chosen_and_make_the_replica() -> None:
     assert resolve_server_args({"ring_degree": 3}, environ={}).args.parallel.num_gpus == 3
 
 
-def test_several_replicas_are_refused_for_now() -> None:
-    with pytest.raises(
-        InvalidValue, match=r"^dp_size: got 2, accepted is 1; several replicas come with a later release"
-    ):
-        resolve_server_args({"num_gpus": 2, "dp_size": 2}, environ={})
+def test_gpus_are_named_once_each_and_as_many_as_are_used() -> None:
+    named = resolve_server_args({"gpu_ids": (3, 1), "dp_size": 2}, environ={}).args.parallel
+    assert (named.num_gpus, named.gpu_ids) == (2, (3, 1))
+    with pytest.raises(InvalidValue, match=r"^gpu_ids: got \(1, 1\), accepted is each GPU once"):
+        resolve_server_args({"gpu_ids": (1, 1)}, environ={})
+    with pytest.raises(InvalidValue, match=r"^gpu_ids: got \(0, 1\), accepted is as many as num_gpus: 4, not 2"):
+        resolve_server_args({"gpu_ids": (0, 1), "num_gpus": 4}, environ={})
 
 
 def test_keys_may_be_spelled_as_flags_or_as_fields(config: WriteConfig) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sglang.multimodal_gen.errors import StorageError
+from sglang.multimodal_gen.errors import InsufficientStorage
 from sglang.multimodal_gen.runtime.postprocess.saving import OutputWriter, SavedFiles
 from sglang.multimodal_gen.runtime.postprocess.stills import CONTACT_SHEET, THUMBNAIL
 from sglang.multimodal_gen.test.clips import Wishes, clip
@@ -168,7 +168,7 @@ def test_nothing_is_left_when_the_output_cannot_get_its_name(tmp_path: Path, mon
     monkeypatch.setattr(os, "link", full)
     writer = OutputWriter(Wishes(output_format="gif", thumbnail=True, contact_sheet=True), str(tmp_path), num_frames=2)
     writer.write(clip(2))
-    with pytest.raises(StorageError, match="no space"):
+    with pytest.raises(InsufficientStorage, match="no space"):
         writer.close()
     writer.abort()
     assert list(tmp_path.iterdir()) == []
@@ -185,7 +185,7 @@ def test_nothing_is_left_of_an_aborted_output(tmp_path: Path) -> None:
 
 FILL = """
 import resource, sys
-from sglang.multimodal_gen.errors import StorageError
+from sglang.multimodal_gen.errors import InsufficientStorage
 from sglang.multimodal_gen.test.clips import clip
 from sglang.multimodal_gen.test.test_stills import save_all
 frames = clip(1)
@@ -196,7 +196,7 @@ assert saved.output.stat().st_size < size - 1
 resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, resource.RLIM_INFINITY))
 try:
     save_all(frames, sys.argv[1], **wishes)
-except StorageError as error:
+except InsufficientStorage as error:
     sys.stdout.write(str(error))
 """
 

@@ -25,7 +25,7 @@ class SchedulingParams:
     deadline_s: float | None = arg(
         None,
         help="Seconds from the request's arrival until its result must be complete; then it ends with the code "
-        "`deadline_exceeded`.",
+        "`deadline_exceeded`. Of requests of one priority and size whoever is due first starts first.",
         group="scheduling",
         unset="none; for pictures over HTTP as long as the client says that it waits",
         metavar="SECONDS",

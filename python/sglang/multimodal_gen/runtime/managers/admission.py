@@ -1,11 +1,10 @@
-"""Who is let in: into the queue, as far as its limits go, and from the queue into the workers."""
+"""Who is let into the queue, as far as its limits go, and how long who waits there will wait."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -14,9 +13,8 @@ from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, SamplingParams
 from sglang.multimodal_gen.errors import DeadlineExceeded, ErrorInfo, QueueFull
-from sglang.multimodal_gen.runtime.managers.batching import MOST_BY_MEASUREMENT
 from sglang.multimodal_gen.runtime.managers.dispatcher import DoneUnit
-from sglang.multimodal_gen.runtime.managers.fair_share import FairShare, ShareClass
+from sglang.multimodal_gen.runtime.managers.fair_share import ShareClass
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.timing import LearnedTimes, WorkRate
 from sglang.multimodal_gen.runtime.managers.waiting_queue import WaitingQueue
@@ -26,8 +24,6 @@ from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
 _MEGAPIXEL = 1 << 20
 _MOST_STEPS = 1000
 _LEAST_STEPS_COUNTED = 64
-# Requests that hold state in the workers: enough to fill two batches, so that the next is encoded while one denoises.
-_ACTIVE_BATCHES = 2
 # OpenAI's client gives up when it is told to wait for longer.
 _MOST_RETRY_S = 120
 _UNLEARNED_RETRY_S = 2
@@ -45,28 +41,20 @@ def with_cost_limit(model: ModelInfo, execution: ExecutionArgs) -> ModelInfo:
 
 @dataclass
 class Admission:
-    """Reads who waits and whom the workers hold (`active`). Keeps what is learned of requests as a whole: how fast work
-    is done, and which kinds of steps a size has.
-
-    `must_rest`: a suspect has the next turn, so no tick is sent until the workers have nothing to do.
+    """Reads who waits, whom the workers of all replicas hold (`active`), and how many replicas serve. Keeps what is
+    learned of requests as a whole: how fast one replica does work, and which kinds of steps a size has.
     """
 
     execution: ExecutionArgs
     times: LearnedTimes
-    share: FairShare
     waiting: WaitingQueue
-    active: Mapping[str, RequestRecord]
+    active: Callable[[], Iterable[RequestRecord]]
+    num_serving: Callable[[], int] = lambda: 1
     rate: WorkRate = field(default_factory=WorkRate)
-    must_rest: bool = False
     _most_queued_cost: int | None = None
     _running_work: float | None = None
     _steps_of: dict[Shape, tuple[Phase, ...]] = field(default_factory=dict)
     _key_of: dict[ShareClass, str] = field(default_factory=dict)
-
-    @property
-    def suspect_is_starting(self) -> bool:
-        """Whether a worker is taking a request that another one may have been lost by."""
-        return any(record.status == "admitting" and record.is_suspect for record in self.active.values())
 
     def model_ready(self, model: ModelInfo) -> None:
         """The queue's limit of work follows from the model's defaults when no other is set."""
@@ -79,6 +67,10 @@ class Admission:
         if steps:
             self._steps_of[shape_of(record.params)] = steps
             self._key_of[record.share_class] = max(steps, key=lambda phase: phase.units).batch_key
+
+    def key_of(self, share_class: ShareClass) -> str | None:
+        """The batch key of a class's steps; None before one of it was planned."""
+        return self._key_of.get(share_class)
 
     # -- into the queue --
 
@@ -113,7 +105,7 @@ class Admission:
         return self.hopeless(record.params, seconds_left=record.deadline_at - time.monotonic())
 
     def _retry_after_s(self, work: float) -> int:
-        seconds = self.rate.seconds_for(work)
+        seconds = self._seconds_for(work)
         return _UNLEARNED_RETRY_S if seconds is None else max(1, min(_MOST_RETRY_S, math.ceil(seconds)))
 
     def _seconds_alone(self, params: SamplingParams) -> float | None:
@@ -124,48 +116,6 @@ class Admission:
         each = [self.times.fastest_seconds(phase.batch_key) for phase in steps]
         known = [seconds for seconds in each if seconds is not None]
         return min(known) * (params.num_inference_steps or 1) if len(known) == len(steps) else None
-
-    # -- into the workers --
-
-    def next_to_start(self, may_start: Callable[[RequestRecord], bool], *, is_busy: bool) -> RequestRecord | None:
-        """Who starts next; None when nobody can yet. `is_busy`: ticks are under way, which a suspect must wait for."""
-        if self.suspect_is_starting:
-            return None
-        record = self.waiting.warm_up()
-        if record is None:
-            record = self._next_in_line([head for head in self.waiting.heads() if may_start(head)])
-        is_busy = is_busy or any(other.status == "admitting" for other in self.active.values())
-        self.must_rest = record is not None and record.is_suspect and is_busy
-        return None if self.must_rest else record
-
-    def _next_in_line(self, heads: Iterable[RequestRecord]) -> RequestRecord | None:
-        """Which of the classes' first ones has the next turn.
-
-        Places in the workers go to classes by weight, and a class that has none always gets one, beyond the limit: it
-        then gets its share of the time, and memory is made for it as for anyone.
-        """
-        held = Counter(record.share_class for record in self.active.values() if record.status != "saving")
-        is_full = held.total() >= self._most_active(None)
-        ready = [
-            record
-            for record in heads
-            if not held[record.share_class]
-            or (not is_full and held[record.share_class] < self._most_active(record.share_class))
-        ]
-
-        def turn(record: RequestRecord) -> tuple[float, tuple[float, int], int]:
-            share_class = record.share_class
-            return (held[share_class] + 1) / share_class.weight, self.share.account(share_class).turn, record.order
-
-        return min(ready, key=turn, default=None)
-
-    def _most_active(self, share_class: ShareClass | None) -> int:
-        """Requests of a class, or of all, that hold state in the workers."""
-        most = self.execution.batching_max_size
-        key = None if share_class is None else self._key_of.get(share_class)
-        if most is None:
-            most = MOST_BY_MEASUREMENT if key is None else self.times.best_batch(key, MOST_BY_MEASUREMENT)
-        return _ACTIVE_BATCHES * most
 
     # -- how long --
 
@@ -178,5 +128,9 @@ class Admission:
     def eta_s(self, work: float) -> float | None:
         """Until so much work is done after what ran after the last tick; None before anything was measured."""
         if self._running_work is None:
-            self._running_work = sum(record.cost * record.fraction_left for record in self.active.values())
-        return self.rate.seconds_for(work + self._running_work)
+            self._running_work = sum(record.cost * record.fraction_left for record in self.active())
+        return self._seconds_for(work + self._running_work)
+
+    def _seconds_for(self, work: float) -> float | None:
+        """With all replicas at it."""
+        return self.rate.seconds_for(work / max(1, self.num_serving()))

@@ -26,9 +26,7 @@ from sglang.multimodal_gen.errors import (
     WeightsDoNotFit,
 )
 from sglang.multimodal_gen.runtime.managers.clients import Clients
-from sglang.multimodal_gen.runtime.managers.dispatcher import Dispatcher
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
-from sglang.multimodal_gen.runtime.managers.memory import LearnedMemory
 from sglang.multimodal_gen.runtime.managers.messages import (
     CacheFlushed,
     ControlReply,
@@ -36,8 +34,8 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     EngineState,
     FlushCache,
 )
+from sglang.multimodal_gen.runtime.managers.replica import Replicas
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
-from sglang.multimodal_gen.runtime.managers.warm_up import WarmUp
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +50,10 @@ class SetState(Protocol):
 
 @dataclass
 class _Flush:
-    """One flush that ranks still have to answer."""
+    """One flush that replicas still have to answer."""
 
     client: bytes
-    num_ranks: int
+    num_replicas: int
     freed_bytes: int = 0
 
 
@@ -76,19 +74,16 @@ class Control:
 
     def __init__(
         self,
-        dispatcher: Dispatcher,
+        replicas: Replicas,
         clients: Clients,
         requests: Mapping[str, RequestRecord],
-        warm_up: WarmUp,
         set_state: SetState,
         *,
         state: Callable[[], EngineState],
     ) -> None:
-        self._dispatcher = dispatcher
-        self._workers = dispatcher.workers
+        self._replicas = replicas
         self._clients = clients
         self._requests = requests
-        self._warm_up = warm_up
         self._state = state
         self._set_state = set_state
         self._operation: _Operation | None = None
@@ -103,7 +98,7 @@ class Control:
     def advance(self) -> None:
         """End the workers for the operation under way, once nothing is in them."""
         operation = self._operation
-        if operation is None or operation.loading or not self._workers.ready:
+        if operation is None or operation.loading or not self._replicas.loaded:
             return
         if any(record.started_at and record.status != "saving" for record in self._requests.values()):
             return
@@ -115,7 +110,7 @@ class Control:
             self._load_new_weights(operation)
 
     def took(self, model: ModelInfo) -> bool:
-        """A worker has loaded; False when it is ended again, since it has loaded something that does not fit."""
+        """All replicas have loaded; False when they are ended again, since they have loaded what does not fit."""
         operation = self._operation
         if operation is None or not operation.loading:
             return True
@@ -143,7 +138,7 @@ class Control:
         message = f"{error.message}; the weights of before are in use"
         operation.error = dataclasses.replace(error, message=message, param="model_path")
         self._end_workers()
-        self._workers.config = operation.before[0]
+        self._replicas.config = operation.before[0]
         self._start_workers("the weights of before are loaded again")
         return True
 
@@ -154,13 +149,13 @@ class Control:
         self._flushes.clear()
 
     def flushed(self, message: CacheFlushed) -> None:
-        """One rank has flushed."""
+        """One replica has flushed."""
         flush = self._flushes.get(message.query_id)
         if flush is None:
             return
-        flush.num_ranks -= 1
+        flush.num_replicas -= 1
         flush.freed_bytes += message.freed_bytes
-        if flush.num_ranks == 0:
+        if flush.num_replicas == 0:
             del self._flushes[message.query_id]
             self._reply(flush.client, message.query_id, f"{flush.freed_bytes / 2**20:.1f} MiB of embeddings forgotten")
 
@@ -179,12 +174,14 @@ class Control:
             self._reply(client, request.query_id, error=error.info())
 
     def _flush(self, client: bytes, query_id: str) -> None:
-        self._dispatcher.memory = LearnedMemory()
-        if not self._workers.ready:
+        self._replicas.forget_memory()
+        loaded = [replica for replica in self._replicas if replica.workers.ready]
+        if not loaded:
             self._reply(client, query_id, _NOTHING_LOADED)
             return
-        self._flushes[query_id] = _Flush(client=client, num_ranks=len(self._workers.ranks))
-        self._workers.send(FlushCache(query_id=query_id))
+        self._flushes[query_id] = _Flush(client=client, num_replicas=len(loaded))
+        for replica in loaded:
+            replica.workers.send(FlushCache(query_id=query_id))
 
     def _resume(self, client: bytes, request: ControlRequest) -> None:
         self._refuse_second()
@@ -219,24 +216,21 @@ class Control:
     def _load_new_weights(self, operation: _Operation) -> None:
         model = self._state().model
         assert model is not None, "a worker is ready"
-        before = self._workers.config
+        before = self._replicas.config
         operation.before, operation.loading = (before, model), True
         path = operation.request.model_path
         if path is not None:
             args = dataclasses.replace(before.args, model=dataclasses.replace(before.args.model, model_path=path))
-            self._workers.config = msgspec.structs.replace(before, args=args)
+            self._replicas.config = msgspec.structs.replace(before, args=args)
         self._end_workers()
         self._start_workers("new weights are loaded")
 
     def _end_workers(self) -> None:
-        self._workers.kill()
-        self._workers.epoch += 1
-        self._workers.allocated_bytes = None
+        self._replicas.kill()
         self.workers_lost()
-        self._warm_up.forget()
 
     def _start_workers(self, detail: str) -> None:
-        self._workers.start()
+        self._replicas.start()
         self._set_state("reloading", detail=detail)
 
     def _finish(self, message: str = "", *, error: ErrorInfo | None = None) -> None:

@@ -58,10 +58,14 @@ class Dispatcher:
     batch_sizes: Counter[int] = field(default_factory=Counter)
 
     @property
-    def mean_batch_size(self) -> float:
-        """Requests per denoising forward so far."""
-        batches = sum(self.batch_sizes.values())
-        return sum(size * count for size, count in self.batch_sizes.items()) / batches if batches else 0.0
+    def num_batches(self) -> int:
+        """Denoising forwards so far."""
+        return sum(self.batch_sizes.values())
+
+    @property
+    def num_batched(self) -> int:
+        """Requests that they held."""
+        return sum(size * count for size, count in self.batch_sizes.items())
 
     # -- memory --
 

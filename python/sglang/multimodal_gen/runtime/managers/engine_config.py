@@ -1,4 +1,4 @@
-"""What every process of an engine is told when it starts: plain data, the same for all but for a worker's rank."""
+"""What every process of an engine is told when it starts: plain data, the same for all but for a worker's place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Options, the run directory, and what `register_configs` added in the parent process.
 
     `sources` says where each option came from, as far as that is known. `python_path` lets a worker import pipeline
-    classes from where the parent could. The ranks of a replica meet over the file `rendezvous`.
+    classes from where the parent could. The ranks of a replica meet over the file `rendezvous`; `replica` and `rank`
+    say which of them a worker is.
     """
 
     args: ServerArgs
@@ -30,8 +31,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     registrations: tuple[dict[str, Any], ...] = ()
     python_path: tuple[str, ...] = ()
     protocol_version: int = PROTOCOL_VERSION
+    replica: int = 0
     rank: int = 0
     rendezvous: str = ""
+
+    @property
+    def worker_index(self) -> int:
+        """Which of all workers of the engine this one is, counted replica by replica."""
+        return self.replica * self.args.parallel.replica.num_ranks + self.rank
 
     @classmethod
     def of_this_process(

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.request_plan import LANES, Lane
-from sglang.multimodal_gen.errors import ErrorInfo, InternalError, InvalidState, OutOfMemory, ServingError
+from sglang.multimodal_gen.errors import ErrorInfo, InternalError, InvalidState, InvalidValue, OutOfMemory, ServingError
 from sglang.multimodal_gen.runtime.managers.child_process import exit_with_parent, inherited_connection
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.managers.messages import (
@@ -327,21 +327,24 @@ def _load(config: EngineConfig, report: Callable[[str], None]) -> Any:
     from sglang.multimodal_gen.runtime.distributed.parallel_state import join_replica
     from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 
-    shape = config.args.parallel.replica
+    parallel = config.args.parallel
+    shape, gpu_ids = parallel.replica, parallel.gpu_ids
 
     def join(device: torch.device) -> Any:
+        if device.type == "cpu" and gpu_ids is not None:
+            raise InvalidValue("gpu_ids", gpu_ids, "none; no CUDA device is visible")
+        if device.type == "cpu":
+            torch.set_num_threads(max(1, torch.get_num_threads() // parallel.num_gpus))
         if shape.num_ranks > 1:
             envs.meet_on_loopback()
-            if device.type == "cpu":
-                torch.set_num_threads(max(1, torch.get_num_threads() // shape.num_ranks))
         return join_replica(shape, config.rank, store=Path(config.rendezvous), device=device)
 
     report("loading the model")
     return build_pipeline(
         config.args.model,
         config.args.execution,
-        local_rank=config.rank,
-        num_gpus=shape.num_ranks,
+        local_rank=config.worker_index if gpu_ids is None else gpu_ids[config.worker_index],
+        num_gpus=parallel.num_gpus,
         join=join,
         report=report,
     )

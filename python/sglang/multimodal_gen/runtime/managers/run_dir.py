@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from sglang.multimodal_gen.errors import StorageError
+from sglang.multimodal_gen.errors import InsufficientStorage, StorageError
 from sglang.multimodal_gen.runtime.managers.messages import MappedArray
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class RunDir:
                 (directory / file).unlink(missing_ok=True)
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG):
                     raise
-        raise StorageError(f"no room for {size / 2**20:.0f} MiB in shared memory or the temp directory")
+        raise InsufficientStorage(f"no room for {size / 2**20:.0f} MiB in shared memory or the temp directory")
 
 
 def _new_name() -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import (
     EngineStopped,
@@ -23,12 +24,11 @@ from sglang.multimodal_gen.errors import (
     ModelError,
     StorageError,
 )
-from sglang.multimodal_gen.runtime.managers.admission import Admission, with_cost_limit
+from sglang.multimodal_gen.runtime.managers.admission import with_cost_limit
 from sglang.multimodal_gen.runtime.managers.child_process import inherited_connection
 from sglang.multimodal_gen.runtime.managers.clients import Clients
 from sglang.multimodal_gen.runtime.managers.control import Control
 from sglang.multimodal_gen.runtime.managers.deadlines import Deadlines
-from sglang.multimodal_gen.runtime.managers.dispatcher import Dispatcher
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.managers.engine_status import snapshot_of, status_of
 from sglang.multimodal_gen.runtime.managers.messages import (
@@ -78,14 +78,14 @@ from sglang.multimodal_gen.runtime.managers.messages import (
 from sglang.multimodal_gen.runtime.managers.output_link import Ledger, OutputLink
 from sglang.multimodal_gen.runtime.managers.previews import Previews
 from sglang.multimodal_gen.runtime.managers.queue_news import QueueNews
+from sglang.multimodal_gen.runtime.managers.replica import Replica, Replicas
 from sglang.multimodal_gen.runtime.managers.request_observer import RequestObserver
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 from sglang.multimodal_gen.runtime.managers.state_keeper import StateKeeper
 from sglang.multimodal_gen.runtime.managers.supervisor_link import SupervisorLink
 from sglang.multimodal_gen.runtime.managers.waiting_queue import Place, WaitingQueue
-from sglang.multimodal_gen.runtime.managers.warm_up import InputShapes, WarmUp, input_shapes, shape_of
-from sglang.multimodal_gen.runtime.managers.worker_group import WorkerGroup
+from sglang.multimodal_gen.runtime.managers.warm_up import InputShapes, input_shapes, shape_of
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging, fields
 from sglang.multimodal_gen.runtime.observability.metrics import EngineSnapshot
 from sglang.multimodal_gen.runtime.server_args import model_names
@@ -100,41 +100,35 @@ _MESSAGES_AT_ONCE = 256
 
 
 class Scheduler:
-    """One replica's event loop. Every public reaction is `_on_<message>`."""
+    """The event loop of all replicas. Every public reaction is `_on_<message>`."""
 
     def __init__(self, config: EngineConfig, parent: Connection) -> None:
         self.config = config
         self.parent = SupervisorLink(parent)
         self.run_dir = RunDir.at(config.run_dir)
-        self.workers = WorkerGroup(config)
         self.state = EngineState(state="starting")
         self.requests: dict[str, RequestRecord] = {}
         self.waiting = WaitingQueue()
-        self.active: dict[str, RequestRecord] = {}  # those of `requests` that do not wait
-        self.dispatcher = Dispatcher(config.args.execution, self.workers)
-        learned, share = self.dispatcher.learned, self.dispatcher.share
-        self.admission = Admission(config.args.execution, learned, share, self.waiting, self.active)
+        self.replicas, self.admission = Replicas.of(config, self.waiting)
         self.deadlines = Deadlines()
         self.news = QueueNews()
-        self.states = StateKeeper(config.args.execution, self.workers, config.checkpoint_dir())
-        self.warm_up = WarmUp(config.args.warmup)
+        self.states = StateKeeper(config.args.execution, self.replicas, config.checkpoint_dir())
         self.ledger = Ledger(self.run_dir)
-        self.load_attempts = self.num_restarts = self.num_arrived = 0
-        self.stopping, self.depth = False, 1
+        self.num_restarts = self.num_arrived = 0
+        self.stopping = False
         self.context = zmq.Context()
         self.clients = Clients(self._bind(zmq.ROUTER, self.run_dir.scheduler_address))
         self.output = OutputLink(self._bind(zmq.PAIR, self.run_dir.output_address))
-        self.control = Control(
-            self.dispatcher, self.clients, self.requests, self.warm_up, self._set_state, state=lambda: self.state
-        )
+        self.control = Control(self.replicas, self.clients, self.requests, self._set_state, state=lambda: self.state)
         self.observer = RequestObserver(logger, self._snapshot, log_prompts=config.args.logging.log_prompts)
         limit = config.args.execution.preview_max_per_second
         self.previews = Previews(
             self.requests, self._tell, ledger=self.ledger, output=self.output, max_per_second=limit
         )
-        self.dispatcher.choose_previews = self.previews.choose
+        for replica in self.replicas:
+            replica.dispatcher.choose_previews = self.previews.choose
         self._from_output = Codec(FromOutput)
-        self._handlers = self._handler_table()
+        self._handlers, self._handlers_of_replica = self._handler_table(), self._replica_handler_table()
 
     def _bind(self, kind: int, address: str) -> zmq.Socket[bytes]:
         socket = self.context.socket(kind)
@@ -145,11 +139,7 @@ class Scheduler:
 
     def _handler_table(self) -> dict[type, Callable[[Any], None]]:
         return {
-            Heartbeat: self._on_heartbeat,
             Loading: self._on_loading,
-            ModelReady: self._on_model_ready,
-            LoadFailed: self._on_load_failed,
-            RankLost: self._on_rank_lost,
             Admitted: self._on_admitted,
             AdmitFailed: self._on_failure,
             OutputChunk: self._on_chunk,
@@ -157,7 +147,6 @@ class Scheduler:
             ProfileReady: self._on_profile,
             PreviewLatents: self.previews.on_latents,
             PreviewRendered: self.previews.on_rendered,
-            TickDone: self._on_tick_done,
             StateSaved: self._on_state_saved,
             CacheFlushed: self.control.flushed,
             OutputHello: self._on_output_hello,
@@ -167,11 +156,21 @@ class Scheduler:
             StopEngine: self.states.may_take,
         }
 
+    def _replica_handler_table(self) -> dict[type, Callable[[Replica, Any], None]]:
+        """For what workers say of their replica, not of a request."""
+        return {
+            Heartbeat: self._on_heartbeat,
+            ModelReady: self._on_model_ready,
+            LoadFailed: self._on_load_failed,
+            RankLost: self._on_rank_lost,
+            TickDone: self._on_tick_done,
+        }
+
     # -- the loop --
 
     def run(self) -> None:
         """Until the supervisor's pipe closes: it stops the engine, or it is gone."""
-        self.workers.start()
+        self.replicas.start()
         self._set_state("loading", detail="starting the worker")
         while not self.stopping:
             self.parent.tell_alive()
@@ -181,15 +180,16 @@ class Scheduler:
                 for client, message in itertools.islice(self.clients.receive(), _MESSAGES_AT_ONCE):
                     self._on_client_message(client, message)
             self._read_output(ready)
-            self._read_workers(ready)
-            self._check_silence()
+            for replica in self.replicas:
+                self._read_workers(replica, ready)
+                self._check_silence(replica)
             self.control.advance()
             for record in self.deadlines.expired(self.requests, time.monotonic()):
                 self._end(record.request_id, Failed(request_id=record.request_id, error=record.deadline_error()))
             self._admit_waiting()
-            self.states.preempt(self.active, self.dispatcher)
-            if not self.admission.must_rest and not self.admission.suspect_is_starting:
-                self.dispatcher.issue(self.active, depth=self.depth)
+            for replica in self.replicas:
+                self.states.preempt(replica)
+                replica.issue()
             for record, place in self.news.due(self.waiting, time.monotonic()):
                 self._tell_place(record, place)
         self._shut_down()
@@ -199,8 +199,9 @@ class Scheduler:
         poller.register(self.clients.socket, zmq.POLLIN)
         poller.register(self.output.socket, zmq.POLLIN)
         poller.register(self.parent.fileno(), zmq.POLLIN)
-        for rank in self.workers.ranks:
-            poller.register(rank.connection.fileno(), zmq.POLLIN)
+        for replica in self.replicas:
+            for rank in replica.workers.ranks:
+                poller.register(rank.connection.fileno(), zmq.POLLIN)
         left = self.deadlines.seconds_left(time.monotonic())
         return {source for source, _ in poller.poll(_POLL_MS if left is None else min(_POLL_MS, 1 + int(left * 1000)))}
 
@@ -224,16 +225,19 @@ class Scheduler:
                 continue
             self._handlers[type(message)](message)
 
-    def _read_workers(self, ready: set[Any]) -> None:
-        for index, rank in enumerate(list(self.workers.ranks)):
-            if rank.connection.fileno() not in ready:
+    def _read_workers(self, replica: Replica, ready: set[Any]) -> None:
+        for index, rank in enumerate(list(replica.workers.ranks)):
+            if rank not in replica.workers.ranks or rank.connection.fileno() not in ready:
                 continue
             try:
-                for message in self.workers.receive(index):
-                    self._handlers[type(message)](message)
+                for message in replica.workers.receive(index):
+                    if of_replica := self._handlers_of_replica.get(type(message)):
+                        of_replica(replica, message)
+                    else:
+                        self._handlers[type(message)](message)
             except EOFError:
-                if rank in self.workers.ranks:  # else a message before it said that loading failed
-                    self._on_workers_lost("")
+                if rank in replica.workers.ranks:  # else a message before it said that loading failed
+                    self._on_workers_lost(replica, "")
                 return
 
     # -- clients --
@@ -269,7 +273,7 @@ class Scheduler:
         record = self._enqueue(message.request_id, client, message.params, max_attempts=message.max_attempts)
         record.durable = message.durable
         self.states.find(record)
-        place = self.waiting.last_place(record.share_class)
+        place = self.waiting.place(record)
         self.observer.received(record, num_before=place.position)
         self._tell_place(record, place)
 
@@ -279,11 +283,22 @@ class Scheduler:
         self._tell(record, Queued(request_id=record.request_id, position=place.position, eta_s=eta_s))
 
     def _enqueue(
-        self, request_id: str, client: bytes | None, params: SamplingParams, *, max_attempts: int
+        self,
+        request_id: str,
+        client: bytes | None,
+        params: SamplingParams,
+        *,
+        max_attempts: int,
+        replica: int | None = None,
     ) -> RequestRecord:
         self.num_arrived += 1
         record = self.requests[request_id] = RequestRecord(
-            request_id=request_id, client=client, params=params, order=self.num_arrived, max_attempts=max_attempts
+            request_id=request_id,
+            client=client,
+            params=params,
+            order=self.num_arrived,
+            max_attempts=max_attempts,
+            replica=replica,
         )
         self.waiting.push(record)
         self.deadlines.watch(record)
@@ -305,9 +320,8 @@ class Scheduler:
     def _facts(self) -> dict[str, Any]:
         return {
             "state": self.state,
-            "active": self.active,
             "waiting": self.waiting,
-            "dispatcher": self.dispatcher,
+            "replicas": self.replicas,
             "num_restarts": self.num_restarts,
         }
 
@@ -325,105 +339,137 @@ class Scheduler:
     # -- workers: loading, loss --
 
     def _on_loading(self, message: Loading) -> None:
-        """An engine that was ready queues what comes while it loads again."""
-        again = self.state.state in ("recovering", "reloading")
-        self._set_state(self.state.state if again else "loading", detail=message.detail)
+        """An engine that was ready queues what comes while it loads again, or goes on with its other replicas."""
+        if self.state.state != "ready":
+            again = self.state.state in ("recovering", "reloading")
+            self._set_state(self.state.state if again else "loading", detail=message.detail)
 
-    def _on_model_ready(self, message: ModelReady) -> None:
-        self.load_attempts = 0
+    def _on_model_ready(self, replica: Replica, message: ModelReady) -> None:
         model = with_cost_limit(message.model, self.config.args.execution)
-        if not self.control.took(model):
+        replica.workers.ready = True
+        replica.workers.budget_bytes = message.budget_bytes
+        replica.load_attempts = 0
+        if self.replicas.loaded and not self.control.took(model):
             return
-        self.workers.ready = True
-        self.workers.budget_bytes = message.budget_bytes
         self.admission.model_ready(model)
-        self.depth = 2 if model.device.startswith("cuda") else 1  # on a GPU the next tick waits there while one runs
-        mode = self.warm_up.choose_mode(serves_http=self.config.serves_http, device=model.device)
-        if mode != "server":
-            self._set_state("ready", model=model)
-            return
-        self._set_state(self.state.state, detail="warming up", model=model)
-        if self.warm_up.under_way:
-            return
-        try:
-            wishes = self.warm_up.for_server(model)
-        except InvalidRequest as error:
-            self._fail_engine(error.info())
-            return
-        for params in wishes:
-            self._start_warm_up(params, input_shapes(model.limits.inputs, params))
+        # On a GPU the next tick waits there while one runs.
+        replica.depth = 2 if model.device.startswith("cuda") else 1
+        mode = replica.warm_up.choose_mode(serves_http=self.config.serves_http, device=model.device)
+        if mode == "server" and not replica.warm_up.under_way:
+            try:
+                wishes = replica.warm_up.for_server(model)
+            except InvalidRequest as error:
+                self._fail_engine(error.info())
+                return
+            for params in wishes:
+                self._start_warm_up(replica, params, input_shapes(model.limits.inputs, params))
+        self._become_ready(model)
 
-    def _start_warm_up(self, params: SamplingParams, shapes: InputShapes) -> None:
+    def _become_ready(self, model: ModelInfo | None = None) -> None:
+        """If it can: at first, and with new weights, when all replicas serve; after a loss, as soon as one does."""
+        num_serving = self.replicas.num_serving
+        wanted = 1 if self.state.state == "recovering" else len(self.replicas.running)
+        if self.state.state not in ("starting", "loading", "reloading", "recovering"):
+            return
+        if num_serving >= wanted:
+            self._set_state("ready", model=model)
+        elif self.replicas.loaded:
+            self._set_state(self.state.state, detail="warming up", model=model)
+
+    def _start_warm_up(self, replica: Replica, params: SamplingParams, shapes: InputShapes) -> None:
         """With black inputs of these shapes."""
-        request_id = self.warm_up.start(params)
+        request_id = replica.warm_up.start(params)
         try:
             self.ledger.keep_inputs(request_id, shapes.fill(self.run_dir.blank))
         except StorageError as error:
-            self._on_warm_up_ended(request_id, Failed(request_id=request_id, error=error.info()))
+            self._on_warm_up_ended(replica, request_id, Failed(request_id=request_id, error=error.info()))
             return
-        self._enqueue(request_id, None, params, max_attempts=1)
+        self._enqueue(request_id, None, params, max_attempts=1, replica=replica.index)
         logger.info("warm-up of %dx%d, %d frames", params.width, params.height, params.num_frames)
 
     def _warm_up_for(self, params: SamplingParams, inputs: MediaInputs | None) -> None:
-        """Before the first request of a size, a short copy of it."""
-        copy = self.warm_up.for_request(params)
-        if copy is not None:
-            self._start_warm_up(copy, InputShapes.of(inputs))
+        """Before the first request of a size, a short copy of it, on each replica."""
+        for replica in self.replicas.running:
+            copy = replica.warm_up.for_request(params)
+            if copy is not None:
+                self._start_warm_up(replica, copy, InputShapes.of(inputs))
 
-    def _on_warm_up_ended(self, request_id: str, event: RequestEvent | None) -> None:
+    def _on_warm_up_ended(self, replica: Replica, request_id: str, event: RequestEvent | None) -> None:
         sizes = self.config.args.warmup.warmup_resolutions
-        server_waits = self.warm_up.mode == "server" and self.workers.ready and self.state.state != "stopping"
-        self.warm_up.ended(request_id, failed=isinstance(event, Failed))
+        server_waits = replica.warm_up.mode == "server" and replica.workers.ready and self.state.state != "stopping"
+        replica.warm_up.ended(request_id, failed=isinstance(event, Failed))
         if isinstance(event, Failed) and server_waits and sizes is not None:
             self._fail_engine(event.error)
             return
         if isinstance(event, Failed):
             logger.warning("a warm-up failed, there are no more: %s", event.error.message)
-        if server_waits and not self.warm_up.under_way:
-            self._set_state("ready")
+        if server_waits:
+            self._become_ready()
 
-    def _on_heartbeat(self, message: Heartbeat) -> None:
-        self.workers.allocated_bytes = message.allocated_bytes
+    def _on_heartbeat(self, replica: Replica, message: Heartbeat) -> None:
+        replica.workers.allocated_bytes = message.allocated_bytes
 
-    def _on_load_failed(self, message: LoadFailed) -> None:
-        self.workers.kill()
+    def _on_load_failed(self, replica: Replica, message: LoadFailed) -> None:
+        if self._others_serve(replica):
+            self._replace(replica, why=message.error.message)
+            return
         self._fail_engine(message.error)
+
+    def _others_serve(self, replica: Replica) -> bool:
+        """Whether clients need not notice that this replica does not."""
+        return self.state.state == "ready" and any(other.serves for other in self.replicas if other is not replica)
 
     def _fail_engine(self, error: ErrorInfo) -> None:
         """The model cannot run at all: say so to everybody who waits, and to all who come."""
+        self.replicas.kill()
         if self.control.goes_back(error):
-            self.load_attempts = 0
             return
         self._set_state("failed", error=error)
         for request_id in list(self.requests):
             self._end(request_id, Failed(request_id=request_id, error=error), comes_again=True)
 
-    def _on_rank_lost(self, message: RankLost) -> None:
-        self._on_workers_lost(message.reason)
+    def _on_rank_lost(self, replica: Replica, message: RankLost) -> None:
+        self._on_workers_lost(replica, message.reason)
 
-    def _on_workers_lost(self, how: str) -> None:
+    def _on_workers_lost(self, replica: Replica, how: str) -> None:
         """A failing rank is a failing replica: replace all of it and requeue what it held. `how`: "" when it died."""
-        blamed = {unit.request_id for flight in self.workers.in_flight.values() for unit in flight.tick.units}
-        blamed |= {r.request_id for r in self.active.values() if r.status == "admitting"}
-        loaded = self.workers.ready
-        ended = self.workers.kill()
+        blamed = {unit.request_id for flight in replica.workers.in_flight.values() for unit in flight.tick.units}
+        blamed |= {r.request_id for r in replica.active.values() if r.status == "admitting"}
+        loaded = replica.workers.ready
+        ended = replica.kill()
         logger.error("worker lost: %s", how or ended, extra=fields(request_ids=sorted(blamed)))
         self.observer.worker_lost()
         self.control.workers_lost()
-        self._requeue_running(blamed, how or "its process died")
-        self.load_attempts += 0 if loaded else 1
-        if self.load_attempts >= _MAX_LOAD_ATTEMPTS:
-            text = f"the worker died {self.load_attempts} times while loading the model; the log says how"
-            self._fail_engine(ModelError(text).info())
-            return
-        self.num_restarts += 1
-        self.workers.epoch += 1
-        self.workers.start()
-        self._set_state("recovering", detail="a worker was lost and is being replaced")
+        self._requeue_running(replica, blamed, how or "its process died")
+        if loaded:
+            self._start_again(replica)
+        else:
+            self._replace(replica, why=how or ended)
 
-    def _requeue_running(self, blamed: set[str], how: str) -> None:
-        self.warm_up.forget()
-        running = [r for r in self.active.values() if r.status in ("admitting", "running", "parking")]
+    def _replace(self, replica: Replica, *, why: str) -> None:
+        """Its workers did not come to hold the model: another try, as long as there is hope."""
+        replica.kill()
+        replica.load_attempts += 1
+        if replica.load_attempts < _MAX_LOAD_ATTEMPTS:
+            self._start_again(replica)
+        elif self._others_serve(replica):
+            replica.given_up = True
+            for record in [r for r in self.requests.values() if r.client is None and r.replica == replica.index]:
+                self._end(record.request_id, Cancelled(request_id=record.request_id))
+            logger.error("replica %d stays away, the others serve: %s", replica.index, why)
+        else:
+            text = f"the worker died {replica.load_attempts} times while loading the model; the log says how"
+            self._fail_engine(ModelError(text).info())
+
+    def _start_again(self, replica: Replica) -> None:
+        others_serve = self._others_serve(replica)
+        self.num_restarts += 1
+        replica.workers.start()
+        if not others_serve:
+            self._set_state("recovering", detail="a worker was lost and is being replaced")
+
+    def _requeue_running(self, replica: Replica, blamed: set[str], how: str) -> None:
+        running = [r for r in replica.active.values() if r.status in ("admitting", "running", "parking")]
         for record in sorted(running, key=lambda r: r.order, reverse=True):
             if record.request_id in blamed and record.attempts >= record.max_attempts:
                 text = f"the worker was lost {record.attempts} times while it ran this request; the last time, {how}"
@@ -439,39 +485,48 @@ class Scheduler:
         self.output.send(DropOutput(request_id=record.request_id))
         self.ledger.drop_request(record.request_id)
         record.reset()
-        del self.active[record.request_id]
+        self.replicas.drop(record)
         self.waiting.push(record, front=True)
 
-    def _check_silence(self) -> None:
-        reason = self.workers.silence() if self.workers.ranks else None
+    def _check_silence(self, replica: Replica) -> None:
+        reason = replica.workers.silence() if replica.workers.ranks else None
         if reason is not None:
-            self._on_workers_lost(reason)
+            self._on_workers_lost(replica, reason)
 
     # -- requests --
 
     def _admit_waiting(self) -> None:
-        while self.workers.ready and (record := self._next_to_start()) is not None:
+        """Hand over as many as the replicas take, each to the one with the least work of those that take it."""
+        while (found := self._next_to_start()) is not None:
+            replica, record = found
             has_inputs = self.ledger.inputs_of(record.request_id) is not None
             error = self.admission.too_late(record, has_inputs=has_inputs)
             if error is None:
-                self._hand_over(record)
+                self._hand_over(replica, record)
             else:
                 self._end(record.request_id, Failed(request_id=record.request_id, error=error))
 
-    def _next_to_start(self) -> RequestRecord | None:
+    def _next_to_start(self) -> tuple[Replica, RequestRecord] | None:
+        somebody_rests = False
+
         def may_start(record: RequestRecord) -> bool:
-            return not self.warm_up.blocks(record.params) and not self.control.holds(record)
+            return not self.control.holds(record) and not (somebody_rests and record.is_suspect)
 
-        return self.admission.next_to_start(may_start, is_busy=bool(self.workers.in_flight))
+        for replica in self.replicas.by_load():
+            record = replica.next_to_start(may_start)
+            if record is not None:
+                return replica, record
+            somebody_rests |= replica.intake.must_rest
+        return None
 
-    def _hand_over(self, record: RequestRecord) -> None:
+    def _hand_over(self, replica: Replica, record: RequestRecord) -> None:
         self.waiting.remove(record)
-        self.active[record.request_id] = record
+        replica.take(record)
         record.status = "admitting"
         record.handed_at = time.monotonic()
         record.started_at = record.started_at or record.handed_at
-        record.warmup_excluded = shape_of(record.params) in self.warm_up.warm
-        self.workers.send(
+        record.warmup_excluded = shape_of(record.params) in replica.warm_up.warm
+        replica.workers.send(
             Admit(
                 request_id=record.request_id,
                 params=record.params,
@@ -485,21 +540,21 @@ class Scheduler:
         if record is None:  # cancelled meanwhile; its Release follows the Admit in the pipe
             return
         self.observer.started(record)
-        record.begin(message, self.dispatcher.share.account(record.share_class))
+        record.begin(message, self.replicas.holder(record).dispatcher.share.account(record.share_class))
         self.admission.admitted(record)
         if record.needs_pixels:
             self.output.send(record.open_output(self.config.args.storage.output_path))
         self._tell(record, record.started_event())
 
-    def _on_tick_done(self, message: TickDone) -> None:
-        settled = self.dispatcher.settle(message, self.active)
+    def _on_tick_done(self, replica: Replica, message: TickDone) -> None:
+        settled = replica.dispatcher.settle(message, replica.active)
         self.observer.units_done(settled.done, peak_bytes=message.peak_bytes)
         self.admission.units_done(settled.done, seconds=sum(lane.ms for lane in message.lanes) / 1000)
         for record, error in settled.failed:
             self._end(record.request_id, Failed(request_id=record.request_id, error=error))
-        running = sum(record.status == "running" for record in self.active.values())
+        running = sum(record.status == "running" for record in replica.active.values())
         for unit in settled.done:
-            self._tell(unit.record, unit.record.progress(self.dispatcher.learned, running))
+            self._tell(unit.record, unit.record.progress(replica.dispatcher.learned, running))
             if unit.phase.lane == "denoise":
                 self.states.after_step(unit.record)
             self._finish_if_complete(unit.record)
@@ -512,10 +567,10 @@ class Scheduler:
         if message.error is not None:
             record.status = "running"
             return
-        self.workers.send(Release(request_id=record.request_id))
+        self.replicas.send(record, Release(request_id=record.request_id))
         self.observer.requeued(record, reason="preempted")
         self._back_to_queue(record)
-        self._tell_place(record, self.waiting.first_place(record.share_class))
+        self._tell_place(record, self.waiting.place(record))
 
     def _on_chunk(self, message: OutputChunk) -> None:
         record = self.requests.get(message.request_id)
@@ -549,7 +604,7 @@ class Scheduler:
     def _on_output_hello(self, message: OutputHello) -> None:
         if self.output.greeted():
             error = StorageError("the process that writes results was restarted while it held this one").info()
-            for record in [r for r in self.active.values() if r.needs_pixels and r.cursor is not None]:
+            for record in [r for r in self.replicas.active() if r.needs_pixels and r.cursor is not None]:
                 self._end(record.request_id, Failed(request_id=record.request_id, error=error))
 
     def _on_output_done(self, message: OutputDone) -> None:
@@ -568,13 +623,14 @@ class Scheduler:
         assert record.cursor is not None
         if record.cursor.finished and record.status in ("running", "parking"):
             record.status = "saving"
-            self.workers.send(Release(request_id=record.request_id))
+            self.replicas.send(record, Release(request_id=record.request_id))
         if record.complete:
             finished = record.finished_event()
             self.observer.finished(record, finished)
             self.ledger.drop_inputs(record.request_id)
             self._tell(record, finished)
-            del self.requests[record.request_id], self.active[record.request_id]
+            del self.requests[record.request_id]
+            self.replicas.drop(record)
             self._after_end(record, None)
 
     def _on_failure(self, message: AdmitFailed | OutputFailed) -> None:
@@ -591,8 +647,8 @@ class Scheduler:
         if record.status == "queued":
             self.waiting.remove(record)
         else:
-            del self.active[request_id]
-            self.workers.send(Release(request_id=request_id))
+            self.replicas.send(record, Release(request_id=request_id))
+            self.replicas.drop(record)
             if record.needs_pixels:
                 self.output.send(DropOutput(request_id=request_id))
             self.ledger.drop_request(request_id)
@@ -605,7 +661,7 @@ class Scheduler:
         self.states.drop(record, comes_again=comes_again)
         self.previews.forget(record.request_id)
         if record.client is None:
-            self._on_warm_up_ended(record.request_id, event)
+            self._on_warm_up_ended(self.replicas.holder(record), record.request_id, event)
 
     def _shut_down(self) -> None:
         self._set_state("stopping")
@@ -614,7 +670,7 @@ class Scheduler:
             reason = EngineStopped("the engine stopped").message
             cancelled = Cancelled(request_id=request_id, reason=reason, engine_stopped=True)
             self._end(request_id, cancelled, comes_again=True)
-        self.workers.stop()
+        self.replicas.stop()
         self.context.destroy(linger=500)
         self.run_dir.remove()  # a killed supervisor could not; one that lives does it again
 

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from sglang.multimodal_gen.runtime.managers.dispatcher import Dispatcher
 from sglang.multimodal_gen.runtime.managers.messages import SaveState, StateSaved, StopEngine
+from sglang.multimodal_gen.runtime.managers.replica import Replica, Replicas
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
-from sglang.multimodal_gen.runtime.managers.worker_group import WorkerGroup
 from sglang.multimodal_gen.runtime.observability.logging_setup import fields
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
 
@@ -27,9 +26,9 @@ _LAST_SAVES_S = 3.5  # the supervisor waits a little longer for the scheduler's 
 class StateKeeper:
     """Asks the workers to save states and owns the files, which go when their request ends."""
 
-    def __init__(self, execution: ExecutionArgs, workers: WorkerGroup, directory: Path) -> None:
+    def __init__(self, execution: ExecutionArgs, replicas: Replicas, directory: Path) -> None:
         self.execution = execution
-        self.workers = workers
+        self.replicas = replicas
         self.directory = directory
         self.saving_s = _LAST_SAVES_S
         self._kept: set[str] = set()
@@ -57,7 +56,7 @@ class StateKeeper:
         """Ask for the state as it is between two ticks; `saved` hears of it."""
         if record.state_file is None:
             record.state_file = f"{_OF_ONE_ENGINE}{secrets.token_hex(12)}.safetensors"
-        self.workers.send(SaveState(request_id=record.request_id, state_file=record.state_file))
+        self.replicas.send(record, SaveState(request_id=record.request_id, state_file=record.state_file))
 
     def saved(self, message: StateSaved, record: RequestRecord | None) -> None:
         """The answer to `save`."""
@@ -86,24 +85,25 @@ class StateKeeper:
         for request_id in unsaved:
             self.save(requests[request_id])
         deadline = time.monotonic() + self.saving_s
-        while unsaved and self.workers.ranks and time.monotonic() < deadline:
-            wait([rank.connection for rank in self.workers.ranks], timeout=0.2)
-            try:
-                for rank in range(len(self.workers.ranks)):
-                    unsaved -= {m.request_id for m in self.workers.receive(rank) if isinstance(m, StateSaved)}
-            except EOFError:
-                return
+        leaders = [replica.workers for replica in self.replicas if replica.workers.ready]
+        while unsaved and leaders and time.monotonic() < deadline:
+            wait([workers.ranks[0].connection for workers in leaders], timeout=0.2)
+            for workers in list(leaders):
+                try:
+                    unsaved -= {m.request_id for m in workers.receive(0) if isinstance(m, StateSaved)}
+                except EOFError:
+                    leaders.remove(workers)
 
     def _unlink(self, name: str) -> None:
         (self.directory / name).unlink(missing_ok=True)
 
-    def preempt(self, requests: Mapping[str, RequestRecord], dispatcher: Dispatcher) -> None:
+    def preempt(self, replica: Replica) -> None:
         """Begin to park a request, for one that has waited long enough for memory: of a lower priority, or of the same
         one and with more work left; the lowest priority first, then whoever has most left.
 
         One at a time, and nobody who is decoding: frames that have left cannot be taken back.
         """
-        patience = self.execution.preempt_after_s
+        patience, requests, dispatcher = self.execution.preempt_after_s, replica.active, replica.dispatcher
         if not patience or any(record.status == "parking" for record in requests.values()):
             return
         blocked = dispatcher.longest_blocked(requests)

@@ -1,10 +1,13 @@
-"""Requests that wait for a worker: first come, first served within each class, whatever their number.
+"""Requests that wait for a worker: within each class whoever is due first starts first.
 
-Every operation costs the same with ten thousand requests as with ten; what grows is with the number of classes.
+Among requests without a deadline that is first come, first served: such a one counts as due `PATIENCE_S` after it came,
+so that those with a shorter deadline overtake it for no longer than that. Finding the next costs the same with ten
+thousand requests as with ten, and so does adding one that overtakes nobody.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,16 +26,47 @@ class Place(NamedTuple):
     work: float
 
 
+# As long as clients wait for pictures, so that those with their usual deadline and those without are one line.
+PATIENCE_S = 600.0
+
+
+class _Rank(NamedTuple):
+    """The least starts first; those that had their turn and lost it come before all others."""
+
+    is_new: bool
+    due_at: float
+    order: int
+
+    @classmethod
+    def of(cls, record: RequestRecord, *, front: bool) -> _Rank:
+        due_at = record.received_at + PATIENCE_S if record.deadline_at is None else record.deadline_at
+        return cls(not front, due_at, record.order)
+
+
 @dataclass
 class _Line:
-    """One class."""
+    """One class, in the order in which its requests start; `ranks` has the same order."""
 
-    records: OrderedDict[str, RequestRecord] = field(default_factory=OrderedDict)
+    records: list[RequestRecord] = field(default_factory=list)
+    ranks: list[_Rank] = field(default_factory=list)
     cost: int = 0
 
-    @property
-    def head(self) -> RequestRecord:
-        return next(iter(self.records.values()))
+    def add(self, rank: _Rank, record: RequestRecord) -> None:
+        index = bisect.bisect(self.ranks, rank)
+        self.ranks.insert(index, rank)
+        self.records.insert(index, record)
+        self.cost += record.cost
+
+    def remove(self, rank: _Rank) -> None:
+        index = bisect.bisect_left(self.ranks, rank)
+        del self.ranks[index]
+        self.cost -= self.records.pop(index).cost
+
+    def cost_before(self, index: int) -> int:
+        """The work of those who start earlier, counted from the nearer end."""
+        if index <= len(self.records) // 2:
+            return sum(record.cost for record in self.records[:index])
+        return self.cost - sum(record.cost for record in self.records[index:])
 
 
 @dataclass
@@ -42,23 +76,19 @@ class WaitingQueue:
     cost: int = 0
     _lines: dict[ShareClass, _Line] = field(default_factory=dict)
     _warm_ups: OrderedDict[str, RequestRecord] = field(default_factory=OrderedDict)
-    _num_clients: int = 0
+    _ranks: dict[str, _Rank] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return self._num_clients + len(self._warm_ups)
+        return len(self._ranks) + len(self._warm_ups)
 
     def push(self, record: RequestRecord, *, front: bool = False) -> None:
-        """At the end of its class; one that had its turn already and lost it, at the front."""
+        """In the order of its class; one that had its turn already and lost it, at the front."""
         if record.client is None:
             self._warm_ups[record.request_id] = record
             return
-        line = self._lines.setdefault(record.share_class, _Line())
-        line.records[record.request_id] = record
-        if front:
-            line.records.move_to_end(record.request_id, last=False)
-        line.cost += record.cost
+        rank = self._ranks[record.request_id] = _Rank.of(record, front=front)
+        self._lines.setdefault(record.share_class, _Line()).add(rank, record)
         self.cost += record.cost
-        self._num_clients += 1
 
     def remove(self, record: RequestRecord) -> None:
         """It starts, or it has ended."""
@@ -66,20 +96,18 @@ class WaitingQueue:
             del self._warm_ups[record.request_id]
             return
         line = self._lines[record.share_class]
-        del line.records[record.request_id]
-        line.cost -= record.cost
+        line.remove(self._ranks.pop(record.request_id))
         self.cost -= record.cost
-        self._num_clients -= 1
         if not line.records:
             del self._lines[record.share_class]
 
-    def warm_up(self) -> RequestRecord | None:
-        """The warm-up whose turn it is."""
-        return next(iter(self._warm_ups.values()), None)
+    def warm_up(self, replica: int) -> RequestRecord | None:
+        """The warm-up of this replica whose turn it is."""
+        return next((record for record in self._warm_ups.values() if record.replica == replica), None)
 
     def heads(self) -> list[RequestRecord]:
         """The first of each class."""
-        return [line.head for line in self._lines.values()]
+        return [line.records[0] for line in self._lines.values()]
 
     def counts_by_priority(self) -> dict[int, int]:
         """How many of each priority wait, warm-ups apart; every priority is there."""
@@ -88,21 +116,17 @@ class WaitingQueue:
             counts[share_class.priority] += len(line.records)
         return counts
 
-    def last_place(self, share_class: ShareClass) -> Place:
-        """That of the newest request of a class."""
-        line = self._lines[share_class]
-        newest = next(reversed(line.records.values()))
-        return self._place(share_class, len(line.records) - 1, line.cost - newest.cost, newest.cost)
-
-    def first_place(self, share_class: ShareClass) -> Place:
-        """That of the first request of a class."""
-        return self._place(share_class, 0, 0, self._lines[share_class].head.cost)
+    def place(self, record: RequestRecord) -> Place:
+        """That of a client's request that waits."""
+        line = self._lines[record.share_class]
+        index = bisect.bisect_left(line.ranks, self._ranks[record.request_id])
+        return self._place(record.share_class, index, line.cost_before(index), record.cost)
 
     def places(self) -> Iterator[tuple[RequestRecord, Place]]:
         """Those of everybody, as they are now."""
         for share_class, line in list(self._lines.items()):
             cost_before = 0
-            for index, record in enumerate(list(line.records.values())):
+            for index, record in enumerate(list(line.records)):
                 yield record, self._place(share_class, index, cost_before, record.cost)
                 cost_before += record.cost
 

@@ -70,9 +70,11 @@ def input_shapes(limits: InputLimits, params: SamplingParams) -> InputShapes:
 
 @dataclass
 class WarmUp:
-    """Which sizes are warm, and which warm-up requests are under way. `given_up`: one failed, so there are no more."""
+    """Which sizes are warm on one replica, and which warm-up requests are under way. `given_up`: one failed, so there
+    are no more. `id_prefix` tells its requests from other replicas'."""
 
     args: WarmupArgs
+    id_prefix: str = ""
     mode: Mode = "off"
     warm: set[Shape] = field(default_factory=set)
     under_way: dict[str, Shape] = field(default_factory=dict)
@@ -116,7 +118,7 @@ class WarmUp:
     def start(self, params: SamplingParams) -> str:
         """A warm-up is under way; its request id."""
         self._number += 1
-        request_id = f"{ID_PREFIX}{self._number}"
+        request_id = f"{ID_PREFIX}{self.id_prefix}{self._number}"
         self.under_way[request_id] = shape_of(params)
         return request_id
 

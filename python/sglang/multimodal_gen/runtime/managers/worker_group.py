@@ -53,6 +53,7 @@ class WorkerGroup:
     """All ranks of one replica. `epoch` rises with every failure; `lost` says why the group cannot go on."""
 
     config: EngineConfig
+    replica: int = 0
     ranks: list[ChildProcess] = field(default_factory=list)
     in_flight: dict[int, InFlight] = field(default_factory=dict)
     ready: bool = False
@@ -74,10 +75,11 @@ class WorkerGroup:
         """Spawn every rank; they load at once."""
         self.ready, self.in_flight, self.ranks, self._answers = False, {}, [], {}
         self._num_starts += 1
-        meeting = RunDir.at(self.config.run_dir).base / f"replica-{self._num_starts}"
+        meeting = RunDir.at(self.config.run_dir).base / f"replica-{self.replica}-{self._num_starts}"
         for rank in range(self.num_ranks):
-            config = msgspec.structs.replace(self.config, rank=rank, rendezvous=str(meeting))
-            self.ranks.append(ChildProcess(_WORKER_MODULE, config=config.to_bytes(), nice_name=f"worker-{rank}"))
+            config = msgspec.structs.replace(self.config, replica=self.replica, rank=rank, rendezvous=str(meeting))
+            name = f"worker-{config.worker_index}"
+            self.ranks.append(ChildProcess(_WORKER_MODULE, config=config.to_bytes(), nice_name=name))
         self._last_heard = [time.monotonic()] * self.num_ranks
 
     def send(self, message: ToWorker) -> None:

@@ -68,14 +68,15 @@ class DiffusersPipeline(ComposedPipelineBase):
         assert resolved.entry is not None and resolved.local_path is not None, "resolved and downloaded before loading"
         start = time.perf_counter()
         _refuse_options(execution, random_weights)
-        if num_gpus > 1:
-            raise InvalidValue("num_gpus", num_gpus, "1 for a pipeline that diffusers runs")
         index = read_model_index(resolved.local_path)
         pipeline_class = find_class(str(index.get("_class_name")))
         signature = CallSignature.of(pipeline_class)
         why = "asked for" if resolved.backend == "diffusers" else "no native pipeline"
         reason = f"run by diffusers' {signature.class_name}: {why}"
         placement = place(execution, local_rank=local_rank, num_gpus=num_gpus)
+        num_ranks = join(placement.device).world.size
+        if num_ranks > 1:
+            raise InvalidValue("num_gpus", num_ranks, "1 for a pipeline that diffusers runs, or as many as dp_size")
         for line in (reason, *placement.reasons):
             report(line)
         library = load_library(

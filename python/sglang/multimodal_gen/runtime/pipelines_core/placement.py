@@ -27,8 +27,8 @@ class Placement:
 
 
 def place(execution: ExecutionArgs, *, local_rank: int = 0, num_gpus: int = 1) -> Placement:
-    """The device of the worker with this rank on its host, one of `num_gpus`, and its dtype. Without a GPU every rank
-    is on the CPU.
+    """The device with this number, of `num_gpus` that are wanted, and the dtype. Without a GPU every rank is on the
+    CPU.
 
     Raises: InvalidValue when CUDA is asked for and there is none, or fewer GPUs than are wanted.
     """
@@ -37,6 +37,8 @@ def place(execution: ExecutionArgs, *, local_rank: int = 0, num_gpus: int = 1) -
         raise InvalidValue("device", "cuda", "cpu or auto; no CUDA device is visible")
     if 0 < num_visible < num_gpus:
         raise InvalidValue("num_gpus", num_gpus, f"at most {num_visible}, the CUDA devices that are visible")
+    if 0 < num_visible <= local_rank:
+        raise InvalidValue("gpu_ids", local_rank, f"0 to {num_visible - 1}, the CUDA devices that are visible")
     if num_visible:
         device, found = torch.device("cuda", local_rank), "a CUDA device is visible"
     else:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from sglang.multimodal_gen.errors import ServingError, StorageError
+from sglang.multimodal_gen.errors import InsufficientStorage, ServingError, StorageError
 from sglang.multimodal_gen.runtime.postprocess.encoding import DEFAULT_X264_PRESET, Encoding, open_encoder
 from sglang.multimodal_gen.runtime.postprocess.formats import (
     FormatWishes,
@@ -156,7 +156,7 @@ class OutputWriter:
             yield
         except OSError as error:
             if error.errno in _NO_SPACE:
-                raise StorageError(
+                raise InsufficientStorage(
                     f"output_path: {self._directory} has no space left for this result; free some or choose another",
                     param="output_path",
                 ) from error
