@@ -15,6 +15,9 @@ from sglang.multimodal_gen.test.pipeline_parity import admitted, finished, prese
 
 Arrays = dict[str, np.ndarray]
 
+# fp32 on both sides: what differs is the order in which parts are summed.
+FORWARD_TOLERANCE = 1e-5
+
 
 def made_of(pipeline: Any, wishes: Sequence[Mapping[str, Any]], *, num_pictures: int = 0) -> Arrays:
     """For each request what its texts became, its latents and its frames, and of one step all that the transformer

@@ -19,13 +19,11 @@ import torch
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.errors import InvalidValue, RemoteError
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator, GenerationResult
-from sglang.multimodal_gen.test.parallel_case import Arrays, made_of
+from sglang.multimodal_gen.test.parallel_case import FORWARD_TOLERANCE, Arrays, made_of
 from sglang.multimodal_gen.test.parallel_pool import FAMILIES, OTHER_ENCODERS, SHAPES, Pool
 from sglang.multimodal_gen.test.pipeline_parity import LATENT_TOLERANCE, load, relative_error
 
 pytestmark = pytest.mark.timeout(180)
-# fp32 on both sides: what differs is the order in which parts are summed.
-FORWARD_TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
