@@ -165,13 +165,15 @@ def test_the_language_model_of_a_model_that_sees_is_dealt_and_its_eyes_stay_whol
     assert not any("lm_head" in name for name, _ in module.named_parameters())
 
 
-def test_parts_do_not_keep_the_whole_alive() -> None:
+def test_parts_do_not_keep_the_whole_alive_and_count_their_own_heads() -> None:
     module = transformers.T5EncoderModel(transformers.T5Config(**TINY_T5))
     axis = ProcessAxis(size=2, rank=1)
     deal_library_encoder(module, EncoderAxes(heads=axis, features=axis, vocabulary=axis))
     for name in shards_of(module):
         tensor = module.get_parameter(name)
         assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
+    attention: Any = module.encoder.block[0].layer[0].SelfAttention
+    assert (attention.n_heads, attention.inner_dim) == (1, 4)
 
 
 TINY_T5: dict[str, Any] = {"vocab_size": 64, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 2}

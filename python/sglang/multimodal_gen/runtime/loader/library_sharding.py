@@ -1,8 +1,7 @@
 """Text encoders of transformers, dealt to ranks: their linear layers are replaced by ours that hold a part each.
 
 Which layers are cut, and how, is what the model's config declares (`base_model_tp_plan`); transformers' own way of
-following it belongs to `torchrun`, and knows neither a replica's axes nor T5. An attention layer then has this rank's
-heads alone: its code asks its projections how many those are.
+following it belongs to `torchrun`, and knows neither a replica's axes nor T5.
 """
 
 from __future__ import annotations
@@ -41,7 +40,8 @@ _UNDECLARED: Mapping[str, Mapping[str, str]] = {
 # These stay as they are: norms over one head, for which only training has to do something.
 _WHOLE_STYLES = frozenset({"replicated_with_grad_allreduce"})
 _STYLES = frozenset({"colwise", "rowwise"})
-_HEAD_COUNTS = ("n_heads", "num_heads", "num_attention_heads", "num_key_value_heads")
+# Numbers of an attention layer that are fewer on each rank; the code of some versions of transformers reads them.
+_HEAD_COUNTS = ("n_heads", "num_heads", "num_attention_heads", "num_key_value_heads", "inner_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
