@@ -113,51 +113,60 @@ def test_a_layout_that_the_model_cannot_have_ends_in_its_own_error(checkpoints: 
         DiffGenerator.from_pretrained(str(checkpoints("wan")), tp_size=3)
 
 
-def test_a_rank_that_is_killed_is_replaced_with_its_replica_and_requests_go_on(
-    checkpoints: Callable[[str], Path],
-) -> None:
-    wish = {**FAMILIES["wan"].wishes[0], "num_inference_steps": 60, "save_output": False, "return_frames": True}
-    options: dict[str, Any] = {"ulysses_degree": 2, "checkpoint_every": 5, "precision": "fp32"}
-    with DiffGenerator.from_pretrained(str(checkpoints("wan")), **options) as engine:
-        undisturbed = engine.generate(wish)
-        pids = engine.status().worker_pids
-        assert len(pids) == 2
-        with concurrent.futures.ThreadPoolExecutor(1) as executor:
-            result = executor.submit(engine.generate, wish)
-            deadline = time.monotonic() + 30
-            while not engine.status().num_running:
-                assert time.monotonic() < deadline and not result.done(), "it is not being made"
-            time.sleep(0.3)
-            os.kill(pids[1], signal.SIGKILL)
-            resumed = result.result()
-        assert resumed.metrics["attempts"] == 2
-        assert set(engine.status().worker_pids).isdisjoint(pids)
-        np.testing.assert_array_equal(resumed.frames, undisturbed.frames)
+@pytest.fixture(scope="module")
+def engine(checkpoints: Callable[[str], Path]) -> Iterator[DiffGenerator]:
+    """Two ranks that share the tokens, and the text encoder."""
+    options: dict[str, Any] = {
+        "ulysses_degree": 2,
+        "encoder_parallel": "on",
+        "checkpoint_every": 5,
+        "precision": "fp32",
+    }
+    with DiffGenerator.from_pretrained(str(checkpoints("wan")), **options) as generator:
+        yield generator
+
+
+WISH: dict[str, Any] = {**FAMILIES["wan"].wishes[0], "save_output": False, "return_frames": True}
+
+
+def frames_of(engine: DiffGenerator, **changes: Any) -> np.ndarray:
+    result = engine.generate(WISH | changes)
+    assert isinstance(result, GenerationResult) and result.frames is not None
+    return result.frames
+
+
+def test_a_rank_that_is_killed_is_replaced_with_its_replica_and_requests_go_on(engine: DiffGenerator) -> None:
+    wish = {**WISH, "num_inference_steps": 60}
+    undisturbed = engine.generate(wish)
+    pids = engine.status().worker_pids
+    assert len(pids) == 2
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        result = executor.submit(engine.generate, wish)
+        deadline = time.monotonic() + 30
+        while not engine.status().num_running:
+            assert time.monotonic() < deadline and not result.done(), "it is not being made"
+        time.sleep(0.3)
+        os.kill(pids[1], signal.SIGKILL)
+        resumed = result.result()
+    assert resumed.metrics["attempts"] == 2
+    assert set(engine.status().worker_pids).isdisjoint(pids)
+    np.testing.assert_array_equal(resumed.frames, undisturbed.frames)
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
 
 
-def test_dealt_encoders_live_through_caching_flushes_released_memory_and_new_weights(
-    checkpoints: Callable[[str], Path],
-) -> None:
+def test_dealt_encoders_live_through_caching_flushes_released_memory_and_new_weights(engine: DiffGenerator) -> None:
     """All ranks find the same texts in their caches, or one of them would wait for the others in a collective."""
-    wish = {**FAMILIES["wan"].wishes[0], "save_output": False, "return_frames": True}
-    options: dict[str, Any] = {"ulysses_degree": 2, "encoder_parallel": "on", "precision": "fp32"}
-    with DiffGenerator.from_pretrained(str(checkpoints("wan")), **options) as engine:
 
-        def done(operation: Any) -> str:
-            return str(engine._engine.spawn(engine._engine.client.control(operation)).result(100))
+    def done(operation: Any) -> str:
+        return str(engine._engine.spawn(engine._engine.client.control(operation)).result(100))
 
-        def frames() -> np.ndarray:
-            result = engine.generate(wish)
-            assert isinstance(result, GenerationResult) and result.frames is not None
-            return result.frames
-
-        fresh = frames()
-        np.testing.assert_array_equal(frames(), fresh)
-        assert not done("flush_cache").startswith("0.0 MiB")
-        np.testing.assert_array_equal(frames(), fresh)
-        done("release_memory_occupation")
-        done("resume_memory_occupation")
-        np.testing.assert_array_equal(frames(), fresh)
-        assert "loaded" in done("update_weights_from_disk")
-        np.testing.assert_array_equal(frames(), fresh)
+    fresh = frames_of(engine)
+    np.testing.assert_array_equal(frames_of(engine), fresh)
+    assert frames_of(engine, prompt="a small star").std() > 5, "one text is known, the other is not"
+    assert not done("flush_cache").startswith("0.0 MiB")
+    np.testing.assert_array_equal(frames_of(engine), fresh)
+    done("release_memory_occupation")
+    done("resume_memory_occupation")
+    np.testing.assert_array_equal(frames_of(engine), fresh)
+    assert "loaded" in done("update_weights_from_disk")
+    np.testing.assert_array_equal(frames_of(engine), fresh)
