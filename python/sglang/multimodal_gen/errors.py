@@ -222,6 +222,21 @@ class UnsupportedModel(ModelError):
     code = "unsupported_model"
 
 
+class ModelTooLarge(ModelError):
+    """The weights do not fit into the memory that is left on a device."""
+
+    code = "model_too_large"
+
+    def __init__(self, device: str, *, total_bytes: int, free_bytes: int, own_bytes: int) -> None:
+        gib = 2**30
+        others = max(0, total_bytes - free_bytes - own_bytes)
+        super().__init__(
+            f"the model does not fit: memory ran out on {device} when {own_bytes / gib:.1f} GiB were loaded; of its "
+            f"{total_bytes / gib:.1f} GiB other processes hold {others / gib:.1f}, so end them or take another GPU "
+            "with --gpu-ids, or spread the weights with --tp-size"
+        )
+
+
 class CorruptCheckpoint(ModelError):
     """A file of the checkpoint is missing, truncated or does not fit its config."""
 

@@ -5,8 +5,9 @@ Registered with `register_configs`, in place of the package's own. `sleep-MS` (i
 does not exist), `hang`, `gpu-lost` (the device fails), `oom`, `oom-shared` (only in company), `oom-large` (until the
 request is planned with less).
 `die-at-K-FILE` dies at unit K once. `holds-N` makes the request hold N of the 1,000 GiB that the family says there are.
-`key-NAME` keeps its forwards apart from those of another name. With `noise-until-FILE` the frames are noise, which has
-its size in a file, and the last ones come when FILE exists.
+`key-NAME` keeps its forwards apart from those of another name. `until-FILE` makes denoising unit 1 last until FILE
+exists, and a note of a request with `where` says which process holds it. With `noise-until-FILE` the frames are noise,
+which has its size in a file, and the last ones come when FILE exists.
 
 `image-model` takes up to two images, of which the first gives the size, with a mask, a last image, a video and a
 strength; each frame's top row begins with what the worker saw (`seen`). `i2v-model` needs one image and nothing else.
@@ -59,6 +60,11 @@ def words(req: Req, prefix: str) -> list[str]:
 
 
 class FaultyDenoising(NullDenoising):
+    def admit(self, req: Req) -> None:
+        super().admit(req)
+        if "where" in req.params.prompt.split():
+            req.notes.append(f"pid {os.getpid()}")
+
     def phase(self, req: Req) -> Phase:
         held_bytes = 2**30 * sum(map(int, words(req, "holds-")))
         key = "-".join(["denoise", *words(req, "key-")])
@@ -83,6 +89,8 @@ class FaultyDenoising(NullDenoising):
                 for word in req.params.prompt.split():
                     if word == "crash":
                         raise RuntimeError(f"cannot tokenise {req.params.prompt!r}")
+                    while word.startswith("until-") and not Path(word.removeprefix("until-")).exists():
+                        time.sleep(0.01)
                     cause_fault(word, len(requests))
         return super().step(requests)
 

@@ -16,6 +16,7 @@ import torch
 
 from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.errors import ModelTooLarge
 from sglang.multimodal_gen.runtime.managers.memory import Budget, LearnedMemory
 from sglang.multimodal_gen.runtime.models.vaes.tiling import Tiling
 from sglang.multimodal_gen.runtime.models.vaes.wan_vae import DecoderState
@@ -134,6 +135,23 @@ def pipeline(wan_checkpoint: Callable[[str], Path]) -> WanPipeline:
     built = build_pipeline(str(wan_checkpoint("plain")), ExecutionArgs(device="cpu"))
     assert isinstance(built, WanPipeline)
     return built
+
+
+def test_weights_that_do_not_fit_beside_others_say_so(
+    wan_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setitem(WanPipeline.components, "transformer", full)
+    with pytest.raises(ModelTooLarge, match=r"memory ran out on cpu when .* other processes hold"):
+        build_pipeline(str(wan_checkpoint("plain")), ExecutionArgs(device="cpu"))
+    gib = 2**30
+    error = ModelTooLarge("cuda:1", total_bytes=80 * gib, free_bytes=gib // 2, own_bytes=int(15.25 * gib))
+    assert error.message == (
+        "the model does not fit: memory ran out on cuda:1 when 15.2 GiB were loaded; of its 80.0 GiB other processes "
+        "hold 64.2, so end them or take another GPU with --gpu-ids, or spread the weights with --tp-size"
+    )
 
 
 def finish(pipeline: WanPipeline, req: Req) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from sglang.multimodal_gen.runtime.managers.admission import Admission
@@ -16,6 +18,9 @@ from sglang.multimodal_gen.runtime.managers.timing import LearnedTimes
 from sglang.multimodal_gen.runtime.managers.waiting_queue import WaitingQueue
 from sglang.multimodal_gen.runtime.managers.warm_up import WarmUp
 from sglang.multimodal_gen.runtime.managers.worker_group import WorkerGroup
+
+# Inputs are resized and a state is read from a slow disk; several ranks agree about memory.
+SILENCE_ADMITTING_S = 120.0
 
 
 @dataclass(kw_only=True)
@@ -50,6 +55,17 @@ class Replica:
             lambda record: may_start(record) and not self.warm_up.blocks(record.params),
             is_busy=bool(self.workers.in_flight),
         )
+
+    def silence(self) -> str | None:
+        """Why its workers count as stuck, None while all is well."""
+        if not self.workers.ranks:
+            return None
+        reason = self.workers.silence()
+        if reason is not None or self.workers.in_flight:  # a tick waits in the pipe for who is being admitted
+            return reason
+        since = min((r.handed_at for r in self.active.values() if r.status == "admitting"), default=math.inf)
+        waited_s = time.monotonic() - since
+        return f"a request has been admitted for {waited_s:.0f} s" if waited_s > SILENCE_ADMITTING_S else None
 
     def take(self, record: RequestRecord) -> None:
         """It holds the request from now on."""
@@ -138,14 +154,26 @@ class Replicas:
         if record.client is not None:
             record.replica = None
 
-    def by_load(self) -> Iterable[Replica]:
-        """The one with the least work first, so that whoever comes next goes there; before it one that rests already
-        for a suspect, lest the others come to rest as well."""
+    def next_to_start(self, may_start: Callable[[RequestRecord], bool]) -> tuple[Replica, RequestRecord] | None:
+        """Who starts next, and where: with the replica that has the least work left, or with one that has so little
+        more that the request ends no later there. While one rests for a suspect, the others need not."""
         if len(self.members) == 1:
-            return self.members
-        return sorted(
-            self.members, key=lambda replica: (not replica.intake.must_rest, replica.work_left, replica.index)
-        )
+            record = self.members[0].next_to_start(may_start)
+            return None if record is None else (self.members[0], record)
+        work = {replica.index: replica.work_left for replica in self.members if replica.workers.ready}
+        least, somebody_rests = min(work.values(), default=0.0), False
+        by_load = sorted(work, key=lambda index: (not self.members[index].intake.must_rest, work[index], index))
+        for replica in (self.members[index] for index in by_load):
+            surplus = work[replica.index] - least
+            record = replica.next_to_start(
+                lambda record, surplus=surplus, resting=somebody_rests: (  # type: ignore[misc]
+                    may_start(record) and surplus <= record.cost and not (resting and record.is_suspect)
+                )
+            )
+            if record is not None:
+                return replica, record
+            somebody_rests |= replica.intake.must_rest
+        return None
 
     def forget_memory(self) -> None:
         """Measured memory is measured anew."""

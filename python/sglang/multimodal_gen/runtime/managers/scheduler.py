@@ -489,15 +489,18 @@ class Scheduler:
         self.waiting.push(record, front=True)
 
     def _check_silence(self, replica: Replica) -> None:
-        reason = replica.workers.silence() if replica.workers.ranks else None
+        reason = replica.silence()
         if reason is not None:
             self._on_workers_lost(replica, reason)
 
     # -- requests --
 
     def _admit_waiting(self) -> None:
-        """Hand over as many as the replicas take, each to the one with the least work of those that take it."""
-        while (found := self._next_to_start()) is not None:
+        """Hand over as many as the replicas take."""
+        while len(self.waiting):
+            found = self.replicas.next_to_start(lambda record: not self.control.holds(record))
+            if found is None:
+                return
             replica, record = found
             has_inputs = self.ledger.inputs_of(record.request_id) is not None
             error = self.admission.too_late(record, has_inputs=has_inputs)
@@ -505,19 +508,6 @@ class Scheduler:
                 self._hand_over(replica, record)
             else:
                 self._end(record.request_id, Failed(request_id=record.request_id, error=error))
-
-    def _next_to_start(self) -> tuple[Replica, RequestRecord] | None:
-        somebody_rests = False
-
-        def may_start(record: RequestRecord) -> bool:
-            return not self.control.holds(record) and not (somebody_rests and record.is_suspect)
-
-        for replica in self.replicas.by_load():
-            record = replica.next_to_start(may_start)
-            if record is not None:
-                return replica, record
-            somebody_rests |= replica.intake.must_rest
-        return None
 
     def _hand_over(self, replica: Replica, record: RequestRecord) -> None:
         self.waiting.remove(record)

@@ -43,7 +43,13 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
 from sglang.multimodal_gen.runtime.loader.random_weights import RandomSource
 from sglang.multimodal_gen.runtime.pipelines_core.conditioning_cache import ConditioningCache
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
-from sglang.multimodal_gen.runtime.pipelines_core.memory import USABLE_SHARE, DecoderMemory, free_bytes
+from sglang.multimodal_gen.runtime.pipelines_core.memory import (
+    USABLE_SHARE,
+    DecoderMemory,
+    free_bytes,
+    is_out_of_memory,
+    model_too_large,
+)
 from sglang.multimodal_gen.runtime.pipelines_core.memory_meter import meter_for
 from sglang.multimodal_gen.runtime.pipelines_core.placement import Placement, place
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
@@ -268,7 +274,12 @@ class ComposedPipelineBase:
                     f"model_index.json says {name}: {shown(listed)}; {cls.__name__} wants a [library, class] pair there"
                 )
             report(f"loading {name}")
-            components[name] = load(directory / name, listed[1], context)
+            try:
+                components[name] = load(directory / name, listed[1], context)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise model_too_large(context.device) from error
+                raise
         return components
 
     def model_info(self) -> ModelInfo:

@@ -12,6 +12,8 @@ from typing import Any, Self
 
 import torch
 
+from sglang.multimodal_gen.errors import ModelTooLarge
+
 # Of the free memory, what one unit may plan with; the rest is for allocator waste and for other requests.
 USABLE_SHARE = 0.9
 _FP32_BYTES = 4
@@ -23,7 +25,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    available = _meminfo("MemAvailable")
+    available = _proc_bytes("meminfo", "MemAvailable")
     limit = _cgroup_headroom()
     return available if limit is None else min(available, limit)
 
@@ -36,17 +38,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
+def model_too_large(device: torch.device) -> ModelTooLarge:
+    """What to say when memory ran out while weights were loaded; this process still holds them."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        own = torch.cuda.memory_reserved(device)
+    else:
+        free, total, own = free_bytes(device), _proc_bytes("meminfo", "MemTotal"), _proc_bytes("self/status", "VmRSS")
+    return ModelTooLarge(str(device), total_bytes=total, free_bytes=free, own_bytes=own)
+
+
 def is_device_lost(error: BaseException) -> bool:
     """Whether an error says that the device failed: every later call of this process would fail as well."""
     return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
 
 
-def _meminfo(field: str) -> int:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+def _proc_bytes(file: str, field: str) -> int:
+    for line in Path("/proc", file).read_text(encoding="ascii").splitlines():
         name, _, value = line.partition(":")
         if name == field:
             return int(value.split()[0]) * 1024
-    raise AssertionError(f"/proc/meminfo has no {field}")
+    raise AssertionError(f"/proc/{file} has no {field}")
 
 
 def _cgroup_headroom() -> int | None:
