@@ -14,6 +14,7 @@ from sglang.multimodal_gen.configs.model_cards import ModelCard, cards
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.runtime.bench.options import BENCHMARKS
 from sglang.multimodal_gen.runtime.entrypoints.cli import models as model_list
+from sglang.multimodal_gen.runtime.entrypoints.cli import plan
 from sglang.multimodal_gen.runtime.entrypoints.cli.options import default_in_words
 from sglang.multimodal_gen.runtime.layers.attention.registry import FAMILIES, KERNELS, preference_in_words
 from sglang.multimodal_gen.runtime.observability.metrics import EngineMetrics, EngineSnapshot, HttpMetrics
@@ -187,6 +188,15 @@ as `sglang bench BENCHMARK --help` lists; [the page on benchmarks](../bench.md) 
     return _page("Benchmarks", intro, sections)
 
 
+def plan_page() -> str:
+    """The options of `sglang plan`."""
+    intro = """\
+The options of `sglang plan`, which lists what each layout of a model over several GPUs costs; [the page on several
+GPUs](../parallel.md) says how it reckons."""
+    rows = [[_code(o.flag), o.accepted(), default_in_words(o), o.declaration.help] for o in plan.options().values()]
+    return _page("Plan", intro, [_table(["Flag", "Accepted", "Default", "Meaning"], rows)])
+
+
 def metrics_page() -> str:
     """Every metric."""
     intro = """\
@@ -277,6 +287,7 @@ def pages() -> dict[str, str]:
         "attention.md": attention_page(),
         "errors.md": errors_page(),
         "bench.md": bench_page(),
+        "plan.md": plan_page(),
         "models.md": models_page(),
         "metrics.md": metrics_page(),
     }

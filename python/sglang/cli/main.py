@@ -17,6 +17,7 @@ _COMMANDS = {
     "serve": "sglang.multimodal_gen.runtime.entrypoints.cli.serve",
     "bench": "sglang.multimodal_gen.runtime.entrypoints.cli.bench",
     "models": "sglang.multimodal_gen.runtime.entrypoints.cli.models",
+    "plan": "sglang.multimodal_gen.runtime.entrypoints.cli.plan",
 }
 _HELP = """\
 usage: sglang COMMAND [options]
@@ -28,6 +29,7 @@ commands:
   serve      start an HTTP server with an OpenAI-compatible interface
   bench      measure how fast this machine runs a model, part by part, and what a server bears
   models     list the models that run natively, or show one of them
+  plan       show what each layout of a model over several GPUs costs, and which is taken
   version    print the version
 
 `sglang COMMAND --help` lists the options of a command.

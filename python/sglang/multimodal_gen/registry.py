@@ -66,6 +66,11 @@ class ResolvedModel:
         """Whether there is no directory yet although the model wants one."""
         return self.local_path is None and (self.entry is None or self.entry.needs_checkpoint)
 
+    @property
+    def is_fallback(self) -> bool:
+        """Whether diffusers runs it."""
+        return self.entry == _FALLBACK
+
 
 _NULL = ModelEntry(
     name="null",

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from sglang.multimodal_gen.configs.component_sizes import component_parameters, stored_parameters
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
-from sglang.multimodal_gen.configs.published import SIZES_FILE
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.registry import EMBEDDED_MODEL, entries, get_model_info, load_config
 
@@ -72,7 +68,7 @@ def _embedded() -> ModelCard:
     resolved = get_model_info(EMBEDDED_MODEL)
     assert resolved.entry is not None and resolved.local_path is not None, "it is a directory of the package"
     files = sorted(resolved.local_path.glob("*/*.safetensors"))
-    sizes = {path.parent.name: _stored_parameters(path) for path in files}
+    sizes = {path.parent.name: stored_parameters(path) for path in files}
     weight_bytes, config = sum(path.stat().st_size for path in files), load_config(resolved.entry)
     return ModelCard(
         id=EMBEDDED_MODEL,
@@ -90,7 +86,7 @@ def _embedded() -> ModelCard:
 
 
 def _card(hub_id: str, entry: ModelEntry) -> ModelCard:
-    config, sizes = load_config(entry), _sizes(hub_id, entry)
+    config, sizes = load_config(entry), component_parameters(hub_id, entry)
     weight_bytes = None
     if sizes is not None:
         weight_bytes = sum(
@@ -110,22 +106,3 @@ def _card(hub_id: str, entry: ModelEntry) -> ModelCard:
         defaults=config.defaults,
         config=config,
     )
-
-
-def _stored_parameters(path: Path) -> int:
-    """Numbers in a safetensors file, from its header: its length, then a JSON object of tensors."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-
-
-def _sizes(hub_id: str, entry: ModelEntry) -> dict[str, int] | None:
-    """By component: those of the id itself, or of one that shares its architecture."""
-    known = _all_sizes()
-    return next((known[name] for name in (hub_id, *entry.hub_ids) if name in known), None)
-
-
-@functools.cache
-def _all_sizes() -> dict[str, dict[str, int]]:
-    found: dict[str, dict[str, int]] = json.loads(SIZES_FILE.read_text(encoding="utf-8"))
-    return found

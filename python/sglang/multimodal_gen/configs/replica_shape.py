@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sglang.multimodal_gen.errors import InvalidValue
 
 AXES = ("cfg", "ring", "ulysses", "tp")
 """The outermost first: neighbours on the last talk most, and are to be neighbours in hardware too."""
+
+DEGREES = {"cfg_parallel_size": "cfg", "ring_degree": "ring", "ulysses_degree": "ulysses", "tp_size": "tp"}
+"""The axis of each option."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,14 @@ class ReplicaShape:
         """In the order of the mesh."""
         return self.cfg, self.ring, self.ulysses, self.tp
 
+    @classmethod
+    def every(cls, num_ranks: int) -> Iterator[ReplicaShape]:
+        """All layouts of so many ranks."""
+        for cfg in _divisors(num_ranks):
+            for ring in _divisors(num_ranks // cfg):
+                for ulysses in _divisors(num_ranks // cfg // ring):
+                    yield cls(cfg=cfg, ring=ring, ulysses=ulysses, tp=num_ranks // cfg // ring // ulysses)
+
     def check_heads(self, num_heads: int) -> None:
         """Tensor-parallel ranks divide the heads, and Ulysses ranks what is left of them.
 
@@ -44,3 +56,7 @@ class ReplicaShape:
     def num_ranks(self) -> int:
         """Processes of the replica."""
         return self.cfg * self.ring * self.ulysses * self.tp
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -246,9 +246,15 @@ class StopSignal:
         return self.requested
 
 
-def launch_server(args: ServerArgs, *, warnings: Sequence[str] = (), sources: Mapping[str, str] | None = None) -> int:
-    """Serve over HTTP until a signal; the exit status. `warnings` about the options go to the log; `sources` says where
-    each option came from.
+def launch_server(
+    args: ServerArgs,
+    *,
+    warnings: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    sources: Mapping[str, str] | None = None,
+) -> int:
+    """Serve over HTTP until a signal; the exit status. `warnings` and `notes` about the options go to the log;
+    `sources` says where each option came from.
 
     Raises:
         PortInUse: before anything is started.
@@ -262,6 +268,8 @@ def launch_server(args: ServerArgs, *, warnings: Sequence[str] = (), sources: Ma
     configure_logging(args.logging)
     for warning in warnings:
         logger.warning("%s", warning)
+    for note in notes:
+        logger.info("%s", note)
     get_model_info(args.model.model_path, model_id=args.model.model_id, backend=args.model.backend)
     check_storage(envs.current())
     stop = StopSignal()

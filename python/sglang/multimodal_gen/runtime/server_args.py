@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
 from sglang.multimodal_gen.configs.declare import HIDDEN, Parameter, arg, check_names, coerce, from_text, parameters
+from sglang.multimodal_gen.configs.parallel_choice import ModelChoice, choose_degrees
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.configs.schedulers import SCHEDULER_NAMES
 from sglang.multimodal_gen.errors import FieldError, InvalidValue
@@ -251,9 +252,18 @@ class WarmupArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelArgs:
-    """How the model is spread over GPUs. num_gpus is the product of all the others."""
+    """How the model is spread over GPUs. num_gpus is the product of all the others.
 
-    num_gpus: int = arg(1, help="GPUs to use in all.", group="parallel", minimum=1, maximum=_MAX_GPUS)
+    Degrees that are left out are chosen by the model, its own size and the GPUs' memory: `sglang plan`.
+    """
+
+    num_gpus: int = arg(
+        1,
+        help="GPUs to use in all; degrees that are left out are then chosen, as `sglang plan` shows.",
+        group="parallel",
+        minimum=1,
+        maximum=_MAX_GPUS,
+    )
     dp_size: int = arg(1, help="Independent replicas.", group="parallel", minimum=1, maximum=_MAX_GPUS)
     cfg_parallel_size: int = arg(
         1, help="Ranks that the guidance branches are dealt to.", group="parallel", minimum=1, maximum=_MAX_GPUS
@@ -500,6 +510,8 @@ class ServerArgs:
         resolved = resolve_server_args(options, environ=envs.current())
         for warning in resolved.warnings:
             logger.warning("%s", warning)
+        for note in resolved.notes:
+            logger.info("%s", note)
         return resolved.args
 
 
@@ -512,11 +524,12 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedServerArgs:
-    """The options, the source of each by name, and sentences that the user should see."""
+    """The options, the source of each by name, sentences that the user should see, and why some were chosen so."""
 
     args: ServerArgs
     sources: Mapping[str, str]
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -566,13 +579,15 @@ def resolve_server_args(
     settings |= _read_environment(environ, options)
     settings |= {name: Setting(coerce(options[name], value), "flag") for name, value in flags.items()}
     settings |= _count_gpu_ids(settings)
-    settings |= _choose_degrees(settings)
+    chosen, notes, doubts = _choose_degrees(settings)
+    settings |= chosen
     _check_degrees(settings)
     _check_webhook(settings)
     return ResolvedServerArgs(
         args=_grouped({name: setting.value for name, setting in settings.items()}),
         sources=types.MappingProxyType({name: setting.source for name, setting in settings.items()}),
-        warnings=envs.unknown_variables(environ, options),
+        warnings=(*envs.unknown_variables(environ, options), *doubts),
+        notes=notes,
     )
 
 
@@ -602,26 +617,49 @@ def _count_gpu_ids(settings: Mapping[str, Setting]) -> dict[str, Setting]:
     return {}
 
 
-def _choose_degrees(settings: Mapping[str, Setting]) -> dict[str, Setting]:
-    """Degrees left unset: num_gpus is the product of those given, or Ulysses takes the GPUs that are left."""
-    degrees = [name for name in parameters(ParallelArgs) if name not in ("num_gpus", "gpu_ids")]
-    product = math.prod(settings[name].value for name in degrees)
+def _choose_degrees(
+    settings: Mapping[str, Setting],
+) -> tuple[dict[str, Setting], tuple[str, ...], tuple[str, ...]]:
+    """num_gpus or the degrees left unset, why, and what speaks against it.
+
+    Raises: InvalidValue for degrees that the model cannot have.
+    """
+    given = {name: settings[name].value for name in _degrees() if settings[name].source != "default"}
+    product = math.prod(given.values())
+    chosen, num_gpus = {}, settings["num_gpus"].value
     if settings["num_gpus"].source == "default":
-        return {"num_gpus": Setting(product, "chosen")} if product > 1 else {}
-    num_gpus = settings["num_gpus"].value
-    if settings["ulysses_degree"].source == "default" and num_gpus > product and num_gpus % product == 0:
-        return {"ulysses_degree": Setting(num_gpus // product, "chosen")}
-    return {}
+        num_gpus = product
+        chosen = {"num_gpus": Setting(product, "chosen")} if product > 1 else {}
+    if num_gpus == 1 or num_gpus % product or (len(given) == len(_degrees()) and num_gpus != product):
+        return chosen, (), ()  # nothing to choose, or nothing that can be: the check says so
+    path, model_id, backend, precision = (
+        settings[name].value for name in ("model_path", "model_id", "backend", "precision")
+    )
+    model = ModelChoice(path=path, id=model_id, backend=backend, precision=precision)
+    choice = choose_degrees(model, num_gpus, given)
+    chosen |= {name: Setting(value, "chosen") for name, value in choice.degrees.items()}
+    reasons = (choice.reason,) if choice.reason else ()
+    return (chosen, (), reasons) if choice.doubt else (chosen, reasons, ())
+
+
+def _degrees() -> list[str]:
+    return [name for name in parameters(ParallelArgs) if name not in ("num_gpus", "gpu_ids")]
 
 
 def _check_degrees(settings: Mapping[str, Setting]) -> None:
     """Raises InvalidValue when the degrees do not multiply to num_gpus."""
     num_gpus = settings["num_gpus"].value
-    degrees = {name: settings[name].value for name in parameters(ParallelArgs) if name not in ("num_gpus", "gpu_ids")}
+    degrees = {name: settings[name].value for name in _degrees()}
     product = math.prod(degrees.values())
     if product != num_gpus:
         arithmetic = " × ".join(f"{name} {value}" for name, value in degrees.items())
-        raise InvalidValue("num_gpus", num_gpus, f"the product of the parallel degrees: {arithmetic} = {product}")
+        below = num_gpus // product * product
+        near = " or ".join(str(number) for number in (below, below + product) if number)
+        unset = any(settings[name].source == "default" for name in degrees)
+        nearest = f"; with those left unset chosen to fit, {near}" if unset else ""
+        raise InvalidValue(
+            "num_gpus", num_gpus, f"the product of the parallel degrees: {arithmetic} = {product}{nearest}"
+        )
 
 
 def _check_webhook(settings: Mapping[str, Setting]) -> None:

@@ -57,6 +57,7 @@ LATE_KERNELS = ("runtime.layers",)
 LATE: dict[tuple[str, str], str] = {
     ("runtime.managers.run_dir", "numpy"): "processes that only pass names on do without it",
     ("runtime.postprocess.object_store", "obstore"): "an optional package, which only results in a store need",
+    ("runtime.layers.fused", "runtime.layers.triton_kernels"): "Triton is there on GPUs only",
     ("runtime.loader.tokenizer", "transformers"): "5 s that only a checkpoint without tokenizer.json needs",
 }
 IMPORT_BY_NAME = ("registry", "sglang", "sglang.cli.main", "runtime.layers.attention")
@@ -259,7 +260,7 @@ def oversized(modules: Mapping[str, Module]) -> list[str]:
             found.append(f"{module.name} has {lines} lines, at most {MAX_FILE_LINES}")
         for node in module.nodes:
             if isinstance(node, FUNCTIONS):
-                lines = (node.end_lineno or 0) - node.lineno + 1
+                lines = (node.end_lineno or 0) - node.body[0].lineno + 1  # a long list of arguments is no long function
                 if lines > MAX_FUNCTION_LINES:
                     where = f"{module.name}:{node.lineno} {node.name}"
                     found.append(f"{where} has {lines} lines, at most {MAX_FUNCTION_LINES}")

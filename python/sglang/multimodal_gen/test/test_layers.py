@@ -127,7 +127,8 @@ def test_modulation_shifts_scales_and_gates_each_sample_by_its_own_embedding() -
     attn_mod, mlp_mod = split_modulations(table, temb)
     for sample in range(2):
         rows = table[0] + temb[sample, 0]
-        torch.testing.assert_close(attn_mod(hidden_states)[sample], hidden_states[sample] * (1 + rows[1]) + rows[0])
+        normed = torch.nn.functional.layer_norm(hidden_states[sample], (4,), eps=1e-6)
+        torch.testing.assert_close(attn_mod.normed(hidden_states)[sample], normed * (1 + rows[1]) + rows[0])
         gated = hidden_states[sample] + hidden_states[sample] * rows[5]
         torch.testing.assert_close(mlp_mod.add_gated(hidden_states, hidden_states)[sample], gated)
 

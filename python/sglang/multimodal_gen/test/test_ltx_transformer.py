@@ -179,7 +179,7 @@ def test_block_compiles_as_one_graph_and_computes_the_same() -> None:
     dim = ours.config.hidden_size
     mask = torch.tensor([[True, False], [True, True]])[:, None, None]
     table = Inputs().table(ours.config)
-    inputs = (noise(2, 3, 8, dim), noise(2, 2, dim, seed=2), mask, noise(2, 3, 1, 6, dim, seed=3), table)
+    inputs = (noise(2, 24, dim), noise(2, 2, dim, seed=2), mask, noise(2, 3, 6, dim, seed=3), table)
     compiled = torch.compile(ours.transformer_blocks[0], fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*inputs), ours.transformer_blocks[0](*inputs), **FP32)
 

@@ -146,6 +146,9 @@ def test_weights_that_do_not_fit_beside_others_say_so(
     monkeypatch.setitem(WanPipeline.components, "transformer", full)
     with pytest.raises(ModelTooLarge, match=r"memory ran out on cpu when .* other processes hold"):
         build_pipeline(str(wan_checkpoint("plain")), ExecutionArgs(device="cpu"))
+
+
+def test_what_others_hold_of_a_device_is_what_is_neither_free_nor_ours() -> None:
     gib = 2**30
     error = ModelTooLarge("cuda:1", total_bytes=80 * gib, free_bytes=gib // 2, own_bytes=int(15.25 * gib))
     assert error.message == (

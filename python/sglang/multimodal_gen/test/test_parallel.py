@@ -19,6 +19,7 @@ import torch
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.errors import InvalidValue, RemoteError
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator, GenerationResult
+from sglang.multimodal_gen.runtime.server_args import ModelArgs, ParallelArgs, ServerArgs
 from sglang.multimodal_gen.test.parallel_case import FORWARD_TOLERANCE, Arrays, made_of
 from sglang.multimodal_gen.test.parallel_pool import FAMILIES, OTHER_ENCODERS, SHAPES, Pool
 from sglang.multimodal_gen.test.pipeline_parity import LATENT_TOLERANCE, load, relative_error
@@ -108,9 +109,19 @@ def test_degrees_that_do_not_divide_the_heads_name_those_that_do(
 # --- the engine with ranks on the CPU ---
 
 
-def test_a_layout_that_the_model_cannot_have_ends_in_its_own_error(checkpoints: Callable[[str], Path]) -> None:
-    with pytest.raises(RemoteError, match="tp_size: got 3, accepted is 1, 2, 4: what divides the transformer's 4"):
+def test_a_layout_that_the_model_cannot_have_is_refused_before_it_loads(checkpoints: Callable[[str], Path]) -> None:
+    with pytest.raises(InvalidValue, match="tp_size: got 3, accepted is 1, 2, 4: what divides the transformer's 4"):
         DiffGenerator.from_pretrained(str(checkpoints("wan")), tp_size=3)
+
+
+def test_a_layout_that_the_loaded_model_cannot_have_ends_in_its_own_error(checkpoints: Callable[[str], Path]) -> None:
+    """As with a model that is only known once it is downloaded."""
+    model, parallel = ModelArgs(model_path=str(checkpoints("wan"))), ParallelArgs(num_gpus=3, tp_size=3)
+    with (
+        DiffGenerator.from_server_args(ServerArgs(model=model, parallel=parallel)) as generator,
+        pytest.raises(RemoteError, match="tp_size: got 3, accepted is 1, 2, 4: what divides the transformer's 4"),
+    ):
+        generator.wait_ready()
 
 
 @pytest.fixture(scope="module")

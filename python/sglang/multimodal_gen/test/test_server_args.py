@@ -103,13 +103,13 @@ def test_degrees_that_do_not_multiply_to_the_number_of_gpus_show_the_arithmetic(
         resolve_server_args({"num_gpus": 4, "tp_size": 3}, environ={})
     assert str(caught.value) == (
         "num_gpus: got 4, accepted is the product of the parallel degrees: dp_size 1 × cfg_parallel_size 1 × "
-        "ring_degree 1 × ulysses_degree 1 × tp_size 3 = 3"
+        "ring_degree 1 × ulysses_degree 1 × tp_size 3 = 3; with those left unset chosen to fit, 3 or 6"
     )
 
 
 def test_degrees_left_unset_are_chosen_and_make_the_replica() -> None:
     args = resolve_server_args({"num_gpus": 4, "tp_size": 2}, environ={}).args
-    assert (args.parallel.ulysses_degree, args.parallel.replica) == (2, ReplicaShape(ulysses=2, tp=2))
+    assert (args.parallel.cfg_parallel_size, args.parallel.replica) == (2, ReplicaShape(cfg=2, tp=2))
     assert resolve_server_args({"ring_degree": 3}, environ={}).args.parallel.num_gpus == 3
 
 

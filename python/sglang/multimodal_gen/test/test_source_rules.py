@@ -32,7 +32,7 @@ heavy = with_imports(source_rules.heavy)
 TYPING = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    "
 SCHEDULER, WORKER, LAYER = "runtime.managers.scheduler", "runtime.managers.gpu_worker", "runtime.layers.norm"
 LONG_FILE = "x = 1\n" * (source_rules.MAX_FILE_LINES + 1)
-LONG_FUNCTION = "def f():\n" + "    x = 1\n" * source_rules.MAX_FUNCTION_LINES
+LONG_FUNCTION = "def f():\n" + "    x = 1\n" * (source_rules.MAX_FUNCTION_LINES + 1)
 PIPE = "from multiprocessing import Pipe\nfrom multiprocessing.connection import Connection\n"
 
 CAUGHT = [
@@ -122,7 +122,7 @@ FINE = [
     (source_rules.family_names, {SCHEDULER: "# want, swan, sanatorium; Source: https://github.com/org/flux"}),
     (source_rules.family_names, {"runtime.pipelines.wan": "class WanPipeline: pass", "registry": "# FLUX"}),
     (source_rules.environment_reads, {"envs": "import os\nos.environ", "a": "import os\nos.path; thing.environ"}),
-    (source_rules.oversized, {"a": "def f():\n" + "    x = 1\n" * (source_rules.MAX_FUNCTION_LINES - 1)}),
+    (source_rules.oversized, {"a": "def f():\n" + "    x = 1\n" * source_rules.MAX_FUNCTION_LINES}),
     (pickle_rules.pickles, {"a": PIPE + "ours, theirs = Pipe()\ntheirs.send_bytes(b'')\nsocket.send(b'')"}),
     (pickle_rules.pickles, {"a": PIPE + "parent = Pipe()", "b": "def f(parent):\n    parent.send(b'')"}),
     (pickle_rules.pickles, {"a": "torch.load('a', weights_only=True)\nnp.load('a', allow_pickle=False)"}),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
+from sglang.multimodal_gen.configs.transformer_shape import TransformerShape
 from sglang.multimodal_gen.errors import InvalidRequest
 
 
@@ -38,6 +39,16 @@ class ModelConfig:
                     f"{cls.__name__}.{key} is {value!r}, but must be {_describe(types[key])}", param=key
                 )
         return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(ModelConfig):
+    """Base of the configs of diffusion transformers."""
+
+    @property
+    def shape(self) -> TransformerShape:
+        """What layouts over several GPUs are chosen by."""
+        raise NotImplementedError
 
 
 def _as_tuples(value: Any) -> Any:

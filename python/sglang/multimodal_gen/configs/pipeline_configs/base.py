@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from sglang.multimodal_gen.configs.models.base import TransformerConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 
 
@@ -22,3 +23,25 @@ class PipelineConfig:
     """Components that compute in fp32 whatever precision the rest has."""
     schedulers: tuple[str, ...] = ()
     """Names of the samplers that requests may choose besides the checkpoint's own; empty: all that can do the model."""
+    transformer: type[TransformerConfig] | None = None
+    """What reads `transformer/config.json`, for choosing a layout before anything loads; None: nothing is known."""
+    temporal_ratio: int = 1
+    """Frames of a latent frame behind the first."""
+    spatial_ratio: int = 8
+    """Pixels along each side of a latent cell."""
+    reference_images: int = 0
+    """Input images that are tokens beside those of the result, as many for each."""
+    guided_by: tuple[str, ...] = ("guidance_scale",)
+    """Which parameter switches guidance with a second row on, the first that is set: where it is more than
+    `guided_above`."""
+    guided_above: float = 1.0
+    guided_by_negative_prompts_alone: bool = False
+    """Whether only a negative prompt makes the second row."""
+
+    def num_rows(self, params: SamplingParams) -> int:
+        """Forwards of a step of one request."""
+        scales = (getattr(params, name) for name in self.guided_by)
+        scale = next((value for value in scales if value is not None), 1.0)
+        if scale <= self.guided_above:
+            return 1
+        return 1 if self.guided_by_negative_prompts_alone and params.negative_prompt is None else 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
+from sglang.multimodal_gen.configs.models.dits.flux import FluxTransformerConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 
@@ -21,6 +22,9 @@ FLUX1_DEV = PipelineConfig(
     ),
     max_pixels=_MAX_PIXELS,
     max_sequence_length=512,
+    transformer=FluxTransformerConfig,
+    guided_by=("true_cfg_scale",),
+    guided_by_negative_prompts_alone=True,
 )
 
 FLUX1_SCHNELL = PipelineConfig(
@@ -36,6 +40,9 @@ FLUX1_SCHNELL = PipelineConfig(
     ),
     max_pixels=_MAX_PIXELS,
     max_sequence_length=512,
+    transformer=FluxTransformerConfig,
+    guided_by=("true_cfg_scale",),
+    guided_by_negative_prompts_alone=True,
 )
 
 FLUX1_KONTEXT = PipelineConfig(
@@ -52,6 +59,10 @@ FLUX1_KONTEXT = PipelineConfig(
     ),
     max_pixels=_MAX_PIXELS,
     max_sequence_length=512,
+    transformer=FluxTransformerConfig,
+    reference_images=1,
+    guided_by=("true_cfg_scale",),
+    guided_by_negative_prompts_alone=True,
 )
 
 FLUX1_FILL = PipelineConfig(
@@ -67,6 +78,9 @@ FLUX1_FILL = PipelineConfig(
     ),
     max_pixels=_MAX_PIXELS,
     max_sequence_length=512,
+    transformer=FluxTransformerConfig,
+    guided_by=("true_cfg_scale",),
+    guided_by_negative_prompts_alone=True,
 )
 
 _PIPELINE = "sglang.multimodal_gen.runtime.pipelines.flux:FluxPipeline"

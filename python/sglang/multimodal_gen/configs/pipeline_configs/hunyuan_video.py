@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
+from sglang.multimodal_gen.configs.models.dits.hunyuan_video import HunyuanVideoTransformerConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 
@@ -27,6 +28,10 @@ HUNYUAN_VIDEO_T2V = PipelineConfig(
     max_pixels=_MAX_PIXELS,
     max_frames=_MAX_FRAMES,
     max_sequence_length=256,
+    transformer=HunyuanVideoTransformerConfig,
+    temporal_ratio=4,
+    guided_by=("true_cfg_scale",),
+    guided_by_negative_prompts_alone=True,
 )
 
 FAST_HUNYUAN = dataclasses.replace(

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
+from sglang.multimodal_gen.configs.models.dits.ltx import LTXVideoTransformerConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 
@@ -42,6 +43,9 @@ LTX_VIDEO = LTXPipelineConfig(
     max_pixels=_MAX_PIXELS,
     max_frames=_MAX_FRAMES,
     max_sequence_length=128,
+    transformer=LTXVideoTransformerConfig,
+    temporal_ratio=8,
+    spatial_ratio=32,
 )
 LTX_IMAGE_TO_VIDEO = dataclasses.replace(LTX_VIDEO, tasks=("I2V",))
 LTX_VIDEO_0_9_1 = dataclasses.replace(LTX_VIDEO, defaults=_TIMED_DEFAULTS)

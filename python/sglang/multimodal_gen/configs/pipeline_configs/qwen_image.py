@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
+from sglang.multimodal_gen.configs.models.dits.qwen_image import QwenImageTransformerConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 
@@ -29,6 +30,9 @@ QWEN_IMAGE = PipelineConfig(
     ),
     max_pixels=_MAX_PIXELS,
     max_sequence_length=_MAX_TEXT_TOKENS,
+    transformer=QwenImageTransformerConfig,
+    guided_by=("true_cfg_scale", "guidance_scale"),
+    guided_by_negative_prompts_alone=True,
 )
 
 QWEN_IMAGE_2512 = PipelineConfig(
@@ -44,6 +48,9 @@ QWEN_IMAGE_2512 = PipelineConfig(
     ),
     max_pixels=_MAX_PIXELS,
     max_sequence_length=_MAX_TEXT_TOKENS,
+    transformer=QwenImageTransformerConfig,
+    guided_by=("true_cfg_scale", "guidance_scale"),
+    guided_by_negative_prompts_alone=True,
 )
 
 QWEN_IMAGE_EDIT = PipelineConfig(
@@ -60,6 +67,10 @@ QWEN_IMAGE_EDIT = PipelineConfig(
     ),
     max_pixels=_MAX_PIXELS,
     max_sequence_length=_MAX_TEXT_TOKENS,
+    transformer=QwenImageTransformerConfig,
+    guided_by=("true_cfg_scale", "guidance_scale"),
+    guided_by_negative_prompts_alone=True,
+    reference_images=1,
 )
 
 QWEN_IMAGE_EDIT_PLUS = PipelineConfig(
@@ -75,6 +86,10 @@ QWEN_IMAGE_EDIT_PLUS = PipelineConfig(
     ),
     max_pixels=_MAX_PIXELS,
     max_sequence_length=_MAX_TEXT_TOKENS,
+    transformer=QwenImageTransformerConfig,
+    guided_by=("true_cfg_scale", "guidance_scale"),
+    guided_by_negative_prompts_alone=True,
+    reference_images=1,
 )
 
 _MODULES = "sglang.multimodal_gen.runtime.pipelines"

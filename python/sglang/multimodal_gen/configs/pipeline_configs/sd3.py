@@ -6,6 +6,7 @@ Source: https://github.com/Stability-AI/sd3.5, and the cards of the checkpoints.
 from __future__ import annotations
 
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
+from sglang.multimodal_gen.configs.models.dits.sd3 import SD3TransformerConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 
@@ -26,6 +27,7 @@ def _config(*, steps: int, guidance_scale: float) -> PipelineConfig:
         ),
         max_pixels=2048 * 2048,
         max_sequence_length=512,
+        transformer=SD3TransformerConfig,
     )
 
 

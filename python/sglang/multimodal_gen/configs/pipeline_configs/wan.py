@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
+from sglang.multimodal_gen.configs.models.dits.wan import WanTransformerConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 
@@ -25,13 +26,16 @@ _MAX_FRAMES = 1025
 _FP32_COMPONENTS = ("vae", "image_encoder")
 
 
-def _config(defaults: SamplingParams, *tasks: str) -> PipelineConfig:
+def _config(defaults: SamplingParams, *tasks: str, spatial_ratio: int = 8) -> PipelineConfig:
     return PipelineConfig(
         tasks=tasks,
         defaults=defaults,
         max_pixels=_MAX_PIXELS,
         max_frames=_MAX_FRAMES,
         fp32_components=_FP32_COMPONENTS,
+        transformer=WanTransformerConfig,
+        temporal_ratio=4,
+        spatial_ratio=spatial_ratio,
     )
 
 
@@ -66,7 +70,12 @@ WAN22_I2V_A14B = _config(
 
 # With a picture or without.
 WAN22_TI2V_5B = _config(
-    replace(_AT_720P, height=704, num_frames=121, fps=24, flow_shift=5.0), "TI2V", "T2V", "I2V", "T2I"
+    replace(_AT_720P, height=704, num_frames=121, fps=24, flow_shift=5.0),
+    "TI2V",
+    "T2V",
+    "I2V",
+    "T2I",
+    spatial_ratio=16,
 )
 
 _PIPELINES = "sglang.multimodal_gen.runtime.pipelines"

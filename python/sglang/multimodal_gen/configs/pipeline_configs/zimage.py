@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
+from sglang.multimodal_gen.configs.models.dits.zimage import ZImageTransformerConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 
@@ -22,6 +23,8 @@ Z_IMAGE = PipelineConfig(
     ),
     max_pixels=_MAX_PIXELS,
     max_sequence_length=512,
+    transformer=ZImageTransformerConfig,
+    guided_above=0.0,
 )
 
 Z_IMAGE_TURBO = PipelineConfig(
@@ -38,6 +41,8 @@ Z_IMAGE_TURBO = PipelineConfig(
     ),
     max_pixels=_MAX_PIXELS,
     max_sequence_length=512,
+    transformer=ZImageTransformerConfig,
+    guided_above=0.0,
 )
 
 _PIPELINE = "sglang.multimodal_gen.runtime.pipelines.zimage:ZImagePipeline"

@@ -7,14 +7,15 @@ Shapes: B batch, S tokens, L text tokens, D hidden_size, N heads of this rank, E
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.layers.attention.layouts import Sent
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.fused import JoinedLinear, norm_rotate
 from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
 from sglang.multimodal_gen.runtime.layers.norm import RMSNorm
-from sglang.multimodal_gen.runtime.layers.rotary import apply_rotary_emb
 
 
 class SelfAttention(nn.Module):
@@ -46,6 +47,7 @@ class SelfAttention(nn.Module):
         self.to_v = ColumnParallelLinear(hidden_size, inner, bias=bias, axis=axis)
         self.norm_q = RMSNorm(head_dim, eps) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(head_dim, eps) if qk_norm else nn.Identity()
+        self.joined: JoinedLinear | None = None
         if projects_out:
             self.to_out = nn.ModuleList([RowParallelLinear(inner, hidden_size, bias=bias, axis=axis)])
         self.attention = context.self_attention.build(head_dim)
@@ -62,16 +64,27 @@ class SelfAttention(nn.Module):
         assert self.masked_attention is not None, "a layer that is given masks is built with mask=True"
         return self.masked_attention(query, key, value, mask).flatten(2)
 
-    def send_rotated(self, tensor: Tensor, freqs_cis: Tensor | None) -> Sent:
-        """Queries or keys [B, S, N, E] with the table of all S tokens, on their way."""
-        return self.attention.send(tensor if freqs_cis is None else apply_rotary_emb(tensor, freqs_cis))
+    def join_projections(self) -> None:
+        """Not where what is projected first is on its way to other ranks while the next is projected."""
+        if not self.attention.layout.overlaps:
+            self.joined = JoinedLinear([self.to_q, self.to_k, self.to_v])
+
+    def projected(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """[B, S, D] -> queries, keys and values [B, S, N, E] as they come from one product."""
+        layers = (self.to_q, self.to_k, self.to_v)
+        parts = [layer(hidden_states) for layer in layers] if self.joined is None else self.joined(hidden_states)
+        return tuple(self.split_heads(part) for part in parts)
 
     def project(self, hidden_states: Tensor, freqs_cis: Tensor | None) -> tuple[Sent, Sent, Sent]:
         """[B, S, D] -> queries, keys and values for `attend`; what is computed before that overlaps with their way."""
-        value = self.attention.send(self.split_heads(self.to_v(hidden_states)))
-        query = self.send_rotated(self.norm_q(self.split_heads(self.to_q(hidden_states))), freqs_cis)
-        key = self.send_rotated(self.norm_k(self.split_heads(self.to_k(hidden_states))), freqs_cis)
-        return query, key, value
+        send = self.attention.send
+        if self.attention.layout.overlaps:
+            sent_value = send(self.split_heads(self.to_v(hidden_states)))
+            sent_query = send(placed(self.split_heads(self.to_q(hidden_states)), self.norm_q, freqs_cis))
+            sent_key = send(placed(self.split_heads(self.to_k(hidden_states)), self.norm_k, freqs_cis))
+            return sent_query, sent_key, sent_value
+        query, key, value = self.projected(hidden_states)
+        return send(placed(query, self.norm_q, freqs_cis)), send(placed(key, self.norm_k, freqs_cis)), send(value)
 
     def forward(self, hidden_states: Tensor, freqs_cis: Tensor | None, mask: Tensor | None = None) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
@@ -107,24 +120,14 @@ class JointAttention(SelfAttention):
         self.add_v_proj = ColumnParallelLinear(hidden_size, inner, axis=axis)
         self.norm_added_q = RMSNorm(head_dim, eps) if qk_norm else nn.Identity()
         self.norm_added_k = RMSNorm(head_dim, eps) if qk_norm else nn.Identity()
+        self.joined_text: JoinedLinear | None = None
         self.to_add_out = RowParallelLinear(inner, hidden_size, axis=axis) if text_out else nn.Identity()
 
     def joint_forward(
         self, hidden_states: Tensor, text: Tensor, freqs_cis: Tensor | None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """[B, S, D], [B, L, D], the table of S + L tokens, a mask [B, 1, 1, S + L] -> [B, S, D], [B, L, D]."""
-        value = self._joined(self.split_heads(self.add_v_proj(text)), self.split_heads(self.to_v(hidden_states)))
-        value_sent = self.attention.send(value)
-        query = self._joined(
-            self.norm_added_q(self.split_heads(self.add_q_proj(text))),
-            self.norm_q(self.split_heads(self.to_q(hidden_states))),
-        )
-        query_sent = self.send_rotated(query, freqs_cis)
-        key = self._joined(
-            self.norm_added_k(self.split_heads(self.add_k_proj(text))),
-            self.norm_k(self.split_heads(self.to_k(hidden_states))),
-        )
-        attended = self.attend(query_sent, self.send_rotated(key, freqs_cis), value_sent, mask)
+        attended = self.attend(*self._joint_project(hidden_states, text, freqs_cis), mask)
         sizes = (text.shape[1], hidden_states.shape[1])
         if self.text_first:
             of_text, of_image = attended.split(sizes, dim=1)
@@ -132,5 +135,60 @@ class JointAttention(SelfAttention):
             of_image, of_text = attended.split(sizes[::-1], dim=1)
         return self.to_out[0](of_image), self.to_add_out(of_text)
 
-    def _joined(self, text: Tensor, image: Tensor) -> Tensor:
-        return torch.cat((text, image) if self.text_first else (image, text), dim=1)
+    def join_projections(self) -> None:
+        """See `fused.join_projections`."""
+        super().join_projections()
+        if self.joined is not None:
+            self.joined_text = JoinedLinear([self.add_q_proj, self.add_k_proj, self.add_v_proj])
+
+    def _joint_project(self, hidden_states: Tensor, text: Tensor, freqs_cis: Tensor | None) -> tuple[Sent, Sent, Sent]:
+        """[B, S, D], [B, L, D] -> queries, keys and values of both streams for `attend`."""
+        join, send = _Joint(text.shape[1], hidden_states.shape[1], text_first=self.text_first), self.attention.send
+        if self.joined is None or self.joined_text is None:
+            # One after the other: what comes first is on its way while the next is computed.
+            heads = self.split_heads
+            value = send(join(heads(self.add_v_proj(text)), heads(self.to_v(hidden_states))))
+            of_text, of_image = heads(self.add_q_proj(text)), heads(self.to_q(hidden_states))
+            query = send(join(of_text, of_image, self.norm_added_q, self.norm_q, freqs_cis))
+            of_text, of_image = heads(self.add_k_proj(text)), heads(self.to_k(hidden_states))
+            return query, send(join(of_text, of_image, self.norm_added_k, self.norm_k, freqs_cis)), value
+        text_query, text_key, text_value = (self.split_heads(part) for part in self.joined_text(text))
+        query_, key_, value_ = self.projected(hidden_states)
+        return (
+            send(join(text_query, query_, self.norm_added_q, self.norm_q, freqs_cis)),
+            send(join(text_key, key_, self.norm_added_k, self.norm_k, freqs_cis)),
+            send(join(text_value, value_)),
+        )
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """Puts heads of L text and S image tokens into one sequence, normed and rotated on the way."""
+
+    num_text: int
+    num_image: int
+    text_first: bool
+
+    def __call__(
+        self,
+        text: Tensor,
+        image: Tensor,
+        text_norm: nn.Module | None = None,
+        image_norm: nn.Module | None = None,
+        freqs_cis: Tensor | None = None,
+    ) -> Tensor:
+        """[B, L, N, E], [B, S, N, E], the table of all tokens -> [B, L + S, N, E]."""
+        joint = image.new_empty(image.shape[0], self.num_text + self.num_image, *image.shape[2:])
+        text_start, image_start = (0, self.num_text) if self.text_first else (self.num_image, 0)
+        for heads, norm, start in ((text, text_norm, text_start), (image, image_norm, image_start)):
+            part = slice(start, start + heads.shape[1])
+            placed(heads, norm, None if freqs_cis is None else freqs_cis[:, part], out=joint[:, part])
+        return joint
+
+
+def placed(heads: Tensor, norm: nn.Module | None, freqs_cis: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+    """Queries or keys [B, S, N, E], normed and rotated where there is a norm and a table; in `out` where given."""
+    weight, eps = (norm.weight, norm.eps) if isinstance(norm, RMSNorm) else (None, 0.0)
+    if weight is None and freqs_cis is None and out is None:
+        return heads
+    return norm_rotate(heads, weight, freqs_cis, eps=eps, out=out)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ALONE, ProcessAxis
+from sglang.multimodal_gen.runtime.layers.fused import linear_gelu
 from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 
@@ -20,7 +21,9 @@ class GELUProjection(nn.Module):
         self.approximate = approximate
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return F.gelu(self.proj(hidden_states), approximate=self.approximate)
+        if self.approximate == "tanh":
+            return linear_gelu(hidden_states, self.proj.weight, self.proj.bias)
+        return F.gelu(self.proj(hidden_states))
 
 
 class SiLUProjection(nn.Module):

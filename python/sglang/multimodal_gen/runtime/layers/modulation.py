@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.layers.embeddings import TimestepEmbedding, sinusoidal_embedding
+from sglang.multimodal_gen.runtime.layers.fused import gated_sum, sum_norm
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
-from sglang.multimodal_gen.runtime.layers.norm import FP32LayerNorm
 
 
 class Modulation(NamedTuple):
@@ -23,22 +23,17 @@ class Modulation(NamedTuple):
     scale: Tensor
     gate: Tensor
 
-    def __call__(self, normed: Tensor) -> Tensor:
-        """Scale and shift [B, S, D], in fp32."""
-        return modulate(normed, self.shift, self.scale)
-
-    def normed(self, hidden_states: Tensor, *, eps: float = 1e-6) -> Tensor:
-        """Layer norm without weights, then scale and shift: [B, S, D] in the dtype that came in, computed in fp32."""
-        normed = F.layer_norm(hidden_states.float(), hidden_states.shape[-1:], eps=eps)
-        return self(normed).to(hidden_states.dtype)
+    def normed(self, hidden_states: Tensor, *, eps: float = 1e-6, rms: bool = False) -> Tensor:
+        """Norm without weights, then scale and shift: [B, S, D] in the dtype that came in, computed in fp32."""
+        return sum_norm(hidden_states, scale=self.scale, shift=self.shift, eps=eps, rms=rms)[1]
 
     def add_gated(self, residual: Tensor, update: Tensor) -> Tensor:
         """residual + gate · update, [B, S, D] each, summed in fp32 and returned in the residual's dtype."""
-        groups = self.gate.shape[1]
-        summed = torch.addcmul(
-            grouped(residual.float(), groups), grouped(update.float(), groups), self.gate.unsqueeze(2)
-        )
-        return summed.flatten(1, 2).to(residual.dtype)
+        return gated_sum(residual, update, self.gate)
+
+    def add_gated_normed(self, residual: Tensor, update: Tensor, then: Modulation) -> tuple[Tensor, Tensor]:
+        """`add_gated`, and the `normed` of another modulation of that."""
+        return sum_norm(residual, update, self.gate, scale=then.scale, shift=then.shift)
 
 
 class PartedEmbedding(NamedTuple):
@@ -81,16 +76,10 @@ class PartedModulation(NamedTuple):
         )
         return torch.cat(parts, dim=1)
 
-
-def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """normed · (1 + scale) + shift; [B, S, D] with shift and scale [B, G, D]."""
-    tokens = grouped(normed.float(), shift.shape[1])
-    return torch.addcmul(shift.unsqueeze(2), tokens, 1 + scale.unsqueeze(2)).flatten(1, 2)
-
-
-def grouped(tokens: Tensor, num_groups: int) -> Tensor:
-    """[B, S, D] -> [B, G, S/G, D], a view."""
-    return tokens.unflatten(1, (num_groups, -1))
+    def add_gated_normed(self, residual: Tensor, update: Tensor, then: PartedModulation) -> tuple[Tensor, Tensor]:
+        """See Modulation."""
+        summed = self.add_gated(residual, update)
+        return summed, then.normed(summed)
 
 
 def split_modulations(table: Tensor, temb: Tensor) -> tuple[Modulation, ...]:
@@ -150,12 +139,12 @@ class AdaLayerNormContinuous(nn.Module):
     def __init__(self, hidden_size: int, conditioning_size: int, *, eps: float = 1e-6) -> None:
         super().__init__()
         self.linear = ReplicatedLinear(conditioning_size, 2 * hidden_size)
-        self.norm = FP32LayerNorm(hidden_size, eps, elementwise_affine=False)
+        self.eps = eps
 
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
         """[B, S, D] and [B, D] (or [B, S, D] per token) -> [B, S, D]."""
         scale, shift = per_token(self.linear(F.silu(temb))).float().chunk(2, dim=-1)
-        return modulate(self.norm(hidden_states.float()), shift, scale).to(hidden_states.dtype)
+        return sum_norm(hidden_states, scale=scale, shift=shift, eps=self.eps)[1]
 
 
 def modulations_of(values: Tensor, count: int) -> tuple[Modulation, ...]:

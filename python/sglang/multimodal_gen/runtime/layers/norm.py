@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.distributed.collectives import all_reduce
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ALONE, ProcessAxis
+from sglang.multimodal_gen.runtime.layers.fused import gated_sum, sum_norm
 from sglang.multimodal_gen.runtime.layers.shards import Shard
 
 
@@ -18,15 +19,16 @@ class FP32LayerNorm(nn.LayerNorm):
         super().__init__(hidden_size, eps, elementwise_affine)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.ndim == 3:
+            return sum_norm(hidden_states, scale=self.weight, shift=self.bias, one_plus=False, eps=self.eps)[1]
         weight = None if self.weight is None else self.weight.float()
         bias = None if self.bias is None else self.bias.float()
         normed = F.layer_norm(hidden_states.float(), self.normalized_shape, weight, bias, self.eps)
         return normed.to(hidden_states.dtype)
 
-
-def rms_normed(hidden_states: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm without a weight: [..., D] -> [..., D] in fp32."""
-    return F.rms_norm(hidden_states.float(), hidden_states.shape[-1:], eps=eps)
+    def of_sum(self, residual: Tensor, update: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+        """residual + gate · update, [B, S, D] each, and the norm of that."""
+        return sum_norm(residual, update, gate, scale=self.weight, shift=self.bias, one_plus=False, eps=self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -54,14 +56,29 @@ class RMSNorm(nn.Module):
             # The fused kernel accumulates in fp32 for half-precision input.
             weight = self.weight.to(hidden_states.dtype)
             return F.rms_norm(hidden_states, weight.shape, weight, self.eps).to(hidden_states.dtype)
-        normed = F.rms_norm(hidden_states, self.weight.shape, None, self.eps)
-        return normed * self._weight(scale).to(normed.dtype)
+        return sum_norm(hidden_states, scale=self._weight(scale), one_plus=False, rms=True, eps=self.eps)[1]
 
     def add_normed(self, residual: Tensor, update: Tensor, gate: Tensor | None = None) -> Tensor:
         """residual + gate · norm(update), [B, S, D] each; the gate [B, 1, D] is one where there is none."""
         assert self.axis.size == 1, "the residual stream is whole on every rank"
-        normed = F.rms_norm(update, self.weight.shape, None, self.eps)
-        return torch.addcmul(residual, normed, self._weight(gate).to(residual.dtype))
+        return gated_sum(residual, update, self._weight(gate), norm_update=True, eps=self.eps)
+
+    def add_normed_and_norm(
+        self, residual: Tensor, update: Tensor, gate: Tensor | None, then: RMSNorm, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`add_normed`, and the norm of that by another norm of this eps, times `scale`."""
+        assert self.axis.size == 1 and then.eps == self.eps, "the residual stream is whole on every rank"
+        factor = then._weight(scale)
+        return sum_norm(
+            residual,
+            update,
+            self._weight(gate),
+            scale=factor,
+            one_plus=False,
+            rms=True,
+            norm_update=True,
+            eps=self.eps,
+        )
 
     def _weight(self, scale: Tensor | None) -> Tensor:
         """Weight and scale as one factor, in the precision of the scale."""

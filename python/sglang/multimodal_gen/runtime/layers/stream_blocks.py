@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.fused import linear_gelu
 from sglang.multimodal_gen.runtime.layers.joint_attention import JointAttention, SelfAttention
 from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
 from sglang.multimodal_gen.runtime.layers.mlp import FeedForward
@@ -35,8 +35,9 @@ class Stream(NamedTuple):
 
     def after_attention(self, update: Tensor) -> Tensor:
         """The tokens with the attention's update and then the MLP's."""
-        hidden_states = self.attn_mod.add_gated(self.hidden_states, update)
-        return self.mlp_mod.add_gated(hidden_states, self.mlp(self.mlp_mod.normed(hidden_states)))
+        # Both modulations are of one kind: they come from one embedding.
+        hidden_states, normed = self.attn_mod.add_gated_normed(self.hidden_states, update, self.mlp_mod)  # type: ignore[arg-type]
+        return self.mlp_mod.add_gated(hidden_states, self.mlp(normed))
 
 
 def joint_update(
@@ -127,6 +128,6 @@ class SingleStreamBlock(nn.Module):
         [modulation] = self.norm(temb)
         normed = modulation.normed(hidden_states)
         sent = self.attn.project(normed, freqs_cis)
-        mlp = F.gelu(self.proj_mlp(normed), approximate="tanh")
+        mlp = linear_gelu(normed, self.proj_mlp.weight, self.proj_mlp.bias)
         update = self.proj_out(torch.cat((self.attn.attend(*sent, mask), mlp), dim=-1))
         return modulation.add_gated(hidden_states, update)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.layers.attention.attention import Attention
 from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerContext
+from sglang.multimodal_gen.runtime.layers.fused import JoinedLinear, norm_rotate
 from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
 from sglang.multimodal_gen.runtime.layers.norm import RMSNorm
-from sglang.multimodal_gen.runtime.layers.rotary import apply_rotary_emb
 
 
 class WideNormAttention(nn.Module):
@@ -41,6 +41,7 @@ class WideNormAttention(nn.Module):
         self.to_out = nn.ModuleList([RowParallelLinear(hidden_size, hidden_size, bias=out_bias, axis=axis)])
         self.norm_q = RMSNorm(hidden_size, eps, axis=axis)
         self.norm_k = RMSNorm(hidden_size, eps, axis=axis)
+        self.joined: JoinedLinear | None = None
         self.attention: Attention = plan.build(hidden_size // num_heads, mask=mask)
 
     def split_heads(self, hidden_states: Tensor) -> Tensor:
@@ -63,13 +64,30 @@ class WideNormSelfAttention(WideNormAttention):
     ) -> None:
         super().__init__(hidden_size, num_heads, context, context.self_attention, eps=eps, bias=bias, out_bias=out_bias)
 
+    def join_projections(self) -> None:
+        """Not where what is projected first is on its way to other ranks while the next is projected."""
+        if not self.attention.layout.overlaps:
+            self.joined = JoinedLinear([self.to_q, self.to_k, self.to_v])
+
     def forward(self, hidden_states: Tensor, freqs_cis: Tensor) -> Tensor:
         """[B, S, D] and the rotary table [1 or B, S, 1 or N, E/2, 2] -> [B, S, D]."""
-        send = self.attention.send
-        value = send(self.split_heads(self.to_v(hidden_states)))
-        query = send(apply_rotary_emb(self.split_heads(self.norm_q(self.to_q(hidden_states))), freqs_cis))
-        key = send(apply_rotary_emb(self.split_heads(self.norm_k(self.to_k(hidden_states))), freqs_cis))
-        return self.to_out[0](self.attention(query, key, value).flatten(2))
+        send, heads = self.attention.send, self.split_heads
+        if self.joined is None:
+            sent_value = send(heads(self.to_v(hidden_states)))
+            sent_query = send(self._rotated(heads(self.to_q(hidden_states)), self.norm_q, freqs_cis))
+            sent_key = send(self._rotated(heads(self.to_k(hidden_states)), self.norm_k, freqs_cis))
+        else:
+            query, key, value = (heads(part) for part in self.joined(hidden_states))
+            sent_query = send(self._rotated(query, self.norm_q, freqs_cis))
+            sent_key = send(self._rotated(key, self.norm_k, freqs_cis))
+            sent_value = send(value)
+        return self.to_out[0](self.attention(sent_query, sent_key, sent_value).flatten(2))
+
+    def _rotated(self, heads: Tensor, norm: RMSNorm, freqs_cis: Tensor) -> Tensor:
+        """[B, S, N, E], normed over all heads together, those of other ranks included, and rotated."""
+        if norm.axis.size > 1:
+            return norm_rotate(self.split_heads(norm(heads.flatten(2))), None, freqs_cis)
+        return norm_rotate(heads, norm.weight, freqs_cis, eps=norm.eps, wide=True)
 
 
 class WideNormCrossAttention(WideNormAttention):

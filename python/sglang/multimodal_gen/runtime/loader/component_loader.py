@@ -21,6 +21,7 @@ from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.errors import CorruptCheckpoint, InvalidRequest, UnsupportedModel
 from sglang.multimodal_gen.registry import read_json_object
 from sglang.multimodal_gen.runtime.layers.context import EncoderAxes, LayerContext
+from sglang.multimodal_gen.runtime.layers.fused import join_projections
 from sglang.multimodal_gen.runtime.layers.shards import Shard, shards_of
 from sglang.multimodal_gen.runtime.loader.image_processor import ImageProcessor, load_image_processor
 from sglang.multimodal_gen.runtime.loader.tokenizer import TextTokenizer, load_tokenizer
@@ -208,6 +209,7 @@ def load_module(
     module.load_state_dict(tensors, strict=True, assign=True)
     unset = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     assert not unset, f"{cls.__name__}: buffers that no checkpoint holds must be computed where they are used: {unset}"
+    join_projections(module)
     return module.eval().requires_grad_(False)
 
 

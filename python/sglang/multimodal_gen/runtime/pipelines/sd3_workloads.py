@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.base import ModelConfig
-from sglang.multimodal_gen.configs.models.dits.sd3 import SD3TransformerConfig
+from sglang.multimodal_gen.configs.models.dits.sd3 import CLIP_TOKENS, SD3TransformerConfig
 from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, Inputs, Workload, WorkSize
 
 _MIDDLE_TIMESTEP = 500.0
-_CLIP_TOKENS = 77
 
 
 class SD3Denoising(Workload):
@@ -25,7 +24,7 @@ class SD3Denoising(Workload):
         return (
             draw.normal(size.batch_size, channels, height, width),
             draw.full(_MIDDLE_TIMESTEP, size.batch_size),
-            draw.normal(size.batch_size, _CLIP_TOKENS + size.num_text_tokens, config.joint_attention_dim),
+            draw.normal(size.batch_size, CLIP_TOKENS + size.num_text_tokens, config.joint_attention_dim),
             draw.normal(size.batch_size, config.pooled_projection_dim),
         )
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from sglang.multimodal_gen.configs.models.base import ModelConfig
+from sglang.multimodal_gen.configs.models.base import TransformerConfig
+from sglang.multimodal_gen.configs.transformer_shape import (
+    BlockRun,
+    TransformerShape,
+    dual_stream_run,
+    single_stream_run,
+    time_embedding_parameters,
+)
 from sglang.multimodal_gen.errors import InvalidRequest
 
 LATENT_CONCAT = "latent_concat"
@@ -15,7 +23,7 @@ _ACCEPTED = {"qk_norm": ("rms_norm",), "image_condition_type": (None, LATENT_CON
 
 
 @dataclass(frozen=True, kw_only=True)
-class HunyuanVideoTransformerConfig(ModelConfig):
+class HunyuanVideoTransformerConfig(TransformerConfig):
     """HunyuanVideo transformer; the defaults are the text-to-video model. Source: arXiv:2412.03603."""
 
     in_channels: int = 16
@@ -69,3 +77,35 @@ class HunyuanVideoTransformerConfig(ModelConfig):
     def num_output_channels(self) -> int:
         """Channels of the predicted velocity; published files may leave `out_channels` null."""
         return self.out_channels or self.in_channels
+
+    @property
+    def shape(self) -> TransformerShape:
+        """See TransformerConfig."""
+        dim = self.hidden_size
+        refiner = BlockRun(
+            count=self.num_refiner_layers,
+            text_weights=12 * dim**2,
+            sample_weights=2 * dim**2,
+            other_parameters=15 * dim,
+            attentions=("text",),
+            sums=("text", "text"),
+            launches=24,
+            traffic=76,
+        )
+        return TransformerShape(
+            num_heads=self.num_attention_heads,
+            head_dim=self.attention_head_dim,
+            runs=(
+                refiner,
+                dual_stream_run(self.num_layers, dim, ffn_dim=self.ffn_dim),
+                single_stream_run(self.num_single_layers, dim, ffn_dim=self.ffn_dim),
+            ),
+            outside_parameters=math.prod(self.patch) * (self.in_channels + self.num_output_channels) * dim
+            + 2 * dim**2
+            + (2 + self.guidance_embeds) * time_embedding_parameters(256, dim)
+            + time_embedding_parameters(self.pooled_projection_dim, dim)
+            + time_embedding_parameters(self.text_embed_dim, dim)
+            + self.text_embed_dim * dim,
+            patch=self.patch,
+            text_is_dealt=True,
+        )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sglang.multimodal_gen.configs.models.base import ModelConfig
+from sglang.multimodal_gen.configs.models.base import TransformerConfig
+from sglang.multimodal_gen.configs.transformer_shape import BlockRun, TransformerShape, time_embedding_parameters
 from sglang.multimodal_gen.errors import InvalidRequest
 
 _IMPLEMENTED = {
@@ -17,7 +18,7 @@ _IMPLEMENTED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LTXVideoTransformerConfig(ModelConfig):
+class LTXVideoTransformerConfig(TransformerConfig):
     """LTX-Video transformer; the defaults are the 2B models. Source: arXiv:2501.00103."""
 
     in_channels: int = 128
@@ -51,3 +52,31 @@ class LTXVideoTransformerConfig(ModelConfig):
     def num_output_channels(self) -> int:
         """Channels of a predicted token; published files may leave `out_channels` null."""
         return self.out_channels or self.in_channels
+
+    @property
+    def shape(self) -> TransformerShape:
+        """See TransformerConfig."""
+        dim = self.hidden_size
+        block = BlockRun(
+            count=self.num_layers,
+            image_weights=14 * dim**2,
+            text_weights=2 * self.cross_attention_dim * dim,
+            other_parameters=23 * dim,
+            attentions=("image",),
+            crosses=True,
+            sums=("image", "image", "image"),
+            norm_sums=4,
+            launches=81,
+            traffic=331,
+        )
+        return TransformerShape(
+            num_heads=self.num_attention_heads,
+            head_dim=self.attention_head_dim,
+            runs=(block,),
+            outside_parameters=(self.in_channels + self.num_output_channels) * dim
+            + time_embedding_parameters(256, dim)
+            + time_embedding_parameters(self.caption_channels, dim)
+            + 6 * dim**2,
+            patch=(self.patch_size_t, self.patch_size, self.patch_size),
+            text_is_dealt=False,
+        )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sglang.multimodal_gen.configs.models.base import ModelConfig
+from sglang.multimodal_gen.configs.models.base import TransformerConfig
+from sglang.multimodal_gen.configs.transformer_shape import TransformerShape, dual_stream_run, time_embedding_parameters
 from sglang.multimodal_gen.errors import InvalidRequest
 
 # Options of other models of the architecture: of none that is published, and of Qwen-Image-Layered.
@@ -13,7 +14,7 @@ _NOT_IMPLEMENTED = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rop
 
 
 @dataclass(frozen=True, kw_only=True)
-class QwenImageTransformerConfig(ModelConfig):
+class QwenImageTransformerConfig(TransformerConfig):
     """Qwen-Image transformer; the defaults are Qwen-Image, `zero_cond_t` is Qwen-Image-Edit-2511.
 
     Source: arXiv:2508.02324.
@@ -59,3 +60,18 @@ class QwenImageTransformerConfig(ModelConfig):
     def num_output_channels(self) -> int:
         """Channels of a predicted token, which is a patch of latent cells."""
         return self.patch_size**2 * (self.out_channels or self.in_channels)
+
+    @property
+    def shape(self) -> TransformerShape:
+        """See TransformerConfig."""
+        dim = self.hidden_size
+        return TransformerShape(
+            num_heads=self.num_attention_heads,
+            head_dim=self.attention_head_dim,
+            runs=(dual_stream_run(self.num_layers, dim, ffn_dim=4 * dim),),
+            outside_parameters=(self.in_channels + self.joint_attention_dim + self.num_output_channels) * dim
+            + 2 * dim**2
+            + time_embedding_parameters(256, dim),
+            patch=(1, self.patch_size, self.patch_size),
+            text_is_dealt=True,
+        )

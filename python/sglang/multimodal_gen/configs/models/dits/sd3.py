@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sglang.multimodal_gen.configs.models.base import ModelConfig
+from sglang.multimodal_gen.configs.models.base import TransformerConfig
+from sglang.multimodal_gen.configs.transformer_shape import (
+    BlockRun,
+    Segment,
+    TransformerShape,
+    time_embedding_parameters,
+)
 from sglang.multimodal_gen.errors import InvalidRequest
+
+CLIP_TOKENS = 77
+"""Tokens of the two CLIP encoders' texts, which stand in front of those of the third."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SD3TransformerConfig(ModelConfig):
+class SD3TransformerConfig(TransformerConfig):
     """Stable Diffusion 3 and 3.5 transformer; the defaults are diffusers'. Source: arXiv:2403.03206.
 
     `sample_size` is the latent side that the position table was made for; the table itself is in the checkpoint.
@@ -50,3 +59,41 @@ class SD3TransformerConfig(ModelConfig):
     def num_output_channels(self) -> int:
         """Channels of the predicted velocity; published files may leave `out_channels` null."""
         return self.out_channels or self.in_channels
+
+    @property
+    def shape(self) -> TransformerShape:
+        """See TransformerConfig."""
+        dim = self.hidden_size
+        return TransformerShape(
+            num_heads=self.num_attention_heads,
+            head_dim=self.attention_head_dim,
+            runs=tuple(self._run(layer) for layer in range(self.num_layers)),
+            outside_parameters=self.patch_size**2 * (self.in_channels + self.num_output_channels) * dim
+            + self.joint_attention_dim * dim
+            + 2 * dim**2
+            + time_embedding_parameters(256, dim)
+            + time_embedding_parameters(self.pooled_projection_dim, dim),
+            patch=(1, self.patch_size, self.patch_size),
+            text_is_dealt=True,
+            extra_text_tokens=CLIP_TOKENS,
+        )
+
+    def _run(self, layer: int) -> BlockRun:
+        """One block. The last makes nothing of the text, and some let the image attend once more, to itself alone."""
+        dim, is_last = self.hidden_size, layer == self.num_layers - 1
+        attends_twice = layer in self.dual_attention_layers
+        normed = self.qk_norm is not None
+        sums: tuple[Segment, ...] = ("image", "image", "image") if attends_twice else ("image", "image")
+        if not is_last:
+            sums += ("text", "text")
+        return BlockRun(
+            count=1,
+            image_weights=(16 if attends_twice else 12) * dim**2,
+            text_weights=(3 if is_last else 12) * dim**2,
+            sample_weights=(6 + (2 if is_last else 6) + (3 if attends_twice else 0)) * dim**2,
+            other_parameters=30 * dim,
+            attentions=("joint", "image") if attends_twice else ("joint",),
+            sums=sums,
+            launches=(92 if normed else 60) + (30 if attends_twice else 0),
+            traffic=(225 if normed else 144) + (139 if attends_twice else 0),
+        )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from sglang.multimodal_gen.configs.models.base import ModelConfig
+from sglang.multimodal_gen.configs.models.base import TransformerConfig
+from sglang.multimodal_gen.configs.transformer_shape import BlockRun, TransformerShape, time_embedding_parameters
 from sglang.multimodal_gen.errors import InvalidRequest
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanTransformerConfig(ModelConfig):
+class WanTransformerConfig(TransformerConfig):
     """Wan 2.1 and 2.2 video transformer; the defaults are Wan2.1-T2V-14B. Source: arXiv:2503.20314."""
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
@@ -45,3 +47,33 @@ class WanTransformerConfig(ModelConfig):
     def num_output_channels(self) -> int:
         """Channels of the predicted velocity; published files may leave `out_channels` null."""
         return self.out_channels or self.in_channels
+
+    @property
+    def shape(self) -> TransformerShape:
+        """See TransformerConfig."""
+        dim, added = self.hidden_size, self.added_kv_proj_dim or 0
+        block = BlockRun(
+            count=self.num_layers,
+            image_weights=6 * dim**2 + 2 * dim * self.ffn_dim,
+            text_weights=2 * dim**2 + 2 * added * dim,
+            other_parameters=21 * dim + self.ffn_dim,
+            attentions=("image",),
+            crosses=True,
+            sums=("image", "image", "image"),
+            norm_sums=4,
+            launches=78,
+            traffic=327,
+        )
+        image_dim, patch = self.image_dim or 0, math.prod(self.patch_size)
+        return TransformerShape(
+            num_heads=self.num_attention_heads,
+            head_dim=self.attention_head_dim,
+            runs=(block,),
+            outside_parameters=patch * (self.in_channels + self.num_output_channels) * dim
+            + time_embedding_parameters(self.freq_dim, dim)
+            + time_embedding_parameters(self.text_dim, dim)
+            + 6 * dim**2
+            + image_dim * (image_dim + dim + (self.pos_embed_seq_len or 0)),
+            patch=self.patch_size,
+            text_is_dealt=False,
+        )

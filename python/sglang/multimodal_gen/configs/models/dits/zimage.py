@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sglang.multimodal_gen.configs.models.base import ModelConfig
+from sglang.multimodal_gen.configs.models.base import TransformerConfig
+from sglang.multimodal_gen.configs.transformer_shape import BlockRun, Segment, TransformerShape
 from sglang.multimodal_gen.errors import InvalidRequest
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZImageTransformerConfig(ModelConfig):
+class ZImageTransformerConfig(TransformerConfig):
     """Z-Image transformer; the defaults are diffusers'. Source: https://github.com/Tongyi-MAI/Z-Image
 
     `axes_dims` are the channels of each head that the three axes of a position rotate, `axes_lens` how many positions
@@ -78,6 +79,40 @@ class ZImageTransformerConfig(ModelConfig):
     def ffn_dim(self) -> int:
         """Width of the gated feed-forward layer, rounded as the published weights are."""
         return int(self.dim / 3 * 8)
+
+    @property
+    def shape(self) -> TransformerShape:
+        """See TransformerConfig."""
+        return TransformerShape(
+            num_heads=self.n_heads,
+            head_dim=self.head_dim,
+            runs=(
+                self._run(self.n_refiner_layers, "image"),
+                self._run(self.n_refiner_layers, "text"),
+                self._run(self.n_layers, "joint"),
+            ),
+            outside_parameters=(2 * self.patch_size**2 * self.in_channels + self.cap_feat_dim + 256) * self.dim
+            + 2 * 256 * 1024,
+            patch=(1, self.patch_size, self.patch_size),
+            text_is_dealt=True,
+        )
+
+    def _run(self, count: int, segment: Segment) -> BlockRun:
+        """Blocks over these tokens; those of the text are not modulated by the timestep."""
+        weights = 4 * self.dim**2 + 3 * self.dim * self.ffn_dim
+        modulated = segment != "text"
+        return BlockRun(
+            count=count,
+            image_weights=weights if segment == "image" else 0,
+            text_weights=weights if segment == "text" else 0,
+            joint_weights=weights if segment == "joint" else 0,
+            sample_weights=4 * min(self.dim, 256) * self.dim if modulated else 0,
+            other_parameters=(8 if modulated else 4) * self.dim + 2 * self.head_dim,
+            attentions=(segment,),
+            sums=(segment, segment),
+            launches=78 if modulated else 64,
+            traffic=295,
+        )
 
 
 def _shown(value: object) -> str:

@@ -12,7 +12,7 @@ from sglang.multimodal_gen.configs.declare import CLI_ONLY, Parameter, arg, para
 from sglang.multimodal_gen.configs.sample.input_params import INPUT_FILES
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import EmptyPrompt, MissingParameter, UsageError
-from sglang.multimodal_gen.runtime.entrypoints.cli.options import CommandArgs, OptionParser, read_config, warn
+from sglang.multimodal_gen.runtime.entrypoints.cli.options import CommandArgs, OptionParser, read_config, tell, warn
 from sglang.multimodal_gen.runtime.entrypoints.prompt_file import read_prompts
 from sglang.multimodal_gen.runtime.server_args import ServerArgs, resolve_server_args, server_options
 
@@ -117,6 +117,7 @@ def configure(arguments: Sequence[str]) -> GenerateJob:
     resolved = resolve_server_args(server_flags, environ=envs.current(), config_file=server_file)
     sampling = {"save_output": True} | flags | {"prompt": _prompts(flags.get("prompt"), prompt_file)}
     warn(resolved.warnings)
+    tell(resolved.notes, log_level=resolved.args.logging.log_level)
     return GenerateJob(args=resolved.args, sampling=sampling)
 
 

@@ -130,3 +130,10 @@ def warn(sentences: Iterable[str]) -> None:
     """Tell the user something that stops nothing."""
     for sentence in sentences:
         sys.stderr.write(f"sglang: warning: {sentence}\n")
+
+
+def tell(sentences: Iterable[str], *, log_level: str | None) -> None:
+    """Tell the user why something is as it is, where the log would."""
+    if log_level in ("debug", "info"):
+        for sentence in sentences:
+            sys.stderr.write(f"sglang: {sentence}\n")

@@ -47,7 +47,8 @@ class ServeJob:
         # Late: the options are checked and shown before anything heavy loads.
         from sglang.multimodal_gen.runtime.launch_server import launch_server
 
-        return launch_server(self.resolved.args, warnings=self.resolved.warnings, sources=self.resolved.sources)
+        resolved = self.resolved
+        return launch_server(resolved.args, warnings=resolved.warnings, notes=resolved.notes, sources=resolved.sources)
 
 
 def parser() -> OptionParser:

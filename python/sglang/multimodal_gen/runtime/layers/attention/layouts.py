@@ -42,6 +42,11 @@ class SequenceLayout(Protocol):
         """Whether calls without a mask want a kernel that gives the log-sum-exp."""
         ...
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether `send` begins something that takes its time."""
+        ...
+
     def send(self, tensor: Tensor) -> Sent:
         """Begin to bring queries, keys or values [B, S/P, H, E] to where they are needed, while others are computed."""
         ...
@@ -58,6 +63,7 @@ class LocalSequence:
     """This rank holds every token: nothing to exchange."""
 
     needs_lse = False
+    overlaps = False
 
     def send(self, tensor: Tensor) -> Sent:
         return tensor
@@ -79,6 +85,7 @@ class ShardedSequence:
         self.sharding = sharding
         self.ulysses, self.ring = parallel.ulysses, parallel.ring
         self.needs_lse = self.ring.size > 1
+        self.overlaps = self.ulysses.size > 1
 
     def send(self, tensor: Tensor) -> Sent:
         return tensor if self.ulysses.size == 1 else HeadExchange(tensor, self.ulysses)

@@ -18,10 +18,10 @@ from sglang.multimodal_gen.configs.models.dits.ltx import LTXVideoTransformerCon
 from sglang.multimodal_gen.runtime.layers.attention.padding import drop_padding
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.embeddings import TextProjection
+from sglang.multimodal_gen.runtime.layers.fused import sum_norm
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.mlp import FeedForward
-from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormSingle, modulate, split_modulations
-from sglang.multimodal_gen.runtime.layers.norm import FP32LayerNorm, rms_normed
+from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormSingle, split_modulations
 from sglang.multimodal_gen.runtime.layers.wide_attention import WideNormCrossAttention, WideNormSelfAttention
 
 _MLP_RATIO = 4
@@ -46,16 +46,19 @@ class LTXVideoTransformerBlock(nn.Module):
     def forward(
         self, hidden_states: Tensor, text: Tensor, text_mask: Tensor | None, temb: Tensor, freqs_cis: Tensor
     ) -> Tensor:
-        """[B, G, S/G, D]; [B, L, D] and its mask; [B, G, 1, 6, D]; the rotary table -> [B, G, S/G, D]."""
-        dtype = hidden_states.dtype
+        """[B, S, D]; [B, L, D] and its mask; [B, G, 6, D]; the rotary table -> [B, S, D]."""
         attn_mod, mlp_mod = split_modulations(self.scale_shift_table, temb)
-        # Norm and modulation stay in fp32 together; only their result is rounded.
-        normed = attn_mod(rms_normed(hidden_states, self.eps)).to(dtype)
-        update = self.attn1(normed.flatten(1, 2), freqs_cis)
-        hidden_states = attn_mod.add_gated(hidden_states, update.view_as(hidden_states))
-        update = self.attn2(hidden_states.flatten(1, 2), text, text_mask)
-        hidden_states = hidden_states + update.view_as(hidden_states)
-        return mlp_mod.add_gated(hidden_states, self.ff(mlp_mod(rms_normed(hidden_states, self.eps)).to(dtype)))
+        update = self.attn1(attn_mod.normed(hidden_states, eps=self.eps, rms=True), freqs_cis)
+        hidden_states = attn_mod.add_gated(hidden_states, update)
+        hidden_states, normed = sum_norm(
+            hidden_states,
+            self.attn2(hidden_states, text, text_mask),
+            scale=mlp_mod.scale,
+            shift=mlp_mod.shift,
+            rms=True,
+            eps=self.eps,
+        )
+        return mlp_mod.add_gated(hidden_states, self.ff(normed))
 
 
 class LTXVideoTransformer3DModel(nn.Module):
@@ -75,7 +78,6 @@ class LTXVideoTransformer3DModel(nn.Module):
         self.transformer_blocks = nn.ModuleList(
             [LTXVideoTransformerBlock(config, context) for _ in range(config.num_layers)]
         )
-        self.norm_out = FP32LayerNorm(dim, _NORM_OUT_EPS, elementwise_affine=False)
         self.proj_out = ReplicatedLinear(dim, config.num_output_channels)
 
     def forward(
@@ -97,14 +99,13 @@ class LTXVideoTransformer3DModel(nn.Module):
         text, text_mask = drop_padding(encoder_hidden_states, text_lengths)
         text = self.caption_projection(text)
         modulation, temb = self.time_embed(timestep, hidden_states.dtype)
-        modulation = modulation.unsqueeze(2)
-        hidden_states = self.proj_in(self.tokens.deal(hidden_states)).unflatten(1, (timestep.shape[1], -1))
+        hidden_states = self.proj_in(self.tokens.deal(hidden_states))
         freqs_cis = self.tokens.deal(self.of_own_heads(freqs_cis))
         for block in self.transformer_blocks:
             hidden_states = block(hidden_states, text, text_mask, modulation, freqs_cis)
-        shift, scale = (self.scale_shift_table.float() + temb.float()[:, :, None, None]).unbind(-2)
-        normed = modulate(self.norm_out(hidden_states.float()), shift, scale).to(hidden_states.dtype)
-        return self.tokens.gather(self.proj_out(normed.flatten(1, 2)), num_tokens)
+        shift, scale = (self.scale_shift_table.float() + temb.float().unsqueeze(2)).unbind(2)
+        _, normed = sum_norm(hidden_states, scale=scale, shift=shift, eps=_NORM_OUT_EPS)
+        return self.tokens.gather(self.proj_out(normed), num_tokens)
 
     def of_own_heads(self, freqs_cis: Tensor) -> Tensor:
         """The table's part for the heads of this rank: each head has rotations of its own."""

@@ -21,9 +21,10 @@ from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.runtime.layers.attention.padding import fold_padding
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.embeddings import TextProjection, TimestepEmbedding, sinusoidal_embedding
+from sglang.multimodal_gen.runtime.layers.fused import sum_norm
 from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.mlp import FeedForward
-from sglang.multimodal_gen.runtime.layers.modulation import modulate, split_modulations
+from sglang.multimodal_gen.runtime.layers.modulation import split_modulations
 from sglang.multimodal_gen.runtime.layers.norm import FP32LayerNorm, RMSNorm
 from sglang.multimodal_gen.runtime.layers.rotary import rotary_table_3d
 from sglang.multimodal_gen.runtime.layers.wide_attention import WideNormAttention, WideNormSelfAttention
@@ -63,11 +64,10 @@ class WanBlock(nn.Module):
     def __init__(self, config: WanTransformerConfig, context: LayerContext) -> None:
         super().__init__()
         dim = config.hidden_size
-        self.norm1 = FP32LayerNorm(dim, config.eps, elementwise_affine=False)
+        self.eps = config.eps
         self.attn1 = WideNormSelfAttention(dim, config.num_attention_heads, context, eps=config.eps)
         self.norm2 = FP32LayerNorm(dim, config.eps) if config.cross_attn_norm else nn.Identity()
         self.attn2 = WanCrossAttention(config, context)
-        self.norm3 = FP32LayerNorm(dim, config.eps, elementwise_affine=False)
         self.ffn = FeedForward(dim, config.ffn_dim, dim, axis=context.parallel.tp)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
@@ -81,14 +81,15 @@ class WanBlock(nn.Module):
         freqs_cis: Tensor,
     ) -> Tensor:
         """[B, S, D]; [B, L, D] and its mask; [B, I, D] or None; [B, G, 6, D]; the rotary table -> [B, S, D]."""
-        dtype = hidden_states.dtype
         attn_mod, mlp_mod = split_modulations(self.scale_shift_table, temb)
-        # Norm and modulation stay in fp32 together; only their result is rounded.
-        update = self.attn1(attn_mod(self.norm1(hidden_states.float())).to(dtype), freqs_cis)
-        hidden_states = attn_mod.add_gated(hidden_states, update)
-        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), text, text_mask, image)
-        update = self.ffn(mlp_mod(self.norm3(hidden_states.float())).to(dtype))
-        return mlp_mod.add_gated(hidden_states, update)
+        update = self.attn1(attn_mod.normed(hidden_states, eps=self.eps), freqs_cis)
+        if isinstance(self.norm2, FP32LayerNorm):
+            hidden_states, normed = self.norm2.of_sum(hidden_states, update, attn_mod.gate)
+        else:
+            hidden_states = normed = attn_mod.add_gated(hidden_states, update)
+        update = self.attn2(normed, text, text_mask, image)
+        hidden_states, normed = sum_norm(hidden_states, update, scale=mlp_mod.scale, shift=mlp_mod.shift, eps=self.eps)
+        return mlp_mod.add_gated(hidden_states, self.ffn(normed))
 
 
 class WanImageEmbedding(nn.Module):
@@ -156,7 +157,6 @@ class WanTransformer3DModel(nn.Module):
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=patch_size, stride=patch_size)
         self.condition_embedder = WanConditionEmbedder(config)
         self.blocks = nn.ModuleList([WanBlock(config, context) for _ in range(config.num_layers)])
-        self.norm_out = FP32LayerNorm(dim, config.eps, elementwise_affine=False)
         self.proj_out = ReplicatedLinear(dim, config.num_output_channels * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
@@ -194,7 +194,7 @@ class WanTransformer3DModel(nn.Module):
         for block in self.blocks:
             hidden_states = block(hidden_states, text, text_mask, image, modulation, freqs_cis)
         shift, scale = (self.scale_shift_table.float() + temb.float().unsqueeze(2)).unbind(2)
-        normed = modulate(self.norm_out(hidden_states.float()), shift, scale).to(hidden_states.dtype)
+        _, normed = sum_norm(hidden_states, scale=scale, shift=shift, eps=self.config.eps)
         return self.unpatchify(self.tokens.gather(self.proj_out(normed), num_tokens), grid)
 
     def patch_grid(self, latents: Tensor) -> tuple[int, int, int]:

@@ -23,10 +23,11 @@ from sglang.multimodal_gen.configs.models.dits.zimage import ZImageTransformerCo
 from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.embeddings import sinusoidal_embedding
+from sglang.multimodal_gen.runtime.layers.fused import sum_norm
 from sglang.multimodal_gen.runtime.layers.joint_attention import SelfAttention
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.mlp import SwiGLU
-from sglang.multimodal_gen.runtime.layers.norm import FP32LayerNorm, RMSNorm
+from sglang.multimodal_gen.runtime.layers.norm import RMSNorm
 from sglang.multimodal_gen.runtime.layers.rotary import grid_positions, rotary_table
 
 TOKEN_MULTIPLE = 32
@@ -139,9 +140,10 @@ class ZImageTransformerBlock(nn.Module):
         """[B, S, D], the table and mask of its tokens, the timestep [B, M] if modulated -> [B, S, D]."""
         attn_scale, attn_gate, mlp_scale, mlp_gate = self._modulation(temb)
         update = self.attention(self.attention_norm1(hidden_states, attn_scale), freqs_cis, mask)
-        hidden_states = self.attention_norm2.add_normed(hidden_states, update, attn_gate)
-        update = self.feed_forward(self.ffn_norm1(hidden_states, mlp_scale))
-        return self.ffn_norm2.add_normed(hidden_states, update, mlp_gate)
+        hidden_states, normed = self.attention_norm2.add_normed_and_norm(
+            hidden_states, update, attn_gate, self.ffn_norm1, mlp_scale
+        )
+        return self.ffn_norm2.add_normed(hidden_states, self.feed_forward(normed), mlp_gate)
 
     def _modulation(self, temb: Tensor | None) -> tuple[Tensor | None, ...]:
         """Scale and gate of attention and MLP, [B, 1, D] each in fp32; all None without modulation."""
@@ -156,7 +158,6 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: ZImageTransformerConfig) -> None:
         super().__init__()
-        self.norm_final = FP32LayerNorm(config.dim, 1e-6, elementwise_affine=False)
         self.linear = ReplicatedLinear(config.dim, config.patch_size**2 * config.in_channels)
         self.adaLN_modulation = nn.Sequential(
             nn.SiLU(), ReplicatedLinear(min(config.dim, _MODULATION_SIZE), config.dim)
@@ -164,8 +165,8 @@ class FinalLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
         """[B, S, D], [B, M] -> [B, S, 4·C]."""
-        scale = 1 + self.adaLN_modulation(temb).float().unsqueeze(1)
-        return self.linear((self.norm_final(hidden_states.float()) * scale).to(hidden_states.dtype))
+        scale = self.adaLN_modulation(temb).float().unsqueeze(1)
+        return self.linear(sum_norm(hidden_states, scale=scale)[1])
 
 
 class ZImageTransformer2DModel(nn.Module):

@@ -1,0 +1,174 @@
+"""What surrounds the matrix products of a transformer block, each in one pass over the tokens where a kernel serves.
+
+On a GPU with Triton these are kernels of `triton_kernels`; elsewhere, and under a compiler that fuses by itself, the
+references below, which say what is computed. Both compute in fp32 and return the dtype that came in.
+
+Shapes: B samples, S tokens, D hidden_size, H heads, E head_dim, G groups of neighbouring tokens that share a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.runtime.layers.rotary import apply_rotary_emb
+
+
+@cache
+def _kernels() -> Any:
+    """The module with the kernels; None where Triton is not installed."""
+    try:
+        from sglang.multimodal_gen.runtime.layers import triton_kernels  # late: it imports Triton
+    except ImportError:
+        return None
+    return triton_kernels
+
+
+def _serves(tensor: Tensor) -> bool:
+    """Kernels have no gradients, and a compiler fuses by itself."""
+    inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return tensor.is_cuda and inference and _kernels() is not None
+
+
+def sum_norm(
+    residual: Tensor,
+    update: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    one_plus: bool = True,
+    rms: bool = False,
+    norm_update: bool = False,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """residual + gate · update, and the norm of that times (1 + scale), or times `scale`, plus shift.
+
+    Tokens [B, S, D]; gate, scale and shift [B or 1, G, D] or [D]. What is None is left out. The norm is layer norm or,
+    with `rms`, by the root mean square. With `norm_update` the update is normed by its root mean square first.
+    """
+    if _serves(residual):
+        found: tuple[Tensor, Tensor] = _kernels().sum_norm(
+            residual,
+            update,
+            gate,
+            scale,
+            shift,
+            eps=eps,
+            one_plus=one_plus,
+            norm=True,
+            rms=rms,
+            norm_update=norm_update,
+        )
+        return found
+    summed = residual if update is None else gated_sum(residual, update, gate, norm_update=norm_update, eps=eps)
+    wide, shape = summed.float(), summed.shape[-1:]
+    if not rms and not one_plus and scale is not None and scale.ndim == 1:
+        bias = None if shift is None else shift.float()
+        return summed, F.layer_norm(wide, shape, scale.float(), bias, eps).to(residual.dtype)
+    normed = F.rms_norm(wide, shape, eps=eps) if rms else F.layer_norm(wide, shape, eps=eps)
+    return summed, _affine(normed, scale, shift, one_plus=one_plus).to(residual.dtype)
+
+
+def gated_sum(
+    residual: Tensor, update: Tensor, gate: Tensor | None, *, norm_update: bool = False, eps: float = 1e-6
+) -> Tensor:
+    """residual + gate · update, [B, S, D] each, the gate [B or 1, G, D] or [D]; one that is None is one. With
+    `norm_update` the update is normed by its root mean square first."""
+    if _serves(residual):
+        summed: Tensor
+        summed, _ = _kernels().sum_norm(
+            residual, update, gate, None, None, eps=eps, one_plus=False, norm=False, norm_update=norm_update
+        )
+        return summed
+    if norm_update:
+        update = F.rms_norm(update.float(), update.shape[-1:], eps=eps)
+    if gate is None:
+        return (residual + update).to(residual.dtype)
+    gates = gate.view(1, 1, -1) if gate.ndim == 1 else gate
+    groups = gates.shape[1]
+    summed = torch.addcmul(_grouped(residual.float(), groups), _grouped(update.float(), groups), gates.unsqueeze(2))
+    return summed.flatten(1, 2).to(residual.dtype)
+
+
+def norm_rotate(
+    heads: Tensor,
+    weight: Tensor | None,
+    freqs_cis: Tensor | None,
+    *,
+    eps: float = 0.0,
+    wide: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Queries or keys [B, S, H, E] -> the same shape, in `out` where given: root-mean-square norm of each head with
+    `weight` [E] (`wide`: of all heads together, [H·E]), then the rotation by the table [1 or B, S, 1 or H, E/2, 2]."""
+    if _serves(heads):
+        target = torch.empty_like(heads, memory_format=torch.contiguous_format) if out is None else out
+        _kernels().norm_rotate(heads, weight, freqs_cis, target, eps=eps, wide=wide)
+        return target
+    if weight is not None:
+        features = heads.flatten(2) if wide else heads
+        # The fused kernel accumulates in fp32 for half-precision input.
+        heads = F.rms_norm(features, weight.shape, weight.to(heads.dtype), eps).view_as(heads)
+    if freqs_cis is not None:
+        heads = apply_rotary_emb(heads, freqs_cis)
+    return heads if out is None else out.copy_(heads)
+
+
+def _affine(normed: Tensor, scale: Tensor | None, shift: Tensor | None, *, one_plus: bool) -> Tensor:
+    if scale is None:
+        return normed if shift is None else normed + shift.float()
+    factor = 1 + scale.float() if one_plus else scale.float()
+    if factor.ndim == 1:
+        return normed * factor if shift is None else torch.addcmul(shift.float(), normed, factor)
+    tokens, factor = _grouped(normed, factor.shape[1]), factor.unsqueeze(2)
+    scaled = tokens * factor if shift is None else torch.addcmul(shift.float().unsqueeze(2), tokens, factor)
+    return scaled.flatten(1, 2)
+
+
+def _grouped(tokens: Tensor, num_groups: int) -> Tensor:
+    """[B, S, D] -> [B, G, S/G, D], a view."""
+    return tokens.unflatten(1, (num_groups, -1))
+
+
+def linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """GELU, by its tanh form, of a linear layer: [..., I] -> [..., O]; on a GPU in the epilogue of the product."""
+    if _serves(hidden_states) and bias is not None and hidden_states.dtype != torch.float32:
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return torch._addmm_activation(bias, flat, weight.t(), use_gelu=True).view(*hidden_states.shape[:-1], -1)
+    return F.gelu(F.linear(hidden_states, weight, bias), approximate="tanh")
+
+
+class JoinedLinear:
+    """Linear layers over the same input as one product. Their weights become views of one, and stay theirs."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self.sizes = [layer.out_features for layer in layers]
+        self.weight = _joined([layer.weight for layer in layers])
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        assert len(biases) in (0, len(layers)), "all of the layers have a bias, or none"
+        self.bias = _joined(biases) if biases else None
+
+    def __call__(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """[..., I] -> each layer's output [..., O], a view."""
+        return F.linear(hidden_states, self.weight, self.bias).split(self.sizes, dim=-1)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    joined = torch.cat([part.detach() for part in parts])
+    for part, own in zip(parts, joined.split([len(part) for part in parts]), strict=True):
+        part.data = own
+    return joined
+
+
+def join_projections(model: nn.Module) -> None:
+    """Once a model has its weights: let every layer that has a method of this name make one product of several."""
+    for module in model.modules():
+        join = getattr(module, "join_projections", None)
+        if join is not None:
+            join()
