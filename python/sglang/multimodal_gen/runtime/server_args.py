@@ -125,6 +125,13 @@ class ExecutionArgs:
         unset="as the attention backend",
         choices=ATTENTION_BACKENDS,
     )
+    encoder_parallel: str = arg(
+        "auto",
+        help="Whether the weights of text encoders are dealt to all GPUs of a replica; `auto` deals those of 1 GiB and "
+        "more, `on` small ones too, and `off` keeps all of them whole on every GPU.",
+        group="parallel",
+        choices=("auto", "on", "off"),
+    )
     scheduler: str | None = arg(
         None,
         help="Sampler of requests that name none.",

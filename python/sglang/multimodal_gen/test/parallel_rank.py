@@ -18,43 +18,47 @@ import torch.distributed as dist
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.runtime.distributed.parallel_state import join_replica
+from sglang.multimodal_gen.runtime.layers.attention import attention
+from sglang.multimodal_gen.runtime.loader.component_loader import weight_totals
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
-from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
+from sglang.multimodal_gen.test.parallel_case import made_of
 from sglang.multimodal_gen.test.parallel_coding import Coding, coded
-from sglang.multimodal_gen.test.pipeline_parity import run_together
+
+_MOST_PACKED_TOKENS = attention.MOST_PACKED_TOKENS
 
 
 def run(rank: int, task: dict[str, Any]) -> None:
-    """Generate the task's requests together, or encode and decode; the leader saves what came out."""
+    """Generate the task's requests together, with text encoders dealt, or encode and decode; each rank saves all."""
     shape = ReplicaShape(**task["shape"])
+    # Tiny sequences would always be sent at once; beside a ring they are sent as long ones are.
+    attention.MOST_PACKED_TOKENS = 0 if shape.ring > 1 else _MOST_PACKED_TOKENS
     if rank >= shape.num_ranks:
         return
     try:
         pipeline = build_pipeline(
             task["directory"],
-            ExecutionArgs(device=task["device"], precision="fp32"),
+            ExecutionArgs(device=task["device"], precision="fp32", encoder_parallel="on"),
             local_rank=rank,
             num_gpus=shape.num_ranks,
             join=lambda device: join_replica(shape, rank, store=Path(task["store"]), device=device, timeout_s=60),
         )
-        with torch.inference_mode():
-            if task["codings"]:
+        if task["codings"]:
+            with torch.inference_mode():
                 arrays = coded(pipeline, [Coding(**coding) for coding in task["codings"]])
-            else:
-                arrays = _generated(pipeline, task["wishes"])
+        else:
+            arrays = _generated(pipeline, task)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if rank == 0:
-        np.savez(task["out"], allow_pickle=False, **arrays)
+    np.savez(task["out"].format(rank=rank), allow_pickle=False, **arrays)
 
 
-def _generated(pipeline: Any, wishes: list[Any]) -> dict[str, np.ndarray]:
-    results = run_together(pipeline, [(wish, EMPTY) for wish in wishes])
-    latents = [req.latents for req, _ in results if req.latents is not None]
-    arrays = {f"latents{index}": tensor.cpu().numpy() for index, tensor in enumerate(latents)}
-    return arrays | {f"frames{index}": frames for index, (_, frames) in enumerate(results)}
+def _generated(pipeline: Any, task: dict[str, Any]) -> dict[str, Any]:
+    arrays = made_of(pipeline, task["wishes"], num_pictures=task["num_pictures"])
+    encoders = [module for name, module in pipeline.modules.items() if name.startswith("text_encoder")]
+    num_parameters, encoder_bytes = weight_totals(encoders)
+    return {**arrays, "num_parameters": num_parameters, "encoder_bytes": encoder_bytes}
 
 
 def main() -> None:

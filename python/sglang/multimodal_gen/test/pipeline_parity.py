@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
@@ -53,11 +54,20 @@ def run(pipeline: Any, values: Wish, inputs: RequestInputs = EMPTY) -> tuple[Req
 
 def run_together(pipeline: Any, wishes: Sequence[tuple[Wish, RequestInputs]]) -> list[tuple[Req, np.ndarray]]:
     """Requests side by side, which share a forward wherever their batch keys agree, whatever their step."""
-    requests = [
+    return finished(pipeline, admitted(pipeline, wishes))
+
+
+def admitted(pipeline: Any, wishes: Sequence[tuple[Wish, RequestInputs]]) -> list[Req]:
+    """Requests of which nothing has run yet."""
+    return [
         pipeline.admit(f"request {number}", _params(values), inputs) for number, (values, inputs) in enumerate(wishes)
     ]
+
+
+def finished(pipeline: Any, requests: Sequence[Req]) -> list[tuple[Req, np.ndarray]]:
+    """The requests, from wherever they stand, side by side to their end."""
     outputs: dict[str, list[OutputBatch]] = {req.request_id: [] for req in requests}
-    while waiting := [(req, phase) for req in requests if (phase := _present_phase(req)) is not None]:
+    while waiting := [(req, phase) for req in requests if (phase := present_phase(req)) is not None]:
         first = waiting[0][1]
         sharing = [req for req, phase in waiting if phase.batch_key == first.batch_key and phase.name == first.name]
         for output in pipeline.run_unit(first.name, sharing):
@@ -71,7 +81,8 @@ def _params(values: Wish) -> SamplingParams:
     return values if isinstance(values, SamplingParams) else SamplingParams.from_values(values)
 
 
-def _present_phase(req: Req) -> Any:
+def present_phase(req: Req) -> Phase | None:
+    """The one that its next unit belongs to; None when all is done."""
     return next((phase for phase in req.phases if req.done(phase.name) < phase.units), None)
 
 

@@ -7,7 +7,7 @@ import functools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ import torch
 
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.errors import InvalidValue, RemoteError
-from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator
-from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY
+from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator, GenerationResult
 from sglang.multimodal_gen.runtime.server_args import ModelArgs, ParallelArgs, ServerArgs
+from sglang.multimodal_gen.test.parallel_case import FORWARD_TOLERANCE, Arrays, made_of
 from sglang.multimodal_gen.test.parallel_coding import coded
-from sglang.multimodal_gen.test.parallel_pool import CODINGS, FAMILIES, SHAPES, Pool
-from sglang.multimodal_gen.test.pipeline_parity import LATENT_TOLERANCE, load, relative_error, run_together
+from sglang.multimodal_gen.test.parallel_pool import CODINGS, FAMILIES, OTHER_ENCODERS, SHAPES, Pool
+from sglang.multimodal_gen.test.pipeline_parity import LATENT_TOLERANCE, load, relative_error
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -42,15 +42,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 
 @pytest.fixture(scope="module")
-def alone(checkpoints: Callable[[str], Path]) -> Callable[[str], list[Any]]:
+def alone(checkpoints: Callable[[str], Path]) -> Callable[[str], Arrays]:
     """What one process makes of a family's requests."""
-
-    @functools.cache
-    def run(name: str) -> list[Any]:
-        with torch.inference_mode():
-            return run_together(load(checkpoints(name)), [(wish, EMPTY) for wish in FAMILIES[name].wishes])
-
-    return run
+    return functools.cache(lambda name: made_of(load(checkpoints(name)), FAMILIES[name].wishes))
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +61,42 @@ def coded_alone(checkpoints: Callable[[str], Path]) -> Callable[[str], dict[str,
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape.sizes)))
 @pytest.mark.parametrize("name", FAMILIES)
-def test_several_ranks_give_the_pictures_of_one(
+def test_several_ranks_give_the_texts_predictions_and_pictures_of_one(
     name: str,
     shape: ReplicaShape,
     pool: Pool,
     checkpoints: Callable[[str], Path],
-    alone: Callable[[str], list[Any]],
+    alone: Callable[[str], Arrays],
     tmp_path: Path,
 ) -> None:
-    expected = alone(name)
-    found = pool.run(checkpoints(name), shape, FAMILIES[name].wishes, tmp_path)
-    for index, (req, frames) in enumerate(expected):
-        assert relative_error(torch.from_numpy(found[f"latents{index}"]), req.latents) <= LATENT_TOLERANCE
-        assert int(np.abs(found[f"frames{index}"].astype(int) - frames.astype(int)).max()) <= 1
-        assert frames.std() > 5, "a flat picture would agree with anything"
+    """Text encoders are dealt to the ranks as well. The requests of a batch differ in step, step count and guidance."""
+    assert_same(alone(name), pool.run(checkpoints(name), shape, FAMILIES[name], tmp_path))
+
+
+@pytest.mark.parametrize("name", OTHER_ENCODERS)
+def test_encoders_that_see_pictures_or_are_dealt_in_part_give_the_texts_of_one_rank(
+    name: str, pool: Pool, tmp_path: Path
+) -> None:
+    family = OTHER_ENCODERS[name]
+    checkpoint = family.save(tmp_path / name)
+    expected = made_of(load(checkpoint), family.wishes, num_pictures=family.num_pictures)
+    assert_same(expected, pool.run(checkpoint, ReplicaShape(ulysses=2), family, tmp_path))
+
+
+def assert_same(expected: Arrays, found: Sequence[Mapping[str, Any]]) -> None:
+    """The leader's frames and every rank's tensors, with no rank holding its text encoders whole."""
+    leader, *others = found
+    assert sum(key.startswith("predicted") for key in expected) in (4, 5), "some are guided, some are not"
+    for key, values in expected.items():
+        if key.startswith("frames"):
+            assert int(np.abs(leader[key].astype(int) - values.astype(int)).max()) <= 1
+            assert values.std() > 5, "a flat picture would agree with anything"
+            continue
+        tolerance = LATENT_TOLERANCE if key.startswith("latents") else FORWARD_TOLERANCE
+        for rank in (leader, *others):
+            assert relative_error(torch.from_numpy(rank[key]), torch.from_numpy(values)) <= tolerance, key
+    assert len({int(rank["num_parameters"]) for rank in (leader, *others)}) == 1
+    assert max(int(rank["encoder_bytes"]) for rank in (leader, *others)) < leader["num_parameters"] * 4 * 0.9
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -139,24 +155,60 @@ def test_a_layout_that_the_loaded_model_cannot_have_ends_in_its_own_error(checkp
         generator.wait_ready()
 
 
-def test_a_rank_that_is_killed_is_replaced_with_its_replica_and_requests_go_on(
-    checkpoints: Callable[[str], Path], alone: Callable[[str], list[Any]]
-) -> None:
-    wish = {**FAMILIES["wan"].wishes[0], "num_inference_steps": 60, "save_output": False, "return_frames": True}
-    options: dict[str, Any] = {"ulysses_degree": 2, "checkpoint_every": 5, "precision": "fp32"}
-    with DiffGenerator.from_pretrained(str(checkpoints("wan")), **options) as engine:
-        undisturbed = engine.generate(wish)
-        pids = engine.status().worker_pids
-        assert len(pids) == 2
-        with concurrent.futures.ThreadPoolExecutor(1) as executor:
-            result = executor.submit(engine.generate, wish)
-            deadline = time.monotonic() + 30
-            while not engine.status().num_running:
-                assert time.monotonic() < deadline and not result.done(), "it is not being made"
-            time.sleep(0.3)
-            os.kill(pids[1], signal.SIGKILL)
-            resumed = result.result()
-        assert resumed.metrics["attempts"] == 2
-        assert set(engine.status().worker_pids).isdisjoint(pids)
-        np.testing.assert_array_equal(resumed.frames, undisturbed.frames)
+@pytest.fixture(scope="module")
+def engine(checkpoints: Callable[[str], Path]) -> Iterator[DiffGenerator]:
+    """Two ranks that share the tokens, and the text encoder."""
+    options: dict[str, Any] = {
+        "ulysses_degree": 2,
+        "encoder_parallel": "on",
+        "checkpoint_every": 5,
+        "precision": "fp32",
+    }
+    with DiffGenerator.from_pretrained(str(checkpoints("wan")), **options) as generator:
+        yield generator
+
+
+WISH: dict[str, Any] = {**FAMILIES["wan"].wishes[0], "save_output": False, "return_frames": True}
+
+
+def frames_of(engine: DiffGenerator, **changes: Any) -> np.ndarray:
+    result = engine.generate(WISH | changes)
+    assert isinstance(result, GenerationResult) and result.frames is not None
+    return result.frames
+
+
+def test_a_rank_that_is_killed_is_replaced_with_its_replica_and_requests_go_on(engine: DiffGenerator) -> None:
+    wish = {**WISH, "num_inference_steps": 60}
+    undisturbed = engine.generate(wish)
+    pids = engine.status().worker_pids
+    assert len(pids) == 2
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        result = executor.submit(engine.generate, wish)
+        deadline = time.monotonic() + 30
+        while not engine.status().num_running:
+            assert time.monotonic() < deadline and not result.done(), "it is not being made"
+        time.sleep(0.3)
+        os.kill(pids[1], signal.SIGKILL)
+        resumed = result.result()
+    assert resumed.metrics["attempts"] == 2
+    assert set(engine.status().worker_pids).isdisjoint(pids)
+    np.testing.assert_array_equal(resumed.frames, undisturbed.frames)
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+def test_dealt_encoders_live_through_caching_flushes_released_memory_and_new_weights(engine: DiffGenerator) -> None:
+    """All ranks find the same texts in their caches, or one of them would wait for the others in a collective."""
+
+    def done(operation: Any) -> str:
+        return str(engine._engine.spawn(engine._engine.client.control(operation)).result(100))
+
+    fresh = frames_of(engine)
+    np.testing.assert_array_equal(frames_of(engine), fresh)
+    assert frames_of(engine, prompt="a small star").std() > 5, "one text is known, the other is not"
+    assert not done("flush_cache").startswith("0.0 MiB")
+    np.testing.assert_array_equal(frames_of(engine), fresh)
+    done("release_memory_occupation")
+    done("resume_memory_occupation")
+    np.testing.assert_array_equal(frames_of(engine), fresh)
+    assert "loaded" in done("update_weights_from_disk")
+    np.testing.assert_array_equal(frames_of(engine), fresh)

@@ -40,6 +40,7 @@ class TinyWan:
     vae: dict[str, Any] = field(default_factory=lambda: TINY_VAE)
     scheduler: tuple[str, dict[str, Any]] = ("UniPCMultistepScheduler", FLOW_UNIPC)
     text_layers: int = 2
+    text: dict[str, Any] = field(default_factory=dict)
 
 
 # The shapes that a real family has in other sizes: heads, layers, strides, patches and samplers all differ.
@@ -71,16 +72,17 @@ def save_tiny_wan(directory: Path, recipe: TinyWan | None = None) -> Path:
 
 def tiny_text_encoder(recipe: TinyWan) -> transformers.UMT5EncoderModel:
     """An encoder for the tiny tokenizer."""
-    config = transformers.UMT5Config(
-        vocab_size=64,
-        d_model=TEXT_WIDTH,
-        d_kv=8,
-        d_ff=32,
-        num_layers=recipe.text_layers,
-        num_heads=3,
-        relative_attention_num_buckets=8,
-        relative_attention_max_distance=20,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": 64,
+        "d_model": TEXT_WIDTH,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": recipe.text_layers,
+        "num_heads": 3,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 20,
+    }
+    config = transformers.UMT5Config(**(sizes | recipe.text))
     return randomised(transformers.UMT5EncoderModel(config), recipe.seed + 200)
 
 

@@ -38,6 +38,7 @@ class TinyFlux:
     """What differs between the random checkpoints."""
 
     seed: int = 0
+    text_heads: int = 3
     transformer: dict[str, Any] = field(default_factory=dict)
     vae: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=lambda: DYNAMIC_SHIFT)
@@ -78,7 +79,7 @@ def save_tiny_flux(directory: Path, recipe: TinyFlux, pipeline_class: str = "Flu
         vae=tiny_picture_vae(seed + 100, **recipe.vae),
         text_encoder=tiny_clip(seed + 200),
         tokenizer=tiny_clip_tokenizer(),
-        text_encoder_2=tiny_t5(seed + 300),
+        text_encoder_2=tiny_t5(seed + 300, num_heads=recipe.text_heads),
         tokenizer_2=tiny_tokenizer(),
         transformer=randomised(transformer, seed),
     )

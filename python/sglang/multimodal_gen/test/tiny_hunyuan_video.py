@@ -62,6 +62,7 @@ class TinyHunyuanVideo:
     vae: dict[str, Any] = field(default_factory=dict)
     shift: float = 7.0
     pipeline: str = "HunyuanVideoPipeline"
+    text: dict[str, Any] = field(default_factory=dict)
 
 
 TINY_HUNYUAN_VIDEOS = {
@@ -101,15 +102,16 @@ def save_tiny_hunyuan_video(directory: Path, recipe: TinyHunyuanVideo) -> Path:
         ),
         "vae": randomised(diffusers.AutoencoderKLHunyuanVideo(**(TINY_VAE | recipe.vae)), seed + 100),
     }
-    llama = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=width,
-        intermediate_size=24,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        pad_token_id=0,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": width,
+        "intermediate_size": 24,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "pad_token_id": 0,
+    }
+    llama = transformers.LlamaConfig(**(sizes | recipe.text))
     if recipe.pipeline == "HunyuanVideoImageToVideoPipeline":
         side = {"height": PICTURE_SIDE, "width": PICTURE_SIDE}
         components["image_processor"] = transformers.CLIPImageProcessorPil(

@@ -76,6 +76,7 @@ class TinyLTX:
     """What differs between the random checkpoints."""
 
     seed: int = 0
+    text_heads: int = 3
     pipeline: str = "LTXPipeline"
     transformer: dict[str, Any] = field(default_factory=dict)
     vae: dict[str, Any] = field(default_factory=lambda: TINY_VAE)
@@ -102,7 +103,7 @@ def save_tiny_ltx(directory: Path, recipe: TinyLTX) -> Path:
     pipeline = getattr(diffusers, recipe.pipeline)(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**recipe.scheduler),
         vae=tiny_vae(recipe.vae, seed + 100),
-        text_encoder=tiny_t5(seed + 200),
+        text_encoder=tiny_t5(seed + 200, num_heads=recipe.text_heads),
         tokenizer=tiny_tokenizer(),
         transformer=randomised(diffusers.LTXVideoTransformer3DModel(**(TINY_TRANSFORMER | recipe.transformer)), seed),
     )

@@ -40,7 +40,7 @@ def tiny_clip(seed: int, *, width: int = 24, with_projection: bool = False, **ch
     return randomised(cls(config), seed)
 
 
-def tiny_t5(seed: int, *, width: int = 20) -> Any:
+def tiny_t5(seed: int, *, width: int = 20, num_heads: int = 3) -> Any:
     """An encoder for `tiny_checkpoints.tiny_tokenizer`."""
     config = transformers.T5Config(
         vocab_size=64,
@@ -48,7 +48,7 @@ def tiny_t5(seed: int, *, width: int = 20) -> Any:
         d_kv=8,
         d_ff=32,
         num_layers=2,
-        num_heads=3,
+        num_heads=num_heads,
         feed_forward_proj="gated-gelu",
         relative_attention_num_buckets=8,
         relative_attention_max_distance=20,

@@ -56,6 +56,7 @@ class TinySD3:
     """What differs between the random checkpoints."""
 
     seed: int = 0
+    text_heads: int = 3
     transformer: dict[str, Any] = field(default_factory=lambda: TINY_TRANSFORMER)
     vae: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=lambda: {"shift": 3.0})
@@ -93,7 +94,9 @@ def save_tiny_sd3(directory: Path, recipe: TinySD3) -> Path:
         tokenizer=tiny_clip_tokenizer(),
         text_encoder_2=tiny_clip(recipe.seed + 300, width=_CLIP_WIDTHS[1], with_projection=True, hidden_act="gelu"),
         tokenizer_2=second_tokenizer,
-        text_encoder_3=tiny_t5(recipe.seed + 400, width=TINY_TRANSFORMER["joint_attention_dim"])
+        text_encoder_3=tiny_t5(
+            recipe.seed + 400, width=TINY_TRANSFORMER["joint_attention_dim"], num_heads=recipe.text_heads
+        )
         if recipe.has_t5
         else None,
         tokenizer_3=tiny_tokenizer() if recipe.has_t5 else None,

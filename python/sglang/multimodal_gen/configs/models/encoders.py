@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+from sglang.multimodal_gen.configs.encoder_dealing import EncoderSize
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.errors import InvalidRequest
 
@@ -31,6 +32,13 @@ class UMT5EncoderConfig(ModelConfig):
                 f"UMT5EncoderConfig.feed_forward_proj is {self.feed_forward_proj!r}; only 'gated-gelu' is implemented",
                 param="feed_forward_proj",
             )
+
+    @property
+    def size(self) -> EncoderSize:
+        """What of it can be dealt to ranks."""
+        return EncoderSize(
+            num_heads=self.num_heads, num_key_heads=self.num_heads, ffn_dim=self.d_ff, vocab_size=self.vocab_size
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from sglang.multimodal_gen.configs.attention import AttentionOptions, AttentionRole, wish_for
-from sglang.multimodal_gen.runtime.distributed.parallel_state import SINGLE, ParallelContext
+from sglang.multimodal_gen.configs.encoder_dealing import Axis, EncoderDealing
+from sglang.multimodal_gen.runtime.distributed.parallel_state import ALONE, SINGLE, ParallelContext, ProcessAxis
 from sglang.multimodal_gen.runtime.layers.attention.attention import Attention
 from sglang.multimodal_gen.runtime.layers.attention.dispatch import FixedKernel, KernelSelector, KernelSource
 from sglang.multimodal_gen.runtime.layers.attention.kernels import TorchSDPA
@@ -61,11 +62,30 @@ class AttentionPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncoderAxes:
+    """The ranks to which a text encoder's attention heads, feed-forward features and vocabulary are dealt."""
+
+    heads: ProcessAxis = ALONE
+    features: ProcessAxis = ALONE
+    vocabulary: ProcessAxis = ALONE
+
+    @classmethod
+    def of(cls, dealing: EncoderDealing, parallel: ParallelContext) -> EncoderAxes:
+        """As decided, with this process's axes."""
+
+        def axis(name: Axis | None) -> ProcessAxis:
+            return ALONE if name is None else getattr(parallel, name)
+
+        return cls(heads=axis(dealing.heads), features=axis(dealing.features), vocabulary=axis(dealing.vocabulary))
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerContext:
     """Parallel axes and attention of one replica; the default is one process with torch's attention.
 
     Cross-attention has its own plan: text is short and whole on every rank, so it needs no exchange of tokens. `tokens`
     says how those of a sequence are dealt; the layout of self-attention reads it.
+    `encoder` is the present text encoder's; each has its own.
     `frame_attention` is the autoencoders': one head as wide as their channels, often in fp32, which options leave be.
     `strips` says how the picture that they work on is dealt.
     """
@@ -76,6 +96,7 @@ class LayerContext:
     frame_attention: AttentionPlan = field(default_factory=partial(AttentionPlan.torch, "self"))
     tokens: TokenSharding = field(default_factory=TokenSharding)
     strips: StripSharding = field(default_factory=StripSharding)
+    encoder: EncoderAxes = field(default_factory=EncoderAxes)
 
     @classmethod
     def spread(

@@ -43,10 +43,10 @@ class Sharded(Protocol):
 
 
 def shards_of(module: nn.Module) -> dict[str, Shard]:
-    """By dotted name, of all layers that share with other ranks."""
+    """By dotted name, of all layers that share with other ranks; a layer that has two names comes twice."""
     return {
         f"{path}.{name}" if path else name: shard
-        for path, layer in module.named_modules()
+        for path, layer in module.named_modules(remove_duplicate=False)
         if isinstance(layer, Sharded)
         for name, shard in layer.shards().items()
         if shard.axis.size > 1

@@ -6,8 +6,9 @@ so that a model never lies in memory twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sglang.multimodal_gen.configs.encoder_dealing import EncoderSize, deal_encoder
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.errors import CorruptCheckpoint, InvalidRequest, UnsupportedModel
 from sglang.multimodal_gen.registry import read_json_object
-from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.context import EncoderAxes, LayerContext
 from sglang.multimodal_gen.runtime.layers.fused import join_projections
 from sglang.multimodal_gen.runtime.layers.shards import Shard, shards_of
 from sglang.multimodal_gen.runtime.loader.image_processor import ImageProcessor, load_image_processor
@@ -72,6 +74,10 @@ class Checkpoint:
         return load_tokenizer(directory)
 
 
+def _tell_nobody(_: str) -> None:
+    """Keeps the choices that were made to itself."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadContext:
     """Where and how components are placed, and what fills them."""
@@ -81,10 +87,23 @@ class LoadContext:
     layers: LayerContext
     fp32_components: Collection[str] = ()
     source: ComponentSource = field(default_factory=Checkpoint)
+    encoder_parallel: str = "auto"
+    report: Callable[[str], None] = _tell_nobody
 
     def dtype_of(self, component: str) -> torch.dtype:
         """The dtype that a component computes in."""
         return torch.float32 if component in self.fp32_components else self.dtype
+
+    def encoder_axes(self, component: str, size: EncoderSize | str, *, weight_bytes: int) -> EncoderAxes:
+        """To which ranks a text encoder is dealt, or the reason why it cannot be in place of its size; reported."""
+        parallel = self.layers.parallel
+        if parallel.world.size == 1:
+            return EncoderAxes()
+        dealing = deal_encoder(
+            component, size, weight_bytes=weight_bytes, shape=parallel.shape, wish=self.encoder_parallel
+        )
+        self.report(dealing.reason)
+        return EncoderAxes.of(dealing, parallel)
 
 
 @dataclass(frozen=True)
@@ -109,9 +128,13 @@ class NativeModule:
             directory,
             dtype=context.dtype_of(directory.name),
             device=context.device,
-            context=context.layers,
+            context=self.layers_for(directory.name, config, context),
             source=context.source,
         )
+
+    def layers_for(self, component: str, config: ModelConfig, context: LoadContext) -> LayerContext:
+        """What the module's layers are built with."""
+        return context.layers
 
     def config(self, directory: Path) -> ModelConfig:
         """What `config.json` says. Raises CorruptCheckpoint without one, UnsupportedModel when we cannot be that."""
@@ -119,6 +142,18 @@ class NativeModule:
             return self.config_class.from_dict(read_json_object(directory / "config.json"))
         except InvalidRequest as error:
             raise UnsupportedModel(f"{directory.name}/config.json: {error.message}") from error
+
+
+@dataclass(frozen=True)
+class NativeEncoder(NativeModule):
+    """A text encoder of ours, dealt to the ranks of a replica where that pays. Its config says a `size`."""
+
+    def layers_for(self, component: str, config: ModelConfig, context: LoadContext) -> LayerContext:
+        """See NativeModule."""
+        num_parameters, _ = weight_totals([without_memory(self.module_class, config, context.layers)])
+        weight_bytes = num_parameters * context.dtype_of(component).itemsize
+        size: EncoderSize = config.size  # type: ignore[attr-defined]
+        return replace(context.layers, encoder=context.encoder_axes(component, size, weight_bytes=weight_bytes))
 
 
 @dataclass(frozen=True)
@@ -180,8 +215,15 @@ def load_module(
 
 def without_memory(cls: type[ModuleT], config: ModelConfig, context: LayerContext) -> ModuleT:
     """A `cls(config, context)` whose tensors have shapes and no memory."""
-    with torch.device("meta"), _NoInitialisation():
+    with built_without_memory():
         return cls(config, context)
+
+
+@contextmanager
+def built_without_memory() -> Iterator[None]:
+    """Layers that are made meanwhile have tensors with shapes and no memory."""
+    with torch.device("meta"), _NoInitialisation():
+        yield
 
 
 class _NoInitialisation(TorchFunctionMode):
@@ -248,6 +290,10 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def weight_totals(modules: Collection[nn.Module]) -> tuple[int, int]:
-    """Number of parameters and bytes of all tensors."""
-    num_parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    """Number of parameters of the whole modules, and bytes of all tensors that this rank holds of them."""
+    num_parameters = 0
+    for module in modules:
+        shards = shards_of(module)
+        for name, parameter in module.named_parameters():
+            num_parameters += parameter.numel() * (shards[name].axis.size if name in shards else 1)
     return num_parameters, sum(tensor.nbytes for module in modules for tensor in tensors_of(module))

@@ -5,6 +5,8 @@ Importing this module imports both libraries, which takes seconds: only pipeline
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -18,10 +20,13 @@ from safetensors import SafetensorError
 from torch import nn
 
 from sglang.multimodal_gen.errors import CorruptCheckpoint, UnsupportedModel
-from sglang.multimodal_gen.runtime.loader.component_loader import Checkpoint, LoadContext
+from sglang.multimodal_gen.runtime.loader.component_loader import Checkpoint, LoadContext, weight_totals
+from sglang.multimodal_gen.runtime.loader.library_sharding import deal_library_encoder, library_encoder_size
+from sglang.multimodal_gen.runtime.loader.weight_utils import open_weights
 from sglang.multimodal_gen.runtime.models.vaes.library_strips import deal_pictures
 
 _SHOWN_KEYS = 8
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Their bars and advice belong into no server's log; what is wrong with a checkpoint is said here.
 for _library in (transformers, diffusers):
     _library.utils.logging.disable_progress_bar()
@@ -48,17 +53,33 @@ class LibraryModule:
                 f"the checkpoint's {directory.name} is a {class_name}; supported is {' or '.join(self.class_names)}"
             )
         cls, dtype = getattr(self.library, class_name), context.dtype_of(directory.name)
-        module = (
-            self._stored(cls, directory, dtype)
-            if isinstance(context.source, Checkpoint)
-            else self._filled(cls, directory, dtype, context)
-        )
-        if self.part:
-            module = attrgetter(self.part)(module)
+        shared = self.library is transformers and context.layers.parallel.world.size > 1
+        if not isinstance(context.source, Checkpoint):
+            module = self._used(self._filled(cls, directory, dtype, context, shared=shared))
+        elif shared:
+            # In the files' own dtype its tensors are the mapped files: a rank reads what it keeps.
+            whole = self._stored(cls, directory, _dtype_of_most(directory))
+            module, fp32_names = self._used(whole), _names_in_fp32(whole, dtype)
+            self._deal(module, directory, dtype, context)
+            for name, parameter in module.named_parameters():
+                wanted = torch.float32 if fp32_names.intersection(name.split(".")) else dtype
+                parameter.data = parameter.data.to(context.device, wanted)
+        else:
+            module = self._used(self._stored(cls, directory, dtype))
         module = module.to(context.device).eval().requires_grad_(False)
         if self.deals_pictures:
             deal_pictures(module, context.layers.strips)
         return module
+
+    def _used(self, module: nn.Module) -> Any:
+        return attrgetter(self.part)(module) if self.part else module
+
+    @staticmethod
+    def _deal(module: nn.Module, directory: Path, dtype: torch.dtype, context: LoadContext) -> None:
+        """To the ranks of the replica, where it is an encoder for which that pays."""
+        weight_bytes = weight_totals([module])[0] * dtype.itemsize
+        size = library_encoder_size(module)
+        deal_library_encoder(module, context.encoder_axes(directory.name, size, weight_bytes=weight_bytes))
 
     def _stored(self, cls: Any, directory: Path, dtype: torch.dtype) -> nn.Module:
         """With the checkpoint's weights."""
@@ -78,12 +99,16 @@ class LibraryModule:
         _refuse_misfits(directory, {"missing": missing, "mis-shaped": [str(key) for key in found["mismatched_keys"]]})
         return module
 
-    def _filled(self, cls: Any, directory: Path, dtype: torch.dtype, context: LoadContext) -> nn.Module:
+    def _filled(
+        self, cls: Any, directory: Path, dtype: torch.dtype, context: LoadContext, *, shared: bool
+    ) -> nn.Module:
         """With what the source gives in place of weights; only the config is read."""
         if self.library is transformers:
             module = cls(cls.config_class.from_pretrained(directory, local_files_only=True))
         else:
             module = cls.from_config(cls.load_config(directory, local_files_only=True))
+        if shared:
+            self._deal(self._used(module), directory, dtype, context)
         module = module.to(context.device, dtype)
         # Tied weights are one tensor under several names: the last one filled stays.
         tensors = context.source.tensors_for(directory, module, dtype_of=lambda _: dtype, device=context.device)
@@ -99,6 +124,25 @@ def transformers_module(*class_names: str, optional_keys: tuple[str, ...] = (), 
 def diffusers_autoencoder(*class_names: str) -> LibraryModule:
     """An autoencoder of one of these classes of diffusers."""
     return LibraryModule(class_names, diffusers, deals_pictures=True)
+
+
+def _dtype_of_most(directory: Path) -> torch.dtype:
+    """Of most numbers in the files."""
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in open_weights(directory).tensors.values():
+        if tensor.dtype in _FLOATS:
+            counts[_FLOATS[tensor.dtype]] += math.prod(tensor.shape)
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+
+
+def _names_in_fp32(module: Any, dtype: torch.dtype) -> frozenset[str]:
+    """Parts of names whose parameters transformers keeps in fp32."""
+    names: set[str] = set()
+    if dtype == torch.float16:
+        names.update(module._keep_in_fp32_modules or ())
+    if dtype in (torch.float16, torch.bfloat16):
+        names.update(module._keep_in_fp32_modules_strict or ())
+    return frozenset(names)
 
 
 def _explained(directory: Path, error: Exception) -> str:

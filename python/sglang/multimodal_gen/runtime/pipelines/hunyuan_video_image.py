@@ -216,7 +216,7 @@ class HunyuanVideoImageToVideoPipeline(HunyuanVideoPipeline):
     own_parameters: ClassVar[frozenset[str]] = HunyuanVideoPipeline.own_parameters | {"image_embed_interleave"}
     components: ClassVar[Mapping[str, ComponentLoader]] = {
         **HunyuanVideoPipeline.components,
-        "text_encoder": transformers_module("LlavaForConditionalGeneration"),
+        "text_encoder": transformers_module("LlavaForConditionalGeneration", part="base_model"),
         "image_processor": load_picture_settings,
     }
     condition_types: ClassVar[Mapping[str | None, Any]] = {

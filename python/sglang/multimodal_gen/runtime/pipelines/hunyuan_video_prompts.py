@@ -138,7 +138,7 @@ class HunyuanVideoImagePrompts(HunyuanVideoPrompts):
         max_sequence_length: int,
         dtype: torch.dtype,
     ) -> None:
-        """`text_encoder` is transformers' LlavaForConditionalGeneration; of the states of a given picture every
+        """`text_encoder` is transformers' LlavaModel; of the states of a given picture every
         `interleave`-th is kept. Raises UnsupportedModel for a tokenizer of another model.
         """
         self.image_processor = image_processor
@@ -176,8 +176,7 @@ class HunyuanVideoImagePrompts(HunyuanVideoPrompts):
         pictures = [
             Image.fromarray(prompt.images[0]) if prompt.images else Image.new("RGB", (1, 1)) for prompt in prompts
         ]
-        # The model without its head, whose logits nobody reads.
-        output = self.text_encoder.model(
+        output = self.text_encoder(
             input_ids=input_ids,
             pixel_values=self.image_processor(pictures).to(self.device),
             output_hidden_states=True,

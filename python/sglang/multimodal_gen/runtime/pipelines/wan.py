@@ -19,6 +19,7 @@ from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.errors import UnsupportedModel
 from sglang.multimodal_gen.runtime.loader.component_loader import (
     ComponentLoader,
+    NativeEncoder,
     NativeModule,
     SchedulerConfig,
     Tokenizer,
@@ -66,7 +67,7 @@ class WanPipeline(ComposedPipelineBase):
 
     components: ClassVar[Mapping[str, ComponentLoader]] = {
         "tokenizer": Tokenizer(),
-        "text_encoder": NativeModule(UMT5EncoderModel, UMT5EncoderConfig),
+        "text_encoder": NativeEncoder(UMT5EncoderModel, UMT5EncoderConfig),
         "transformer": NativeModule(WanTransformer3DModel, WanTransformerConfig),
         "transformer_2": NativeModule(WanTransformer3DModel, WanTransformerConfig),
         "vae": NativeModule(AutoencoderKLWan, WanVAEConfig),

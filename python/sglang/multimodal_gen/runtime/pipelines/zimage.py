@@ -138,7 +138,7 @@ class ZImagePipeline(PicturePipelineBase):
     own_parameters: ClassVar[frozenset[str]] = frozenset({"cfg_normalization", "cfg_truncation"})
     components: ClassVar[Mapping[str, ComponentLoader]] = {
         "tokenizer": ChatTokenizer(options=(("enable_thinking", True),)),
-        "text_encoder": transformers_module("Qwen3Model", "Qwen3ForCausalLM"),
+        "text_encoder": transformers_module("Qwen3Model", "Qwen3ForCausalLM", part="base_model"),
         "transformer": NativeModule(ZImageTransformer2DModel, ZImageTransformerConfig),
         "vae": diffusers_autoencoder("AutoencoderKL"),
         "scheduler": SchedulerConfig(),

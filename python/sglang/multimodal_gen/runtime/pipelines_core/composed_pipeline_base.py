@@ -258,6 +258,8 @@ class ComposedPipelineBase:
             ),
             fp32_components=config.fp32_components,
             source=RandomSource() if random_weights else Checkpoint(),
+            encoder_parallel=execution.encoder_parallel,
+            report=report,
         )
 
     @classmethod

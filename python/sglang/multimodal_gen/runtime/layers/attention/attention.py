@@ -8,8 +8,8 @@ from sglang.multimodal_gen.runtime.layers.attention.dispatch import KernelSource
 from sglang.multimodal_gen.runtime.layers.attention.layouts import Sent, SequenceLayout
 from sglang.multimodal_gen.runtime.layers.attention.traits import LayerNeeds
 
-# Two H200, FLUX.1 and Wan2.1: 2,304 tokens a rank wait for the host, 16,380 for the exchange.
-_PACKED_TOKENS = 8192
+# With half of a picture of 1024x1024, 2,304 tokens a rank, two H100 wait for the host; with 16,380 for the exchange.
+MOST_PACKED_TOKENS = 8192
 
 
 class Attention(nn.Module):
@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
     def sends_packed(self, tokens: Tensor) -> bool:
         """Whether that is faster for [B, S/P, ...]: where an exchange is shorter than the host takes to begin it."""
-        return self.layout.overlaps and tokens.shape[0] * tokens.shape[1] <= _PACKED_TOKENS
+        return self.layout.overlaps and tokens.shape[0] * tokens.shape[1] <= MOST_PACKED_TOKENS
 
     def forward(self, query: Sent, key: Sent, value: Sent, mask: Tensor | None = None) -> Tensor:
         """[B, S/P, H, E], [B, L/P, H, E], [B, L/P, H, E] on each of P ranks, each as `send` gave it -> [B, S/P, H, E].

@@ -1,7 +1,8 @@
 """UMT5 text encoder. Source: arXiv:2304.09151, https://github.com/google-research/t5x
 
 Ours rather than transformers', whose import alone takes longer than a small model's whole generation. Parameter names
-are those of published checkpoints.
+are those of published checkpoints. On the ranks of a replica attention heads, feed-forward features and vocabulary
+are dealt.
 
 Shapes: B batch, L text tokens, D d_model, H heads, E head dimension.
 """
@@ -17,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.encoders import UMT5EncoderConfig
-from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.context import EncoderAxes, LayerContext
+from sglang.multimodal_gen.runtime.layers.embedding_shards import ColumnParallelEmbedding, VocabParallelEmbedding
+from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 
 class UMT5LayerNorm(nn.Module):
@@ -36,15 +39,17 @@ class UMT5LayerNorm(nn.Module):
 class UMT5Attention(nn.Module):
     """Attention without scaling, with a learned bias for each range of distances."""
 
-    def __init__(self, config: UMT5EncoderConfig) -> None:
+    def __init__(self, config: UMT5EncoderConfig, axes: EncoderAxes) -> None:
         super().__init__()
-        inner = config.num_heads * config.d_kv
-        self.num_heads = config.num_heads
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
-        self.o = nn.Linear(inner, config.d_model, bias=False)
-        self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+        inner, axis = config.num_heads * config.d_kv, axes.heads
+        self.num_heads = axis.share(config.num_heads, "attention heads")
+        self.q = ColumnParallelLinear(config.d_model, inner, bias=False, axis=axis)
+        self.k = ColumnParallelLinear(config.d_model, inner, bias=False, axis=axis)
+        self.v = ColumnParallelLinear(config.d_model, inner, bias=False, axis=axis)
+        self.o = RowParallelLinear(inner, config.d_model, bias=False, axis=axis)
+        self.relative_attention_bias = ColumnParallelEmbedding(
+            config.relative_attention_num_buckets, config.num_heads, axis=axis
+        )
 
     def forward(self, hidden_states: Tensor, buckets: Tensor, hidden_keys: Tensor) -> Tensor:
         """[B, L, D], distance buckets [L, L], keys to leave out [B, 1, 1, L] -> [B, L, D]."""
@@ -61,9 +66,9 @@ class UMT5Attention(nn.Module):
 class UMT5SelfAttentionLayer(nn.Module):
     """Norm, attention, residual."""
 
-    def __init__(self, config: UMT5EncoderConfig) -> None:
+    def __init__(self, config: UMT5EncoderConfig, axes: EncoderAxes) -> None:
         super().__init__()
-        self.SelfAttention = UMT5Attention(config)
+        self.SelfAttention = UMT5Attention(config, axes)
         self.layer_norm = UMT5LayerNorm(config.d_model, config.layer_norm_epsilon)
 
     def forward(self, hidden_states: Tensor, buckets: Tensor, hidden_keys: Tensor) -> Tensor:
@@ -73,11 +78,11 @@ class UMT5SelfAttentionLayer(nn.Module):
 class UMT5GatedMLP(nn.Module):
     """Two projections in, one gating the other, one out."""
 
-    def __init__(self, config: UMT5EncoderConfig) -> None:
+    def __init__(self, config: UMT5EncoderConfig, axes: EncoderAxes) -> None:
         super().__init__()
-        self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.wi_0 = ColumnParallelLinear(config.d_model, config.d_ff, bias=False, axis=axes.features)
+        self.wi_1 = ColumnParallelLinear(config.d_model, config.d_ff, bias=False, axis=axes.features)
+        self.wo = RowParallelLinear(config.d_ff, config.d_model, bias=False, axis=axes.features)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         gated = F.gelu(self.wi_0(hidden_states), approximate="tanh") * self.wi_1(hidden_states)
@@ -87,9 +92,9 @@ class UMT5GatedMLP(nn.Module):
 class UMT5FeedForwardLayer(nn.Module):
     """Norm, MLP, residual."""
 
-    def __init__(self, config: UMT5EncoderConfig) -> None:
+    def __init__(self, config: UMT5EncoderConfig, axes: EncoderAxes) -> None:
         super().__init__()
-        self.DenseReluDense = UMT5GatedMLP(config)
+        self.DenseReluDense = UMT5GatedMLP(config, axes)
         self.layer_norm = UMT5LayerNorm(config.d_model, config.layer_norm_epsilon)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -99,9 +104,9 @@ class UMT5FeedForwardLayer(nn.Module):
 class UMT5Block(nn.Module):
     """Attention, then MLP."""
 
-    def __init__(self, config: UMT5EncoderConfig) -> None:
+    def __init__(self, config: UMT5EncoderConfig, axes: EncoderAxes) -> None:
         super().__init__()
-        self.layer = nn.ModuleList([UMT5SelfAttentionLayer(config), UMT5FeedForwardLayer(config)])
+        self.layer = nn.ModuleList([UMT5SelfAttentionLayer(config, axes), UMT5FeedForwardLayer(config, axes)])
 
     def forward(self, hidden_states: Tensor, buckets: Tensor, hidden_keys: Tensor) -> Tensor:
         attention, feed_forward = self.layer
@@ -111,9 +116,9 @@ class UMT5Block(nn.Module):
 class UMT5Stack(nn.Module):
     """All blocks and the final norm."""
 
-    def __init__(self, config: UMT5EncoderConfig) -> None:
+    def __init__(self, config: UMT5EncoderConfig, axes: EncoderAxes) -> None:
         super().__init__()
-        self.block = nn.ModuleList([UMT5Block(config) for _ in range(config.num_layers)])
+        self.block = nn.ModuleList([UMT5Block(config, axes) for _ in range(config.num_layers)])
         self.final_layer_norm = UMT5LayerNorm(config.d_model, config.layer_norm_epsilon)
 
     def forward(self, hidden_states: Tensor, buckets: Tensor, hidden_keys: Tensor) -> Tensor:
@@ -132,8 +137,9 @@ class UMT5EncoderModel(nn.Module):
     def __init__(self, config: UMT5EncoderConfig, context: LayerContext | None = None) -> None:
         super().__init__()
         self.config = config
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        self.encoder = UMT5Stack(config)
+        axes = EncoderAxes() if context is None else context.encoder
+        self.shared = VocabParallelEmbedding(config.vocab_size, config.d_model, axis=axes.vocabulary)
+        self.encoder = UMT5Stack(config, axes)
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Ids [B, L] of which the first `lengths` [B] count -> hidden states [B, L, D]; rows beyond are undefined."""

@@ -113,21 +113,24 @@ class DenoisingStage(Stage):
         return latents + num_texts * self.denoiser.held_bytes(req)
 
     def step(self, requests: Sequence[Req]) -> list[OutputBatch]:
-        branches = [self.guidance.branches(req) for req in requests]
-        with self.attention.using(requests[0].params):
-            predictions = iter(self._predict(requests, branches))
         advanced: list[_Advanced] = []
-        for req, own in zip(requests, branches, strict=True):
-            noise_pred = self.guidance.combine([next(predictions) for _ in own], req)
-            advanced.append(_advanced(req, noise_pred))
+        for req, predictions in zip(requests, self.predict(requests), strict=True):
+            advanced.append(_advanced(req, self.guidance.combine(predictions, req)))
         for req, (latents, state, generator, clean) in zip(requests, advanced, strict=True):
             req.clean_latents = clean
             req.sampler_state, req.generator = state, generator
             req.latents = latents if self.constraint is None else self.constraint(req, latents)
         return []
 
-    def _predict(self, requests: Sequence[Req], branches: Sequence[tuple[Branch, ...]]) -> list[Tensor]:
-        """The prediction [C, T, H, W] of each branch of each request, in order; dealt along the cfg axis."""
+    def predict(self, requests: Sequence[Req]) -> list[list[Tensor]]:
+        """For each request the predictions [C, T, H, W] of its present step's branches; no request moves on."""
+        branches = [self.guidance.branches(req) for req in requests]
+        with self.attention.using(requests[0].params):
+            predictions = iter(self._dealt(requests, branches))
+        return [[next(predictions) for _ in own] for own in branches]
+
+    def _dealt(self, requests: Sequence[Req], branches: Sequence[tuple[Branch, ...]]) -> list[Tensor]:
+        """The prediction of each branch of each request, in order; dealt along the cfg axis."""
         rows = [Row(req, *branch) for req, own in zip(requests, branches, strict=True) for branch in own]
         axis = self.parallel.cfg
         if axis.size == 1:
