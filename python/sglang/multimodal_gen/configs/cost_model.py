@@ -45,8 +45,9 @@ class Hardware:
 
 
 # Rates: fitted to one forward of several transformers on one H100, scripts/cost_table.py. Links: all-to-all, ring step
-# and all-reduce of two blocks on two H100 through NVLink, within 20 % of `latency + bytes / bandwidth`. Launching: 52
-# ms for the 1,000 kernels of a forward of 57 blocks with fused kernels, what runs between them in Python included.
+# and all-reduce of two blocks on two H100 through NVLink, within 20 % of `latency + bytes / bandwidth`. Launching: 46
+# ms for the 970 kernels of a forward of 57 blocks with fused kernels, what runs between them in Python included, and 71
+# to 146 ms with exchanges on two and four H100.
 H100 = Hardware(
     name="h100",
     product_flops=0.75e15,
@@ -56,13 +57,16 @@ H100 = Hardware(
     memory_bandwidth=4.0e12,
     link_bandwidth=280e9,
     link_latency_s=60e-6,
-    launch_s=54e-6,
-    exchange_launch_s=30e-6,
+    launch_s=48e-6,
+    exchange_launch_s=270e-6,
 )
 # The same chip and links with faster memory.
 H200 = Hardware(**{**vars(H100), "name": "h200", "memory_bandwidth": 4.6e12})
 HARDWARE = {hardware.name: hardware for hardware in (H100, H200)}
 
+# Ulysses exchanges queries, keys and values of so many tokens a rank at once, and those of more one after the other,
+# while the next are projected: 2,304 tokens wait for the host, 16,380 for the exchange (two H100).
+MOST_PACKED_TOKENS = 8192
 # Of the time of an exchange, what the GPU does nothing else in: traces of steps on two H200.
 ALL_TO_ALL_EXPOSED = 0.8
 RING_EXPOSED = 0.9
@@ -78,6 +82,8 @@ NORM_SUM_LAUNCHES = 8
 NORM_SUM_TRAFFIC = 36
 # Of each step round a ring: attention to one more part of the keys, and merging it.
 RING_STEP_LAUNCHES = 7
+# Of an attention round a ring however many steps: what the two or four H100 took more than those.
+RING_LAUNCHES = 6
 # Bytes that merging the parts of a ring reads and writes, for each channel of each token and each step round.
 RING_MERGE_TRAFFIC = 24
 # Peak of activations for each channel of each token in half precision: 14 billion parameters on one and two H200.
@@ -163,7 +169,7 @@ def step_cost(shape: TransformerShape, work: StepWork, layout: ReplicaShape, har
         computing += run.count * _compute_s(run, shape, held, hardware)
         waiting += run.count * exchanges.waiting_s
         sent += run.count * exchanges.sent_bytes
-        host += run.count * _launches(run, held.layout) * hardware.launch_s
+        host += run.count * _launches(run, held) * hardware.launch_s
         host += run.count * exchanges.number * hardware.exchange_launch_s
     if layout.cfg > 1 or layout.ring * layout.ulysses > 1:  # the predictions come together on every rank
         waiting += hardware.link_latency_s
@@ -172,12 +178,19 @@ def step_cost(shape: TransformerShape, work: StepWork, layout: ReplicaShape, har
     return StepCost(gpu_s=computing + waiting, waiting_s=waiting, host_s=host, sent_bytes=sent)
 
 
-def _launches(run: BlockRun, layout: ReplicaShape) -> int:
+def _is_packed(run: BlockRun, share: _Share) -> bool:
+    """Whether queries, keys and values go in one exchange; those under a norm of all heads together never do."""
+    few = max((share.tokens(segment) for segment in run.attentions), default=0) <= MOST_PACKED_TOKENS
+    return few and not run.norm_sums
+
+
+def _launches(run: BlockRun, share: _Share) -> int:
     """Of one block on one rank, without exchanges."""
-    launches = run.launches
-    if layout.ulysses > 1:
+    launches, layout = run.launches, share.layout
+    if layout.ulysses > 1 and not _is_packed(run, share):
         launches += run.launches_apart
-    launches += (layout.ring - 1) * len(run.attentions) * RING_STEP_LAUNCHES
+    if layout.ring > 1:
+        launches += ((layout.ring - 1) * RING_STEP_LAUNCHES + RING_LAUNCHES) * len(run.attentions)
     if layout.tp > 1:
         launches += run.norm_sums * NORM_SUM_LAUNCHES
     return launches
@@ -244,10 +257,10 @@ def _exchanges(run: BlockRun, shape: TransformerShape, share: _Share, hardware: 
         held = share.tokens(segment) * shape.width / layout.tp * HALF_PRECISION_BYTES
         if layout.ulysses > 1:
             leaving = held * (layout.ulysses - 1) / layout.ulysses
-            exchange(3 * leaving, 3, ALL_TO_ALL_EXPOSED)
+            exchange(3 * leaving, 1 if _is_packed(run, share) else 3, ALL_TO_ALL_EXPOSED)
             exchange(leaving, 1, ALL_TO_ALL_EXPOSED)
         for _ in range(layout.ring - 1):
-            exchange(2 * held, 2, RING_EXPOSED)
+            exchange(2 * held, 1, RING_EXPOSED)
     if layout.tp > 1:
         for segment in run.sums:
             summed = share.tokens(segment) * shape.width * HALF_PRECISION_BYTES

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from sglang.multimodal_gen.configs.cost_model import H100, H200, Hardware, StepWork, step_cost
+from sglang.multimodal_gen.configs.cost_model import H100, Hardware, StepWork, step_cost
 from sglang.multimodal_gen.configs.model_outline import ModelOutline, outline_of
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.registry import get_model_info
+from sglang.multimodal_gen.runtime.bench.parallel import layout_of
 
 WAN_1_3B, WAN_14B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 FLUX, Z_IMAGE = "black-forest-labs/FLUX.1-dev", "Tongyi-MAI/Z-Image"
@@ -63,24 +64,33 @@ def _forwards() -> Iterator[Measured]:
         (WAN_1_3B, (832, 480, 81), 0.434),
         (FLUX, (1024, 1024, 1), 0.126),
         ("Qwen/Qwen-Image", (1024, 1024, 1), 0.135),
-        ("hunyuanvideo-community/HunyuanVideo", (960, 544, 61), 2.18),
-        ("Lightricks/LTX-Video", (704, 512, 161), 0.095),
         (Z_IMAGE, (1024, 1024, 1), 0.105),
-        ("stabilityai/stable-diffusion-3.5-large", (1024, 1024, 1), 0.0987),
     ):
         yield Measured(hub_id, size, 1, H100, ReplicaShape(), seconds)
 
 
 def _spread() -> Iterator[Measured]:
-    """Steps on one and two H200 of one host, by `sglang bench parallel`."""
-    for hub_id, size, rows, alone, speedups in (
-        (WAN_1_3B, (832, 480, 81), 2, 1.05, {"cfg": 1.98, "ulysses": 1.83, "ring": 1.82, "tp": 1.42}),
-        (WAN_14B, (832, 480, 81), 2, 5.70, {"cfg": 2.02, "ulysses": 1.88, "ring": 1.88, "tp": 1.52}),
-        (FLUX, (1024, 1024, 1), 1, 0.158, {"ulysses": 1.48, "ring": 1.47, "tp": 1.45}),
-    ):
-        yield Measured(hub_id, size, rows, H200, ReplicaShape(), alone)
-        for axis, speedup in speedups.items():
-            yield Measured(hub_id, size, rows, H200, ReplicaShape(**{axis: 2}), alone / speedup)
+    """Steps on one, two and four H100 of one host, by `sglang bench parallel`."""
+    for hub_id, size, rows, times in (
+        (
+            WAN_1_3B,
+            (832, 480, 81),
+            2,
+            {"": 0.875, "cfg2": 0.433, "ulysses2": 0.490, "ring2": 0.498, "tp2": 0.609, "cfg2-ulysses2": 0.240,
+             "ulysses4": 0.248, "ring4": 0.297, "ulysses2-ring2": 0.277, "tp4": 0.378, "ulysses2-tp2": 0.327},
+        ),
+        (WAN_14B, (1280, 720, 81), 2, {"": 19.73, "cfg2-ulysses2": 5.10, "ulysses2-ring2": 5.80, "ulysses4": 5.16}),
+        (Z_IMAGE, (1024, 1024, 1), 2, {"": 0.208, "cfg2": 0.108, "ulysses2": 0.124}),
+        (
+            FLUX,
+            (1024, 1024, 1),
+            1,
+            {"": 0.125, "ulysses2": 0.0845, "ring2": 0.0986, "tp2": 0.0863, "ulysses4": 0.0894, "ring4": 0.152,
+             "ulysses2-ring2": 0.120, "tp4": 0.0786, "ulysses2-tp2": 0.0976},
+        ),
+    ):  # fmt: skip
+        for layout, seconds in times.items():
+            yield Measured(hub_id, size, rows, H100, layout_of(layout) if layout else ReplicaShape(), seconds)
 
 
 MEASURED = (*_forwards(), *_spread())

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.configs.cost_model import MOST_PACKED_TOKENS
 from sglang.multimodal_gen.runtime.layers.attention.dispatch import KernelSource
 from sglang.multimodal_gen.runtime.layers.attention.layouts import Sent, SequenceLayout
 from sglang.multimodal_gen.runtime.layers.attention.traits import LayerNeeds
-
-# With half of a picture of 1024x1024, 2,304 tokens a rank, two H100 wait for the host; with 16,380 for the exchange.
-MOST_PACKED_TOKENS = 8192
 
 
 class Attention(nn.Module):
