@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
 from sglang.multimodal_gen.configs.declare import HIDDEN, Parameter, arg, check_names, coerce, from_text, parameters
-from sglang.multimodal_gen.configs.parallel_choice import ModelChoice, choose_degrees
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.configs.schedulers import SCHEDULER_NAMES
 from sglang.multimodal_gen.errors import FieldError, InvalidValue
@@ -632,6 +631,9 @@ def _choose_degrees(
         chosen = {"num_gpus": Setting(product, "chosen")} if product > 1 else {}
     if num_gpus == 1 or num_gpus % product or (len(given) == len(_degrees()) and num_gpus != product):
         return chosen, (), ()  # nothing to choose, or nothing that can be: the check says so
+    # late: commands on one GPU start without the model of costs
+    from sglang.multimodal_gen.configs.parallel_choice import ModelChoice, choose_degrees
+
     path, model_id, backend, precision = (
         settings[name].value for name in ("model_path", "model_id", "backend", "precision")
     )

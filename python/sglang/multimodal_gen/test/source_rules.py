@@ -57,6 +57,7 @@ LATE_KERNELS = ("runtime.layers",)
 LATE: dict[tuple[str, str], str] = {
     ("runtime.managers.run_dir", "numpy"): "processes that only pass names on do without it",
     ("runtime.postprocess.object_store", "obstore"): "an optional package, which only results in a store need",
+    ("runtime.server_args", "configs.parallel_choice"): "0.1 s of each command, which only several GPUs need",
     ("runtime.layers.fused", "runtime.layers.triton_kernels"): "Triton is there on GPUs only",
     ("runtime.loader.tokenizer", "transformers"): "5 s that only a checkpoint without tokenizer.json needs",
 }

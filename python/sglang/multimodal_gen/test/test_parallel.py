@@ -171,6 +171,22 @@ def engine(checkpoints: Callable[[str], Path]) -> Iterator[DiffGenerator]:
 WISH: dict[str, Any] = {**FAMILIES["wan"].wishes[0], "save_output": False, "return_frames": True}
 
 
+def test_replicas_of_several_ranks_give_the_pictures_of_one_rank(
+    checkpoints: Callable[[str], Path], alone: Callable[[str], Arrays]
+) -> None:
+    """Two replicas of two ranks each, and a request for each of them, whose guidance and steps differ."""
+    options: dict[str, Any] = {"dp_size": 2, "tp_size": 2, "precision": "fp32", "encoder_parallel": "on"}
+    wishes = [{**wish, "save_output": False, "return_frames": True} for wish in FAMILIES["wan"].wishes[:2]]
+    with DiffGenerator.from_pretrained(str(checkpoints("wan")), **options) as generator:
+        assert generator.status().num_workers == 4
+        with concurrent.futures.ThreadPoolExecutor(2) as executor:
+            results = list(executor.map(generator.generate, wishes))
+    for index, result in enumerate(results):
+        assert isinstance(result, GenerationResult) and result.frames is not None
+        expected = alone("wan")[f"frames{index}"]
+        assert int(np.abs(result.frames.astype(int) - expected.astype(int)).max()) <= 1
+
+
 def frames_of(engine: DiffGenerator, **changes: Any) -> np.ndarray:
     result = engine.generate(WISH | changes)
     assert isinstance(result, GenerationResult) and result.frames is not None

@@ -150,6 +150,8 @@ class NativeEncoder(NativeModule):
 
     def layers_for(self, component: str, config: ModelConfig, context: LoadContext) -> LayerContext:
         """See NativeModule."""
+        if context.layers.parallel.world.size == 1:
+            return context.layers
         num_parameters, _ = weight_totals([without_memory(self.module_class, config, context.layers)])
         weight_bytes = num_parameters * context.dtype_of(component).itemsize
         size: EncoderSize = config.size  # type: ignore[attr-defined]

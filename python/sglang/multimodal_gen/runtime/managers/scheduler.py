@@ -367,11 +367,10 @@ class Scheduler:
 
     def _become_ready(self, model: ModelInfo | None = None) -> None:
         """If it can: at first, and with new weights, when all replicas serve; after a loss, as soon as one does."""
-        num_serving = self.replicas.num_serving
-        wanted = 1 if self.state.state == "recovering" else len(self.replicas.running)
         if self.state.state not in ("starting", "loading", "reloading", "recovering"):
             return
-        if num_serving >= wanted:
+        needed = 1 if self.state.state == "recovering" else len(self.replicas.running)
+        if self.replicas.num_serving >= needed:
             self._set_state("ready", model=model)
         elif self.replicas.loaded:
             self._set_state(self.state.state, detail="warming up", model=model)
@@ -411,9 +410,10 @@ class Scheduler:
 
     def _on_load_failed(self, replica: Replica, message: LoadFailed) -> None:
         if self._others_serve(replica):
+            replica.kill()
             self._replace(replica, why=message.error.message)
-            return
-        self._fail_engine(message.error)
+        else:
+            self._fail_engine(message.error)
 
     def _others_serve(self, replica: Replica) -> bool:
         """Whether clients need not notice that this replica does not."""
@@ -447,8 +447,7 @@ class Scheduler:
             self._replace(replica, why=how or ended)
 
     def _replace(self, replica: Replica, *, why: str) -> None:
-        """Its workers did not come to hold the model: another try, as long as there is hope."""
-        replica.kill()
+        """Its workers ended before they held the model: another try, as long as there is hope."""
         replica.load_attempts += 1
         if replica.load_attempts < _MAX_LOAD_ATTEMPTS:
             self._start_again(replica)

@@ -81,7 +81,7 @@ class SequenceLayout(Protocol):
         ...
 
     def send_packed(self, packed: Tensor) -> tuple[Sent, Sent, Sent]:
-        """The same for queries, keys and values [B, S/P, 3, H, E] at once."""
+        """The same for queries, keys and values [B, S/P, 3, H, E] at once, of a layout that `overlaps`."""
         ...
 
     def attend(
@@ -102,8 +102,7 @@ class LocalSequence:
         return tensor
 
     def send_packed(self, packed: Tensor) -> tuple[Sent, Sent, Sent]:
-        query, key, value = packed.unbind(2)
-        return query, key, value
+        raise AssertionError("what stays here is not packed")
 
     def attend(
         self, kernel: AttentionKernel, query: Sent, key: Sent, value: Sent, mask: Tensor | None, *, scale: float
@@ -128,9 +127,6 @@ class ShardedSequence:
         return tensor if self.ulysses.size == 1 else HeadExchange(tensor, self.ulysses)
 
     def send_packed(self, packed: Tensor) -> tuple[Sent, Sent, Sent]:
-        if self.ulysses.size == 1:
-            query, key, value = packed.unbind(2)
-            return query, key, value
         exchange = PackedExchange(packed, self.ulysses)
         return PackedPart(exchange, 0), PackedPart(exchange, 1), PackedPart(exchange, 2)
 
