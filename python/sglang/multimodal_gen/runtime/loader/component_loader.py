@@ -200,6 +200,7 @@ def load_module(
 
     The class may say `keep_in_fp32` (parts of dotted names whose parameters stay in fp32), `keep_in_fp32_with_fp16`
     (the same for fp16 only) and `key_aliases` (a second name under which files store a shared tensor -> its own name).
+    A method `settle_weights` is called once the weights are there.
 
     Raises: what the source (None: the checkpoint's files) raises when it has not all that the module needs.
     """
@@ -212,6 +213,8 @@ def load_module(
     unset = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     assert not unset, f"{cls.__name__}: buffers that no checkpoint holds must be computed where they are used: {unset}"
     join_projections(module)
+    if (settle := getattr(module, "settle_weights", None)) is not None:
+        settle()
     return module.eval().requires_grad_(False)
 
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.vaes.wan import WanVAEConfig
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
-from sglang.multimodal_gen.runtime.models.vaes.causal_conv import CausalConv3d, ChannelRMSNorm, TemporalState
+from sglang.multimodal_gen.runtime.models.vaes.causal_conv import (
+    CausalConv3d,
+    ChannelRMSNorm,
+    TemporalState,
+    convolve_normed,
+)
 from sglang.multimodal_gen.runtime.models.vaes.wan_vae_blocks import (
     AverageDown,
     Downsample,
@@ -135,7 +139,8 @@ class WanEncoder(nn.Module):
         frames = self.conv_in(frames, state)
         for block in (*self.down_blocks, self.mid_block):
             frames = block(frames, state)
-        return self.conv_out(F.silu(self.norm_out(frames)), state)
+        frames, bias = convolve_normed(self.conv_out, self.norm_out, frames, state)
+        return frames if bias is None else frames.add_(bias.view(-1, 1, 1, 1))
 
 
 class WanDecoder(nn.Module):
@@ -162,4 +167,5 @@ class WanDecoder(nn.Module):
         frames = self.conv_in(frames, state)
         for block in (self.mid_block, *self.up_blocks):
             frames = block(frames, state)
-        return self.conv_out(F.silu(self.norm_out(frames)), state)
+        frames, bias = convolve_normed(self.conv_out, self.norm_out, frames, state)
+        return frames if bias is None else frames.add_(bias.view(-1, 1, 1, 1))
