@@ -206,8 +206,7 @@ class StripSharding:
 
 
 def _between_zeros(strip: Tensor, sides: tuple[int, ...], lead: int) -> tuple[Tensor, Tensor]:
-    """As F.pad but for the strip itself, and where that belongs. F.pad writes all of the result twice: large activations
-    are bound by that."""
+    """As F.pad, which writes all of the result twice, but without the strip itself; and where that belongs."""
     shape, inside, around = list(strip.shape), [slice(None)] * strip.ndim, []
     for dim, (before, after) in enumerate(zip(sides[::2], sides[1::2], strict=True), start=1):
         length = shape[-dim]

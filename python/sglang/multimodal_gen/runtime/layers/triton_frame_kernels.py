@@ -92,11 +92,11 @@ def norm_frames(
     num_cells = source[0, ..., 0].numel()
     assert source[0].is_contiguous() and (residual is None or residual[0].is_contiguous()), "cells lie side by side"
     assert residual is None or batch == 1 or source.is_contiguous(), "the sum goes where the source is"
-    dense, strides = True, (0, 0, 0)
+    dense, strides = True, [0, 0, 0]
     if normed is not None:
         assert channels == 1 or normed.stride(4) == 1, "channels lie side by side"
         assert width == 1 or normed.stride(3) == channels, "cells of a line lie side by side"
-        dense, strides = normed[0].is_contiguous(), normed.stride()[:3]
+        dense, strides = normed[0].is_contiguous(), list(normed.stride()[:3])
     block = triton.next_power_of_2(channels)
     rows = max(1, _TILE // block)
     _norm_kernel[(triton.cdiv(num_cells, rows), batch)](

@@ -80,18 +80,21 @@ def _tell_nobody(_: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadContext:
-    """Where and how components are placed, and what fills them."""
+    """Where and how components are placed, and what fills them. The autoencoder may have a dtype of its own."""
 
     device: torch.device
     dtype: torch.dtype
     layers: LayerContext
     fp32_components: Collection[str] = ()
+    vae_dtype: torch.dtype | None = None
     source: ComponentSource = field(default_factory=Checkpoint)
     encoder_parallel: str = "auto"
     report: Callable[[str], None] = _tell_nobody
 
     def dtype_of(self, component: str) -> torch.dtype:
         """The dtype that a component computes in."""
+        if component == "vae" and self.vae_dtype is not None:
+            return self.vae_dtype
         return torch.float32 if component in self.fp32_components else self.dtype
 
     def encoder_axes(self, component: str, size: EncoderSize | str, *, weight_bytes: int) -> EncoderAxes:
