@@ -84,20 +84,21 @@ def upsample_frames(parts: Sequence[Footage]) -> Tensor:
     """Twice the height and width, by repetition, of all the parts' frames in order: [B, C, ΣP·T, 2·H, 2·W]."""
     first = parts[0].frames
     if _serves(first):
-        return _upsampled_by_kernel(parts)
+        return upsampled_by(_kernels(), parts)
     clips = [_one_by_one(part) for part in parts]
     frames = clips[0] if len(clips) == 1 else torch.cat(clips, dim=2)
     images = F.interpolate(frames.transpose(1, 2).flatten(0, 1), scale_factor=2.0, mode="nearest-exact")
     return images.unflatten(0, (first.shape[0], -1)).transpose(1, 2)
 
 
-def _upsampled_by_kernel(parts: Sequence[Footage]) -> Tensor:
+def upsampled_by(kernels: Any, parts: Sequence[Footage]) -> Tensor:
+    """The same by a kernel."""
     batch, width_in_channels, _, height, width = parts[0].frames.shape
     lengths = [part.frames.shape[2] * part.shared for part in parts]
     channels = width_in_channels // parts[0].shared
     target = parts[0].frames.new_empty((batch, sum(lengths), 2 * height, 2 * width, channels))
     for part, room in zip(parts, target.split(lengths, dim=1), strict=True):
-        _kernels().upsample_frames(_cells(part.frames), part.bias, room, shared=part.shared)
+        kernels.upsample_frames(_cells(part.frames), part.bias, room, shared=part.shared)
     return target.movedim(-1, 1)
 
 
