@@ -19,14 +19,16 @@ from sglang.multimodal_gen.configs.models.encoders import UMT5EncoderConfig
 from sglang.multimodal_gen.configs.published import published_directory
 from sglang.multimodal_gen.errors import BenchmarkFailed, MissingPackage, UnsupportedModel
 from sglang.multimodal_gen.registry import read_json_object
+from sglang.multimodal_gen.runtime.bench import report
 from sglang.multimodal_gen.runtime.bench.child import BenchChild
+from sglang.multimodal_gen.runtime.bench.machine import describe_machine
 from sglang.multimodal_gen.runtime.bench.messages import ComponentResult, ComponentTask, StartupTask, StartupTimes
 from sglang.multimodal_gen.runtime.bench.options import BENCHMARKS
 from sglang.multimodal_gen.runtime.bench.pipeline_result import Batch
 from sglang.multimodal_gen.runtime.bench.startup import summarise_runs
 from sglang.multimodal_gen.runtime.bench.statistics import compare, distribution, percentile, summarise
 from sglang.multimodal_gen.runtime.bench.tables import Section, as_text, show_with_colour
-from sglang.multimodal_gen.runtime.bench.worker.component import ComponentBench
+from sglang.multimodal_gen.runtime.bench.worker.component import ComponentBench, output_error
 from sglang.multimodal_gen.runtime.bench.worker.flops import count_flops
 from sglang.multimodal_gen.runtime.bench.worker.memory import peak_bytes
 from sglang.multimodal_gen.runtime.bench.worker.reference_module import require_reference
@@ -265,6 +267,37 @@ def test_a_component_does_the_reference_s_work_and_the_report_agrees_with_itself
         assert side.flops_per_second == pytest.approx(result.flops / side.seconds.median)
         assert side.matmul_ratio == pytest.approx(side.flops_per_second / result.matmul_flops_per_second)
     assert result.weight_bytes == 4 * result.num_parameters
+
+
+@pytest.mark.parametrize(("workload", "of_pixels"), [("vae_decode", True), ("vae_encode", False)])
+def test_an_autoencoder_in_half_precision_says_how_far_both_sides_are_from_fp32(
+    workload: str, of_pixels: bool, wan_checkpoint: Callable[[str], Path], capsys: Capture
+) -> None:
+    result = run_component(wan_checkpoint("plain"), workload, options={"vae_precision": "bf16"}, profile=True)
+    assert result.precision == "bfloat16"
+    assert result.reference is not None
+    for error in (result.ours.error, result.reference.error):
+        assert error is not None
+        assert 1e-4 < error.relative < 0.05, "bf16 has eight bits"
+        assert (error.psnr_db is not None) == of_pixels
+        if error.psnr_db is not None:
+            assert 30 < error.psnr_db < 80
+    assert result.kernels == tuple(sorted(result.kernels, key=lambda kernel: -kernel.seconds))
+    assert any("conv" in kernel.name for kernel in result.kernels)
+    report.show("vae", describe_machine(), result)
+    shown = capsys.readouterr().out
+    assert "difference from fp32" in shown
+    assert ("dB" in shown) == of_pixels
+    assert "where a run of ours spends its time" in shown
+
+
+def test_the_error_of_an_output_is_its_formula() -> None:
+    exact = torch.tensor([0.5, -0.5, 1.0, -1.0])
+    error = output_error((exact + 0.02).bfloat16().float(), exact, of_pixels=True)
+    assert error.psnr_db == pytest.approx(40.0, abs=0.5)
+    assert error.relative == pytest.approx(0.02 / 0.625**0.5, rel=0.05)
+    same = output_error(exact, exact, of_pixels=True)
+    assert (same.relative, same.psnr_db) == (0.0, None)
 
 
 def test_a_model_without_components_is_refused() -> None:

@@ -78,6 +78,12 @@ class ComponentArgs(ComparedArgs):
     batch_size: int = arg(
         1, help="Rows of the forward; a request with guidance has two.", group="bench", minimum=1, exposed=CLI_ONLY
     )
+    profile: bool = arg(
+        False,
+        help="Also say which kernels, or on the CPU operations, a run of ours spends its time in.",
+        group="bench",
+        exposed=CLI_ONLY,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from sglang.multimodal_gen.runtime.bench.messages import ComponentResult, ComponentTask, Side
+from sglang.multimodal_gen.runtime.bench.messages import ComponentResult, ComponentTask, OutputError, Side
 from sglang.multimodal_gen.runtime.bench.statistics import compare, summarise
 from sglang.multimodal_gen.runtime.bench.worker.flops import matmul_rate
+from sglang.multimodal_gen.runtime.bench.worker.kernels import busiest_kernels
 from sglang.multimodal_gen.runtime.bench.worker.memory import peak_bytes
 from sglang.multimodal_gen.runtime.bench.worker.model import find_model, work_size
 from sglang.multimodal_gen.runtime.bench.worker.reference_module import reference_module, require_reference
@@ -20,6 +25,8 @@ from sglang.multimodal_gen.runtime.loader.component_loader import weight_totals
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
 from sglang.multimodal_gen.runtime.pipelines_core.memory import free_bytes
 from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, VideoDecoding, VideoEncoding, Workload
+
+_PIXEL_RANGE = 2.0  # from -1 to 1
 
 
 class ComponentBench:
@@ -72,6 +79,7 @@ class ComponentBench:
             difference = relative_difference(output, self.workload.reference_forward(reference, self.inputs))
         output_shape = tuple(output.shape)
         del output  # so that the peak of a run is a run's alone
+        errors = self._errors(sides)
         self.parent.tell(f"timing {type(self.module).__name__}")
         samples = time_in_turns(
             sides,
@@ -82,7 +90,16 @@ class ComponentBench:
         )
         peaks = [peak_bytes(side, self.device) for side in sides]
         rate = max(rate, self._matmul_rate())
-        measured = [_side(own, peak, flops, rate) for own, peak in zip(samples, peaks, strict=True)]
+        measured = [
+            Side(
+                seconds=(seconds := summarise(own)),
+                peak_bytes=peak,
+                flops_per_second=(achieved := flops / seconds.median),
+                matmul_ratio=achieved / rate,
+                error=error,
+            )
+            for own, peak, error in zip(samples, peaks, errors, strict=True)
+        ]
         return self._result(flops, rate, output_shape, measured, reference, difference)
 
     def _result(
@@ -118,7 +135,21 @@ class ComponentBench:
             ratio=None if other is None else compare(measured[0].seconds, other.seconds),
             max_relative_difference=difference,
             notes=tuple(self.notes),
+            kernels=busiest_kernels(self._forward, self.device) if self.task.profile else (),
         )
+
+    def _errors(self, sides: list[Run]) -> list[OutputError | None]:
+        """Of each side, for an autoencoder that does not compute in fp32 throughout."""
+        of_pixels = isinstance(self.workload, VideoDecoding)
+        if not (of_pixels or isinstance(self.workload, VideoEncoding)):
+            return [None for _ in sides]
+        if self.dtype == torch.float32 and self.device.type == "cpu":
+            return [None for _ in sides]
+        self.parent.tell("computing in fp32")
+        wide = copy.deepcopy(self.module).float()
+        with without_tf32():
+            exact = self.workload.forward(wide, tuple(tensor.float() for tensor in self.inputs), self.size)
+        return [output_error(side(), exact, of_pixels=of_pixels) for side in sides]
 
     def _forward(self) -> Tensor:
         return self.workload.forward(self.module, self.inputs, self.size)
@@ -128,10 +159,28 @@ class ComponentBench:
         return matmul_rate(self.device, self.dtype)
 
 
-def _side(samples: list[float], peak: int | None, flops: int, rate: float) -> Side:
-    seconds = summarise(samples)
-    achieved = flops / seconds.median
-    return Side(seconds=seconds, peak_bytes=peak, flops_per_second=achieved, matmul_ratio=achieved / rate)
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """On GPUs fp32 products and convolutions are of fp32 meanwhile."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
+
+
+def output_error(output: Tensor, exact: Tensor, *, of_pixels: bool) -> OutputError:
+    """How far an output is from the exact one, of the same shape."""
+    assert output.shape == exact.shape, "the same work"
+    difference = (output.float() - exact).square_()
+    psnr_db = None
+    if of_pixels and (mean := difference.mean().item()) > 0:
+        psnr_db = 10 * math.log10(_PIXEL_RANGE**2 / mean)
+    return OutputError(relative=math.sqrt(difference.sum().item()) / exact.norm().item(), psnr_db=psnr_db)
 
 
 def relative_difference(ours: Tensor, reference: Tensor) -> float:

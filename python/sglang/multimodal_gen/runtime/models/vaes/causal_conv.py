@@ -128,16 +128,17 @@ class CausalConv3d(nn.Conv3d):
         padding = (0, 0) if self.strips.is_dealt else (self.edges[2], self.edges[0])
         if self._is_sliced(num_frames, lead, frames.device):
             return self._by_slices(frames, num_frames, padding), None
-        bias = None if frames.is_cuda else self.bias
-        output = F.conv3d(frames, self.weight, bias, padding=(0, *padding))
-        return output, self.bias if bias is None else None
+        return F.conv3d(frames, self.weight, padding=(0, *padding)), self.bias
 
     @staticmethod
-    def _is_sliced(num_frames: int, lead: int, device: torch.device) -> bool:
-        """A single frame without a past meets only one slice of the kernel. On the CPU torch has no fast 3-D
-        convolution below B·C·T·H = 20,480 (32 channels, 8x64x64: 146 ms, in slices 14 ms) and none faster than slices
-        above."""
-        return device.type == "cpu" or (num_frames == 1 and lead == 0)
+    def computes_at_once(device: torch.device) -> bool:
+        """Whether the kernel's temporal slices are one 3-D convolution there. On the CPU torch has no fast one below
+        B·C·T·H = 20,480 (32 channels, 8x64x64: 146 ms, in slices 14 ms) and none faster than slices above."""
+        return device.type != "cpu"
+
+    def _is_sliced(self, num_frames: int, lead: int, device: torch.device) -> bool:
+        """A single frame without a past meets only one slice of the kernel."""
+        return (num_frames == 1 and lead == 0) or not self.computes_at_once(device)
 
     def _by_slices(self, frames: Tensor, num_frames: int, padding: tuple[int, int]) -> Tensor:
         """The sum of one 2-D convolution for each temporal slice of the kernel, latest slice first."""
