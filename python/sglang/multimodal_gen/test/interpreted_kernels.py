@@ -111,15 +111,23 @@ def norm_rotations(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]
 
 def frame_norms(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
     """Of `norm_frames` and `sum_frames`: into memory of its own, behind other frames, and between lines of others."""
-    for channels, batch, size in ((3, 1, (3, 4, 5)), (width, 2, (3, 4, 5)), (width, 1, (1, 1, 1))):
-        frames, residual = clip(batch, channels, *size, dtype=dtype), clip(batch, channels, *size, dtype=dtype)
+    for channels, batch, size, extra in ((3, 1, (3, 4, 5), 0), (width, 2, (3, 4, 5), 16), (width, 1, (1, 1, 1), 0)):
+        # Some of the channels of wider frames, in the second case.
+        frames = clip(batch, channels + extra, *size, dtype=dtype)[:, :channels]
+        residual, in_place = clip(batch, channels, *size, dtype=dtype), not extra
         weight = drawn(channels, dtype=dtype)
         for bias, silu, (lead, edge) in product((None, drawn(channels, dtype=dtype)), (True, False), ROOMS):
             longer = (size[0] + lead, size[1] + 2 * edge, size[2] + 2 * edge)
             room = torch.full_like(clip(batch, channels, *longer), torch.nan, dtype=dtype)
             inner = room[:, :, lead:, edge : edge + size[1], edge : edge + size[2]]
             triton_frame_kernels.norm_frames(
-                frames.movedim(1, -1), weight, inner.movedim(1, -1), bias=bias, silu=silu, eps=1e-24
+                frames.movedim(1, -1),
+                weight,
+                inner.movedim(1, -1),
+                source_cell=channels + extra,
+                bias=bias,
+                silu=silu,
+                eps=1e-24,
             )
             assert int((~room.isnan()).sum()) == inner.numel(), "what lies around stays"
             reference = fused_frames.norm_frames(frames, weight, bias=bias, silu=silu)
@@ -127,11 +135,19 @@ def frame_norms(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
             yield f"norm of {case}, bias {bias is not None}", distance(inner, reference)
         for bias in (None, drawn(channels, dtype=dtype)):
             reference = fused_frames.sum_frames(frames, residual, bias=bias)
-            source = frames.clone(memory_format=torch.channels_last_3d).movedim(1, -1)
-            found = triton_frame_kernels.norm_frames(
-                source, None, None, bias=bias, residual=residual.movedim(1, -1), eps=1e-24
+            cells, summed = frames.movedim(1, -1), torch.empty_like(residual).movedim(1, -1)
+            triton_frame_kernels.norm_frames(
+                cells,
+                None,
+                None,
+                source_cell=channels + extra,
+                bias=bias,
+                residual=residual.movedim(1, -1),
+                summed=cells if in_place else summed,
+                eps=1e-24,
             )
-            yield f"sum of {channels, batch, size}, bias {bias is not None}", distance(found.movedim(-1, 1), reference)
+            found = (cells if in_place else summed).movedim(-1, 1)
+            yield f"sum of {channels, batch, size}, bias {bias is not None}", distance(found, reference)
 
 
 def upsamplings(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:

@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sglang.multimodal_gen.runtime.layers.fused_frames import Footage, norm_frames, sum_frames, upsample_frames
+from sglang.multimodal_gen.runtime.layers.fused_frames import (
+    Footage,
+    cell_step,
+    norm_frames,
+    sum_frames,
+    upsample_frames,
+)
 from sglang.multimodal_gen.test.tiny_wan import noise
 
 FP32 = {"rtol": 1e-5, "atol": 1e-5}
@@ -59,3 +65,15 @@ def test_upsampling_repeats_cells_and_unfolds_frames_that_share_them() -> None:
         expected = alone[:, :, 0] if frame == 0 else added[:, :, (frame - 1) // 2].chunk(2, dim=1)[(frame - 1) % 2]
         for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
             assert torch.equal(found[:, :, frame, row::2, column::2], expected)
+
+
+def test_cells_are_evenly_spaced_or_not() -> None:
+    cells = torch.empty(2, 3, 4, 5, 6)
+    assert cell_step(cells) == 6
+    assert cell_step(cells[:, 1:]) == 6, "samples may lie apart"
+    assert cell_step(cells[..., :4]) == 6, "some of the channels"
+    assert cell_step(cells[:, :, :, :4]) is None, "part of each line"
+    assert cell_step(cells[..., :1].movedim(-1, 1).movedim(1, -1)) == 6
+    assert cell_step(cells.movedim(-1, 1).movedim(2, -1)) is None, "channels do not lie side by side"
+    assert cell_step(torch.empty(1, 1, 1, 1, 6)) == 6
+    assert cell_step(torch.empty(2, 1, 4, 1, 6)[..., :2]) == 6, "a picture of one column"

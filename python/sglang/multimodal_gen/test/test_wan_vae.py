@@ -18,6 +18,8 @@ from sglang.multimodal_gen.configs.models.vaes.wan import WanVAEConfig
 from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.registry import read_json_object
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.fused_frames import cell_step, norm_frames, sum_frames
+from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 from sglang.multimodal_gen.runtime.loader.component_loader import load_module
 from sglang.multimodal_gen.runtime.models.vaes.causal_conv import CausalConv3d, TemporalState
 from sglang.multimodal_gen.runtime.models.vaes.distribution import LatentDistribution
@@ -210,6 +212,23 @@ def test_a_convolution_of_the_gpu_s_kind_gives_the_same(
     video = pixels(2, 3, 9, 2 * ratio, 3 * ratio)
     found = ours.encode(video, chunk_frames=1).mean
     torch.testing.assert_close(found, reference.encode(video).latent_dist.mean, **FP32)
+
+
+@torch.no_grad()
+def test_more_output_channels_for_speed_leave_the_result_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = CausalConv3d(64, 96, 3, strips=StripSharding()).requires_grad_(False)
+    frames = noise(2, 64, 3, 4, 5).contiguous(memory_format=torch.channels_last_3d)
+    expected = conv(frames, TemporalState(carry=False))
+    monkeypatch.setattr(CausalConv3d, "computes_at_once", staticmethod(lambda device: True))
+    monkeypatch.setattr(CausalConv3d, "fills_channels", staticmethod(lambda frames: True))
+    found, bias = conv.without_bias(frames, TemporalState(carry=False))
+    assert cell_step(found.movedim(1, -1)) == 128, "some channels of more"
+    torch.testing.assert_close(conv(frames, TemporalState(carry=False)), expected, **FP32)
+    residual, weight = noise(2, 96, 3, 4, 5, seed=2), noise(96, seed=3)
+    torch.testing.assert_close(sum_frames(found, residual, bias=bias), expected + residual, **FP32)
+    torch.testing.assert_close(
+        norm_frames(found, weight, bias=bias), norm_frames(expected, weight), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_latents_are_normalised_as_the_published_pipeline_does() -> None:

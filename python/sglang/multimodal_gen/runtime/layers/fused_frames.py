@@ -46,9 +46,9 @@ def norm_frames(
     if _serves(frames):
         if out is not None and out.stride(1) != 1:  # not in channels-last order
             return out.copy_(norm_frames(frames, weight, bias=bias, silu=silu))
-        cells = _cells(frames)
-        target = torch.empty_like(cells) if out is None else out.movedim(1, -1)
-        _kernels().norm_frames(cells, weight, target, bias=bias, silu=silu, eps=_NORM_EPS)
+        cells, step = _spaced_cells(frames)
+        target = cells.new_empty(cells.shape) if out is None else out.movedim(1, -1)
+        _kernels().norm_frames(cells, weight, target, source_cell=step, bias=bias, silu=silu, eps=_NORM_EPS)
         return target.movedim(-1, 1)
     wide = frames.movedim(1, -1).float()
     if bias is not None:
@@ -61,8 +61,10 @@ def norm_frames(
 def sum_frames(frames: Tensor, residual: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """frames + bias + residual, [B, C, T, H, W] each and the bias [C]. The frames may be overwritten."""
     if _serves(frames):
-        summed: Tensor = _kernels().norm_frames(
-            _cells(frames).contiguous(), None, None, bias=bias, residual=_cells(residual), eps=_NORM_EPS
+        cells, step = _spaced_cells(frames)
+        summed = cells if cells.is_contiguous() else cells.new_empty(cells.shape)
+        _kernels().norm_frames(
+            cells, None, None, source_cell=step, bias=bias, residual=_cells(residual), summed=summed, eps=_NORM_EPS
         )
         return summed.movedim(-1, 1)
     if bias is None:
@@ -116,3 +118,27 @@ def _cells(frames: Tensor) -> Tensor:
     """[B, C, T, H, W] -> [B, T, H, W, C] with each sample's cells side by side: a view of what is channels-last."""
     cells = frames.movedim(1, -1)
     return cells if cells[0].is_contiguous() else cells.contiguous()
+
+
+def _spaced_cells(frames: Tensor) -> tuple[Tensor, int]:
+    """[B, C, T, H, W] -> [B, T, H, W, C], in each sample's memory one cell every so many numbers: a view of what is
+    channels-last, or of some of the channels of that."""
+    cells = frames.movedim(1, -1)
+    step = cell_step(cells)
+    return (cells.contiguous(), cells.shape[-1]) if step is None else (cells, step)
+
+
+def cell_step(cells: Tensor) -> int | None:
+    """How many numbers of memory apart the cells of a sample are, [B, T, H, W, C]; None where that is not the same for
+    all, or channels do not lie side by side."""
+    *_, channels = cells.shape
+    if channels > 1 and cells.stride(4) != 1:
+        return None
+    step, count = None, 1
+    for dim in (3, 2, 1):
+        if cells.shape[dim] > 1:
+            step = cells.stride(dim) // count if step is None else step
+            if cells.stride(dim) != step * count:
+                return None
+        count *= cells.shape[dim]
+    return channels if step is None else step

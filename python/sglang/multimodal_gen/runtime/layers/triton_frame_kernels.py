@@ -28,11 +28,13 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     line_cells,
     source_batch,
     residual_batch,
+    summed_batch,
     normed_batch,
     normed_frame,
     normed_line,
     eps,
     CHANNELS: tl.constexpr,
+    SOURCE_CELL: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -48,14 +50,15 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     columns = tl.arange(0, BLOCK)
     inside = (rows[:, None] < num_cells - first) & (columns[None, :] < CHANNELS)
     place = rows[:, None] * CHANNELS + columns[None, :]
-    stored = tl.load(source + batch * source_batch + first * CHANNELS + place, mask=inside, other=0.0)
+    wide_place = rows[:, None] * SOURCE_CELL + columns[None, :]
+    stored = tl.load(source + batch * source_batch + first * SOURCE_CELL + wide_place, mask=inside, other=0.0)
     value = stored.to(tl.float32)
     if HAS_BIAS:
         value += tl.load(bias + columns, mask=columns < CHANNELS, other=0.0).to(tl.float32)[None, :]
     if HAS_RESIDUAL:
         other = tl.load(residual + batch * residual_batch + first * CHANNELS + place, mask=inside, other=0.0)
         rounded = (value + other.to(tl.float32)).to(stored.dtype)
-        tl.store(summed + (batch * num_cells + first) * CHANNELS + place, rounded, mask=inside)
+        tl.store(summed + batch * summed_batch + first * CHANNELS + place, rounded, mask=inside)
         # The norm sees what the next layer will see of the sum.
         value = rounded.to(tl.float32)
     if NORM:
@@ -80,23 +83,25 @@ def norm_frames(
     weight: Tensor | None,
     normed: Tensor | None,
     *,
+    source_cell: int,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    summed: Tensor | None = None,
     silu: bool = True,
     eps: float,
-) -> Tensor:
-    """Of cells [B, T, H, W, C], each sample's side by side: source + bias + residual, which is returned, in the memory
-    of the source where there is a residual. With `weight` [C] its norm goes into `normed`, of the same shape, whose
-    frames and lines may lie apart."""
+) -> None:
+    """Of cells [B, T, H, W, C], one every `source_cell` numbers in each sample: source + bias + residual, which goes
+    into `summed` where there is a residual, and with `weight` [C] its norm into `normed`. Residual and sum are dense in
+    each sample; the frames and lines of `normed` may lie apart. The sum may be the source itself."""
     batch, _, height, width, channels = source.shape
     num_cells = source[0, ..., 0].numel()
-    assert source[0].is_contiguous() and (residual is None or residual[0].is_contiguous()), "cells lie side by side"
-    assert residual is None or batch == 1 or source.is_contiguous(), "the sum goes where the source is"
-    dense, strides = True, [0, 0, 0]
+    for dense in (residual, summed):
+        assert dense is None or dense[0].is_contiguous(), "cells lie side by side"
+    is_dense, strides = True, [0, 0, 0]
     if normed is not None:
         assert channels == 1 or normed.stride(4) == 1, "channels lie side by side"
         assert width == 1 or normed.stride(3) == channels, "cells of a line lie side by side"
-        dense, strides = normed[0].is_contiguous(), list(normed.stride()[:3])
+        is_dense, strides = normed[0].is_contiguous(), list(normed.stride()[:3])
     block = triton.next_power_of_2(channels)
     rows = max(1, _TILE // block)
     _norm_kernel[(triton.cdiv(num_cells, rows), batch)](
@@ -104,26 +109,27 @@ def norm_frames(
         source if bias is None else bias,
         source if residual is None else residual,
         source if weight is None else weight,
-        source,
+        source if summed is None else summed,
         source if normed is None else normed,
         num_cells,
         height * width,
         width,
         source.stride(0),
-        source.stride(0) if residual is None else residual.stride(0),
+        0 if residual is None else residual.stride(0),
+        0 if summed is None else summed.stride(0),
         *strides,
         eps,
         CHANNELS=channels,
+        SOURCE_CELL=source_cell,
         BLOCK=block,
         ROWS=rows,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         NORM=weight is not None,
         SILU=silu,
-        DENSE=dense,
+        DENSE=is_dense,
         num_warps=4,
     )
-    return source
 
 
 @triton.jit

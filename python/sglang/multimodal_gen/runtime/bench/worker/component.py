@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +19,7 @@ from sglang.multimodal_gen.runtime.bench.worker.memory import peak_bytes
 from sglang.multimodal_gen.runtime.bench.worker.model import find_model, work_size
 from sglang.multimodal_gen.runtime.bench.worker.reference_module import reference_module, require_reference
 from sglang.multimodal_gen.runtime.bench.worker.reporting import Parent, failures_told, take_task, watch_parent
-from sglang.multimodal_gen.runtime.bench.worker.timing import Run, time_in_turns, timer_for
+from sglang.multimodal_gen.runtime.bench.worker.timing import time_in_turns, timer_for
 from sglang.multimodal_gen.runtime.layers.attention.switch import explain_kernels
 from sglang.multimodal_gen.runtime.loader.component_loader import weight_totals
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
@@ -72,7 +72,7 @@ class ComponentBench:
         reference = self.reference()
         self.parent.tell("counting FLOPs")
         flops, rate = self.model.flops(self.workload, self.size), self._matmul_rate()
-        sides: list[Run] = [self._forward]
+        sides: list[Callable[[], Tensor]] = [self._forward]
         output, difference = self._forward(), None
         if reference is not None:
             sides.append(lambda: self.workload.reference_forward(reference, self.inputs))
@@ -138,7 +138,7 @@ class ComponentBench:
             kernels=busiest_kernels(self._forward, self.device) if self.task.profile else (),
         )
 
-    def _errors(self, sides: list[Run]) -> list[OutputError | None]:
+    def _errors(self, sides: Sequence[Callable[[], Tensor]]) -> list[OutputError | None]:
         """Of each side, for an autoencoder that does not compute in fp32 throughout."""
         of_pixels = isinstance(self.workload, VideoDecoding)
         if not (of_pixels or isinstance(self.workload, VideoEncoding)):
@@ -162,15 +162,13 @@ class ComponentBench:
 @contextmanager
 def without_tf32() -> Iterator[None]:
     """On GPUs fp32 products and convolutions are of fp32 meanwhile."""
-    backends = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [backend.allow_tf32 for backend in backends]
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32 = products.allow_tf32 = False
     try:
-        for backend in backends:
-            backend.allow_tf32 = False
         yield
     finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
+        convolutions.allow_tf32, products.allow_tf32 = before
 
 
 def output_error(output: Tensor, exact: Tensor, *, of_pixels: bool) -> OutputError:

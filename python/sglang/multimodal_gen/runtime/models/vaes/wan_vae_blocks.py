@@ -19,7 +19,8 @@ from sglang.multimodal_gen.runtime.models.vaes.causal_conv import (
     CausalConv3d,
     ChannelRMSNorm,
     TemporalState,
-    convolve_normed,
+    activated,
+    both,
     fold_frames,
     unfold_frames,
 )
@@ -40,10 +41,22 @@ class ResidualBlock(nn.Module):
             self.conv_shortcut = CausalConv3d(in_channels, out_channels, 1, strips=strips)
 
     def forward(self, frames: Tensor, state: TemporalState) -> Tensor:
-        shortcut = frames if self.conv_shortcut is None else self.conv_shortcut(frames, state)
-        frames, bias = convolve_normed(self.conv1, self.norm1, frames, state)
-        frames, bias = convolve_normed(self.conv2, self.norm2, frames, state, bias=bias, dropout=self.dropout)
-        return sum_frames(frames, shortcut, bias=bias)
+        return self.through(frames, state, None)[0]
+
+    def through(self, frames: Tensor, state: TemporalState, bias: Tensor | None) -> tuple[Tensor, None]:
+        """The same of frames to which `bias` [C] is still to be added."""
+        num_frames, shortcut, added = frames.shape[2], frames, bias
+        if self.conv_shortcut is not None:
+            shortcut = self.conv_shortcut(frames, state)
+            added = None if bias is None else F.linear(bias, self.conv_shortcut.weight.flatten(1))
+        seen = activated(self.conv1, self.norm1, frames, state, bias=bias)
+        hidden_states, bias = self.conv1.over(seen, num_frames, state)
+        del seen, frames  # what is no longer needed goes before there is more: a third of the peak
+        seen = activated(self.conv2, self.norm2, hidden_states, state, bias=bias)
+        del hidden_states
+        hidden_states, bias = self.conv2.over(self.dropout(seen), num_frames, state)
+        del seen
+        return sum_frames(hidden_states, shortcut, bias=both(bias, added)), None
 
 
 class FrameAttention(nn.Module):
@@ -92,8 +105,9 @@ class Upsample(nn.Module):
         )
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1), strips=strips) if temporal else None
 
-    def forward(self, frames: Tensor, state: TemporalState) -> Tensor:
-        """[B, C, T, H, W] -> [B, O, T', 2·H, 2·W]; T' is T, 2·T, or for the first chunk 2·T - 1."""
+    def forward(self, frames: Tensor, state: TemporalState) -> tuple[Tensor, Tensor | None]:
+        """[B, C, T, H, W] -> [B, O, T', 2·H, 2·W]; T' is T, 2·T, or for the first chunk 2·T - 1. The bias [O] beside
+        them is still to be added: see `CausalConv3d.without_bias`."""
         if self.time_conv is None:
             parts = [Footage(frames)]
         else:
@@ -103,8 +117,14 @@ class Upsample(nn.Module):
             if later.shape[2]:
                 pairs, bias = self.time_conv.without_bias(later, state)
                 parts.append(Footage(pairs, 2, bias))
-        large = upsample_frames(parts)
-        return unfold_frames(self.resample[1](fold_frames(large)), frames.shape[0])
+        images, conv = fold_frames(upsample_frames(parts)), self.resample[1]
+        assert isinstance(conv, StripConv2d), "as constructed"
+        early, late = (None, conv.bias) if images.is_cuda else (conv.bias, None)
+        return unfold_frames(conv.with_bias(images, early), frames.shape[0]), late
+
+    def through(self, frames: Tensor, state: TemporalState, bias: None) -> tuple[Tensor, Tensor | None]:
+        """As `ResidualBlock.through`, behind one of which it always is."""
+        return self(frames, state)
 
 
 class Downsample(nn.Module):
