@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.bench.messages import ComponentResult, ComponentTask, OutputError, Side
 from sglang.multimodal_gen.runtime.bench.statistics import compare, summarise
+from sglang.multimodal_gen.runtime.bench.worker.exactness import exact_output, output_error
 from sglang.multimodal_gen.runtime.bench.worker.flops import matmul_rate
 from sglang.multimodal_gen.runtime.bench.worker.kernels import busiest_kernels
 from sglang.multimodal_gen.runtime.bench.worker.memory import peak_bytes
@@ -25,8 +23,6 @@ from sglang.multimodal_gen.runtime.loader.component_loader import weight_totals
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
 from sglang.multimodal_gen.runtime.pipelines_core.memory import free_bytes
 from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, VideoDecoding, VideoEncoding, Workload
-
-_PIXEL_RANGE = 2.0  # from -1 to 1
 
 
 class ComponentBench:
@@ -146,9 +142,7 @@ class ComponentBench:
         if self.dtype == torch.float32 and self.device.type == "cpu":
             return [None for _ in sides]
         self.parent.tell("computing in fp32")
-        wide = copy.deepcopy(self.module).float()
-        with without_tf32():
-            exact = self.workload.forward(wide, tuple(tensor.float() for tensor in self.inputs), self.size)
+        exact = exact_output(self.workload, self.module, self.inputs, self.size)
         return [output_error(side(), exact, of_pixels=of_pixels) for side in sides]
 
     def _forward(self) -> Tensor:
@@ -157,28 +151,6 @@ class ComponentBench:
     def _matmul_rate(self) -> float:
         self.parent.tell("measuring how fast matrices multiply")
         return matmul_rate(self.device, self.dtype)
-
-
-@contextmanager
-def without_tf32() -> Iterator[None]:
-    """On GPUs fp32 products and convolutions are of fp32 meanwhile."""
-    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = convolutions.allow_tf32, products.allow_tf32
-    convolutions.allow_tf32 = products.allow_tf32 = False
-    try:
-        yield
-    finally:
-        convolutions.allow_tf32, products.allow_tf32 = before
-
-
-def output_error(output: Tensor, exact: Tensor, *, of_pixels: bool) -> OutputError:
-    """How far an output is from the exact one, of the same shape."""
-    assert output.shape == exact.shape, "the same work"
-    difference = (output.float() - exact).square_()
-    psnr_db = None
-    if of_pixels and (mean := difference.mean().item()) > 0:
-        psnr_db = 10 * math.log10(_PIXEL_RANGE**2 / mean)
-    return OutputError(relative=math.sqrt(difference.sum().item()) / exact.norm().item(), psnr_db=psnr_db)
 
 
 def relative_difference(ours: Tensor, reference: Tensor) -> float:
