@@ -223,6 +223,8 @@ def test_more_output_channels_for_speed_leave_the_result_as_it_is(monkeypatch: p
     monkeypatch.setattr(CausalConv3d, "fills_channels", staticmethod(lambda frames: True))
     found, bias = conv.without_bias(frames, TemporalState(carry=False))
     assert cell_step(found.movedim(1, -1)) == 128, "some channels of more"
+    behind = CausalConv3d(96, 96, 3, strips=StripSharding()).room(found, TemporalState(carry=False))
+    assert behind is not None and behind.whole.is_contiguous(memory_format=torch.channels_last_3d)
     torch.testing.assert_close(conv(frames, TemporalState(carry=False)), expected, **FP32)
     residual, weight = noise(2, 96, 3, 4, 5, seed=2), noise(96, seed=3)
     torch.testing.assert_close(sum_frames(found, residual, bias=bias), expected + residual, **FP32)

@@ -218,7 +218,8 @@ def _between_zeros(strip: Tensor, sides: tuple[int, ...], lead: int) -> tuple[Te
         inside[2] = slice(lead, shape[2])
         around = [place for place in around if place[2]]
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(strip.ndim, torch.contiguous_format)
-    if not strip.is_contiguous(memory_format=layout):
+    # Channels that lie side by side may be some of more, of which the result has no memory.
+    if not (strip.is_contiguous(memory_format=layout) or (strip.shape[1] > 1 and strip.stride(1) == 1)):
         layout = torch.contiguous_format
     padded = torch.empty(shape, dtype=strip.dtype, device=strip.device, memory_format=layout)
     for place in around:
