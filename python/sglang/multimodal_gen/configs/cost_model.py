@@ -273,16 +273,11 @@ def _exchanges(run: BlockRun, shape: TransformerShape, share: _Share, hardware: 
 @dataclass(frozen=True, kw_only=True)
 class WeightBytes:
     """What the weights take on one GPU: of the transformers the part that tensor parallelism shares and the rest, and
-    of encoders and autoencoder."""
+    of the autoencoder."""
 
     shared: float
     whole: float
-    text_encoders: float
     autoencoder: float
-
-    def on_each(self, layout: ReplicaShape) -> float:
-        """All of them, on each GPU of a layout."""
-        return self.transformer_on_each(layout) + self.text_encoders + self.autoencoder
 
     def transformer_on_each(self, layout: ReplicaShape) -> float:
         """Those of the transformers alone."""

@@ -634,10 +634,10 @@ def _choose_degrees(
     # late: commands on one GPU start without the model of costs
     from sglang.multimodal_gen.configs.parallel_choice import ModelChoice, choose_degrees
 
-    path, model_id, backend, precision = (
-        settings[name].value for name in ("model_path", "model_id", "backend", "precision")
+    path, model_id, backend, precision, encoders = (
+        settings[name].value for name in ("model_path", "model_id", "backend", "precision", "encoder_parallel")
     )
-    model = ModelChoice(path=path, id=model_id, backend=backend, precision=precision)
+    model = ModelChoice(path=path, id=model_id, backend=backend, precision=precision, encoder_parallel=encoders)
     choice = choose_degrees(model, num_gpus, given)
     chosen |= {name: Setting(value, "chosen") for name, value in choice.degrees.items()}
     reasons = (choice.reason,) if choice.reason else ()
