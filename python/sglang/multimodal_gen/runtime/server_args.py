@@ -124,6 +124,13 @@ class ExecutionArgs:
         unset="as the attention backend",
         choices=ATTENTION_BACKENDS,
     )
+    cuda_graphs: str = arg(
+        "auto",
+        help="Whether short forwards of the transformer, which the host takes as long to begin as the GPU to run, are "
+        "captured as CUDA graphs the second time that a size is seen; `off` saves their memory.",
+        group="execution",
+        choices=("auto", "off"),
+    )
     encoder_parallel: str = arg(
         "auto",
         help="Whether the weights of text encoders are dealt to all GPUs of a replica; `auto` deals those of 1 GiB and "

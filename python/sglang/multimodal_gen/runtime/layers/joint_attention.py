@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from sglang.multimodal_gen.runtime.layers.attention.layouts import Sent
+from sglang.multimodal_gen.runtime.layers.attention.layouts import Sent, TokenExchange, arrived
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.fused import JoinedLinear, norm_rotate
 from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -59,10 +59,14 @@ class SelfAttention(nn.Module):
 
     def attend(self, query: Sent, key: Sent, value: Sent, mask: Tensor | None) -> Tensor:
         """Three times [B, S, N, E] as it was sent, a mask [B, 1, 1, S] -> [B, S, N·E]."""
+        return arrived(self.begin_attending(query, key, value, mask)).flatten(2)
+
+    def begin_attending(self, query: Sent, key: Sent, value: Sent, mask: Tensor | None) -> Tensor | TokenExchange:
+        """The same as [B, S, N, E], maybe still under way, for who has something to compute meanwhile."""
         if mask is None:
-            return self.attention(query, key, value).flatten(2)
+            return self.attention.begin(query, key, value)
         assert self.masked_attention is not None, "a layer that is given masks is built with mask=True"
-        return self.masked_attention(query, key, value, mask).flatten(2)
+        return self.masked_attention.begin(query, key, value, mask)
 
     def join_projections(self) -> None:
         """See `fused.join_projections`."""

@@ -6,12 +6,19 @@ O out_features, P ranks on the axis.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sglang.multimodal_gen.runtime.distributed.collectives import all_reduce
+from sglang.multimodal_gen.runtime.distributed.collectives import Sum, all_reduce
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ALONE, ProcessAxis
 from sglang.multimodal_gen.runtime.layers.shards import Shard
+
+CHUNK_TOKENS = 2_048
+"""Sums of at least twice as many tokens go over the ranks in chunks of at least so many."""
+_MOST_CHUNKS = 4
 
 
 class ReplicatedLinear(nn.Linear):
@@ -57,7 +64,35 @@ class RowParallelLinear(nn.Linear):
         return {"weight": Shard(dim=1, blocks=self.blocks, axis=self.axis)}
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if self.axis.size == 1:
-            return F.linear(hidden_states, self.weight, self.bias)
-        partial = all_reduce(F.linear(hidden_states, self.weight), self.axis)
-        return partial if self.bias is None else partial + self.bias
+        return self.of_parts(hidden_states)
+
+    def of_parts(self, *parts: Tensor) -> Tensor:
+        """The same, of an input that lies in several tensors which would stand side by side: [..., I_k/P] each."""
+        if torch.is_grad_enabled() or (self.axis.size == 1 and len(parts) == 1):
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+            # The first rank adds the bias, so that the sum has it once.
+            return all_reduce(F.linear(whole, self.weight, self.bias if self.axis.rank == 0 else None), self.axis)
+        weights = self.weight.split([part.shape[-1] for part in parts], dim=1)
+        inputs = [part.flatten(0, -2) for part in parts]
+        output = inputs[0].new_empty(inputs[0].shape[0], self.out_features)
+        bias = self.bias if self.axis.rank == 0 else None
+        num_chunks = max(1, min(_MOST_CHUNKS, len(output) // CHUNK_TOKENS)) if self.axis.size > 1 else 1
+        sums = []
+        for chunk, *rows in zip(output.chunk(num_chunks), *(part.chunk(num_chunks) for part in inputs), strict=True):
+            _multiply(rows, weights, bias, out=chunk)
+            # While the ranks' sums of these tokens are on their way, those of the next are computed.
+            sums.append(Sum(chunk, self.axis))
+        for each in sums:
+            each.wait()
+        return output.view(*parts[0].shape[:-1], -1)
+
+
+def _multiply(parts: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None, *, out: Tensor) -> None:
+    """Sum over k of [N, I_k] times [O, I_k], plus the bias [O], into [N, O]."""
+    for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+        if number:
+            out.addmm_(part, weight.t())
+        elif bias is None:
+            torch.mm(part, weight.t(), out=out)
+        else:
+            torch.addmm(bias, part, weight.t(), out=out)

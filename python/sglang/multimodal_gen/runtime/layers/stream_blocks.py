@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.runtime.layers.attention.layouts import arrived
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.fused import linear_gelu
 from sglang.multimodal_gen.runtime.layers.joint_attention import JointAttention, SelfAttention
@@ -114,6 +114,7 @@ class SingleStreamBlock(nn.Module):
         axis, inner = context.parallel.tp, num_heads * head_dim
         self.norm = AdaLayerNormZero(hidden_size, num_modulations=1)
         self.attn = SelfAttention(hidden_size, num_heads, head_dim, context, projects_out=False, mask=mask)
+        self.num_mlp_parts = 1 if context.parallel.ulysses.size == 1 else 2
         self.proj_mlp = ColumnParallelLinear(hidden_size, ffn_dim, axis=axis)
         self.proj_out = RowParallelLinear(inner + ffn_dim, hidden_size, axis=axis, blocks=(inner, ffn_dim))
 
@@ -128,6 +129,12 @@ class SingleStreamBlock(nn.Module):
         [modulation] = self.norm(temb)
         normed = modulation.normed(hidden_states)
         sent = self.attn.project(normed, freqs_cis)
-        mlp = linear_gelu(normed, self.proj_mlp.weight, self.proj_mlp.bias)
-        update = self.proj_out(torch.cat((self.attn.attend(*sent, mask), mlp), dim=-1))
+        # With exchanges a part of the MLP for each of them, to be computed meanwhile.
+        parts = zip(
+            *(each.chunk(self.num_mlp_parts) for each in (self.proj_mlp.weight, self.proj_mlp.bias)), strict=True
+        )
+        mlp = [linear_gelu(normed, *next(parts))]
+        attended = self.attn.begin_attending(*sent, mask)
+        mlp += [linear_gelu(normed, *part) for part in parts]
+        update = self.proj_out.of_parts(arrived(attended).flatten(2), *mlp)
         return modulation.add_gated(hidden_states, update)

@@ -34,6 +34,7 @@ from sglang.multimodal_gen.runtime.distributed.parallel_state import SINGLE, Par
 from sglang.multimodal_gen.runtime.layers.attention.registry import device_facts
 from sglang.multimodal_gen.runtime.layers.attention.switch import explain_kernels
 from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerContext
+from sglang.multimodal_gen.runtime.layers.forward_graphs import forget_graphs
 from sglang.multimodal_gen.runtime.layers.strip_sharding import explain_strips
 from sglang.multimodal_gen.runtime.loader.component_loader import (
     Checkpoint,
@@ -259,6 +260,7 @@ class ComposedPipelineBase:
             fp32_components=config.fp32_components,
             source=RandomSource() if random_weights else Checkpoint(),
             encoder_parallel=execution.encoder_parallel,
+            cuda_graphs=execution.cuda_graphs == "auto" and placement.device.type == "cuda",
             report=report,
         )
 
@@ -425,7 +427,8 @@ class ComposedPipelineBase:
         return held_bytes
 
     def reclaim(self) -> None:
-        """Give back what a failed unit left behind."""
+        """Give back what a failed unit left behind, and what can be made again."""
+        forget_graphs(self.modules.values())
         gc.collect()
         self.meter.give_back()
 

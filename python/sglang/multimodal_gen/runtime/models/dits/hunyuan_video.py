@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormContinuous, PartedEmbedding
 from sglang.multimodal_gen.runtime.layers.rotary import grid_positions, rotary_table
 from sglang.multimodal_gen.runtime.layers.stream_blocks import DualStreamBlock, SingleStreamBlock
+from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 from sglang.multimodal_gen.runtime.layers.token_refiner import TokenRefiner
 
 
@@ -144,7 +144,7 @@ class HunyuanVideoTransformer3DModel(nn.Module):
 
 
 # A 720p clip of 129 frames takes 61 MB; a handful of shapes is alive at a time.
-@lru_cache(maxsize=4)
+@table_cache(4)
 def video_rotary_table(
     grid: tuple[int, int, int], axes_dim: tuple[int, ...], theta: float, device: torch.device
 ) -> Tensor:

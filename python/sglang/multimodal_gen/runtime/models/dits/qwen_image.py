@@ -10,7 +10,6 @@ L text tokens, C token channels, D hidden_size, E head_dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from math import prod
 
 import torch
@@ -32,6 +31,7 @@ from sglang.multimodal_gen.runtime.layers.modulation import (
 from sglang.multimodal_gen.runtime.layers.norm import RMSNorm
 from sglang.multimodal_gen.runtime.layers.rotary import grid_positions, rotary_table
 from sglang.multimodal_gen.runtime.layers.stream_blocks import Stream, joint_update
+from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 
 ImageShapes = tuple[tuple[int, int, int], ...]
 """(frames, height, width) in tokens, of the image and then of each picture that it is made from."""
@@ -163,7 +163,7 @@ def joint_table(
 
 
 # 2048x2048 with three pictures takes 15 MB.
-@lru_cache(maxsize=8)
+@table_cache(8)
 def _image_table(image_shapes: ImageShapes, axes_dim: tuple[int, ...], device: torch.device) -> Tensor:
     """Positions of height and width are centred on each image; picture i lies i frames behind the image."""
     positions = []
@@ -173,7 +173,7 @@ def _image_table(image_shapes: ImageShapes, axes_dim: tuple[int, ...], device: t
     return _table(torch.cat(positions), axes_dim, device)
 
 
-@lru_cache(maxsize=32)
+@table_cache(32)
 def _text_table(first: int, num_tokens: int, axes_dim: tuple[int, ...], device: torch.device) -> Tensor:
     return _table(torch.arange(first, first + num_tokens, device="cpu").unsqueeze(-1).expand(-1, 3), axes_dim, device)
 

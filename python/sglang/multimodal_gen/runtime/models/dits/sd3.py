@@ -23,6 +23,7 @@ from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.mlp import FeedForward
 from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormContinuous, AdaLayerNormZero
 from sglang.multimodal_gen.runtime.layers.stream_blocks import Stream
+from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 
 _MLP_RATIO = 4
 
@@ -136,7 +137,7 @@ class SD3Transformer2DModel(nn.Module):
         num_tokens = hidden_states.shape[1]
         self.tokens.begin(num_tokens, text.shape[1])
         hidden_states, text = self.tokens.deal(hidden_states), self.tokens.deal(text)
-        passing = _rows_passing(skip_layers, hidden_states.device)
+        passing = _rows_passing(tuple(map(frozenset, skip_layers)), hidden_states.device)
         for layer, block in enumerate(self.transformer_blocks):
             rows = passing.get(layer)
             if rows is None:
@@ -164,11 +165,15 @@ class SD3Transformer2DModel(nn.Module):
         return cells.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
-def _rows_passing(skip_layers: Sequence[Collection[int]], device: torch.device) -> dict[int, Tensor]:
+@table_cache(32)
+def _rows_passing(skip_layers: tuple[frozenset[int], ...], device: torch.device) -> dict[int, Tensor]:
     """By layer that some rows skip, the indices of the others."""
-    return {
-        layer: torch.tensor(
-            [row for row, skipped in enumerate(skip_layers) if layer not in skipped], dtype=torch.long, device=device
-        )
-        for layer in {layer for skipped in skip_layers for layer in skipped}
-    }
+    with torch.inference_mode(False):
+        return {
+            layer: torch.tensor(
+                [row for row, skipped in enumerate(skip_layers) if layer not in skipped],
+                dtype=torch.long,
+                device=device,
+            )
+            for layer in {layer for skipped in skip_layers for layer in skipped}
+        }

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +28,7 @@ from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.mlp import SwiGLU
 from sglang.multimodal_gen.runtime.layers.norm import RMSNorm
 from sglang.multimodal_gen.runtime.layers.rotary import grid_positions, rotary_table
+from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 
 TOKEN_MULTIPLE = 32
 """Captions and images are padded to a multiple of so many tokens."""
@@ -66,7 +66,7 @@ class TokenLayout:
 
 
 # A row of 1024x1024 with 512 caption tokens takes 2.4 MB; a handful of shapes is alive at a time.
-@lru_cache(maxsize=16)
+@table_cache(16)
 def token_layout(
     grid: tuple[int, int, int],
     caption_lengths: tuple[int, ...],
@@ -95,6 +95,15 @@ def token_layout(
             caption_mask=None if mask is None else mask.to(device),
             joint_mask=None if mask is None else F.pad(mask, (num_image_tokens, 0), value=True).to(device),
         )
+
+
+@table_cache(32)
+def text_places(lengths: tuple[int, ...], num_tokens: int, device: torch.device) -> Tensor:
+    """Which of `num_tokens` are text, of rows with so many of it: [B, L, 1]."""
+    # A mask made under inference mode could never again take part in training.
+    with torch.inference_mode(False):
+        is_text = torch.arange(num_tokens) < torch.tensor(lengths).unsqueeze(1)
+        return is_text.unsqueeze(-1).to(device)
 
 
 class TimestepEmbedder(nn.Module):
@@ -246,9 +255,9 @@ class ZImageTransformer2DModel(nn.Module):
         num_tokens = padded_length(max(text_lengths))
         tokens = self.cap_embedder(embeds[:, :num_tokens])
         tokens = F.pad(tokens, (0, 0, 0, num_tokens - tokens.shape[1]))
-        ends = torch.tensor(text_lengths, device=embeds.device).view(-1, 1, 1)
-        is_text = torch.arange(num_tokens, device=embeds.device).view(1, -1, 1) < ends
-        return torch.where(is_text, tokens, self.cap_pad_token.to(tokens.dtype))
+        return torch.where(
+            text_places(tuple(text_lengths), num_tokens, embeds.device), tokens, self.cap_pad_token.to(tokens.dtype)
+        )
 
     def patch_grid(self, latents: Tensor) -> tuple[int, int, int]:
         """Tokens of [B, C, T, H, W] along time, height and width. Raises InvalidRequest."""
