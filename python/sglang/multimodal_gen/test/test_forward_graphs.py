@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.configs.cost_model import MOST_GRAPHED_TOKENS
 from sglang.multimodal_gen.runtime.layers.attention.switch import AttentionSwitch
-from sglang.multimodal_gen.runtime.layers.forward_graphs import MOST_GRAPHS, MOST_TOKENS, ForwardGraphs, forget_graphs
+from sglang.multimodal_gen.runtime.layers.forward_graphs import MOST_GRAPHS, ForwardGraphs, forget_graphs
 from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 from sglang.multimodal_gen.runtime.layers.token_sharding import TokenSharding
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
@@ -143,14 +144,14 @@ def test_tables_live_as_long_as_their_graphs(scaled: Any) -> None:
 
 def test_long_forwards_and_those_with_gradients_are_not_captured(scaled: Any) -> None:
     for _ in range(3):
-        scaled(torch.ones(2, MOST_TOKENS // 2 + 1))
+        scaled(torch.ones(2, MOST_GRAPHED_TOKENS // 2 + 1))
     assert scaled.forward.num_graphs == 0
-    scaled(torch.ones(2, MOST_TOKENS // 2))
-    scaled(torch.ones(2, MOST_TOKENS // 2))
+    scaled(torch.ones(2, MOST_GRAPHED_TOKENS // 2))
+    scaled(torch.ones(2, MOST_GRAPHED_TOKENS // 2))
     assert scaled.forward.num_graphs == 1
     with torch.inference_mode(False), torch.enable_grad():
         calls = scaled.calls
-        scaled(torch.ones(2, MOST_TOKENS // 2))
+        scaled(torch.ones(2, MOST_GRAPHED_TOKENS // 2))
         assert scaled.calls == calls + 1
 
 

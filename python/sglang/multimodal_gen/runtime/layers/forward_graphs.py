@@ -17,13 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.configs.cost_model import MOST_GRAPHED_TOKENS
 from sglang.multimodal_gen.runtime.layers.attention.attention import Attention
 from sglang.multimodal_gen.runtime.layers.table_cache import tables_kept
 from sglang.multimodal_gen.runtime.layers.token_sharding import TokenSharding
 
-MOST_TOKENS = 12_288
-"""Tokens of all rows on one rank up to which a forward is captured: above, computing takes far longer than beginning,
-and the memory that graphs keep is missed elsewhere. FLUX.1 at 1024x1024 has 4,608, Wan2.1 at 832x480 32,760."""
 MOST_GRAPHS = 16
 """Of one transformer; those not used for longest go first."""
 _MOST_KEYS = 256
@@ -91,8 +89,8 @@ class _Captured:
 class ForwardGraphs:
     """In place of a module's `forward`: the same, from the second call with inputs of the same shapes on by a graph.
 
-    Forwards with more than MOST_TOKENS tokens, with gradients or under a compiler, and those of which no graph can be
-    made, run as they always do.
+    Forwards with more than MOST_GRAPHED_TOKENS tokens, with gradients or under a compiler, and those of which no graph
+    can be made, run as they always do.
     """
 
     def __init__(self, module: nn.Module, capture: Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]]) -> None:
@@ -146,7 +144,7 @@ class ForwardGraphs:
     def _note(self, key: Hashable, num_rows: int) -> None:
         """That there was such a forward, which has left its segments' lengths behind."""
         held = num_rows * sum(map(self._tokens.share, self._tokens.lengths))
-        self._is_short[key] = held <= MOST_TOKENS
+        self._is_short[key] = held <= MOST_GRAPHED_TOKENS
         if len(self._is_short) > _MOST_KEYS:
             self._is_short.popitem(last=False)
 

@@ -146,6 +146,14 @@ def linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> T
     return F.gelu(F.linear(hidden_states, weight, bias), approximate="tanh")
 
 
+def gated_silu(gate: Tensor, value: Tensor) -> Tensor:
+    """SiLU(gate) · value, [..., D] each."""
+    if _serves(gate):
+        product: Tensor = _kernels().gated_silu(gate, value)
+        return product
+    return F.silu(gate) * value
+
+
 class JoinedLinear:
     """Linear layers over the same input as one product. Their weights become views of one, and stay theirs."""
 

@@ -23,6 +23,7 @@ from sglang.multimodal_gen.runtime.layers.modulation import (
     PartedEmbedding,
     PartedModulation,
 )
+from sglang.multimodal_gen.runtime.layers.side_stream import side_by_side
 
 
 class Stream(NamedTuple):
@@ -44,10 +45,14 @@ def joint_update(
     attn: JointAttention, image: Stream, text: Stream, freqs_cis: Tensor | None, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Both streams attend to both, then each to its own MLP -> image [B, S, D], text [B, L, D]."""
-    of_image, of_text = attn.joint_forward(
+    of_image, of_text = attn.joint_attend(
         image.attn_mod.normed(image.hidden_states), text.attn_mod.normed(text.hidden_states), freqs_cis, mask
     )
-    return image.after_attention(of_image), text.after_attention(of_text)
+    new_text, new_image = side_by_side(
+        lambda: text.after_attention(attn.to_add_out(of_text)),
+        lambda: image.after_attention(attn.to_out[0](of_image)),
+    )
+    return new_image, new_text
 
 
 class DualStreamBlock(nn.Module):

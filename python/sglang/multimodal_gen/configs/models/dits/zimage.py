@@ -110,9 +110,9 @@ class ZImageTransformerConfig(TransformerConfig):
             other_parameters=(8 if modulated else 4) * self.dim + 2 * self.head_dim,
             attentions=(segment,),
             sums=(segment, segment),
-            launches=23 if modulated else 13,
+            launches=21 if modulated else 11,
             launches_apart=2,
-            traffic=53,
+            traffic=42,
         )
 
 
