@@ -8,8 +8,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True, kw_only=True)
 class TeaCacheFit:
     """`coefficients`, of the highest power first, make of the relative change of a model's first signal how much its
-    output changes, and `threshold` is up to which sum of that steps are skipped. `modulation_coefficients` do so for the
-    second signal, what is made of the timestep for the blocks, of models that have one."""
+    output changes, and `threshold` is up to which sum of that steps are skipped. `modulation_coefficients` do so for
+    the second signal, what is made of the timestep for the blocks, of models that have one."""
 
     coefficients: tuple[float, ...]
     threshold: float

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sglang.multimodal_gen import envs
-from sglang.multimodal_gen.configs.declare import FROM_MODEL, Parameter, arg, coerce, from_text, hint, parameters
-from sglang.multimodal_gen.errors import FieldError, IncompatibleParameters, UnknownParameter
+from sglang.multimodal_gen.configs.declare import FROM_MODEL, Parameter, arg, checked_keys, from_text, parameters
+from sglang.multimodal_gen.errors import FieldError, IncompatibleParameters
 
 
 def _place_problem(value: int | float) -> str | None:
@@ -24,7 +24,7 @@ def _place_problem(value: int | float) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class FirstBlockSettings:
-    """Keys of `cache_dit_params`, for the first-block cache."""
+    """Settings of the first-block cache."""
 
     Fn_compute_blocks: int = arg(
         1, help="Blocks in front that run at every step; how their output changes decides.", group="cache", minimum=1
@@ -47,8 +47,8 @@ class FirstBlockSettings:
     )
     enable_taylorseer: bool = arg(
         False,
-        help="Predict what a skipped step would have added from the steps that were computed (arXiv:2503.06923), in place "
-        "of repeating the last.",
+        help="Predict what a skipped step would have added from those that were computed (arXiv:2503.06923), in place of "
+        "repeating the last.",
         group="cache",
     )
     taylorseer_order: int = arg(
@@ -58,7 +58,7 @@ class FirstBlockSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TeaCacheSettings:
-    """Keys of `teacache_params`."""
+    """Settings of TeaCache."""
 
     teacache_thresh: float | None = arg(
         None,
@@ -110,7 +110,7 @@ class CacheParams:
         help="Settings of the first-block cache; see the page on step caches.",
         group="cache",
         unset="those of the environment, else the defaults",
-        check=lambda values: _checked(first_block_settings(values)),
+        keys=FirstBlockSettings,
         recorded=True,
     )
     enable_teacache: bool = arg(
@@ -124,42 +124,23 @@ class CacheParams:
         help="Settings of TeaCache; see the page on step caches.",
         group="cache",
         unset=FROM_MODEL,
-        check=lambda values: _checked(teacache_settings(values)),
+        keys=TeaCacheSettings,
         recorded=True,
     )
 
 
 _PAIRS = (("enable_cache_dit", "cache_dit_params"), ("enable_teacache", "teacache_params"))
-Settings = TypeVar("Settings")
 Defaults = TypeVar("Defaults", bound=CacheParams)
 
 
 def first_block_settings(values: Mapping[str, Any] | None) -> FirstBlockSettings:
     """Of `cache_dit_params`. Raises UnknownParameter, InvalidType or InvalidValue, which name the key."""
-    return _settings(FirstBlockSettings, "cache_dit_params", values or {})
+    return FirstBlockSettings(**checked_keys(FirstBlockSettings, "cache_dit_params", values or {}))
 
 
 def teacache_settings(values: Mapping[str, Any] | None) -> TeaCacheSettings:
     """Of `teacache_params`. Raises UnknownParameter, InvalidType or InvalidValue, which name the key."""
-    return _settings(TeaCacheSettings, "teacache_params", values or {})
-
-
-def _settings(owner: type[Settings], name: str, values: Mapping[str, Any]) -> Settings:
-    known = parameters(owner)
-    checked = {}
-    for key, value in values.items():
-        if key not in known:
-            accepted = f"; accepted are {', '.join(known)}{hint(key, known)}"
-            raise UnknownParameter(f"{name}.{key}", what="key", hint=accepted)
-        try:
-            checked[key] = coerce(known[key], value)
-        except FieldError as error:
-            raise error.named(f"{name}.{key}") from None
-    return owner(**checked)
-
-
-def _checked(settings: object) -> None:
-    """Reading the settings was the check."""
+    return TeaCacheSettings(**checked_keys(TeaCacheSettings, "teacache_params", values or {}))
 
 
 def check_caches(params: CacheParams) -> None:

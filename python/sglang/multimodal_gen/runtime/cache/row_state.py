@@ -16,11 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class RowState:
-    """After some steps: the watched signal, and of what the blocks add to the tokens the newest value and its differences
-    from step to step, [S, D] each, so many as the order of the prediction.
+    """After some steps: the watched signal, and of what the blocks add to the tokens the newest value and its
+    differences from step to step, [S, D] each, so many as the order of the prediction.
 
-    `computed_at` is the last step that was computed, `num_steps` counts the steps of this row, `num_skipped` those since
-    the last one that was computed; `accumulated` is the change since then.
+    `computed_at` is the last step that was computed, `num_steps` counts the steps of this row, `num_skipped` those
+    since the last one that was computed; `accumulated` is the change since then.
     """
 
     signal: Tensor

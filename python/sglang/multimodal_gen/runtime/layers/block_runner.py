@@ -1,4 +1,4 @@
-"""`BlockRunner`: the one place through which a transformer's forward passes its blocks, so that caches can leave some out.
+"""`BlockRunner`: where a transformer's forward passes its blocks, so that step caches can leave some out.
 
 A row of a forward may have a cache. After the blocks in front the cache decides, from how much something changed since
 an earlier step, whether the row passes the rest of the blocks or gets what they added then. Rows that skip leave the
@@ -86,7 +86,7 @@ class BlockRun:
     given: tuple[Any, ...] = ()
     named: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     enter: Callable[[Streams], Streams] | None = None
-    tokens: slice = slice(None)
+    tokens: slice = field(default_factory=lambda: slice(None))
     call: Callable[..., Streams] = call_block
 
     def entered(self, streams: Streams) -> Streams:

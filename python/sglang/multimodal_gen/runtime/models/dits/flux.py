@@ -7,6 +7,8 @@ Shapes: B batch, S image tokens (one per 2x2 latent cells), L text tokens, C tok
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -81,6 +83,6 @@ class FluxTransformer2DModel(nn.Module):
                 tokens=slice(text.shape[1], None),
             ),
             num_tokens=num_tokens,
-            signal=lambda _: self.transformer_blocks[0].norm1(temb)[0].normed(embedded),
+            signal=lambda _: cast(DualStreamBlock, self.transformer_blocks[0]).modulated(embedded, temb),
         )
         return self.tokens.gather(self.proj_out(self.norm_out(hidden_states, temb)), num_tokens)

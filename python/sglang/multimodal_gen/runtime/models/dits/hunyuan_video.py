@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +132,7 @@ class HunyuanVideoTransformer3DModel(nn.Module):
                 tokens=slice(self.tokens.share(num_tokens)),
             ),
             num_tokens=num_tokens,
-            signal=lambda _: self.transformer_blocks[0].norm1(video_temb)[0].normed(embedded),
+            signal=lambda _: cast(DualStreamBlock, self.transformer_blocks[0]).modulated(embedded, video_temb),
         )
         return self.unpatchify(self.tokens.gather(self.proj_out(self.norm_out(hidden_states, temb)), num_tokens), grid)
 

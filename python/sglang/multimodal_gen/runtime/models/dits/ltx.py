@@ -10,6 +10,7 @@ channels, D hidden_size, N heads, E head_dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +113,7 @@ class LTXVideoTransformer3DModel(nn.Module):
             (hidden_states,),
             BlockRun(blocks=self.transformer_blocks, given=(text, text_mask, modulation, freqs_cis)),
             num_tokens=num_tokens,
-            signal=lambda _: self.transformer_blocks[0].modulated(embedded, modulation),
+            signal=lambda _: cast(LTXVideoTransformerBlock, self.transformer_blocks[0]).modulated(embedded, modulation),
         )
         shift, scale = (self.scale_shift_table.float() + temb.float().unsqueeze(2)).unbind(2)
         _, normed = sum_norm(hidden_states, scale=scale, shift=shift, eps=_NORM_OUT_EPS)

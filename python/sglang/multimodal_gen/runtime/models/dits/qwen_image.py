@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +154,7 @@ class QwenImageTransformer2DModel(nn.Module):
         temb = self.time_text_embed(timestep, hidden_states.dtype)
         text = self.txt_in(self.txt_norm(self.tokens.deal(encoder_hidden_states)))
         hidden_states = self.img_in(self.tokens.deal(hidden_states))
-        embedded, first_block = hidden_states, self.transformer_blocks[0]
+        embedded, first_block = hidden_states, cast(QwenImageTransformerBlock, self.transformer_blocks[0])
         hidden_states = self.block_runner.run(
             (hidden_states, text),
             BlockRun(

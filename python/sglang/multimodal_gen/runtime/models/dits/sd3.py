@@ -10,6 +10,7 @@ D hidden_size.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,10 @@ class JointTransformerBlock(nn.Module):
         self.ff = FeedForward(dim, _MLP_RATIO * dim, dim, axis=axis)
         if not last:
             self.ff_context = FeedForward(dim, _MLP_RATIO * dim, dim, axis=axis)
+
+    def modulated(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        """What the attention sees of the image: [B, S, D], [B, D] -> [B, S, D]."""
+        return self.norm1(temb)[0].normed(hidden_states)
 
     def forward(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
         """[B, S, D], [B, L, D], [B, D] -> [B, S, D], [B, L, D]."""
@@ -144,7 +149,7 @@ class SD3Transformer2DModel(nn.Module):
             (hidden_states, text),
             BlockRun(blocks=self.transformer_blocks, given=given, call=_call_passed),
             num_tokens=num_tokens,
-            signal=lambda _: self.transformer_blocks[0].norm1(temb)[0].normed(embedded),
+            signal=lambda _: cast(JointTransformerBlock, self.transformer_blocks[0]).modulated(embedded, temb),
         )
         tokens = self.tokens.gather(self.proj_out(self.norm_out(hidden_states, temb)), num_tokens)
         return self.unpatchify(tokens, grid)

@@ -30,7 +30,6 @@ from sglang.multimodal_gen.runtime.layers.norm import FP32LayerNorm, RMSNorm
 from sglang.multimodal_gen.runtime.layers.rotary import rotary_table_3d
 from sglang.multimodal_gen.runtime.layers.wide_attention import WideNormAttention, WideNormSelfAttention
 
-
 # What a cache can watch before the first block: the embedding of the timestep, or what is made of it for the blocks.
 _TIME_SIGNAL, _MODULATION_SIGNAL = "timestep", "modulation"
 

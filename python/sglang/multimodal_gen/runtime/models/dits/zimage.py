@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -237,7 +238,7 @@ class ZImageTransformer2DModel(nn.Module):
                 tokens=slice(image.shape[1]),
             ),
             num_tokens=layout.num_image_tokens,
-            signal=lambda _: self.layers[0].modulated(image, temb),
+            signal=lambda _: cast(ZImageTransformerBlock, self.layers[0]).modulated(image, temb),
         )
         return self.unpatchify(self.tokens.gather(final_layer(image, temb), grid[0] * grid[1] * grid[2]), grid)
 
