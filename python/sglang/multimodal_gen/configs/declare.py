@@ -145,8 +145,8 @@ def arg(
 
     `unset` says what happens while the value is None; `exposed` names the ways in that offer the parameter; `code` is
     the error code of a value out of bounds; `check` returns None, or in words what would be accepted instead;
-    `recorded` parameters are written into the files that they made; the value of a `secret` one is shown nowhere. `keys`
-    is the dataclass that declares the keys of an object.
+    `recorded` parameters are written into the files that they made; the value of a `secret` one is shown nowhere.
+    `keys` is the dataclass that declares the keys of an object.
     """
     declaration = Declaration(
         help=help,

@@ -47,8 +47,8 @@ class FirstBlockSettings:
     )
     enable_taylorseer: bool = arg(
         False,
-        help="Predict what a skipped step would have added from those that were computed (arXiv:2503.06923), in place of "
-        "repeating the last.",
+        help="Predict what a skipped step would have added from those that were computed, in place of repeating the "
+        "last (arXiv:2503.06923).",
         group="cache",
     )
     taylorseer_order: int = arg(

@@ -51,9 +51,7 @@ def _first_block_rule(settings: FirstBlockSettings, runner: BlockRunner) -> Firs
         )
     most = runner.num_blocks - first - 1
     if last > most:
-        accepted = (
-            f"an integer from 0 to {most}: this model has {runner.num_blocks} blocks, of which {first} run in front"
-        )
+        accepted = f"an integer from 0 to {most}: of the model's {runner.num_blocks} blocks {first} run in front"
         raise InvalidValue("cache_dit_params.Bn_compute_blocks", last, accepted)
     return FirstBlockRule(settings)
 
@@ -77,8 +75,8 @@ def _teacache_rule(
     if threshold is None:
         if fit is None:
             raise MissingParameter(
-                "teacache_params.teacache_thresh: not given, and none is published for this model; accepted is a number "
-                "of at least 0",
+                "teacache_params.teacache_thresh: not given, and none is published for this model; accepted is a "
+                "number of at least 0",
                 param="teacache_params.teacache_thresh",
             )
         threshold = fit.threshold

@@ -246,9 +246,9 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
 
     `generation_time` is the seconds of the stages but `encode_file`, which runs beside them, and `upload`, plus
     `waiting_seconds`: others' units, the way between processes, the end of the file and the upload. `stage_peak_bytes`
-    is the most memory in use while the stage's units ran, `step_ms` are the denoising steps, of which `computed_steps`
-    were computed and the others taken from a step cache, whose forwards `cached` counts; each step was shared by as many
-    requests as `step_batch_sizes` says. `warmup_excluded`: this size had been warmed up before. `profile_path` names
+    is the most memory in use while the stage's units ran, `step_ms` are the denoising steps, each shared by as many
+    requests as `step_batch_sizes` says. Of them `computed_steps` were computed, the others taken from a step cache,
+    whose forwards `cached` counts. `warmup_excluded`: this size had been warmed up before. `profile_path` names
     the trace of a request that was profiled. `stored`: the `output`, `thumbnail` and `contact_sheet` that were
     uploaded, as far as there are.
     """
