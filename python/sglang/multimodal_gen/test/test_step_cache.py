@@ -39,7 +39,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 from sglang.multimodal_gen.runtime.pipelines_core.state_file import write_state
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
-from sglang.multimodal_gen.test.parallel_pool import FAMILIES
+from sglang.multimodal_gen.test.parallel_pool import FAMILIES, TEACACHE, Wish
 from sglang.multimodal_gen.test.pipeline_parity import (
     LATENT_TOLERANCE,
     admitted,
@@ -52,7 +52,6 @@ from sglang.multimodal_gen.test.pipeline_parity import (
 )
 from sglang.multimodal_gen.test.tiny_checkpoints import TinyWan, save_tiny_wan
 
-Wish = dict[str, Any]
 # Tiny transformers change more from step to step than real ones do.
 SKIPPING: Wish = {
     "enable_cache_dit": True,
@@ -61,10 +60,6 @@ SKIPPING: Wish = {
         "max_warmup_steps": 2,
         "max_continuous_cached_steps": 2,
     },
-}
-TEACACHE: Wish = {
-    "enable_teacache": True,
-    "teacache_params": {"coefficients": [0.1, 0.0], "teacache_thresh": 0.1, "start_skipping": 1},
 }
 BASE: Wish = {
     "prompt": "a red circle",
