@@ -468,7 +468,7 @@ def test_a_gpus_dump_names_the_allocators_peak() -> None:
     result = GenerationResult(
         prompt="a", prompt_index=0, output_index=0, seed=1, size=(16, 32, 5), output_file_path=None,
         generation_time=1.5, peak_memory_mb=12.5,
-        metrics={"stage_seconds": {"denoise": 1.0}, "step_ms": [1000.0], "queue_seconds": 0.1, "waiting_seconds": 0.5,
+        metrics={"stage_seconds": {"denoise": 1.0}, "step_ms": [1000.0], "queue_seconds": 0.1, "waiting_seconds": 0.5, "computed_steps": 1,
                  "stage_peak_mb": {"denoise": 12.5}},
     )  # fmt: skip
     model = ModelInfo(
