@@ -52,15 +52,15 @@ def main() -> None:
     arguments = _parse()
     chosen = cases()[:: arguments.every]
     settings = {_PLAIN: {}} | dict(arguments.setting or _SETTINGS)
-    made: dict[str, list[Made]] = {}
+    print(f"{len(chosen)} captions; steps, forwards and PSNR (dB) as means, denoising as a median\n")
+    print("| " + " | ".join(_HEADER) + " |\n" + "| --- " * len(_HEADER) + "|", flush=True)
+    plain: list[Made] = []
     with DiffGenerator.from_pretrained(arguments.model_path) as generator:
         _make(generator, chosen[0], {"num_inference_steps": 2})  # what only the first request takes
         for name, wish in settings.items():
-            made[name] = [_make(generator, case, wish) for case in chosen]
-    print(f"{len(chosen)} captions; steps and forwards as means, denoising in seconds as a median, PSNR in dB\n")
-    print("| " + " | ".join(_HEADER) + " |\n" + "| --- " * len(_HEADER) + "|")
-    for name, clips in made.items():
-        print("| " + " | ".join((name, *_row(clips, made[_PLAIN]))) + " |")
+            clips = [_make(generator, case, wish) for case in chosen]
+            plain = plain or clips
+            print("| " + " | ".join((name, *_row(clips, plain))) + " |", flush=True)
 
 
 def _make(generator: DiffGenerator, case: Case, wish: dict[str, Any]) -> Made:

@@ -164,6 +164,26 @@ def test_a_threshold_of_zero_computes_every_step(
     assert torch.equal(_latents(plain), _latents(cached))
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_blocks_are_given_is_not_held_while_others_run(name: str, pipeline_of: Callable[[str], Any]) -> None:
+    """Without a cache: a tensor as large as the tokens, for nothing."""
+    transformer, alive = pipeline_of(name).transformer, []
+    blocks = [block for each in _BLOCKS for block in getattr(transformer, each, ())]
+    hooks = [
+        blocks[0].register_forward_pre_hook(lambda _, given: alive.append(weakref.ref(given[0]))),
+        blocks[-1].register_forward_pre_hook(lambda *_: alive.append(alive[-1]())),
+    ]
+    try:
+        run(pipeline_of(name), wishes_of(name)[1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(alive) >= 2 and alive[1] is None
+
+
+_BLOCKS = ("blocks", "transformer_blocks", "single_transformer_blocks", "layers")
+
+
 # --- against diffusers ---
 
 
@@ -183,8 +203,7 @@ def _of_diffusers(directory: Path, values: Mapping[str, Any], threshold: float) 
         nonlocal calls
         calls += 1
 
-    names = ("blocks", "transformer_blocks", "single_transformer_blocks")
-    blocks = [block for name in names for block in getattr(pipeline.transformer, name, ())]
+    blocks = [block for name in _BLOCKS for block in getattr(pipeline.transformer, name, ())]
     # A layer inside of what the cache skips.
     next(iter(blocks[1].children())).register_forward_hook(count)
     pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
@@ -247,7 +266,7 @@ class WrittenOut:
     def using(self, caches: Any) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def run(self, streams: Any, run: BlockRun, *, num_tokens: int, signal: Callable[[str], Tensor]) -> Tensor:
+    def run(self, streams: Any, run: BlockRun, *, num_tokens: int, signal: Callable[[str, Tensor], Tensor]) -> Tensor:
         memory = self.memories[self.calls % len(self.memories)]
         self.calls += 1
         memory["step"] += 1
@@ -257,7 +276,7 @@ class WrittenOut:
                 hidden = block(hidden, *run.given)
             return hidden
 
-        return self.decide(memory, streams[0], blocks, signal)
+        return self.decide(memory, streams[0], blocks, lambda name: signal(name, streams[0]))
 
 
 def relative_change(now: Tensor, before: Tensor) -> float:

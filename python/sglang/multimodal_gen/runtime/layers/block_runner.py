@@ -136,10 +136,13 @@ class BlockRunner:
         streams: Streams,
         *runs: BlockRun,
         num_tokens: int,
-        signal: Callable[[str], Tensor],
+        signal: Callable[[str, Tensor], Tensor],
     ) -> Tensor:
-        """The image tokens [B, S, D] behind all blocks. `num_tokens` image tokens are dealt to the ranks; `signal`
-        gives the signal of a name: [B, tokens, D]."""
+        """The image tokens [B, S, D] behind all blocks. Who calls should hold no stream itself: it would stay alive.
+
+        `num_tokens` image tokens are dealt to the ranks. `signal` gives the signal of a name, [B, tokens, D], for the
+        image tokens [B, S, D] in front of all blocks.
+        """
         if self._caches is None:
             for run in runs:
                 streams = run.entered(streams)
@@ -184,7 +187,7 @@ class _CachedForward:
         runs: Sequence[BlockRun],
         *,
         num_tokens: int,
-        signal: Callable[[str], Tensor],
+        signal: Callable[[str, Tensor], Tensor],
     ) -> None:
         self.runner, self.runs, self.num_tokens = runner, runs, num_tokens
         self.caches = {row: cache for row, cache in enumerate(caches) if cache is not None}
@@ -192,7 +195,9 @@ class _CachedForward:
         self.streams, self.rows = streams, list(range(self.count))
         self.start = streams[0][:, runs[0].tokens]
         self.signals = {
-            name: signal(name) for name in {cache.signal for cache in self.caches.values()} if name is not None
+            name: signal(name, self.start)
+            for name in {cache.signal for cache in self.caches.values()}
+            if name is not None
         }
         self.place, self.given = 0, runs[0]
         self.left = [(index, layer) for index, run in enumerate(runs) for layer in range(len(run.blocks))]

@@ -71,10 +71,8 @@ class FluxTransformer2DModel(nn.Module):
         num_text_tokens, num_tokens = text.shape[1], hidden_states.shape[1]
         self.tokens.begin(num_text_tokens, num_tokens)
         freqs_cis, text = self.tokens.deal_joined(freqs_cis), self.tokens.deal(text)
-        hidden_states = self.x_embedder(self.tokens.deal(hidden_states))
-        embedded = hidden_states
         hidden_states = self.block_runner.run(
-            (hidden_states, text),
+            (self.x_embedder(self.tokens.deal(hidden_states)), text),
             BlockRun(blocks=self.transformer_blocks, given=(temb, freqs_cis)),
             BlockRun(
                 blocks=self.single_transformer_blocks,
@@ -83,6 +81,6 @@ class FluxTransformer2DModel(nn.Module):
                 tokens=slice(text.shape[1], None),
             ),
             num_tokens=num_tokens,
-            signal=lambda _: cast(DualStreamBlock, self.transformer_blocks[0]).modulated(embedded, temb),
+            signal=lambda _, tokens: cast(DualStreamBlock, self.transformer_blocks[0]).modulated(tokens, temb),
         )
         return self.tokens.gather(self.proj_out(self.norm_out(hidden_states, temb)), num_tokens)

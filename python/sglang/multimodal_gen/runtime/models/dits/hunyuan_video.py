@@ -120,10 +120,9 @@ class HunyuanVideoTransformer3DModel(nn.Module):
             size = self.tokens.num_held(num_tokens // grid[0], num_tokens)
             video_temb = PartedEmbedding(first_frame, temb, size=size)
         text = self.tokens.deal(self.context_embedder(text, timestep, text_mask))
-        hidden_states = self.tokens.deal(self.x_embedder(hidden_states))
-        embedded, given = hidden_states, (video_temb, freqs_cis, mask)
+        given = (video_temb, freqs_cis, mask)
         hidden_states = self.block_runner.run(
-            (hidden_states, text),
+            (self.tokens.deal(self.x_embedder(hidden_states)), text),
             BlockRun(blocks=self.transformer_blocks, given=given, named={"text_temb": temb}),
             BlockRun(
                 blocks=self.single_transformer_blocks,
@@ -132,7 +131,7 @@ class HunyuanVideoTransformer3DModel(nn.Module):
                 tokens=slice(self.tokens.share(num_tokens)),
             ),
             num_tokens=num_tokens,
-            signal=lambda _: cast(DualStreamBlock, self.transformer_blocks[0]).modulated(embedded, video_temb),
+            signal=lambda _, tokens: cast(DualStreamBlock, self.transformer_blocks[0]).modulated(tokens, video_temb),
         )
         return self.unpatchify(self.tokens.gather(self.proj_out(self.norm_out(hidden_states, temb)), num_tokens), grid)
 

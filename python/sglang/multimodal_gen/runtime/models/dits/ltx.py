@@ -106,14 +106,13 @@ class LTXVideoTransformer3DModel(nn.Module):
         text, text_mask = drop_padding(encoder_hidden_states, text_lengths)
         text = self.caption_projection(text)
         modulation, temb = self.time_embed(timestep, hidden_states.dtype)
-        hidden_states = self.proj_in(self.tokens.deal(hidden_states))
         freqs_cis = self.tokens.deal(self.of_own_heads(freqs_cis))
-        embedded = hidden_states
+        first_block = cast(LTXVideoTransformerBlock, self.transformer_blocks[0])
         hidden_states = self.block_runner.run(
-            (hidden_states,),
+            (self.proj_in(self.tokens.deal(hidden_states)),),
             BlockRun(blocks=self.transformer_blocks, given=(text, text_mask, modulation, freqs_cis)),
             num_tokens=num_tokens,
-            signal=lambda _: cast(LTXVideoTransformerBlock, self.transformer_blocks[0]).modulated(embedded, modulation),
+            signal=lambda _, tokens: first_block.modulated(tokens, modulation),
         )
         shift, scale = (self.scale_shift_table.float() + temb.float().unsqueeze(2)).unbind(2)
         _, normed = sum_norm(hidden_states, scale=scale, shift=shift, eps=_NORM_OUT_EPS)

@@ -153,17 +153,16 @@ class QwenImageTransformer2DModel(nn.Module):
             timestep = torch.cat((timestep, torch.zeros_like(timestep)))
         temb = self.time_text_embed(timestep, hidden_states.dtype)
         text = self.txt_in(self.txt_norm(self.tokens.deal(encoder_hidden_states)))
-        hidden_states = self.img_in(self.tokens.deal(hidden_states))
-        embedded, first_block = hidden_states, cast(QwenImageTransformerBlock, self.transformer_blocks[0])
+        first_block = cast(QwenImageTransformerBlock, self.transformer_blocks[0])
         hidden_states = self.block_runner.run(
-            (hidden_states, text),
+            (self.img_in(self.tokens.deal(hidden_states)), text),
             BlockRun(
                 blocks=self.transformer_blocks,
                 given=(temb, freqs_cis, mask),
                 named={"num_noise_tokens": num_noise_tokens},
             ),
             num_tokens=num_image,
-            signal=lambda _: first_block.image_modulations(temb, num_noise_tokens)[0].normed(embedded),
+            signal=lambda _, tokens: first_block.image_modulations(temb, num_noise_tokens)[0].normed(tokens),
         )
         return self.tokens.gather(self.proj_out(self.norm_out(hidden_states, temb[: text.shape[0]])), num_image)
 

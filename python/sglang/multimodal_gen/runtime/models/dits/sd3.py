@@ -137,19 +137,16 @@ class SD3Transformer2DModel(nn.Module):
             InvalidRequest: the latents do not divide into patches, or exceed the position table.
         """
         grid = self.patch_grid(hidden_states)
-        hidden_states = self.pos_embed(hidden_states)
         temb = self.time_text_embed(timestep, pooled_projections)
         text = self.context_embedder(encoder_hidden_states)
-        num_tokens = hidden_states.shape[1]
+        num_tokens = grid[0] * grid[1]
         self.tokens.begin(num_tokens, text.shape[1])
-        hidden_states, text = self.tokens.deal(hidden_states), self.tokens.deal(text)
-        embedded = hidden_states
         given = (temb, PerRow(skip_layers or [()] * len(temb)))
         hidden_states = self.block_runner.run(
-            (hidden_states, text),
+            (self.tokens.deal(self.pos_embed(hidden_states)), self.tokens.deal(text)),
             BlockRun(blocks=self.transformer_blocks, given=given, call=_call_passed),
             num_tokens=num_tokens,
-            signal=lambda _: cast(JointTransformerBlock, self.transformer_blocks[0]).modulated(embedded, temb),
+            signal=lambda _, tokens: cast(JointTransformerBlock, self.transformer_blocks[0]).modulated(tokens, temb),
         )
         tokens = self.tokens.gather(self.proj_out(self.norm_out(hidden_states, temb)), num_tokens)
         return self.unpatchify(tokens, grid)

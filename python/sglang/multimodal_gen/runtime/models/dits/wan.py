@@ -194,18 +194,16 @@ class WanTransformer3DModel(nn.Module):
         num_tokens = math.prod(grid)
         self.tokens.begin(num_tokens)
         freqs_cis = self.tokens.deal(rotary_table_3d(grid, self.config.attention_head_dim, hidden_states.device))
-        hidden_states = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
-        hidden_states = self.tokens.deal(hidden_states)
         temb, modulation, text, image = self.condition_embedder(
             self.tokens.deal_groups(timestep if timestep.ndim == 2 else timestep.unsqueeze(1), num_tokens),
             encoder_hidden_states,
             encoder_hidden_states_image,
         )
         hidden_states = self.block_runner.run(
-            (hidden_states,),
+            (self.tokens.deal(self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()),),
             BlockRun(blocks=self.blocks, given=(text, text_mask, image, modulation, freqs_cis)),
             num_tokens=num_tokens,
-            signal=lambda name: temb if name == _TIME_SIGNAL else modulation.flatten(2),
+            signal=lambda name, _: temb if name == _TIME_SIGNAL else modulation.flatten(2),
         )
         shift, scale = (self.scale_shift_table.float() + temb.float().unsqueeze(2)).unbind(2)
         _, normed = sum_norm(hidden_states, scale=scale, shift=shift, eps=self.config.eps)

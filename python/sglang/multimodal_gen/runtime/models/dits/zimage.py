@@ -229,16 +229,16 @@ class ZImageTransformer2DModel(nn.Module):
         for block in self.context_refiner:
             caption = block(caption, layout.caption_table, layout.caption_mask)
         self.tokens.begin(layout.num_image_tokens, caption.shape[1])
-        joined, table = torch.cat((image, self.tokens.deal(caption)), dim=1), self.tokens.deal_joined(layout.table)
+        table = self.tokens.deal_joined(layout.table)
         image = self.block_runner.run(
-            (joined,),
+            (torch.cat((image, self.tokens.deal(caption)), dim=1),),
             BlockRun(
                 blocks=self.layers,
                 given=(table, layout.joint_mask, temb),
                 tokens=slice(image.shape[1]),
             ),
             num_tokens=layout.num_image_tokens,
-            signal=lambda _: cast(ZImageTransformerBlock, self.layers[0]).modulated(image, temb),
+            signal=lambda _, tokens: cast(ZImageTransformerBlock, self.layers[0]).modulated(tokens, temb),
         )
         return self.unpatchify(self.tokens.gather(final_layer(image, temb), grid[0] * grid[1] * grid[2]), grid)
 
