@@ -1,7 +1,7 @@
 """Measures step caches on the embedded model: forwards computed, time, PSNR against none, the checker's score.
 
     python scripts/step_cache_table.py
-    python scripts/step_cache_table.py --every 8 --setting 'mine={"enable_teacache": true}'
+    python scripts/step_cache_table.py --kind image --setting 'mine={"enable_teacache": true}'
 
 Each setting makes the same held-out captions one after another, with the same seeds. Prints a table in Markdown.
 """
@@ -50,7 +50,7 @@ class Made:
 def main() -> None:
     """Generate, compare, print."""
     arguments = _parse()
-    chosen = cases()[:: arguments.every]
+    chosen = [case for case in cases() if not arguments.kind or case.kind in arguments.kind][:: arguments.every]
     settings = {_PLAIN: {}} | dict(arguments.setting or _SETTINGS)
     print(f"{len(chosen)} captions; steps, forwards and PSNR (dB) as means, denoising as a median\n")
     print("| " + " | ".join(_HEADER) + " |\n" + "| --- " * len(_HEADER) + "|", flush=True)
@@ -108,7 +108,8 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
     add("--model-path", default="demo")
-    add("--every", type=int, default=1, metavar="N", help="only every Nth of the 136 captions")
+    add("--kind", choices=("one", "two", "image"), nargs="*", help="only captions of these kinds")
+    add("--every", type=int, default=1, metavar="N", help="only every Nth of them")
     add("--setting", type=_setting, nargs="*", metavar="NAME=JSON", help="other sampling parameters to compare")
     return parser.parse_args()
 
