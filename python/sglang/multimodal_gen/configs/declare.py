@@ -52,6 +52,7 @@ class Declaration:
     check: Callable[[Any], str | None] | None = None
     recorded: bool = False
     secret: bool = False
+    keys: type | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,12 +139,14 @@ def arg(
     check: Callable[[Any], str | None] | None = None,
     recorded: bool = False,
     secret: bool = False,
+    keys: type | None = None,
 ) -> Any:
     """A dataclass field that is a parameter.
 
     `unset` says what happens while the value is None; `exposed` names the ways in that offer the parameter; `code` is
     the error code of a value out of bounds; `check` returns None, or in words what would be accepted instead;
     `recorded` parameters are written into the files that they made; the value of a `secret` one is shown nowhere.
+    `keys` is the dataclass that declares the keys of an object.
     """
     declaration = Declaration(
         help=help,
@@ -159,6 +162,7 @@ def arg(
         check=check,
         recorded=recorded,
         secret=secret,
+        keys=keys,
     )
     return dataclasses.field(default=default, metadata={_KEY: declaration}, repr=not secret)
 
@@ -280,6 +284,8 @@ def _check_bounds(parameter: Parameter, value: Any) -> None:
             raise InvalidValue(parameter.name, value, parameter.accepted(), code=d.code or "out_of_range")
     if isinstance(value, str):
         _check_text(parameter, value)
+    if isinstance(value, dict) and d.keys is not None:
+        checked_keys(d.keys, parameter.name, value)
     problem = d.check(value) if d.check is not None else None
     if problem is not None:
         raise InvalidValue(parameter.name, value, problem, code=d.code)
@@ -381,6 +387,23 @@ def check_names(given: Iterable[str], known: Collection[str], *, what: str) -> N
     for name in given:
         if name not in known:
             raise UnknownParameter(name, what=what, hint=hint(name, known))
+
+
+def checked_keys(owner: type, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of an object under `name` whose keys `owner` declares, each in its own type.
+
+    Raises: UnknownParameter, InvalidType or InvalidValue, which name the key.
+    """
+    known, checked = parameters(owner), {}
+    for key, value in values.items():
+        if key not in known:
+            accepted = f"; accepted are {', '.join(known)}{hint(key, known)}"
+            raise UnknownParameter(f"{name}.{key}", what="key", hint=accepted)
+        try:
+            checked[key] = coerce(known[key], value)
+        except FieldError as error:
+            raise error.named(f"{name}.{key}") from None
+    return checked
 
 
 def build(owner: type, values: Mapping[str, Any], *, what: str) -> Any:

@@ -107,6 +107,14 @@ FAMILIES = {
         wishes=wishes(width=48, height=80, guidance_scale=3.0, max_sequence_length=64, other={"guidance_scale": 0.0}),
     ),
 }
+FIRST_BLOCK: Wish = {
+    "enable_cache_dit": True,
+    "cache_dit_params": {"residual_diff_threshold": 1.2, "max_warmup_steps": 1, "max_continuous_cached_steps": 1},
+}
+TEACACHE: Wish = {
+    "enable_teacache": True,
+    "teacache_params": {"coefficients": [0.1, 0.0], "teacache_thresh": 0.1, "start_skipping": 1},
+}
 # Encoders that more than the text goes through, and one whose heads cannot be dealt.
 OTHER_ENCODERS = {
     "odd_heads": Family(
@@ -148,6 +156,23 @@ SHAPES = [
     ReplicaShape(cfg=2, tp=2),
     ReplicaShape(ulysses=2, tp=2),
 ]
+
+
+def _cached(name: str) -> Family:
+    """Requests of a family that skip steps by either cache, and one that skips none."""
+    caches = zip(FAMILIES[name].wishes, (FIRST_BLOCK, TEACACHE, {}), (7, 6, 3), strict=True)
+    wishes = tuple(wish | cache | {"num_inference_steps": steps} for wish, cache, steps in caches)
+    return replace(FAMILIES[name], wishes=wishes)
+
+
+# Video tokens alone, and in one sequence with text.
+CACHED = {
+    "wan": (
+        _cached("wan"),
+        [ReplicaShape(tp=2), ReplicaShape(ulysses=2), ReplicaShape(cfg=2), ReplicaShape(cfg=2, ulysses=2)],
+    ),
+    "hunyuan_video": (_cached("hunyuan_video"), [ReplicaShape(ulysses=2)]),
+}
 
 
 class Pool:

@@ -232,6 +232,7 @@ class ScriptedEngine:
             latents=None,
             encoded=encoded,
             generation_time=0.5,
+            computed_steps=3,
             queue_seconds=0.25,
             stage_seconds={},
             step_ms=(),

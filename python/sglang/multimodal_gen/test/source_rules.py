@@ -32,7 +32,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
 )
 # `sglang` itself imports nothing when it is imported; its two names load late.
 PACKAGES_WITHOUT_CODE = ("sglang", PACKAGE, "runtime")
-EXPECTED_LATER = ("runtime.cache", "runtime.managers.worker_profiling")
+EXPECTED_LATER = ("runtime.managers.worker_profiling",)
 """Named in the tables before they exist."""
 
 HEAVY = (

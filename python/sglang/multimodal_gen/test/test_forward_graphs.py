@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.cost_model import MOST_GRAPHED_TOKENS
 from sglang.multimodal_gen.runtime.layers.attention.switch import AttentionSwitch
+from sglang.multimodal_gen.runtime.layers.block_runner import BlockRunner
+from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.forward_graphs import MOST_GRAPHS, ForwardGraphs, forget_graphs
 from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
-from sglang.multimodal_gen.runtime.layers.token_sharding import TokenSharding
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
@@ -83,7 +84,9 @@ class Scaled(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tokens = TokenSharding()
+        context = LayerContext()
+        self.tokens = context.tokens
+        self.block_runner = BlockRunner(context, num_blocks=1, changes_text=False)
         self.calls = 0
 
     def forward(self, tokens: Tensor, factor: int = 1, lengths: Sequence[int] = (), options: object = None) -> Tensor:
@@ -153,6 +156,16 @@ def test_long_forwards_and_those_with_gradients_are_not_captured(scaled: Any) ->
         calls = scaled.calls
         scaled(torch.ones(2, MOST_GRAPHED_TOKENS // 2))
         assert scaled.calls == calls + 1
+
+
+def test_forwards_with_step_caches_decide_by_what_they_compute(scaled: Any) -> None:
+    for _ in range(3):
+        scaled(torch.ones(1, 2))
+    with scaled.block_runner.using([object()]):
+        scaled(torch.ones(1, 2))
+    assert scaled.calls == 3
+    scaled(torch.ones(1, 2))
+    assert scaled.calls == 3
 
 
 def test_graphs_used_longest_ago_go_first(scaled: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
 from sglang.multimodal_gen.configs.declare import ADMIN, FROM_MODEL, LOCAL_ONLY, PYTHON_ONLY, arg, build, parameters
+from sglang.multimodal_gen.configs.sample.cache_params import CacheParams, filled_caches, without_unused
 from sglang.multimodal_gen.configs.sample.guidance_params import GuidanceParams
 from sglang.multimodal_gen.configs.sample.input_params import InputParams
 from sglang.multimodal_gen.configs.sample.scheduling_params import SchedulingParams
@@ -384,6 +385,7 @@ class SamplingParams(
     AttentionParams,
     PreviewParams,
     OutputParams,
+    CacheParams,
     GuidanceParams,
     DenoisingParams,
     ShapeParams,
@@ -402,9 +404,9 @@ class SamplingParams(
 
     def filled_from(self, *defaults: SamplingParams) -> SamplingParams:
         """Each unset (None) field taken from the first of `defaults` that sets it."""
-        missing = {}
+        missing = filled_caches(self, defaults)
         for name, value in vars(self).items():
-            if value is None:
+            if value is None and name not in parameters(CacheParams):
                 found = next((v for d in defaults if (v := getattr(d, name)) is not None), None)
                 if found is not None:
                     missing[name] = found
@@ -420,7 +422,7 @@ class SamplingParams(
         if self.skip_guidance_layers is None:
             for name in _OF_SKIPPED_LAYERS:
                 del found[name]
-        return {name: value for name, value in found.items() if value is not None}
+        return without_unused({name: value for name, value in found.items() if value is not None})
 
     def without_scheduling(self) -> SamplingParams:
         """What is asked for, whenever it is wanted: equal for requests that must give equal bytes."""

@@ -25,6 +25,7 @@ from sglang.multimodal_gen.runtime.entrypoints.request_builder import expand_pro
 from sglang.multimodal_gen.runtime.managers.child_process import ChildProcess
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.managers.messages import (
+    CachedSteps,
     Cancelled,
     Codec,
     EngineStarted,
@@ -346,6 +347,8 @@ class _Engine:
                 "stage_peak_mb": {stage: peak / 2**20 for stage, peak in event.stage_peak_bytes.items()},
                 "attempts": event.attempts,
                 "warmup_excluded": event.warmup_excluded,
+                "computed_steps": event.computed_steps,
+                **({} if event.cached is None else _forwards(event.cached)),
                 **({} if event.profile_path is None else {"profile_path": event.profile_path}),
             },
             notes=event.notes,
@@ -362,6 +365,10 @@ class _Engine:
         self._thread.join(timeout=5)
         self._loop.close()
         self._child.close(grace_s=_STOP_GRACE_S)
+
+
+def _forwards(cached: CachedSteps) -> dict[str, int]:
+    return {"computed_forwards": cached.computed_forwards, "num_forwards": cached.num_forwards}
 
 
 async def _decoded(sources: MediaSources) -> DecodedInputs:

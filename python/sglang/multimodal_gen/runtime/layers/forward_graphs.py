@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.cost_model import MOST_GRAPHED_TOKENS
 from sglang.multimodal_gen.runtime.layers.attention.attention import Attention
+from sglang.multimodal_gen.runtime.layers.block_runner import BlockRunner
 from sglang.multimodal_gen.runtime.layers.table_cache import tables_kept
 from sglang.multimodal_gen.runtime.layers.token_sharding import TokenSharding
 
@@ -89,15 +90,16 @@ class _Captured:
 class ForwardGraphs:
     """In place of a module's `forward`: the same, from the second call with inputs of the same shapes on by a graph.
 
-    Forwards with more than MOST_GRAPHED_TOKENS tokens, with gradients or under a compiler, and those of which no graph
-    can be made, run as they always do.
+    Forwards with more than MOST_GRAPHED_TOKENS tokens, with gradients, under a compiler, with step caches, which decide
+    by what they compute, and those of which no graph can be made, run as they always do.
     """
 
     def __init__(self, module: nn.Module, capture: Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]]) -> None:
-        """Raises AttributeError for a module that does not say how its tokens are dealt."""
+        """Raises AttributeError for a module that does not say how its tokens are dealt and its blocks run."""
         self._name = type(module).__name__
         self._forward: Callable[..., Tensor] = module.forward
         self._tokens: TokenSharding = module.tokens  # type: ignore[assignment]
+        self._runner: BlockRunner = module.block_runner  # type: ignore[assignment]
         self._attentions = [layer for layer in module.modules() if isinstance(layer, Attention)]
         self._capture = capture
         self.failure: str | None = None
@@ -117,7 +119,7 @@ class ForwardGraphs:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the module's forward returns."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self._runner.is_caching:
             return self._forward(*args, **kwargs)
         inputs: list[Tensor] = []
         try:

@@ -77,6 +77,10 @@ class DualStreamBlock(nn.Module):
         self.ff = FeedForward(hidden_size, ffn_dim, hidden_size, axis=axis)
         self.ff_context = FeedForward(hidden_size, ffn_dim, hidden_size, axis=axis)
 
+    def modulated(self, hidden_states: Tensor, temb: Tensor | PartedEmbedding) -> Tensor:
+        """What the attention sees of the image: [B, S, D], [B, D] -> [B, S, D]."""
+        return self.norm1(temb)[0].normed(hidden_states)
+
     def forward(
         self,
         hidden_states: Tensor,

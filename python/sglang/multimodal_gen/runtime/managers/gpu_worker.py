@@ -27,6 +27,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Admit,
     AdmitFailed,
     Admitted,
+    CachedSteps,
     CacheFlushed,
     Codec,
     FlushCache,
@@ -213,7 +214,22 @@ class GPUWorker:
         profile = None if failed else self.profiler.end(units)
         if profile is not None:
             self.channel.send(profile)
-        return LaneDone(lane=lane, ms=ms, peak_bytes=peak_bytes), failed
+        cached = self._cached_steps(units) if lane == "denoise" and not failed else {}
+        return LaneDone(lane=lane, ms=ms, peak_bytes=peak_bytes, cached=cached), failed
+
+    def _cached_steps(self, units: tuple[Unit, ...]) -> dict[str, CachedSteps]:
+        """Of the requests that have a step cache."""
+        caches = {unit.request_id: self.requests[unit.request_id].step_cache for unit in units}
+        return {
+            request_id: CachedSteps(
+                computed_steps=cache.computed_steps,
+                computed_forwards=cache.computed_rows,
+                num_forwards=cache.num_rows,
+                skipped=cache.skipped,
+            )
+            for request_id, cache in caches.items()
+            if cache is not None
+        }
 
     def _kind_of(self, units: tuple[Unit, ...]) -> tuple[str, int]:
         """Equal for work that takes equal memory: the batch key and the number of requests."""

@@ -21,7 +21,7 @@ from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import ErrorInfo
 from sglang.multimodal_gen.runtime.postprocess.object_store import StoredFile
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 HTTP_CLIENT_NAME = "http"
 
 
@@ -247,7 +247,8 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     `generation_time` is the seconds of the stages but `encode_file`, which runs beside them, and `upload`, plus
     `waiting_seconds`: others' units, the way between processes, the end of the file and the upload. `stage_peak_bytes`
     is the most memory in use while the stage's units ran, `step_ms` are the denoising steps, each shared by as many
-    requests as `step_batch_sizes` says. `warmup_excluded`: this size had been warmed up before. `profile_path` names
+    requests as `step_batch_sizes` says. Of them `computed_steps` were computed, the others taken from a step cache,
+    whose forwards `cached` counts. `warmup_excluded`: this size had been warmed up before. `profile_path` names
     the trace of a request that was profiled. `stored`: the `output`, `thumbnail` and `contact_sheet` that were
     uploaded, as far as there are.
     """
@@ -276,6 +277,8 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     stage_peak_bytes: dict[str, int] = {}
     profile_path: str | None = None
     stored: dict[str, StoredFile] = {}
+    computed_steps: int = 0
+    cached: CachedSteps | None = None
 
 
 class Failed(Message, frozen=True, kw_only=True, tag="failed"):
@@ -481,13 +484,24 @@ class UnitFailure(Message, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
 
 
+class CachedSteps(Message, frozen=True, kw_only=True):
+    """What the step cache of a request has done since its first step: at `computed_steps` at least one forward was
+    computed, `computed_forwards` of `num_forwards` in all. `skipped`: the last step left one out."""
+
+    computed_steps: int
+    computed_forwards: int
+    num_forwards: int
+    skipped: bool
+
+
 class LaneDone(Message, frozen=True, kw_only=True):
     """What one lane of a tick took. `peak_bytes`: the most that its units needed above what was held before; None where
-    that was not measured."""
+    that was not measured. `cached`: by request, of those with a step cache."""
 
     lane: Lane
     ms: float
     peak_bytes: int | None
+    cached: dict[str, CachedSteps] = {}
 
 
 class TickDone(Message, frozen=True, kw_only=True, tag="tick_done"):

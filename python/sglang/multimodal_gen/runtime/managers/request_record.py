@@ -15,6 +15,7 @@ from sglang.multimodal_gen.runtime.managers.batching import UnitCursor
 from sglang.multimodal_gen.runtime.managers.fair_share import Account, ShareClass
 from sglang.multimodal_gen.runtime.managers.messages import (
     Admitted,
+    CachedSteps,
     Finished,
     MappedArray,
     OpenOutput,
@@ -67,6 +68,7 @@ class RequestRecord:
     stage_peak_bytes: dict[str, int] = field(default_factory=dict)
     step_ms: list[float] = field(default_factory=list)
     step_batch_sizes: list[int] = field(default_factory=list)
+    cached: CachedSteps | None = None
     profile_path: str | None = None
     latents: MappedArray | None = None
     output: OutputDone | None = None
@@ -278,6 +280,8 @@ class RequestRecord:
             warmup_excluded=self.warmup_excluded,
             profile_path=self.profile_path,
             stored={} if output is None else output.stored,
+            computed_steps=self.steps()[1] if self.cached is None else self.cached.computed_steps,
+            cached=self.cached,
         )
 
     def _output_seconds(self) -> dict[str, float]:

@@ -16,11 +16,13 @@ import msgspec
 import torch
 from torch import nn
 
+from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
 from sglang.multimodal_gen.configs.model_info import ModelInfo, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.request_plan import Phase
+from sglang.multimodal_gen.configs.sample.cache_params import with_environment
 from sglang.multimodal_gen.configs.sample.sampling_params import (
     GENERAL_DEFAULTS,
     MAX_SEED,
@@ -29,6 +31,7 @@ from sglang.multimodal_gen.configs.sample.sampling_params import (
 )
 from sglang.multimodal_gen.errors import InsufficientMemory, UnsupportedModel, UnsupportedParameter, shown
 from sglang.multimodal_gen.registry import ResolvedModel, load_config, read_model_index
+from sglang.multimodal_gen.runtime.cache.choice import wants_cache
 from sglang.multimodal_gen.runtime.distributed.collectives import least
 from sglang.multimodal_gen.runtime.distributed.parallel_state import SINGLE, ParallelContext
 from sglang.multimodal_gen.runtime.layers.attention.registry import device_facts
@@ -133,7 +136,7 @@ class ComposedPipelineBase:
         self.check_components()
         self.stages = self.create_pipeline_stages()
         for stage in self.stages:
-            stage.parallel = parallel
+            stage.parallel, stage.teacache = parallel, config.teacache
         names = [stage.name for stage in self.stages]
         assert len(set(names)) == len(names), f"stages of one pipeline need different names: {names}"
         self._stage_order = {name: index for index, name in enumerate(names)}
@@ -222,6 +225,7 @@ class ComposedPipelineBase:
         defaults = resolved.defaults
         if execution.scheduler is not None:
             defaults = dataclasses.replace(defaults, scheduler=execution.scheduler)
+        defaults = with_environment(defaults, envs.current())
         return cls(
             name=resolved.name,
             config=config,
@@ -325,6 +329,7 @@ class ComposedPipelineBase:
         params = params.filled_from(self.defaults, GENERAL_DEFAULTS)
         if params.diffusers_kwargs is not None and not self.takes_diffusers_kwargs:
             raise UnsupportedParameter("diffusers_kwargs", f"{self.name} is not run by diffusers")
+        self._check_cache(params)
         limits = self.limits()
         self._check_parameters(params, limits)
         if params.seed is None:
@@ -339,6 +344,11 @@ class ComposedPipelineBase:
         req.phases = self._phases(req)
         self._check_memory(req)
         return req
+
+    def _check_cache(self, params: SamplingParams) -> None:
+        wanted = wants_cache(params)
+        if wanted is not None and not any(stage.takes_step_cache for stage in self.stages):
+            raise UnsupportedParameter(wanted, f"{self.name} has no transformer whose blocks could be skipped")
 
     def _check_parameters(self, params: SamplingParams, limits: TaskLimits) -> None:
         read = set(self.read_parameters())

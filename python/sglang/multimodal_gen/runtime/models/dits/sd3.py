@@ -10,12 +10,14 @@ D hidden_size.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.dits.sd3 import SD3TransformerConfig
 from sglang.multimodal_gen.errors import InvalidRequest
+from sglang.multimodal_gen.runtime.layers.block_runner import BlockRun, BlockRunner, PerRow, Streams
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.embeddings import TimestepTextEmbedding
 from sglang.multimodal_gen.runtime.layers.joint_attention import JointAttention, SelfAttention
@@ -71,6 +73,10 @@ class JointTransformerBlock(nn.Module):
         if not last:
             self.ff_context = FeedForward(dim, _MLP_RATIO * dim, dim, axis=axis)
 
+    def modulated(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        """What the attention sees of the image: [B, S, D], [B, D] -> [B, S, D]."""
+        return self.norm1(temb)[0].normed(hidden_states)
+
     def forward(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
         """[B, S, D], [B, L, D], [B, D] -> [B, S, D], [B, L, D]."""
         attn_mod, mlp_mod, *dual_mod = self.norm1(temb)
@@ -97,6 +103,7 @@ class SD3Transformer2DModel(nn.Module):
         context = LayerContext() if context is None else context
         self.config = config
         self.tokens = context.tokens
+        self.block_runner = BlockRunner(context, num_blocks=config.num_layers, changes_text=True)
         dim, patch_size = config.hidden_size, config.patch_size
         self.pos_embed = PatchEmbed(config)
         self.time_text_embed = TimestepTextEmbedding(dim, pooled_dim=config.pooled_projection_dim)
@@ -131,20 +138,17 @@ class SD3Transformer2DModel(nn.Module):
             InvalidRequest: the latents do not divide into patches, or exceed the position table.
         """
         grid = self.patch_grid(hidden_states)
-        hidden_states = self.pos_embed(hidden_states)
         temb = self.time_text_embed(timestep, pooled_projections)
         text = self.context_embedder(encoder_hidden_states)
-        num_tokens = hidden_states.shape[1]
+        num_tokens = grid[0] * grid[1]
         self.tokens.begin(num_tokens, text.shape[1])
-        hidden_states, text = self.tokens.deal(hidden_states), self.tokens.deal(text)
-        passing = _rows_passing(tuple(map(frozenset, skip_layers)), hidden_states.device)
-        for layer, block in enumerate(self.transformer_blocks):
-            rows = passing.get(layer)
-            if rows is None:
-                hidden_states, text = block(hidden_states, text, temb)
-            elif rows.numel() > 0:
-                # Rows are taken out rather than masked, so that a row that skips costs nothing here.
-                hidden_states[rows], text[rows] = block(hidden_states[rows], text[rows], temb[rows])
+        given = (temb, PerRow(skip_layers or [()] * len(temb)))
+        hidden_states = self.block_runner.run(
+            (self.tokens.deal(self.pos_embed(hidden_states)), self.tokens.deal(text)),
+            BlockRun(blocks=self.transformer_blocks, given=given, call=_call_passed),
+            num_tokens=num_tokens,
+            signal=lambda _, tokens: cast(JointTransformerBlock, self.transformer_blocks[0]).modulated(tokens, temb),
+        )
         tokens = self.tokens.gather(self.proj_out(self.norm_out(hidden_states, temb)), num_tokens)
         return self.unpatchify(tokens, grid)
 
@@ -165,15 +169,24 @@ class SD3Transformer2DModel(nn.Module):
         return cells.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
-@table_cache(32)
-def _rows_passing(skip_layers: tuple[frozenset[int], ...], device: torch.device) -> dict[int, Tensor]:
-    """By layer that some rows skip, the indices of the others."""
+def _call_passed(
+    layer: int, block: nn.Module, streams: Streams, temb: Tensor, skip_layers: Sequence[Collection[int]]
+) -> Streams:
+    """The streams behind a block, which those rows do not pass that leave it out."""
+    passing = [row for row, skipped in enumerate(skip_layers) if layer not in skipped]
+    if len(passing) == len(skip_layers):
+        hidden_states, text = block(*streams, temb)
+        return hidden_states, text
+    if not passing:
+        return streams
+    # Rows are taken out rather than masked, so that a row that skips costs nothing here.
+    rows = _row_index(tuple(passing), temb.device)
+    changed = block(*(stream[rows] for stream in streams), temb[rows])
+    return tuple(stream.index_copy(0, rows, part) for stream, part in zip(streams, changed, strict=True))
+
+
+@table_cache(64)
+def _row_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    # An index made under inference mode could never again take part in training.
     with torch.inference_mode(False):
-        return {
-            layer: torch.tensor(
-                [row for row, skipped in enumerate(skip_layers) if layer not in skipped],
-                dtype=torch.long,
-                device=device,
-            )
-            for layer in {layer for skipped in skip_layers for layer in skipped}
-        }
+        return torch.tensor(rows, dtype=torch.long, device=device)

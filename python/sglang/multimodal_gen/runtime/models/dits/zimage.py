@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.dits.zimage import ZImageTransformerConfig
 from sglang.multimodal_gen.errors import InvalidRequest
+from sglang.multimodal_gen.runtime.layers.block_runner import BlockRun, BlockRunner
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.embeddings import sinusoidal_embedding
 from sglang.multimodal_gen.runtime.layers.fused import sum_norm
@@ -154,6 +156,10 @@ class ZImageTransformerBlock(nn.Module):
         )
         return self.ffn_norm2.add_normed(hidden_states, self.feed_forward(normed), mlp_gate)
 
+    def modulated(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        """What its attention sees: [B, S, D], [B, M] -> [B, S, D]."""
+        return self.attention_norm1(hidden_states, self._modulation(temb)[0])
+
     def _modulation(self, temb: Tensor | None) -> tuple[Tensor | None, ...]:
         """Scale and gate of attention and MLP, [B, 1, D] each in fp32; all None without modulation."""
         if temb is None:
@@ -186,6 +192,7 @@ class ZImageTransformer2DModel(nn.Module):
         context = LayerContext() if context is None else context
         self.config = config
         self.tokens = context.tokens
+        self.block_runner = BlockRunner(context, num_blocks=config.n_layers, changes_text=True)
         patch = f"{config.patch_size}-{config.all_f_patch_size[0]}"
         self.all_x_embedder = nn.ModuleDict(
             {patch: ReplicatedLinear(config.patch_size**2 * config.in_channels, config.dim)}
@@ -231,12 +238,18 @@ class ZImageTransformer2DModel(nn.Module):
         for block in self.context_refiner:
             caption = block(caption, layout.caption_table, layout.caption_mask)
         self.tokens.begin(layout.num_image_tokens, caption.shape[1])
-        joined, table = torch.cat((image, self.tokens.deal(caption)), dim=1), self.tokens.deal_joined(layout.table)
-        for block in self.layers:
-            joined = block(joined, table, layout.joint_mask, temb)
-        num_cells = grid[0] * grid[1] * grid[2]
-        of_image = final_layer(joined[:, : image.shape[1]], temb)
-        return self.unpatchify(self.tokens.gather(of_image, num_cells), grid)
+        table = self.tokens.deal_joined(layout.table)
+        image = self.block_runner.run(
+            (torch.cat((image, self.tokens.deal(caption)), dim=1),),
+            BlockRun(
+                blocks=self.layers,
+                given=(table, layout.joint_mask, temb),
+                tokens=slice(image.shape[1]),
+            ),
+            num_tokens=layout.num_image_tokens,
+            signal=lambda _, tokens: cast(ZImageTransformerBlock, self.layers[0]).modulated(tokens, temb),
+        )
+        return self.unpatchify(self.tokens.gather(final_layer(image, temb), grid[0] * grid[1] * grid[2]), grid)
 
     def _layout(self, grid: tuple[int, int, int], text_lengths: Sequence[int], device: torch.device) -> TokenLayout:
         lengths = tuple(padded_length(length) for length in text_lengths)
