@@ -28,7 +28,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("runtime.layers",),
     ("runtime.distributed",),
     ("configs", "registry", "runtime.server_args"),
-    ("runtime.observability", "runtime.postprocess", "envs", "errors"),
+    ("runtime.observability", "runtime.postprocess", "envs", "errors", "errors_lora"),
 )
 # `sglang` itself imports nothing when it is imported; its two names load late.
 PACKAGES_WITHOUT_CODE = ("sglang", PACKAGE, "runtime")

@@ -16,6 +16,7 @@ from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
 from sglang.multimodal_gen.configs.declare import ADMIN, FROM_MODEL, LOCAL_ONLY, PYTHON_ONLY, arg, build, parameters
 from sglang.multimodal_gen.configs.sample.guidance_params import GuidanceParams
 from sglang.multimodal_gen.configs.sample.input_params import InputParams
+from sglang.multimodal_gen.configs.sample.lora_params import LoraParams
 from sglang.multimodal_gen.configs.sample.scheduling_params import SchedulingParams
 from sglang.multimodal_gen.configs.schedulers import SCHEDULER_NAMES
 from sglang.multimodal_gen.errors import EmptyPrompt
@@ -381,6 +382,7 @@ class SamplingParams(
     SchedulingParams,
     ObservationParams,
     LibraryParams,
+    LoraParams,
     AttentionParams,
     PreviewParams,
     OutputParams,

@@ -11,14 +11,35 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.distributed.collectives import all_reduce
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ALONE, ProcessAxis
+from sglang.multimodal_gen.runtime.layers.fused import linear_gelu
+from sglang.multimodal_gen.runtime.layers.lora import SlotTable
 from sglang.multimodal_gen.runtime.layers.shards import Shard
 
 
-class ReplicatedLinear(nn.Linear):
+class AdaptableLinear(nn.Linear):
+    """A linear layer to which adapters may add; `adapters` is None as long as none does: [B, ..., I] -> [B, ..., O]."""
+
+    adapters: SlotTable | None = None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.adapted(F.linear(hidden_states, self.weight, self.bias), hidden_states)
+
+    def adapted(self, outputs: Tensor, hidden_states: Tensor) -> Tensor:
+        """The outputs for these inputs with what the rows' adapters add, in place."""
+        return outputs if self.adapters is None else self.adapters.add(outputs, hidden_states)
+
+    def gelu(self, hidden_states: Tensor) -> Tensor:
+        """Tanh-GELU of the outputs; in the product's epilogue where nothing has to be added before it."""
+        if self.adapters is not None and self.adapters.rows.uses is not None:
+            return F.gelu(self(hidden_states), approximate="tanh")
+        return linear_gelu(hidden_states, self.weight, self.bias)
+
+
+class ReplicatedLinear(AdaptableLinear):
     """The whole weight on every rank: [..., I] -> [..., O]."""
 
 
-class ColumnParallelLinear(nn.Linear):
+class ColumnParallelLinear(AdaptableLinear):
     """Each rank computes its own output features: [..., I] -> [..., O/P]."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, axis: ProcessAxis = ALONE) -> None:
@@ -31,7 +52,7 @@ class ColumnParallelLinear(nn.Linear):
         return {"weight": shard} if self.bias is None else {"weight": shard, "bias": shard}
 
 
-class RowParallelLinear(nn.Linear):
+class RowParallelLinear(AdaptableLinear):
     """Each rank holds its own input features and the sum is reduced: [..., I/P] -> [..., O]. The bias is whole.
 
     `blocks`: the input is several parts side by side, of these widths, each of them split over the ranks.
@@ -58,6 +79,6 @@ class RowParallelLinear(nn.Linear):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.axis.size == 1:
-            return F.linear(hidden_states, self.weight, self.bias)
-        partial = all_reduce(F.linear(hidden_states, self.weight), self.axis)
+            return super().forward(hidden_states)
+        partial = all_reduce(self.adapted(F.linear(hidden_states, self.weight), hidden_states), self.axis)
         return partial if self.bias is None else partial + self.bias

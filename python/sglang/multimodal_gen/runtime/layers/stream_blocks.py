@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
-from sglang.multimodal_gen.runtime.layers.fused import linear_gelu
 from sglang.multimodal_gen.runtime.layers.joint_attention import JointAttention, SelfAttention
 from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
 from sglang.multimodal_gen.runtime.layers.mlp import FeedForward
@@ -128,6 +127,6 @@ class SingleStreamBlock(nn.Module):
         [modulation] = self.norm(temb)
         normed = modulation.normed(hidden_states)
         sent = self.attn.project(normed, freqs_cis)
-        mlp = linear_gelu(normed, self.proj_mlp.weight, self.proj_mlp.bias)
+        mlp = self.proj_mlp.gelu(normed)
         update = self.proj_out(torch.cat((self.attn.attend(*sent, mask), mlp), dim=-1))
         return modulation.add_gated(hidden_states, update)

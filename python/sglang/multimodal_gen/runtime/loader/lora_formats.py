@@ -271,8 +271,8 @@ def split_component(path: str) -> tuple[str, str]:
 def _updates_of(parts: _Parts, target: _Target, rule: AlphaRule) -> Updates:
     """One update for each layer of the target."""
     if _DOWN not in parts.tensors and _UP not in parts.tensors and _BIAS in parts.tensors:
-        bias = parts.tensors[_BIAS]
-        down, up = bias.new_zeros(1, target.in_features), bias.new_zeros(target.out_features, 1)
+        like = parts.tensors[_BIAS]
+        down, up = like.new_zeros(1, target.in_features), like.new_zeros(target.out_features, 1)
     else:
         down, up = (_matrix(parts, part) for part in (_DOWN, _UP))
     _check_shapes(parts, target, down, up)

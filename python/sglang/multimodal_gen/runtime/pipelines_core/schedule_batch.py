@@ -12,6 +12,7 @@ from torch import Tensor
 from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.runtime.models.schedulers import Sampler, SamplerState
+from sglang.multimodal_gen.runtime.pipelines_core.adapters import AdapterUse
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
 
 
@@ -66,6 +67,7 @@ class Req:
     request_id: str
     params: SamplingParams
     inputs: RequestInputs = EMPTY
+    adapters: tuple[AdapterUse, ...] = ()
     phases: tuple[Phase, ...] = ()
     notes: list[str] = field(default_factory=list)
     units_done: dict[str, int] = field(default_factory=dict)
@@ -126,6 +128,7 @@ class Req:
         self.sampler_state = self.decoder_state = self.library_call = None
         self.conditioning = {}
         self.inputs = EMPTY
+        self.adapters = ()
 
 
 @dataclass(frozen=True, kw_only=True)

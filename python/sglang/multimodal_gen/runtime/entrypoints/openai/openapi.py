@@ -33,7 +33,7 @@ from sglang.multimodal_gen.errors import (
 from sglang.multimodal_gen.runtime.entrypoints.openai.fields import CallFields
 from sglang.multimodal_gen.runtime.entrypoints.openai.uploads import URL_KEYS, FileField
 
-_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
+_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object"}
 ERROR_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["error"],
@@ -245,7 +245,9 @@ def field_schema(parameter: Parameter) -> dict[str, Any]:
         schema["x-of-some-models"] = True
     kinds = [_scalar(parameter, kind) for kind in parameter.types if kind is not tuple]
     if tuple in parameter.types:
-        kinds.append({"type": "array", "items": {"anyOf": [_scalar(parameter, kind) for kind in parameter.item_types]}})
+        items = {"anyOf": [_scalar(parameter, kind) for kind in parameter.item_types]}
+        most = {} if declaration.max_items is None else {"maxItems": declaration.max_items}
+        kinds.append({"type": "array", "items": items, **most})
     if parameter.optional:
         kinds.append({"type": "null"})
     schema |= kinds[0] if len(kinds) == 1 else {"anyOf": kinds}

@@ -27,7 +27,7 @@ class FluxTransformer2DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
-        self.tokens = context.tokens
+        self.tokens, self.adapters = context.tokens, context.adapters
         dim, heads, head_dim = config.hidden_size, config.num_attention_heads, config.attention_head_dim
         self.time_text_embed = TimestepTextEmbedding(
             dim, pooled_dim=config.pooled_projection_dim, guidance=config.guidance_embeds

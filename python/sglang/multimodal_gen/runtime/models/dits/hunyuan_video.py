@@ -55,7 +55,7 @@ class HunyuanVideoTransformer3DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
-        self.tokens = context.tokens
+        self.tokens, self.adapters = context.tokens, context.adapters
         dim, heads, head_dim = config.hidden_size, config.num_attention_heads, config.attention_head_dim
         self.x_embedder = HunyuanVideoPatchEmbed(config.in_channels, dim, config.patch)
         self.context_embedder = TokenRefiner(

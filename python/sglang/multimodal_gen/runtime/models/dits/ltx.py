@@ -69,7 +69,7 @@ class LTXVideoTransformer3DModel(nn.Module):
         context = LayerContext() if context is None else context
         self.config = config
         self.tp = context.parallel.tp
-        self.tokens = context.tokens
+        self.tokens, self.adapters = context.tokens, context.adapters
         dim = config.hidden_size
         self.proj_in = ReplicatedLinear(config.in_channels, dim)
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)

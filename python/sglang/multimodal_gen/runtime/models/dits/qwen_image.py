@@ -106,7 +106,7 @@ class QwenImageTransformer2DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
-        self.tokens = context.tokens
+        self.tokens, self.adapters = context.tokens, context.adapters
         dim = config.hidden_size
         self.time_text_embed = QwenTimestepEmbedding(dim)
         self.txt_norm = RMSNorm(config.joint_attention_dim, _EPS)

@@ -95,7 +95,7 @@ class SD3Transformer2DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
-        self.tokens = context.tokens
+        self.tokens, self.adapters = context.tokens, context.adapters
         dim, patch_size = config.hidden_size, config.patch_size
         self.pos_embed = PatchEmbed(config)
         self.time_text_embed = TimestepTextEmbedding(dim, pooled_dim=config.pooled_projection_dim)
@@ -143,7 +143,8 @@ class SD3Transformer2DModel(nn.Module):
                 hidden_states, text = block(hidden_states, text, temb)
             elif rows.numel() > 0:
                 # Rows are taken out rather than masked, so that a row that skips costs nothing here.
-                hidden_states[rows], text[rows] = block(hidden_states[rows], text[rows], temb[rows])
+                with self.adapters.only(rows):
+                    hidden_states[rows], text[rows] = block(hidden_states[rows], text[rows], temb[rows])
         tokens = self.tokens.gather(self.proj_out(self.norm_out(hidden_states, temb)), num_tokens)
         return self.unpatchify(tokens, grid)
 

@@ -151,7 +151,7 @@ class WanTransformer3DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
-        self.tokens = context.tokens
+        self.tokens, self.adapters = context.tokens, context.adapters
         self.folds_text_padding = folds_text_padding(config, context)
         dim, patch_size = config.hidden_size, config.patch_size
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=patch_size, stride=patch_size)

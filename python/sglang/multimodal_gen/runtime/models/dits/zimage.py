@@ -176,7 +176,7 @@ class ZImageTransformer2DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
-        self.tokens = context.tokens
+        self.tokens, self.adapters = context.tokens, context.adapters
         patch = f"{config.patch_size}-{config.all_f_patch_size[0]}"
         self.all_x_embedder = nn.ModuleDict(
             {patch: ReplicatedLinear(config.patch_size**2 * config.in_channels, config.dim)}

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.runtime.distributed.parallel_state import SINGLE, ParallelContext
+from sglang.multimodal_gen.runtime.pipelines_core.adapters import Adapters
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 
 
@@ -21,6 +22,8 @@ class Stage:
     """Also the name of the stage's phase."""
     parallel: ParallelContext = SINGLE
     """The replica's ranks, said by the pipeline."""
+    adapters: Adapters = Adapters({})
+    """What requests may have beside the weights; said by the pipeline as well."""
     only_leader: bool = False
     """Whether one rank runs the steps and the others wait for nothing."""
     reads: ClassVar[tuple[str, ...]] = ()

@@ -147,7 +147,9 @@ class DenoisingStage(Stage):
         rows_per_forward = min(limits, default=len(rows))
         predictions: list[Tensor] = []
         for start in range(0, len(rows), rows_per_forward):
-            predictions.extend(self.denoiser.predict(rows[start : start + rows_per_forward]))
+            part = rows[start : start + rows_per_forward]
+            with self.adapters.using(self.denoiser.transformer, [row.req.adapters for row in part]):
+                predictions.extend(self.denoiser.predict(part))
         return predictions
 
 
