@@ -46,7 +46,7 @@ WORKER_ROWS = (
 # Modules of higher rows that run in a worker, or in another child process that may use torch.
 WORKER_ONLY = (
     "runtime.managers.gpu_worker", "runtime.managers.preview_source", "runtime.managers.state_writer",
-    "runtime.managers.worker_profiling", "runtime.bench.worker",
+    "runtime.managers.worker_profiling", "runtime.managers.worker_adapters", "runtime.bench.worker",
 )  # fmt: skip
 
 LATE_IN_ENTRY_POINTS = ("sglang", "sglang.cli", "runtime.entrypoints", "runtime.launch_server", "runtime.bench")

@@ -50,7 +50,7 @@ def read_adapter(source: LoraSource, names: Mapping[str, LayerNames]) -> Adapter
     try:
         return sort_tensors(_tensors(file), names, _rules(file, source.alpha))
     except ModelError as error:
-        raise InvalidLora(error.message) from error
+        raise InvalidLora(error.message.replace(f"{file.parent.name}/", "")) from error
 
 
 def find_file(source: LoraSource) -> Path:
