@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.runtime.loader.lora_files import LoraSource
+
 # Of random weights with a mean square of 1 / inputs; an adapter changes them by about a third.
 _SPREAD = 0.3
 
@@ -25,6 +27,13 @@ def random_adapter(model: nn.Module, seed: int, *, rank: int = 3) -> dict[str, T
                 found[f"transformer.{name}.lora_{part}.weight"] = torch.randn(size, generator=generator)
             found[f"transformer.{name}.lora_A.weight"] *= _SPREAD / (layer.in_features * rank) ** 0.5
     return found
+
+
+def load_adapters(pipeline: Any, files: Mapping[str, Path | str], merged: Mapping[str, float]) -> None:
+    """Into a pipeline, by name; those of `merged` become part of its weights."""
+    for name, file in files.items():
+        pipeline.adapters.load(name, LoraSource(path=str(file)))
+    pipeline.adapters.merge_ids(list(merged.items()))
 
 
 def reference_transformer(checkpoint: Path) -> Any:

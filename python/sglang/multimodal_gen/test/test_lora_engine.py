@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sglang.multimodal_gen.errors import InvalidValue, MissingParameter, RemoteError, UnsupportedParameter
-from sglang.multimodal_gen.errors_lora import LoraNameTaken, UnknownLora
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator, GenerationResult
 from sglang.multimodal_gen.runtime.managers.messages import Progress
 from sglang.multimodal_gen.test.lora_case import save_adapters
@@ -70,7 +69,8 @@ def latents_of(engine: DiffGenerator, **changes: Any) -> Latents:
 
 
 def active(engine: DiffGenerator) -> dict[str, tuple[float, str]]:
-    return {each["nickname"]: (each["strength"], each["mode"]) for each in engine.list_loras()["active"]}
+    found = [each for of_target in engine.list_loras()["active"].values() for each in of_target]
+    return {each["nickname"]: (each["strength"], each["mode"]) for each in found}
 
 
 def refusal(call: Callable[[], Any]) -> RemoteError:
@@ -225,13 +225,13 @@ def test_of_several_adapters_one_bad_one_refuses_all(
     engine: DiffGenerator, files: Mapping[str, Path], bad_files: Mapping[str, Path]
 ) -> None:
     refusal(lambda: engine.set_lora(["wide", "bad"], [str(files["wide"]), str(bad_files["nan"])]))
-    assert engine.list_loras() == {"loaded_adapters": [], "active": []}
+    assert engine.list_loras() == {"loaded_adapters": [], "active": {}}
 
 
 def test_names_that_are_taken_or_unknown_are_refused(engine: DiffGenerator, files: Mapping[str, Path]) -> None:
     engine.set_lora("wide", str(files["wide"]))
     taken = refusal(lambda: engine.set_lora("wide", str(files["narrow"])))
-    assert (taken.code, taken.param) == (LoraNameTaken.code, "lora_nickname")
+    assert (taken.code, taken.param) == ("lora_name_taken", "lora_nickname")
     engine.set_lora("wide", str(files["wide"]), strength=0.1)
     for call in (
         lambda: engine.set_lora("wibe"),
@@ -239,7 +239,7 @@ def test_names_that_are_taken_or_unknown_are_refused(engine: DiffGenerator, file
         lambda: latents_of(engine, lora=["wibe"]),
     ):
         unknown = refusal(call)
-        assert unknown.code == UnknownLora.code and "loaded are wide" in unknown.message
+        assert unknown.code == "unknown_lora" and "loaded are wide" in unknown.message
     engine.set_lora([])
     assert refusal(engine.merge_lora_weights).code == "invalid_lora"
 

@@ -20,7 +20,7 @@ from sglang.multimodal_gen.runtime.pipelines import qwen_image
 from sglang.multimodal_gen.runtime.pipelines_core.adapters import NUM_SLOTS, Adapters, AdapterUse
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import RequestInputs
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
-from sglang.multimodal_gen.test.lora_case import fused_weights, random_adapter, save_adapters
+from sglang.multimodal_gen.test.lora_case import fused_weights, load_adapters, random_adapter, save_adapters
 from sglang.multimodal_gen.test.media import picture
 from sglang.multimodal_gen.test.parallel_pool import FAMILIES
 from sglang.multimodal_gen.test.pipeline_parity import admitted, finished, load, relative_error, run, run_together
@@ -41,8 +41,7 @@ class Case:
         self.checkpoint = self.family.save(directory / "checkpoint")
         self.files = save_adapters(self.checkpoint, directory, {"wide": 9, "narrow": 2})
         self.pipeline = load(self.checkpoint)
-        for adapter, file in self.files.items():
-            self.pipeline.adapters.load(adapter, LoraSource(path=str(file)))
+        load_adapters(self.pipeline, self.files, merged={})
         self.base = {name: tensor.clone() for name, tensor in self.pipeline.transformer.state_dict().items()}
 
     def wish(self, index: int, scales: Mapping[str, float], **changes: Any) -> tuple[dict[str, Any], RequestInputs]:

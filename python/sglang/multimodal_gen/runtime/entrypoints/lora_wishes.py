@@ -136,23 +136,15 @@ LIST_REQUEST = LoraRequest(query_id="", operation="list")
 
 
 def listed(reply: LoraReply) -> dict[str, Any]:
-    """What is loaded, and what of it requests get that name none, or all get since it is in the weights."""
-    return {
-        "loaded_adapters": [
-            {"nickname": each.name, "path": each.path, "target": each.target} for each in reply.adapters
-        ],
-        "active": [
-            {
-                "nickname": each.name,
-                "strength": each.scale,
-                "target": each.target,
-                "merged": each.merged,
-                "mode": "merged" if each.merged else "unmerged",
-            }
-            for each in reply.adapters
-            if each.scale is not None
-        ],
-    }
+    """What is loaded; and by target what is `active`: set for requests that name none, or in the weights of all."""
+    active: dict[str, list[dict[str, Any]]] = {}
+    for each in reply.adapters:
+        if each.scale is not None:
+            mode = "merged" if each.merged else "unmerged"
+            entry = {"nickname": each.name, "path": each.path, "strength": each.scale, "merged": each.merged}
+            active.setdefault(each.target, []).append(entry | {"mode": mode})
+    loaded = [{"nickname": each.name, "path": each.path, "target": each.target} for each in reply.adapters]
+    return {"loaded_adapters": loaded, "active": active}
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

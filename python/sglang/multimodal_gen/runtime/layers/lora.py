@@ -101,6 +101,9 @@ class SlotTable:
         self.down = weight.new_zeros(num_slots, 0, layer.in_features)
         self.up = weight.new_zeros(num_slots, 0, layer.out_features)
         self.bias: Tensor | None = None
+        shard = _weight_shard(layer)
+        # Of a layer whose ranks hold inputs, what each adds to the outputs is summed up.
+        self._adds_bias = shard is None or shard.dim == 0 or shard.axis.rank == 0
 
     @property
     def nbytes(self) -> int:
@@ -119,7 +122,7 @@ class SlotTable:
         rank = update.down.shape[0]
         self.down[slot, :rank] = update.down
         self.up[slot, :rank] = update.up
-        if update.bias is not None:
+        if update.bias is not None and self._adds_bias:
             if self.bias is None:
                 self.bias = self.up.new_zeros(self.up.shape[0], self.up.shape[2])
             self.bias[slot] = update.bias
@@ -155,17 +158,14 @@ def _grown(table: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def update_of(layer: nn.Linear, down: Tensor, up: Tensor, bias: Tensor | None) -> LayerUpdate:
-    """A whole layer's update, down [R, I], up [O, R], bias [O], as this rank's layer adds it, in the weight's dtype.
-
-    A layer that holds some inputs adds its part of the sum over the ranks, the bias on one of them.
-    """
+    """A whole layer's update, down [R, I], up [O, R], bias [O], cut to what this rank's layer holds, in the weight's
+    dtype. The bias is cut as the layer's own."""
     shard = _weight_shard(layer)
     if shard is not None and shard.dim == 0:
         up = shard.cut(up)
         bias = None if bias is None else shard.cut(bias)
     elif shard is not None:
         down = shard.cut(down)
-        bias = None if bias is None or shard.axis.rank else bias
     dtype = layer.weight.dtype
     return LayerUpdate(
         down.to(dtype).contiguous(), up.t().to(dtype).contiguous(), None if bias is None else bias.to(dtype)
