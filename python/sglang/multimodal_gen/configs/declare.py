@@ -53,6 +53,8 @@ class Declaration:
     recorded: bool = False
     secret: bool = False
     keys: type | None = None
+    may_be_empty: bool = False
+    max_items: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,8 @@ def arg(
     recorded: bool = False,
     secret: bool = False,
     keys: type | None = None,
+    may_be_empty: bool = False,
+    max_items: int | None = None,
 ) -> Any:
     """A dataclass field that is a parameter.
 
@@ -147,6 +151,7 @@ def arg(
     the error code of a value out of bounds; `check` returns None, or in words what would be accepted instead;
     `recorded` parameters are written into the files that they made; the value of a `secret` one is shown nowhere.
     `keys` is the dataclass that declares the keys of an object.
+    A list has at least one value unless it `may_be_empty`, and at most `max_items`.
     """
     declaration = Declaration(
         help=help,
@@ -163,6 +168,8 @@ def arg(
         recorded=recorded,
         secret=secret,
         keys=keys,
+        may_be_empty=may_be_empty,
+        max_items=max_items,
     )
     return dataclasses.field(default=default, metadata={_KEY: declaration}, repr=not secret)
 
@@ -196,7 +203,8 @@ def _split_type(hint: Any) -> tuple[tuple[type, ...], tuple[type, ...], bool]:
         origin = typing.get_origin(member)
         if origin is tuple:
             kinds.append(tuple)
-            items.extend(a for a in typing.get_args(member) if a is not Ellipsis)
+            for item in (a for a in typing.get_args(member) if a is not Ellipsis):
+                items.extend(_split_type(item)[0])
         elif origin is Mapping:
             kinds.append(dict)
         elif origin is Literal:
@@ -227,8 +235,11 @@ def _coerce(parameter: Parameter, value: Any) -> Any:
             return None
         raise InvalidType(parameter.name, value, parameter.accepted())
     if isinstance(value, list | tuple) and parameter.takes_several:
-        if not value:
-            raise InvalidValue(parameter.name, value, "a list with at least one value", code=parameter.declaration.code)
+        d = parameter.declaration
+        if not value and not d.may_be_empty:
+            raise InvalidValue(parameter.name, value, "a list with at least one value", code=d.code)
+        if d.max_items is not None and len(value) > d.max_items:
+            raise InvalidValue(parameter.name, f"{len(value)} values", f"at most {d.max_items} of them", code=d.code)
         return tuple(_coerce_scalar(parameter, item, parameter.item_types) for item in value)
     return _coerce_scalar(parameter, value, parameter.types)
 

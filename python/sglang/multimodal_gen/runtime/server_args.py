@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
 from sglang.multimodal_gen.configs.declare import HIDDEN, Parameter, arg, check_names, coerce, from_text, parameters
+from sglang.multimodal_gen.configs.lora_args import LoraArgs
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.configs.schedulers import SCHEDULER_NAMES
 from sglang.multimodal_gen.errors import FieldError, InvalidValue
@@ -503,6 +504,7 @@ class ServerArgs:
     parallel: ParallelArgs = field(default_factory=ParallelArgs)
     http: HttpArgs = field(default_factory=HttpArgs)
     storage: StorageArgs = field(default_factory=StorageArgs)
+    lora: LoraArgs = field(default_factory=LoraArgs)
     logging: LoggingArgs = field(default_factory=LoggingArgs)
 
     @classmethod

@@ -7,8 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,13 @@ UNGUIDED: Wish = {"guidance_scale": 1.0}
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A checkpoint, and three requests with other step counts, of which one or two are guided by a negative prompt.
-    Each of them starts from `num_pictures`."""
+    Each of them starts from `num_pictures`. `adapters` are loaded by name, and those of `merged` are in the weights."""
 
     save: Callable[[Path], Path]
     wishes: tuple[Wish, ...]
     num_pictures: int = 0
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    merged: Mapping[str, float] = field(default_factory=dict)
 
 
 def wishes(*, other: Wish, **values: Any) -> tuple[Wish, ...]:
@@ -196,7 +198,9 @@ class Pool:
         self, directory: Path, shape: ReplicaShape, family: Family, scratch: Path, *, device: str = "cpu"
     ) -> list[Any]:
         """What each rank of the shape saved of the family's requests, which share forwards."""
+        adapters = {name: str(path) for name, path in family.adapters.items()}
         work = {"wishes": list(family.wishes), "num_pictures": family.num_pictures, "codings": []}
+        work |= {"adapters": adapters, "merged": dict(family.merged)}
         return self._run(directory, shape, scratch, device, work)
 
     def code(

@@ -24,6 +24,7 @@ from sglang.multimodal_gen.runtime.layers.forward_graphs import forget_graphs
 from sglang.multimodal_gen.runtime.loader.component_loader import weight_totals
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
+from sglang.multimodal_gen.test.lora_case import load_adapters
 from sglang.multimodal_gen.test.parallel_case import made_of
 from sglang.multimodal_gen.test.parallel_coding import Coding, coded
 
@@ -63,6 +64,7 @@ def run(rank: int, task: dict[str, Any]) -> None:
 
 
 def _generated(pipeline: Any, task: dict[str, Any]) -> dict[str, Any]:
+    load_adapters(pipeline, task["adapters"], task["merged"])
     arrays = made_of(pipeline, task["wishes"], num_pictures=task["num_pictures"])
     encoders = [module for name, module in pipeline.modules.items() if name.startswith("text_encoder")]
     num_parameters, encoder_bytes = weight_totals(encoders)

@@ -17,6 +17,7 @@ from sglang.multimodal_gen.runtime.layers.attention.switch import AttentionSwitc
 from sglang.multimodal_gen.runtime.layers.block_runner import BlockRunner
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.forward_graphs import MOST_GRAPHS, ForwardGraphs, forget_graphs
+from sglang.multimodal_gen.runtime.layers.lora import SlotUse
 from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY
@@ -158,14 +159,17 @@ def test_long_forwards_and_those_with_gradients_are_not_captured(scaled: Any) ->
         assert scaled.calls == calls + 1
 
 
-def test_forwards_with_step_caches_decide_by_what_they_compute(scaled: Any) -> None:
+def test_forwards_with_step_caches_or_adapters_are_computed(scaled: Any) -> None:
+    runner = scaled.block_runner
     for _ in range(3):
         scaled(torch.ones(1, 2))
-    with scaled.block_runner.using([object()]):
+    with runner.using([object()]):
         scaled(torch.ones(1, 2))
-    assert scaled.calls == 3
+    with runner.adapters.using([[SlotUse(1, 1.0)]], torch.device("cpu")):
+        scaled(torch.ones(1, 2))
+    assert scaled.calls == 4
     scaled(torch.ones(1, 2))
-    assert scaled.calls == 3
+    assert scaled.calls == 4
 
 
 def test_graphs_used_longest_ago_go_first(scaled: Any) -> None:

@@ -17,6 +17,7 @@ from sglang.multimodal_gen.configs.declare import ADMIN, FROM_MODEL, LOCAL_ONLY,
 from sglang.multimodal_gen.configs.sample.cache_params import CacheParams, filled_caches, without_unused
 from sglang.multimodal_gen.configs.sample.guidance_params import GuidanceParams
 from sglang.multimodal_gen.configs.sample.input_params import InputParams
+from sglang.multimodal_gen.configs.sample.lora_params import LoraParams
 from sglang.multimodal_gen.configs.sample.scheduling_params import SchedulingParams
 from sglang.multimodal_gen.configs.schedulers import SCHEDULER_NAMES
 from sglang.multimodal_gen.errors import EmptyPrompt
@@ -382,6 +383,7 @@ class SamplingParams(
     SchedulingParams,
     ObservationParams,
     LibraryParams,
+    LoraParams,
     AttentionParams,
     PreviewParams,
     OutputParams,

@@ -112,7 +112,7 @@ class BlockRunner:
         self.num_blocks = num_blocks
         self.changes_text = changes_text
         self.signals = signals
-        self.tokens = context.tokens
+        self.tokens, self.adapters = context.tokens, context.adapters
         self._axes = (context.tokens.axis, context.parallel.tp)
         self._caches: Sequence[RowCache | None] | None = None
 
@@ -120,6 +120,11 @@ class BlockRunner:
     def is_caching(self) -> bool:
         """Whether the present forward has rows with a cache: what it computes then depends on its data."""
         return self._caches is not None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the present forward's rows have neither caches nor adapters, so that shapes say all that it does."""
+        return self._caches is None and self.adapters.uses is None
 
     @contextlib.contextmanager
     def using(self, caches: Sequence[RowCache | None]) -> Iterator[None]:
@@ -225,10 +230,13 @@ class _CachedForward:
         return self.streams[0][:, self.runs[self.place].tokens]
 
     def _pass(self, blocks: Sequence[tuple[int, int]]) -> None:
-        for index, layer in blocks if self.rows else ():
-            self._enter(index)
-            run = self.given
-            self.streams = run.call(layer, run.blocks[layer], self.streams, *run.given, **run.named)
+        if not self.rows:
+            return
+        with self.runner.adapters.only(self.rows):
+            for index, layer in blocks:
+                self._enter(index)
+                run = self.given
+                self.streams = run.call(layer, run.blocks[layer], self.streams, *run.given, **run.named)
 
     def _enter(self, index: int) -> None:
         """Go on to the run of this index."""

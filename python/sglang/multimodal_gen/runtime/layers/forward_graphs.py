@@ -91,7 +91,7 @@ class ForwardGraphs:
     """In place of a module's `forward`: the same, from the second call with inputs of the same shapes on by a graph.
 
     Forwards with more than MOST_GRAPHED_TOKENS tokens, with gradients, under a compiler, with step caches, which decide
-    by what they compute, and those of which no graph can be made, run as they always do.
+    by what they compute, or adapters, and those of which no graph can be made, run as they always do.
     """
 
     def __init__(self, module: nn.Module, capture: Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]]) -> None:
@@ -119,7 +119,7 @@ class ForwardGraphs:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the module's forward returns."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self._runner.is_caching:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._runner.is_plain:
             return self._forward(*args, **kwargs)
         inputs: list[Tensor] = []
         try:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ALONE, ProcessAxis
-from sglang.multimodal_gen.runtime.layers.fused import JoinedLinear, gated_silu, linear_gelu
+from sglang.multimodal_gen.runtime.layers.fused import JoinedLinear, gated_silu
 from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 
@@ -22,7 +22,7 @@ class GELUProjection(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.approximate == "tanh":
-            return linear_gelu(hidden_states, self.proj.weight, self.proj.bias)
+            return self.proj.gelu(hidden_states)
         return F.gelu(self.proj(hidden_states))
 
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.layers.attention.layouts import arrived
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
-from sglang.multimodal_gen.runtime.layers.fused import linear_gelu
 from sglang.multimodal_gen.runtime.layers.joint_attention import JointAttention, SelfAttention
 from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
 from sglang.multimodal_gen.runtime.layers.mlp import FeedForward
@@ -139,11 +138,8 @@ class SingleStreamBlock(nn.Module):
         normed = modulation.normed(hidden_states)
         sent = self.attn.project(normed, freqs_cis)
         # With exchanges a part of the MLP for each of them, to be computed meanwhile.
-        parts = zip(
-            *(each.chunk(self.num_mlp_parts) for each in (self.proj_mlp.weight, self.proj_mlp.bias)), strict=True
-        )
-        mlp = [linear_gelu(normed, *next(parts))]
+        parts = self.proj_mlp.gelu_parts(normed, self.num_mlp_parts)
+        mlp = [next(parts)]
         attended = self.attn.begin_attending(*sent, mask)
-        mlp += [linear_gelu(normed, *part) for part in parts]
-        update = self.proj_out.of_parts(arrived(attended).flatten(2), *mlp)
+        update = self.proj_out.of_parts(arrived(attended).flatten(2), *mlp, *parts)
         return modulation.add_gated(hidden_states, update)

@@ -115,6 +115,30 @@ class ControlRequest(Message, frozen=True, kw_only=True, tag="control"):
     model_path: str | None = None
 
 
+class LoraWish(Message, frozen=True, kw_only=True):
+    """An adapter of the list to set. `path` None: it is loaded; `target`: the transformer that it changes, or `all`."""
+
+    name: str
+    scale: float = 1.0
+    path: str | None = None
+    weight_name: str | None = None
+    alpha: float | None = None
+    target: str = "all"
+
+
+class LoraRequest(Message, frozen=True, kw_only=True, tag="lora"):
+    """Answered by exactly one LoraReply, when it is done. `set`: later requests that name no adapters get these, which
+    are loaded before, or with `merge` they become part of the weights; `merge`: those that are set do, their scales
+    times `scale`; `unmerge`: the checkpoint's weights come back; `remove`: forget those of these names; `list`: at
+    once, never behind a generation."""
+
+    query_id: str
+    operation: Literal["set", "merge", "unmerge", "remove", "list"]
+    adapters: tuple[LoraWish, ...] = ()
+    merge: bool = False
+    scale: float = 1.0
+
+
 class WatchRequest(Message, frozen=True, kw_only=True, tag="watch"):
     """From now on somebody looks at a request's previews as they come, or nobody does any more. Ids that are unknown or
     ended are ignored."""
@@ -136,6 +160,7 @@ ToScheduler = (
     | StatusRequest
     | MetricsRequest
     | ControlRequest
+    | LoraRequest
     | WatchRequest
     | PreviewTaken
 )
@@ -198,6 +223,25 @@ class ControlReply(Message, frozen=True, kw_only=True, tag="control_reply"):
 
     query_id: str
     message: str = ""
+    error: ErrorInfo | None = None
+
+
+class LoraStatus(Message, frozen=True, kw_only=True):
+    """One adapter that is loaded. `scale` None: it is only there for requests that name it."""
+
+    name: str
+    path: str
+    target: str
+    scale: float | None = None
+    merged: bool = False
+
+
+class LoraReply(Message, frozen=True, kw_only=True, tag="lora_reply"):
+    """It is done, as `message` says, and these are loaded now; or it is not, for the reason in `error`."""
+
+    query_id: str
+    message: str = ""
+    adapters: tuple[LoraStatus, ...] = ()
     error: ErrorInfo | None = None
 
 
@@ -304,6 +348,7 @@ ToClient = (
     | Status
     | MetricsReply
     | ControlReply
+    | LoraReply
     | Queued
     | Started
     | Progress
@@ -320,12 +365,14 @@ TERMINAL_EVENTS = (Finished, Failed, Cancelled)
 
 class Admit(Message, frozen=True, kw_only=True, tag="admit"):
     """Build the request's state; answered by Admitted or AdmitFailed. `state_file`: go on from what was saved there.
-    The files of `inputs` are mapped and left where they are."""
+    The files of `inputs` are mapped and left where they are. `lora_ids`: under which id each adapter that it names was
+    loaded."""
 
     request_id: str
     params: SamplingParams
     state_file: str | None = None
     inputs: MediaInputs | None = None
+    lora_ids: dict[str, str] = {}
 
 
 class Unit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -373,11 +420,37 @@ class FlushCache(Message, frozen=True, kw_only=True, tag="flush_cache"):
     query_id: str
 
 
+class LoadLora(Message, frozen=True, kw_only=True, tag="load_lora"):
+    """Read an adapter and keep it under this id, beside what runs; answered by LoraDone. Known ids are kept as they
+    are."""
+
+    query_id: str
+    adapter_id: str
+    path: str
+    weight_name: str | None = None
+    alpha: float | None = None
+    target: str = "all"
+
+
+class ForgetLora(Message, frozen=True, kw_only=True, tag="forget_lora"):
+    """No new request has the adapter of this id; idempotent."""
+
+    adapter_id: str
+
+
+class MergeLora(Message, frozen=True, kw_only=True, tag="merge_lora"):
+    """Make these (id, scale) part of the checkpoint's weights, and no others; answered by LoraDone. No request is in
+    the workers."""
+
+    query_id: str
+    uses: tuple[tuple[str, float], ...]
+
+
 class StopWorker(Message, frozen=True, kw_only=True, tag="stop"):
     """Exit after the running tick."""
 
 
-ToWorker = Admit | Tick | SaveState | Release | FlushCache | StopWorker
+ToWorker = Admit | Tick | SaveState | Release | FlushCache | LoadLora | ForgetLora | MergeLora | StopWorker
 
 
 # --- worker -> scheduler ---
@@ -534,6 +607,14 @@ class CacheFlushed(Message, frozen=True, kw_only=True, tag="cache_flushed"):
     freed_bytes: int
 
 
+class LoraDone(Message, frozen=True, kw_only=True, tag="lora_done"):
+    """One rank's answer to LoadLora or MergeLora. `notes`: what of the adapter is left out."""
+
+    query_id: str
+    notes: tuple[str, ...] = ()
+    error: ErrorInfo | None = None
+
+
 FromWorker = (
     Heartbeat
     | Loading
@@ -549,6 +630,7 @@ FromWorker = (
     | TickDone
     | StateSaved
     | CacheFlushed
+    | LoraDone
 )
 
 

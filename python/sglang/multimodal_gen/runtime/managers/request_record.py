@@ -35,7 +35,8 @@ class RequestRecord:
     request, after which this one is back in the queue. `cost` is its work as admission counts it. `is_suspect`: a
     worker was lost while it held the request, so its next admission, and its units up to number `quarantined`, have
     the worker for themselves: whoever loses the next one is known for sure. `durable`: its client may ask for it again
-    after a death. `replica` is the one that holds the request; a warm-up waits for its own.
+    after a death. `lora_ids`: of the adapters that it names, by name. `replica` is the one that holds the request; a
+    warm-up waits for its own.
     """
 
     request_id: str
@@ -44,6 +45,7 @@ class RequestRecord:
     order: int
     max_attempts: int
     durable: bool = False
+    lora_ids: dict[str, str] = field(default_factory=dict)
     replica: int | None = None
     share_class: ShareClass = field(init=False)
     cost: int = field(init=False)

@@ -107,7 +107,7 @@ class QwenImageDenoiser(Denoiser):
         for length in {row.text.length for row in rows}:
             group = [index for index, row in enumerate(rows) if row.text.length == length]
             part = [rows[index] for index in group]
-            with self.caching(part):
+            with self.caching(part), self.transformer.adapters.only(group):
                 found |= zip(group, self._predict_together(part), strict=True)
         return [found[index] for index in range(len(rows))]
 

@@ -46,6 +46,7 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
     weight_totals,
 )
 from sglang.multimodal_gen.runtime.loader.random_weights import RandomSource
+from sglang.multimodal_gen.runtime.pipelines_core.adapters import Adapters
 from sglang.multimodal_gen.runtime.pipelines_core.conditioning_cache import ConditioningCache
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.memory import (
@@ -133,10 +134,11 @@ class ComposedPipelineBase:
         self.modules: dict[str, nn.Module] = {n: c for n, c in components.items() if isinstance(c, nn.Module)}
         for component, value in components.items():
             setattr(self, component, value)
+        self.adapters = Adapters.of(self.modules)
         self.check_components()
         self.stages = self.create_pipeline_stages()
         for stage in self.stages:
-            stage.parallel, stage.teacache = parallel, config.teacache
+            stage.parallel, stage.teacache, stage.adapters = parallel, config.teacache, self.adapters
         names = [stage.name for stage in self.stages]
         assert len(set(names)) == len(names), f"stages of one pipeline need different names: {names}"
         self._stage_order = {name: index for index, name in enumerate(names)}
@@ -314,15 +316,23 @@ class ComposedPipelineBase:
 
     def free_bytes(self) -> int:
         """Memory on the device that is free now or held by requests: what there is for requests in all."""
-        held = self.meter.allocated_bytes() - self._loaded_bytes - self.conditioning_cache.held_bytes
+        kept = self._loaded_bytes + self.conditioning_cache.held_bytes + self.adapters.held_bytes
+        held = self.meter.allocated_bytes() - kept
         return least(free_bytes(self.device) + max(0, held), self.parallel.world)
 
     def budget_bytes(self) -> int:
         """What all requests together may take above the weights."""
         return int(USABLE_SHARE * self.free_bytes())
 
-    def admit(self, request_id: str, params: SamplingParams, inputs: RequestInputs = EMPTY) -> Req:
-        """The running state of a new request, with its phases and notes; nothing has run yet.
+    def admit(
+        self,
+        request_id: str,
+        params: SamplingParams,
+        inputs: RequestInputs = EMPTY,
+        adapter_ids: Mapping[str, str] | None = None,
+    ) -> Req:
+        """The running state of a new request, with its phases and notes; nothing has run yet. `adapter_ids`: see
+        `Adapters.find`.
 
         Raises: InvalidRequest when this checkpoint or machine cannot do it.
         """
@@ -338,7 +348,8 @@ class ComposedPipelineBase:
             params = dataclasses.replace(params, seed=params.seed[0])
         limits.inputs.check(inputs.given)
         params = limits.sized(params)
-        req = Req(request_id=request_id, params=params, inputs=inputs)
+        adapters = self.adapters.find(params.lora_uses, adapter_ids)
+        req = Req(request_id=request_id, params=params, inputs=inputs, adapters=adapters)
         for stage in self.stages:
             stage.admit(req)
         req.phases = self._phases(req)
@@ -382,7 +393,8 @@ class ComposedPipelineBase:
     def state_identity(self, req: Req) -> str:
         """What a saved state must agree on to be this request's: the model, the parameters and the inputs."""
         model, params = (self.name, type(self).__name__, str(self.dtype)), req.params.without_scheduling()
-        return hashlib.sha256(msgspec.json.encode([model, params, req.inputs.digest()])).hexdigest()
+        adapters = [(use.adapter.digest, use.scale) for use in (*self.adapters.merged, *req.adapters)]
+        return hashlib.sha256(msgspec.json.encode([model, params, req.inputs.digest(), adapters])).hexdigest()
 
     def _check_memory(self, req: Req) -> None:
         needed = max((phase.peak_bytes + phase.held_bytes for phase in req.phases), default=0)

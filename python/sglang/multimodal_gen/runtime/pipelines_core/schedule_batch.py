@@ -13,6 +13,7 @@ from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.runtime.cache.step_cache import StepCache
 from sglang.multimodal_gen.runtime.models.schedulers import Sampler, SamplerState
+from sglang.multimodal_gen.runtime.pipelines_core.adapters import AdapterUse
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
 
 
@@ -67,6 +68,7 @@ class Req:
     request_id: str
     params: SamplingParams
     inputs: RequestInputs = EMPTY
+    adapters: tuple[AdapterUse, ...] = ()
     phases: tuple[Phase, ...] = ()
     notes: list[str] = field(default_factory=list)
     units_done: dict[str, int] = field(default_factory=dict)
@@ -132,6 +134,7 @@ class Req:
         self.sampler_state = self.step_cache = self.decoder_state = self.library_call = None
         self.conditioning = {}
         self.inputs = EMPTY
+        self.adapters = ()
 
 
 @dataclass(frozen=True, kw_only=True)

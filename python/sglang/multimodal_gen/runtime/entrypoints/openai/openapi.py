@@ -245,7 +245,9 @@ def field_schema(parameter: Parameter) -> dict[str, Any]:
         schema["x-of-some-models"] = True
     kinds = [_scalar(parameter, kind) for kind in parameter.types if kind is not tuple]
     if tuple in parameter.types:
-        kinds.append({"type": "array", "items": {"anyOf": [_scalar(parameter, kind) for kind in parameter.item_types]}})
+        items = {"anyOf": [_scalar(parameter, kind) for kind in parameter.item_types]}
+        most = {} if declaration.max_items is None else {"maxItems": declaration.max_items}
+        kinds.append({"type": "array", "items": items, **most})
     if parameter.optional:
         kinds.append({"type": "null"})
     schema |= kinds[0] if len(kinds) == 1 else {"anyOf": kinds}

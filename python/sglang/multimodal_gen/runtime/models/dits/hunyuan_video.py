@@ -57,7 +57,7 @@ class HunyuanVideoTransformer3DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
-        self.tokens = context.tokens
+        self.tokens, self.adapters = context.tokens, context.adapters
         self.block_runner = BlockRunner(
             context, num_blocks=config.num_layers + config.num_single_layers, changes_text=True
         )

@@ -75,7 +75,7 @@ class LTXVideoTransformer3DModel(nn.Module):
         context = LayerContext() if context is None else context
         self.config = config
         self.tp = context.parallel.tp
-        self.tokens = context.tokens
+        self.tokens, self.adapters = context.tokens, context.adapters
         self.block_runner = BlockRunner(context, num_blocks=config.num_layers, changes_text=False)
         dim = config.hidden_size
         self.proj_in = ReplicatedLinear(config.in_channels, dim)

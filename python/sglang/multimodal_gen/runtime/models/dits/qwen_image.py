@@ -115,7 +115,7 @@ class QwenImageTransformer2DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
-        self.tokens = context.tokens
+        self.tokens, self.adapters = context.tokens, context.adapters
         self.block_runner = BlockRunner(context, num_blocks=config.num_layers, changes_text=True)
         dim = config.hidden_size
         self.time_text_embed = QwenTimestepEmbedding(dim)

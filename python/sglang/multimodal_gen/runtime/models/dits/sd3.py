@@ -62,6 +62,7 @@ class JointTransformerBlock(nn.Module):
         self, config: SD3TransformerConfig, context: LayerContext, *, dual_attention: bool, last: bool
     ) -> None:
         super().__init__()
+        self.adapters = context.adapters
         dim, heads, head_dim = config.hidden_size, config.num_attention_heads, config.attention_head_dim
         axis, qk_norm = context.parallel.tp, config.qk_norm is not None
         self.norm1 = AdaLayerNormZero(dim, num_modulations=3 if dual_attention else 2)
@@ -102,7 +103,7 @@ class SD3Transformer2DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
-        self.tokens = context.tokens
+        self.tokens, self.adapters = context.tokens, context.adapters
         self.block_runner = BlockRunner(context, num_blocks=config.num_layers, changes_text=True)
         dim, patch_size = config.hidden_size, config.patch_size
         self.pos_embed = PatchEmbed(config)
@@ -181,7 +182,8 @@ def _call_passed(
         return streams
     # Rows are taken out rather than masked, so that a row that skips costs nothing here.
     rows = _row_index(tuple(passing), temb.device)
-    changed = block(*(stream[rows] for stream in streams), temb[rows])
+    with cast(JointTransformerBlock, block).adapters.only(rows):
+        changed = block(*(stream[rows] for stream in streams), temb[rows])
     return tuple(stream.index_copy(0, rows, part) for stream, part in zip(streams, changed, strict=True))
 
 

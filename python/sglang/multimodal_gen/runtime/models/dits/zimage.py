@@ -191,7 +191,7 @@ class ZImageTransformer2DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
-        self.tokens = context.tokens
+        self.tokens, self.adapters = context.tokens, context.adapters
         self.block_runner = BlockRunner(context, num_blocks=config.n_layers, changes_text=True)
         patch = f"{config.patch_size}-{config.all_f_patch_size[0]}"
         self.all_x_embedder = nn.ModuleDict(

@@ -208,7 +208,8 @@ class DenoisingStage(Stage):
         predictions: list[Tensor] = []
         for start in range(0, len(rows), rows_per_forward):
             part = rows[start : start + rows_per_forward]
-            with self.denoiser.caching(part):
+            adapters = [row.req.adapters for row in part]
+            with self.denoiser.caching(part), self.adapters.using(self.denoiser.transformer, adapters):
                 predictions.extend(self.denoiser.predict(part))
         return predictions
 
