@@ -68,7 +68,7 @@ HARDWARE = {hardware.name: hardware for hardware in (H100, H200)}
 # while the next are projected: 2,304 tokens wait for the host, 16,380 for the exchange (two H100).
 MOST_PACKED_TOKENS = 8192
 # Forwards of so many tokens of all rows on one rank are begun as CUDA graphs: above, computing takes far longer than
-# beginning, and the memory that graphs keep is missed elsewhere. A picture of 1024x1024 has 4,608, 81 frames of 480p 32,760.
+# beginning, and the memory that graphs keep is missed elsewhere. A picture of 1024x1024 has 4,608 of them.
 MOST_GRAPHED_TOKENS = 12_288
 # Of the time of an exchange, what the GPU does nothing else in: traces of steps on two H200.
 ALL_TO_ALL_EXPOSED = 0.8
