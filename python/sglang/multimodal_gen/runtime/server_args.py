@@ -103,6 +103,13 @@ class ExecutionArgs:
         group="execution",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
+    vae_precision: str = arg(
+        "auto",
+        help="Number format of the autoencoder of models that run natively; `auto` is that of the other weights, and "
+        "fp32 where that is fp16, whose range it may exceed.",
+        group="execution",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
     attention_backend: str | None = arg(
         None,
         help="Attention kernel of the transformer; `fa` is the FlashAttention that suits the GPU best, and `sage_attn` "

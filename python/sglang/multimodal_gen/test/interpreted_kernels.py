@@ -1,6 +1,7 @@
 """Runs the Triton kernels with Triton's interpreter on the CPU and prints how far each is from its reference, as JSON.
 
-A program of its own, because Triton reads TRITON_INTERPRET when it is imported; `test_fused.py` starts it.
+A program of its own, because Triton reads TRITON_INTERPRET when it is imported; `test_fused.py` starts it with `tokens`
+or `frames`: whose kernels to run.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglang.multimodal_gen.runtime.layers import fused, triton_kernels
+from sglang.multimodal_gen.runtime.layers import fused, fused_frames, triton_frame_kernels, triton_kernels
 
 # The interpreter is slow: each precision has a width, neither of them a power of two.
 DTYPES = {"fp32": (torch.float32, 40), "bf16": (torch.bfloat16, 72)}
+# Frames in front, and lines around.
+ROOMS = ((0, 0), (2, 0), (2, 1))
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -116,11 +119,72 @@ def gated_silus(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
             yield f"gated {name} {tokens, features}", distance(triton_kernels.gated_silu(gate, value), reference)
 
 
+def frame_norms(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
+    """Of `norm_frames` and `sum_frames`: into memory of its own, behind other frames, and between lines of others."""
+    for channels, batch, size, extra in ((3, 1, (3, 4, 5), 0), (width, 2, (3, 4, 5), 16), (width, 1, (1, 1, 1), 0)):
+        # Some of the channels of wider frames, in the second case.
+        frames = clip(batch, channels + extra, *size, dtype=dtype)[:, :channels]
+        residual, in_place = clip(batch, channels, *size, dtype=dtype), not extra
+        weight = drawn(channels, dtype=dtype)
+        for bias, silu, (lead, edge) in product((None, drawn(channels, dtype=dtype)), (True, False), ROOMS):
+            longer = (size[0] + lead, size[1] + 2 * edge, size[2] + 2 * edge)
+            room = torch.full_like(clip(batch, channels, *longer), torch.nan, dtype=dtype)
+            inner = room[:, :, lead:, edge : edge + size[1], edge : edge + size[2]]
+            triton_frame_kernels.norm_frames(
+                frames.movedim(1, -1),
+                weight,
+                inner.movedim(1, -1),
+                source_cell=channels + extra,
+                bias=bias,
+                silu=silu,
+                eps=1e-24,
+            )
+            assert int((~room.isnan()).sum()) == inner.numel(), "what lies around stays"
+            reference = fused_frames.norm_frames(frames, weight, bias=bias, silu=silu)
+            case = f"{channels} channels, {batch, size}, silu {silu}, {lead} frames and {edge} lines around"
+            yield f"norm of {case}, bias {bias is not None}", distance(inner, reference)
+        for bias in (None, drawn(channels, dtype=dtype)):
+            reference = fused_frames.sum_frames(frames, residual, bias=bias)
+            cells, summed = frames.movedim(1, -1), torch.empty_like(residual).movedim(1, -1)
+            triton_frame_kernels.norm_frames(
+                cells,
+                None,
+                None,
+                source_cell=channels + extra,
+                bias=bias,
+                residual=residual.movedim(1, -1),
+                summed=cells if in_place else summed,
+                eps=1e-24,
+            )
+            found = (cells if in_place else summed).movedim(-1, 1)
+            yield f"sum of {channels, batch, size}, bias {bias is not None}", distance(found, reference)
+
+
+def upsamplings(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
+    """Of `upsample_frames`: frames alone, frames that share their cells, and both."""
+    for channels, batch, (length, height, line) in ((3, 1, (1, 1, 1)), (width, 1, (3, 2, 5)), (3, 2, (2, 3, 2))):
+        alone = fused_frames.Footage(clip(batch, channels, 1, height, line, dtype=dtype))
+        for shared, bias in product((1, 2, 3), (None, drawn(3 * channels, dtype=dtype))):
+            frames = clip(batch, shared * channels, length, height, line, dtype=dtype)
+            part = fused_frames.Footage(frames, shared, None if bias is None else bias[: shared * channels])
+            for parts in ([part], [alone, part]):
+                reference = fused_frames.upsample_frames(parts)
+                found = fused_frames.upsampled_by(triton_frame_kernels, parts)
+                case = f"{len(parts)} parts, {shared} of a frame, {channels, batch, length, height, line}"
+                yield f"{case}, bias {bias is not None}", distance(found, reference)
+
+
+def clip(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers [B, C, T, H, W] in channels-last order."""
+    return drawn(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
+
+
 def main() -> None:
     """Print the largest distance of each kernel and precision, with the case that it is of, and how many there were."""
     torch.manual_seed(0)
     worst = {}
-    for (name, drawn_as), cases in product(DTYPES.items(), (sum_norms, norm_rotations, gated_silus)):
+    kernels = {"tokens": (sum_norms, norm_rotations, gated_silus), "frames": (frame_norms, upsamplings)}[sys.argv[1]]
+    for (name, drawn_as), cases in product(DTYPES.items(), kernels):
         found = list(cases(*drawn_as))
         case, far = max(found, key=lambda each: each[1])
         worst[f"{cases.__name__} {name}"] = {"cases": len(found), "worst": case, "distance": far}

@@ -59,6 +59,7 @@ LATE: dict[tuple[str, str], str] = {
     ("runtime.postprocess.object_store", "obstore"): "an optional package, which only results in a store need",
     ("runtime.server_args", "configs.parallel_choice"): "0.1 s of each command, which only several GPUs need",
     ("runtime.layers.fused", "runtime.layers.triton_kernels"): "Triton is there on GPUs only",
+    ("runtime.layers.fused_frames", "runtime.layers.triton_frame_kernels"): "Triton is there on GPUs only",
     ("runtime.loader.tokenizer", "transformers"): "5 s that only a checkpoint without tokenizer.json needs",
 }
 IMPORT_BY_NAME = ("registry", "sglang", "sglang.cli.main", "runtime.layers.attention")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
 from sglang.cli.main import main
 from sglang.multimodal_gen.configs.models.dits.wan import WanTransformerConfig
@@ -19,14 +20,23 @@ from sglang.multimodal_gen.configs.models.encoders import UMT5EncoderConfig
 from sglang.multimodal_gen.configs.published import published_directory
 from sglang.multimodal_gen.errors import BenchmarkFailed, MissingPackage, UnsupportedModel
 from sglang.multimodal_gen.registry import read_json_object
+from sglang.multimodal_gen.runtime.bench import report
 from sglang.multimodal_gen.runtime.bench.child import BenchChild
-from sglang.multimodal_gen.runtime.bench.messages import ComponentResult, ComponentTask, StartupTask, StartupTimes
+from sglang.multimodal_gen.runtime.bench.machine import describe_machine
+from sglang.multimodal_gen.runtime.bench.messages import (
+    ComponentResult,
+    ComponentTask,
+    OutputError,
+    StartupTask,
+    StartupTimes,
+)
 from sglang.multimodal_gen.runtime.bench.options import BENCHMARKS
 from sglang.multimodal_gen.runtime.bench.pipeline_result import Batch
 from sglang.multimodal_gen.runtime.bench.startup import summarise_runs
 from sglang.multimodal_gen.runtime.bench.statistics import compare, distribution, percentile, summarise
 from sglang.multimodal_gen.runtime.bench.tables import Section, as_text, show_with_colour
 from sglang.multimodal_gen.runtime.bench.worker.component import ComponentBench
+from sglang.multimodal_gen.runtime.bench.worker.exactness import exact_output, output_error
 from sglang.multimodal_gen.runtime.bench.worker.flops import count_flops
 from sglang.multimodal_gen.runtime.bench.worker.memory import peak_bytes
 from sglang.multimodal_gen.runtime.bench.worker.reference_module import require_reference
@@ -38,9 +48,10 @@ from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import Genera
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.models.dits.wan import WanTransformer3DModel
 from sglang.multimodal_gen.runtime.models.encoders.umt5 import UMT5EncoderModel
+from sglang.multimodal_gen.runtime.pipelines_core.workload import VideoDecoding, WorkSize
 from sglang.multimodal_gen.runtime.server_args import ServerArgs
 from sglang.multimodal_gen.test.test_cli import loaded_after, sentence_of
-from sglang.multimodal_gen.test.tiny_wan import TINY_TRANSFORMER
+from sglang.multimodal_gen.test.tiny_wan import TINY_TRANSFORMER, TINY_VAE, noise, vae_pair
 
 Capture = pytest.CaptureFixture[str]
 CPU = torch.device("cpu")
@@ -265,6 +276,44 @@ def test_a_component_does_the_reference_s_work_and_the_report_agrees_with_itself
         assert side.flops_per_second == pytest.approx(result.flops / side.seconds.median)
         assert side.matmul_ratio == pytest.approx(side.flops_per_second / result.matmul_flops_per_second)
     assert result.weight_bytes == 4 * result.num_parameters
+
+
+def test_the_error_of_half_precision_is_against_fp32_with_the_same_weights() -> None:
+    _, vae = vae_pair(TINY_VAE)
+    workload, latents = VideoDecoding("vae"), noise(1, 4, 2, 3, 4)
+    size = WorkSize(
+        height=24, width=32, num_frames=5, latent_shape=(4, 2, 3, 4), batch_size=1, num_text_tokens=0, chunk_frames=1
+    )
+    with torch.no_grad():
+        vae.bfloat16()
+        exact = exact_output(workload, vae, (latents.bfloat16(),), size)
+        error = output_error(vae.decode(latents.bfloat16()), exact, of_pixels=True)
+    assert exact.dtype == torch.float32
+    assert {parameter.dtype for parameter in vae.parameters()} == {torch.bfloat16}, "the module stays as it was"
+    assert 1e-4 < error.relative < 0.05, "bf16 has eight bits"
+    assert error.psnr_db is not None and 30 < error.psnr_db < 80
+
+
+def test_errors_and_kernels_are_shown(wan_checkpoint: Callable[[str], Path], capsys: Capture) -> None:
+    result = run_component(wan_checkpoint("plain"), "vae_decode", profile=True)
+    assert result.ours.error is None, "it is fp32 itself"
+    assert result.kernels == tuple(sorted(result.kernels, key=lambda kernel: -kernel.seconds))
+    assert any("conv" in kernel.name for kernel in result.kernels)
+    assert sum(kernel.seconds for kernel in result.kernels) > 0
+    error = OutputError(relative=0.0123, psnr_db=51.25)
+    report.show("vae", describe_machine(), structs.replace(result, ours=structs.replace(result.ours, error=error)))
+    shown = capsys.readouterr().out
+    assert "where a run of ours spends its time" in shown
+    assert "1.23e-02" in shown and "51.2 dB" in shown
+
+
+def test_the_error_of_an_output_is_its_formula() -> None:
+    exact = torch.tensor([0.5, -0.5, 1.0, -1.0])
+    error = output_error((exact + 0.02).bfloat16().float(), exact, of_pixels=True)
+    assert error.psnr_db == pytest.approx(40.0, abs=0.5)
+    assert error.relative == pytest.approx(0.02 / 0.625**0.5, rel=0.05)
+    same = output_error(exact, exact, of_pixels=True)
+    assert (same.relative, same.psnr_db) == (0.0, None)
 
 
 def test_a_model_without_components_is_refused() -> None:

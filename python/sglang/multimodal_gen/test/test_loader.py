@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 from sglang.multimodal_gen.configs.models.dits.wan import WanTransformerConfig
+from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.errors import CorruptCheckpoint, ModelError, PickleRefused, UnsupportedModel
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.loader.component_loader import LoadContext, NativeModule, load_module
@@ -24,6 +25,8 @@ from sglang.multimodal_gen.runtime.models.dits.wan import WanTransformer3DModel
 from sglang.multimodal_gen.runtime.models.vaes.wan_vae import AutoencoderKLWan
 from sglang.multimodal_gen.runtime.pipelines.wan import WanPipeline
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
+from sglang.multimodal_gen.runtime.pipelines_core.placement import DTYPES, place
+from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONTEXT = LoadContext(device=torch.device("cpu"), dtype=torch.float32, layers=LayerContext())
@@ -103,6 +106,29 @@ def test_component_that_computes_in_fp32_does_so_in_a_bf16_pipeline(checkpoint: 
     vae = WanPipeline.components["vae"](checkpoint / "vae", "AutoencoderKLWan", context)
     assert isinstance(vae, AutoencoderKLWan)
     assert {parameter.dtype for parameter in vae.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("precision", "vae_precision", "expected"),
+    [
+        ("fp32", "auto", torch.float32),
+        ("bf16", "auto", torch.bfloat16),
+        ("fp16", "auto", torch.float32),
+        ("bf16", "fp32", torch.float32),
+        ("fp32", "bf16", torch.bfloat16),
+        ("fp16", "fp16", torch.float16),
+    ],
+)
+def test_the_autoencoder_may_have_a_precision_of_its_own(
+    precision: str, vae_precision: str, expected: torch.dtype
+) -> None:
+    execution = ExecutionArgs(device="cpu", precision=precision, vae_precision=vae_precision)
+    placement = place(execution)
+    context = WanPipeline.load_context(PipelineConfig(), placement, execution)
+    assert context.dtype_of("vae") == expected
+    assert context.dtype_of("transformer") == placement.dtype == DTYPES[precision]
+    [reason] = [line for line in placement.reasons if line.startswith("vae_precision")]
+    assert reason.endswith("asked for" if vae_precision != "auto" else f"default with {precision}")
 
 
 def test_missing_shard_is_named(checkpoint: Path) -> None:

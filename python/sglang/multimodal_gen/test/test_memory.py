@@ -22,6 +22,7 @@ from sglang.multimodal_gen.runtime.models.vaes.tiling import Tiling
 from sglang.multimodal_gen.runtime.models.vaes.wan_vae import DecoderState
 from sglang.multimodal_gen.runtime.pipelines.wan import WanPipeline
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
+from sglang.multimodal_gen.runtime.pipelines_core.memory import longest_chunk
 from sglang.multimodal_gen.runtime.pipelines_core.memory_meter import ProcessMeter
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
@@ -232,6 +233,16 @@ def test_smaller_tiles_come_after_single_frames(pipeline: WanPipeline) -> None:
     half = Tiling(tile_height=128, tile_width=128, stride_height=96, stride_width=96)
     assert tilings == [Tiling(), half]
     assert req.notes.count("decoded in tiles to save memory; seams may show") == 1
+
+
+def test_chunks_are_as_long_as_fits_and_pays() -> None:
+    gib = 2**30
+    assert longest_chunk(range(1, 22), lambda length: length * gib, free_bytes=6 * gib) == 3, "half of the memory"
+    assert longest_chunk(range(1, 22), lambda length: length * gib, free_bytes=80 * gib) == 5, "more are no faster"
+    assert longest_chunk(range(1, 4), lambda length: length * gib // 8, free_bytes=80 * gib) == 3, "the whole clip"
+    assert longest_chunk(range(1, 22), lambda length: length * 12 * gib, free_bytes=80 * gib) == 1
+    assert longest_chunk((21,), lambda length: length * gib, free_bytes=80 * gib) == 21, "one that is taken whole"
+    assert longest_chunk(range(1, 22), lambda length: length * gib, free_bytes=gib) is None
 
 
 def test_the_estimate_of_what_decoding_remembers_is_of_the_right_size(pipeline: WanPipeline) -> None:

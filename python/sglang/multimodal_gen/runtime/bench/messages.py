@@ -36,6 +36,7 @@ class ComponentTask(BenchMessage, frozen=True, kw_only=True):
     repeats: int
     min_seconds: float
     compare: str | None
+    profile: bool = False
 
 
 class ParallelTask(BenchMessage, frozen=True, kw_only=True):
@@ -98,20 +99,39 @@ class TaskFailed(BenchMessage, frozen=True, kw_only=True, tag="failed"):
     error: ErrorInfo
 
 
+class OutputError(BenchMessage, frozen=True, kw_only=True):
+    """How far an output is from what our module gives in fp32 throughout, with the same weights: the norm of the
+    difference over the exact norm, and the peak signal-to-noise ratio of pixels in [-1, 1], None of anything else."""
+
+    relative: float
+    psnr_db: float | None
+
+
 class Side(BenchMessage, frozen=True, kw_only=True):
-    """One implementation's part of a comparison. `peak_bytes` is what a warm run takes above the weights."""
+    """One implementation's part of a comparison. `peak_bytes` is what a warm run takes above the weights; `error` is
+    None where it was not measured."""
 
     seconds: Summary
     peak_bytes: int | None
     flops_per_second: float
     matmul_ratio: float
+    error: OutputError | None = None
+
+
+class KernelTime(BenchMessage, frozen=True, kw_only=True):
+    """All calls of one kernel in a run of ours, or on the CPU of one operation."""
+
+    name: str
+    calls: int
+    seconds: float
 
 
 class ComponentResult(BenchMessage, frozen=True, kw_only=True, tag="component"):
     """What was measured of a module. FLOPs count 2 for a multiply-add, of matrix products and convolutions alone.
 
     `matmul_flops_per_second` is the best rate of a large square product in the same precision, in the same run;
-    `max_relative_difference` the largest difference of the outputs over the reference's largest value.
+    `max_relative_difference` the largest difference of the outputs over the reference's largest value. `kernels`, if
+    asked for: those that took longest.
     """
 
     component: str
@@ -133,6 +153,7 @@ class ComponentResult(BenchMessage, frozen=True, kw_only=True, tag="component"):
     ratio: Ratio | None
     max_relative_difference: float | None
     notes: tuple[str, ...]
+    kernels: tuple[KernelTime, ...] = ()
 
 
 class LayoutResult(BenchMessage, frozen=True, kw_only=True):

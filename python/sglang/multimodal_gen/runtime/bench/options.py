@@ -13,7 +13,7 @@ from sglang.multimodal_gen.runtime.bench.load.plan import BODY_OPTIONS
 from sglang.multimodal_gen.runtime.server_args import server_options
 
 REFERENCES = ("diffusers",)
-_MODULE_OPTIONS = ("model_path", "model_id", "revision", "random_weights", "device", "precision")
+_MODULE_OPTIONS = ("model_path", "model_id", "revision", "random_weights", "device", "precision", "vae_precision")
 _MODULE_OPTION_ENDING = "attention_backend"
 _REQUEST_OPTIONS_OF_ENGINE = ("scheduler",)
 """What the engine's requests are given, which means nothing without a model."""
@@ -78,6 +78,12 @@ class ComponentArgs(ComparedArgs):
     batch_size: int = arg(
         1, help="Rows of the forward; a request with guidance has two.", group="bench", minimum=1, exposed=CLI_ONLY
     )
+    profile: bool = arg(
+        False,
+        help="Also say which kernels, or on the CPU operations, a run of ours spends its time in.",
+        group="bench",
+        exposed=CLI_ONLY,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +110,7 @@ class SpreadArgs(JsonArgs):
         None,
         help="Latent frames that are decoded at a time.",
         group="bench",
-        unset="as many as half of the free memory takes",
+        unset="as many as requests have",
         minimum=1,
         exposed=CLI_ONLY,
     )
@@ -123,7 +129,7 @@ class VAEArgs(ComponentArgs):
         None,
         help="Latent frames that go through at a time.",
         group="bench",
-        unset="as many as half of the free memory takes",
+        unset="as many as requests have",
         minimum=1,
         exposed=CLI_ONLY,
     )

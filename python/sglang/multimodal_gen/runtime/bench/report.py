@@ -65,16 +65,26 @@ def _component(name: str, result: ComponentResult) -> Iterator[Section]:
             *(("note", note) for note in result.notes),
         ],
     )
-    rows = [_side("sglang", result.ours)]
+    sides = [("sglang", result.ours)]
     if result.reference is not None:
-        rows.append(_side(result.reference_module or "", result.reference))
+        sides.append((result.reference_module or "", result.reference))
     header = ("", "median", "p10", "p90", "runs", "rate", "of matrix products", "peak memory")
-    yield Section("time of a run", rows, header)
+    yield Section("time of a run", [_side(name, side) for name, side in sides], header)
+    errors = [(name, side.error) for name, side in sides if side.error is not None]
+    if errors:
+        rows = [
+            (name, f"{error.relative:.2e}", "" if error.psnr_db is None else f"{error.psnr_db:.1f} dB")
+            for name, error in errors
+        ]
+        yield Section("difference from fp32", rows, ("", "relative", "PSNR"))
     if result.ratio is not None and result.max_relative_difference is not None:
         yield Section(
             "sglang against it",
             [("times as fast", _ratio(result.ratio)), ("largest difference", f"{result.max_relative_difference:.2e}")],
         )
+    if result.kernels:
+        kernels = [(each.name, as_time(each.seconds), str(each.calls)) for each in result.kernels]
+        yield Section("where a run of ours spends its time", kernels, ("", "time", "calls"))
 
 
 def _parallel(result: ParallelResult) -> Iterator[Section]:

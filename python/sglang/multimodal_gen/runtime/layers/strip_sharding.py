@@ -122,11 +122,24 @@ class StripSharding:
         """As torch's `pad`; where a neighbour's strip begins, its lines in place of padding."""
         if not any(sides):
             return strip
-        padded = _with_zeros(strip, sides) if mode == "constant" else F.pad(strip, sides, mode=mode)
+        if mode == "constant":
+            padded, inner = self.room(strip, sides)
+            inner.copy_(strip)
+        else:
+            padded = F.pad(strip, sides, mode=mode)
+        self.exchange(padded, sides)
+        return padded
+
+    def room(self, strip: Tensor, sides: tuple[int, ...], *, lead: int = 0) -> tuple[Tensor, Tensor]:
+        """Memory for a strip between zeros, and the part of it where the strip belongs; `exchange` puts neighbours'
+        lines in place of zeros. In front are `lead` more frames, in which nothing is yet."""
+        return _between_zeros(strip, sides, lead)
+
+    def exchange(self, padded: Tensor, sides: tuple[int, ...]) -> None:
+        """Where a neighbour's strip begins, put its lines in place of padding."""
         if self._cut is not None:
             dim = self._cut.dim
             self._fill(padded, dim, *sides[-2 * dim - 2 : -2 * dim])
-        return padded
 
     def gather(self, strip: Tensor, *, dim: int) -> Tensor:
         """All ranks' strips side by side along `dim`, which holds lines of the picture or a number of tokens for each
@@ -192,22 +205,26 @@ class StripSharding:
         return whole.narrow(cut.dim, lines * start, lines * (end - start))
 
 
-def _with_zeros(strip: Tensor, sides: tuple[int, ...]) -> Tensor:
-    """As F.pad, which writes all of the result twice: large activations are bound by that."""
+def _between_zeros(strip: Tensor, sides: tuple[int, ...], lead: int) -> tuple[Tensor, Tensor]:
+    """As F.pad, which writes all of the result twice, but without the strip itself; and where that belongs."""
     shape, inside, around = list(strip.shape), [slice(None)] * strip.ndim, []
     for dim, (before, after) in enumerate(zip(sides[::2], sides[1::2], strict=True), start=1):
         length = shape[-dim]
         shape[-dim] = before + length + after
         inside[-dim] = slice(before, before + length)
         around += [(-dim, 0, before), (-dim, before + length, after)]
+    if lead:
+        shape[2] += lead
+        inside[2] = slice(lead, shape[2])
+        around = [place for place in around if place[2]]
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(strip.ndim, torch.contiguous_format)
-    if not strip.is_contiguous(memory_format=layout):
+    # Channels that lie side by side may be some of more, of which the result has no memory.
+    if not (strip.is_contiguous(memory_format=layout) or (strip.shape[1] > 1 and strip.stride(1) == 1)):
         layout = torch.contiguous_format
     padded = torch.empty(shape, dtype=strip.dtype, device=strip.device, memory_format=layout)
-    padded[tuple(inside)] = strip
     for place in around:
         padded.narrow(*place).zero_()
-    return padded
+    return padded, padded[tuple(inside)]
 
 
 def explain_strips(components: Mapping[str, Any]) -> Iterable[str]:

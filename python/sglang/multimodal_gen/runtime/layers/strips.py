@@ -22,10 +22,14 @@ class StripConv2d(nn.Conv2d):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, O, h', w']."""
+        return self.with_bias(images, self.bias)
+
+    def with_bias(self, images: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with another bias [O], or none."""
         if not self.strips.is_dealt:
-            return super().forward(images)
+            return self._conv_forward(images, self.weight, bias)
         padded = self.strips.pad(images, *_padding_of(self))
-        return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return F.conv2d(padded, self.weight, bias, self.stride, 0, self.dilation, self.groups)
 
 
 class StripConv3d(nn.Conv3d):

@@ -81,12 +81,13 @@ def _tell_nobody(_: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadContext:
-    """Where and how components are placed, and what fills them."""
+    """Where and how components are placed, and what fills them. The autoencoder may have a dtype of its own."""
 
     device: torch.device
     dtype: torch.dtype
     layers: LayerContext
     fp32_components: Collection[str] = ()
+    vae_dtype: torch.dtype | None = None
     source: ComponentSource = field(default_factory=Checkpoint)
     encoder_parallel: str = "auto"
     cuda_graphs: bool = False
@@ -94,6 +95,8 @@ class LoadContext:
 
     def dtype_of(self, component: str) -> torch.dtype:
         """The dtype that a component computes in."""
+        if component == "vae" and self.vae_dtype is not None:
+            return self.vae_dtype
         return torch.float32 if component in self.fp32_components else self.dtype
 
     def encoder_axes(self, component: str, size: EncoderSize | str, *, weight_bytes: int) -> EncoderAxes:
@@ -205,6 +208,7 @@ def load_module(
 
     The class may say `keep_in_fp32` (parts of dotted names whose parameters stay in fp32), `keep_in_fp32_with_fp16`
     (the same for fp16 only) and `key_aliases` (a second name under which files store a shared tensor -> its own name).
+    A method `settle_weights` is called once the weights are there.
 
     Raises: what the source (None: the checkpoint's files) raises when it has not all that the module needs.
     """
@@ -217,6 +221,8 @@ def load_module(
     unset = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     assert not unset, f"{cls.__name__}: buffers that no checkpoint holds must be computed where they are used: {unset}"
     join_projections(module)
+    if (settle := getattr(module, "settle_weights", None)) is not None:
+        settle()
     return module.eval().requires_grad_(False)
 
 

@@ -24,6 +24,7 @@ from sglang.multimodal_gen.configs.request_plan import LANES, Lane
 from sglang.multimodal_gen.errors import ErrorInfo, InternalError, InvalidState, InvalidValue, OutOfMemory, ServingError
 from sglang.multimodal_gen.runtime.managers.child_process import exit_with_parent, inherited_connection
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
+from sglang.multimodal_gen.runtime.managers.frame_sender import FrameSender
 from sglang.multimodal_gen.runtime.managers.messages import (
     Admit,
     AdmitFailed,
@@ -43,7 +44,6 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     MergeLora,
     Message,
     ModelReady,
-    OutputChunk,
     RankLost,
     Release,
     SaveState,
@@ -116,6 +116,7 @@ class GPUWorker:
         self.previews = previews
         self.adapters = adapters
         self.run_dir = RunDir.at(config.run_dir)
+        self.frames = FrameSender(self.run_dir, channel.send)
         self.requests: dict[str, Any] = {}
         self.min_epoch = 0
         self.leads = pipeline.parallel.leads
@@ -179,6 +180,7 @@ class GPUWorker:
 
     def _release(self, request_id: str) -> None:
         req = self.requests.pop(request_id, None)
+        self.frames.forget(request_id)
         if req is not None:
             self.pipeline.release(req)
         self.states.forget(request_id)
@@ -257,12 +259,7 @@ class GPUWorker:
         requests = [self.requests[unit.request_id] for unit in units]
         try:
             for batch in self.pipeline.run_unit(units[0].phase, requests):
-                frames = self.run_dir.send(batch.frames.numpy())
-                self.channel.send(
-                    OutputChunk(
-                        request_id=batch.request_id, first_frame=batch.first_frame, last=batch.last, frames=frames
-                    )
-                )
+                self.frames.put(batch)
             for req in requests if lane == "denoise" else ():
                 # Written while the step ran: nobody hears of a step that is further than one interval from a state.
                 self.states.wait(req.request_id)

@@ -505,7 +505,8 @@ class AdmitFailed(Message, frozen=True, kw_only=True, tag="admit_failed"):
 
 
 class OutputChunk(Message, frozen=True, kw_only=True, tag="chunk"):
-    """Decoded frames [T, H, W, 3] uint8 from `first_frame` on; sent before the TickDone of the unit that made them."""
+    """Decoded frames [T, H, W, 3] uint8 from `first_frame` on; sent before the TickDone of the request's next unit, the
+    last ones before that of the unit that made them."""
 
     request_id: str
     first_frame: int

@@ -264,6 +264,7 @@ class ComposedPipelineBase:
                 cross_attention=AttentionPlan.chosen("cross", execution, facts=facts, precision=precision),
             ),
             fp32_components=config.fp32_components,
+            vae_dtype=placement.vae_dtype,
             source=RandomSource() if random_weights else Checkpoint(),
             encoder_parallel=execution.encoder_parallel,
             cuda_graphs=execution.cuda_graphs == "auto" and placement.device.type == "cuda",

@@ -6,6 +6,7 @@ The factors count the tensors alive at the peak of a forward without gradients. 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +19,10 @@ from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 
 # Of the free memory, what one unit may plan with; the rest is for allocator waste and for other requests.
 USABLE_SHARE = 0.9
+# Decoding shares the device with the denoising of other requests.
+_DECODER_SHARE = 0.5
+# A longer chunk of a clip is no faster, and frames leave later: docs/performance.md.
+_ENOUGH_FOR_A_CHUNK = 5 << 30
 _FP32_BYTES = 4
 _SIGNS = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
 
@@ -79,6 +84,13 @@ def _cgroup_headroom() -> int | None:
         if limit.isdigit():
             return max(0, int(limit) - used + int(stat.get(cache_name, 0)))
     return None
+
+
+def longest_chunk(lengths: Sequence[int], peak_bytes: Callable[[int], int], free_bytes: float) -> int | None:
+    """How many latent frames of a clip to decode at a time, of these lengths, of which each takes `peak_bytes`: as many
+    as fit and make it faster; None if not even the fewest fit."""
+    enough = min(_DECODER_SHARE * free_bytes, max(_ENOUGH_FOR_A_CHUNK, peak_bytes(min(lengths))))
+    return max((length for length in lengths if peak_bytes(length) <= enough), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Device and dtype of a pipeline; `reasons` says how each was chosen."""
+    """Device and dtype of a pipeline, and the dtype of its autoencoder; `reasons` says how each was chosen."""
 
     device: torch.device
     dtype: torch.dtype
+    vae_dtype: torch.dtype
     reasons: tuple[str, ...]
 
     @property
@@ -47,11 +48,17 @@ def place(execution: ExecutionArgs, *, local_rank: int = 0, num_gpus: int = 1) -
     if precision == "auto":
         # On processors without native bf16 arithmetic it is 6 to 600 times slower than fp32.
         precision = "bf16" if device.type == "cuda" else "fp32"
+    vae_precision = execution.vae_precision
+    if vae_precision == "auto":
+        vae_precision = "fp32" if precision == "fp16" else precision
     return Placement(
         device=device,
         dtype=DTYPES[precision],
+        vae_dtype=DTYPES[vae_precision],
         reasons=(
             f"device {device}: {found if execution.device == 'auto' else 'asked for'}",
             f"precision {precision}: {f'default on {device.type}' if execution.precision == 'auto' else 'asked for'}",
+            f"vae_precision {vae_precision}: "
+            f"{f'default with {precision}' if execution.vae_precision == 'auto' else 'asked for'}",
         ),
     )

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from sglang.multimodal_gen.runtime.bench.messages import ComponentResult, ComponentTask, Side
+from sglang.multimodal_gen.runtime.bench.messages import ComponentResult, ComponentTask, OutputError, Side
 from sglang.multimodal_gen.runtime.bench.statistics import compare, summarise
+from sglang.multimodal_gen.runtime.bench.worker.exactness import exact_output, output_error
 from sglang.multimodal_gen.runtime.bench.worker.flops import matmul_rate
+from sglang.multimodal_gen.runtime.bench.worker.kernels import busiest_kernels
 from sglang.multimodal_gen.runtime.bench.worker.memory import peak_bytes
 from sglang.multimodal_gen.runtime.bench.worker.model import find_model, work_size
 from sglang.multimodal_gen.runtime.bench.worker.reference_module import reference_module, require_reference
 from sglang.multimodal_gen.runtime.bench.worker.reporting import Parent, failures_told, take_task, watch_parent
-from sglang.multimodal_gen.runtime.bench.worker.timing import Run, time_in_turns, timer_for
+from sglang.multimodal_gen.runtime.bench.worker.timing import time_in_turns, timer_for
 from sglang.multimodal_gen.runtime.layers.attention.switch import explain_kernels
 from sglang.multimodal_gen.runtime.loader.component_loader import weight_totals
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
@@ -65,13 +68,14 @@ class ComponentBench:
         reference = self.reference()
         self.parent.tell("counting FLOPs")
         flops, rate = self.model.flops(self.workload, self.size), self._matmul_rate()
-        sides: list[Run] = [self._forward]
+        sides: list[Callable[[], Tensor]] = [self._forward]
         output, difference = self._forward(), None
         if reference is not None:
             sides.append(lambda: self.workload.reference_forward(reference, self.inputs))
             difference = relative_difference(output, self.workload.reference_forward(reference, self.inputs))
         output_shape = tuple(output.shape)
         del output  # so that the peak of a run is a run's alone
+        errors = self._errors(sides)
         self.parent.tell(f"timing {type(self.module).__name__}")
         samples = time_in_turns(
             sides,
@@ -82,7 +86,16 @@ class ComponentBench:
         )
         peaks = [peak_bytes(side, self.device) for side in sides]
         rate = max(rate, self._matmul_rate())
-        measured = [_side(own, peak, flops, rate) for own, peak in zip(samples, peaks, strict=True)]
+        measured = [
+            Side(
+                seconds=(seconds := summarise(own)),
+                peak_bytes=peak,
+                flops_per_second=(achieved := flops / seconds.median),
+                matmul_ratio=achieved / rate,
+                error=error,
+            )
+            for own, peak, error in zip(samples, peaks, errors, strict=True)
+        ]
         return self._result(flops, rate, output_shape, measured, reference, difference)
 
     def _result(
@@ -118,7 +131,19 @@ class ComponentBench:
             ratio=None if other is None else compare(measured[0].seconds, other.seconds),
             max_relative_difference=difference,
             notes=tuple(self.notes),
+            kernels=busiest_kernels(self._forward, self.device) if self.task.profile else (),
         )
+
+    def _errors(self, sides: Sequence[Callable[[], Tensor]]) -> list[OutputError | None]:
+        """Of each side, for an autoencoder that does not compute in fp32 throughout."""
+        of_pixels = isinstance(self.workload, VideoDecoding)
+        if not (of_pixels or isinstance(self.workload, VideoEncoding)):
+            return [None for _ in sides]
+        if self.dtype == torch.float32 and self.device.type == "cpu":
+            return [None for _ in sides]
+        self.parent.tell("computing in fp32")
+        exact = exact_output(self.workload, self.module, self.inputs, self.size)
+        return [output_error(side(), exact, of_pixels=of_pixels) for side in sides]
 
     def _forward(self) -> Tensor:
         return self.workload.forward(self.module, self.inputs, self.size)
@@ -126,12 +151,6 @@ class ComponentBench:
     def _matmul_rate(self) -> float:
         self.parent.tell("measuring how fast matrices multiply")
         return matmul_rate(self.device, self.dtype)
-
-
-def _side(samples: list[float], peak: int | None, flops: int, rate: float) -> Side:
-    seconds = summarise(samples)
-    achieved = flops / seconds.median
-    return Side(seconds=seconds, peak_bytes=peak, flops_per_second=achieved, matmul_ratio=achieved / rate)
 
 
 def relative_difference(ours: Tensor, reference: Tensor) -> float:

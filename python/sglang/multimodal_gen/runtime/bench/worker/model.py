@@ -19,12 +19,10 @@ from sglang.multimodal_gen.runtime.bench.worker.reporting import Parent
 from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 from sglang.multimodal_gen.runtime.loader.component_loader import LoadContext, NativeModule
 from sglang.multimodal_gen.runtime.pipelines_core import ComposedPipelineBase, find_pipeline
+from sglang.multimodal_gen.runtime.pipelines_core.memory import longest_chunk
 from sglang.multimodal_gen.runtime.pipelines_core.placement import place
 from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, Workload, WorkSize
 from sglang.multimodal_gen.runtime.server_args import ModelArgs, ServerArgs
-
-# Decoding shares the device with the denoising of other requests, so a pipeline gives it half.
-_DECODER_MEMORY_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +116,14 @@ def work_size(
     batch_size, chunk_frames = 1, None
     if isinstance(task, ComponentTask):
         batch_size, chunk_frames = task.batch_size, task.chunk_frames
-    budget = _DECODER_MEMORY_SHARE * free_bytes / batch_size
     longest = latent_shape[1]
     if memory is not None:
-        lengths = range(longest, 0, -1)
-        frames = {length: length * geometry.temporal_ratio for length in lengths}
-        height, width = (strips or StripSharding()).largest(params.height, params.width, ratio=geometry.spatial_ratio)
-        longest = next((n for n in lengths if memory.chunk_bytes(frames[n], height, width) <= budget), 1)
+        held = (strips or StripSharding()).largest(params.height, params.width, ratio=geometry.spatial_ratio)
+
+        def peak_bytes(length: int) -> int:
+            return batch_size * memory.chunk_bytes(length * geometry.temporal_ratio, *held)
+
+        longest = longest_chunk(range(1, longest + 1), peak_bytes, free_bytes) or 1
     return WorkSize(
         width=params.width,
         height=params.height,

@@ -34,7 +34,8 @@ def reference_module(directory: Path, listed: tuple[str, str], ours: nn.Module) 
     config = read_json_object(directory / "config.json")
     with load_object("accelerate:init_empty_weights")(include_buffers=False):
         module: nn.Module = _construct(module_class, config)
-    state = dict(ours.state_dict())
+    # In the order of memory that its own checkpoint would have.
+    state = {name: tensor.contiguous() for name, tensor in ours.state_dict().items()}
     for alias, name in getattr(ours, "key_aliases", {}).items():
         state[alias] = state[name]
     # A module of transformers lists a tensor that it shares under one name or under both.

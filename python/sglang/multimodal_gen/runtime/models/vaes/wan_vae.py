@@ -57,6 +57,13 @@ class AutoencoderKLWan(nn.Module):
         self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, 1, strips=self.strips)
         self.decoder = WanDecoder(config, context)
 
+    def settle_weights(self) -> None:
+        """See `load_module`: on GPUs, convolution kernels lie in memory as activations do, in channels-last order."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | nn.Conv3d) and layer.weight.is_cuda:
+                order = torch.channels_last if layer.weight.ndim == 4 else torch.channels_last_3d
+                layer.weight.data = layer.weight.data.contiguous(memory_format=order)
+
     def normalise(self, latents: Tensor) -> Tensor:
         """Latents [B, Z, t, h, w] of the encoder -> what the transformer works on."""
         return (latents - self._per_channel(self.config.latents_mean, latents)) / self._per_channel(

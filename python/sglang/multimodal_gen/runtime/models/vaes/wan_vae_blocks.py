@@ -12,12 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.fused_frames import Footage, sum_frames, upsample_frames
 from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 from sglang.multimodal_gen.runtime.layers.strips import StripConv2d, StripPad2d
 from sglang.multimodal_gen.runtime.models.vaes.causal_conv import (
     CausalConv3d,
     ChannelRMSNorm,
     TemporalState,
+    activated,
+    both,
     fold_frames,
     unfold_frames,
 )
@@ -38,10 +41,22 @@ class ResidualBlock(nn.Module):
             self.conv_shortcut = CausalConv3d(in_channels, out_channels, 1, strips=strips)
 
     def forward(self, frames: Tensor, state: TemporalState) -> Tensor:
-        shortcut = frames if self.conv_shortcut is None else self.conv_shortcut(frames, state)
-        frames = self.conv1(F.silu(self.norm1(frames)), state)
-        frames = self.conv2(self.dropout(F.silu(self.norm2(frames))), state)
-        return frames + shortcut
+        return self.through(frames, state, None)[0]
+
+    def through(self, frames: Tensor, state: TemporalState, bias: Tensor | None) -> tuple[Tensor, None]:
+        """The same of frames to which `bias` [C] is still to be added."""
+        num_frames, shortcut, added = frames.shape[2], frames, bias
+        if self.conv_shortcut is not None:
+            shortcut = self.conv_shortcut(frames, state)
+            added = None if bias is None else F.linear(bias, self.conv_shortcut.weight.flatten(1))
+        seen = activated(self.conv1, self.norm1, frames, state, bias=bias)
+        hidden_states, bias = self.conv1.over(seen, num_frames, state)
+        del seen, frames  # what is no longer needed goes before there is more: a third of the peak
+        seen = activated(self.conv2, self.norm2, hidden_states, state, bias=bias)
+        del hidden_states
+        hidden_states, bias = self.conv2.over(self.dropout(seen), num_frames, state)
+        del seen
+        return sum_frames(hidden_states, shortcut, bias=both(bias, added)), None
 
 
 class FrameAttention(nn.Module):
@@ -57,13 +72,13 @@ class FrameAttention(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, C, T, H, W]."""
-        images = fold_frames(frames)
-        tokens = self.to_qkv(self.norm(images)).flatten(2).transpose(1, 2).unsqueeze(2)  # [B·T, H·W, 1, 3·C]
-        query, seen = tokens.tensor_split((images.shape[1],), dim=-1)
+        cells = self.norm(frames).permute(0, 2, 3, 4, 1)  # [B, T, H, W, C]
+        tokens = F.linear(cells, self.to_qkv.weight.flatten(1), self.to_qkv.bias).flatten(2, 3).flatten(0, 1)
+        query, seen = tokens.unsqueeze(2).tensor_split((cells.shape[-1],), dim=-1)  # [B·T, H·W, 1, C and 2·C]
         key, value = self.strips.gather(seen, dim=1).chunk(2, dim=-1)
-        attended = self.attention(query, key, value).squeeze(2).transpose(1, 2)
-        update = self.proj(attended.unflatten(2, images.shape[2:]))
-        return frames + unfold_frames(update, frames.shape[0])
+        attended = self.attention(query, key, value).view(cells.shape)
+        update = F.linear(attended, self.proj.weight.flatten(1), self.proj.bias)
+        return frames + update.permute(0, 4, 1, 2, 3)
 
 
 class MidBlock(nn.Module):
@@ -90,22 +105,26 @@ class Upsample(nn.Module):
         )
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1), strips=strips) if temporal else None
 
-    def forward(self, frames: Tensor, state: TemporalState) -> Tensor:
-        """[B, C, T, H, W] -> [B, O, T', 2·H, 2·W]; T' is T, 2·T, or for the first chunk 2·T - 1."""
-        if self.time_conv is not None:
-            frames = self._double_frames(frames, self.time_conv, state)
-        return unfold_frames(self.resample(fold_frames(frames)), frames.shape[0])
+    def forward(self, frames: Tensor, state: TemporalState) -> tuple[Tensor, Tensor | None]:
+        """[B, C, T, H, W] -> [B, O, T', 2·H, 2·W]; T' is T, 2·T, or for the first chunk 2·T - 1. The bias [O] beside
+        them is still to be added: see `CausalConv3d.without_bias`."""
+        if self.time_conv is None:
+            parts = [Footage(frames)]
+        else:
+            # The clip's first frame passes as it is, and the convolution never sees it.
+            alone, later = frames.split((1, frames.shape[2] - 1), dim=2) if state.is_first else (None, frames)
+            parts = [] if alone is None else [Footage(alone)]
+            if later.shape[2]:
+                pairs, bias = self.time_conv.without_bias(later, state)
+                parts.append(Footage(pairs, 2, bias))
+        images, conv = fold_frames(upsample_frames(parts)), self.resample[1]
+        assert isinstance(conv, StripConv2d), "as constructed"
+        early, late = (None, conv.bias) if images.is_cuda else (conv.bias, None)
+        return unfold_frames(conv.with_bias(images, early), frames.shape[0]), late
 
-    @staticmethod
-    def _double_frames(frames: Tensor, time_conv: CausalConv3d, state: TemporalState) -> Tensor:
-        # The clip's first frame passes as it is, and the convolution never sees it.
-        alone, frames = frames.split((1, frames.shape[2] - 1), dim=2) if state.is_first else (None, frames)
-        if frames.shape[2] == 0:
-            assert alone is not None, "a chunk has at least one frame"
-            return alone
-        pairs = time_conv(frames, state).permute(0, 2, 3, 4, 1).unflatten(-1, (2, -1))  # [B, T, H, W, 2, C]
-        doubled = pairs.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).permute(0, 4, 1, 2, 3)
-        return doubled if alone is None else torch.cat((alone, doubled), dim=2)
+    def through(self, frames: Tensor, state: TemporalState, bias: None) -> tuple[Tensor, Tensor | None]:
+        """As `ResidualBlock.through`, behind one of which it always is."""
+        return self(frames, state)
 
 
 class Downsample(nn.Module):

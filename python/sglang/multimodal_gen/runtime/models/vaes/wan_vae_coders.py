@@ -7,13 +7,14 @@ Shapes: B batch, C channels, T, H, W video frames, height and width in patches; 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.vaes.wan import WanVAEConfig
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.fused_frames import sum_frames
 from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 from sglang.multimodal_gen.runtime.models.vaes.causal_conv import CausalConv3d, ChannelRMSNorm, TemporalState
 from sglang.multimodal_gen.runtime.models.vaes.wan_vae_blocks import (
@@ -79,10 +80,9 @@ class UpStage(nn.Module):
         if upsample is not None:
             self.upsamplers.append(Upsample(out_channels, out_channels // 2, temporal=upsample, strips=strips))
 
-    def forward(self, frames: Tensor, state: TemporalState) -> Tensor:
-        for block in (*self.resnets, *self.upsamplers):
-            frames = block(frames, state)
-        return frames
+    def layers(self) -> Iterator[ResidualBlock | Upsample]:
+        """In the order in which frames pass through them."""
+        yield from (*self.resnets, *self.upsamplers)  # type: ignore[misc]
 
 
 class ShortcutUpStage(nn.Module):
@@ -102,13 +102,19 @@ class ShortcutUpStage(nn.Module):
             self.avg_shortcut = DuplicateUp(in_channels, out_channels, time_factor=time_factor, space_factor=2)
             self.upsampler = Upsample(out_channels, out_channels, temporal=upsample, strips=strips)
 
-    def forward(self, frames: Tensor, state: TemporalState) -> Tensor:
+    def layers(self) -> Iterator[ShortcutUpStage]:
+        """The stage as a whole."""
+        yield self
+
+    def through(self, frames: Tensor, state: TemporalState, bias: None) -> tuple[Tensor, None]:
+        """As `ResidualBlock.through`, behind another of its kind."""
         start = frames
         for block in self.resnets:
             frames = block(frames, state)
         if self.upsampler is None or self.avg_shortcut is None:
-            return frames
-        return self.upsampler(frames, state) + self.avg_shortcut(start, state)
+            return frames, None
+        frames, added = self.upsampler(frames, state)
+        return sum_frames(frames, self.avg_shortcut(start, state), bias=added), None
 
 
 class WanEncoder(nn.Module):
@@ -135,7 +141,7 @@ class WanEncoder(nn.Module):
         frames = self.conv_in(frames, state)
         for block in (*self.down_blocks, self.mid_block):
             frames = block(frames, state)
-        return self.conv_out(F.silu(self.norm_out(frames)), state)
+        return self.conv_out.after(self.norm_out, frames, state)
 
 
 class WanDecoder(nn.Module):
@@ -159,7 +165,8 @@ class WanDecoder(nn.Module):
         self.conv_out = CausalConv3d(widths[-1], config.out_channels, 3, strips=strips)
 
     def forward(self, frames: Tensor, state: TemporalState) -> Tensor:
-        frames = self.conv_in(frames, state)
-        for block in (self.mid_block, *self.up_blocks):
-            frames = block(frames, state)
-        return self.conv_out(F.silu(self.norm_out(frames)), state)
+        frames, bias = self.mid_block(self.conv_in(frames, state), state), None
+        # Layer by layer, so that nobody holds what came before: at full size that is a fifth of the peak.
+        for layer in (layer for stage in self.up_blocks for layer in stage.layers()):  # type: ignore[operator]
+            frames, bias = layer.through(frames, state, bias)
+        return self.conv_out.after(self.norm_out, frames, state)

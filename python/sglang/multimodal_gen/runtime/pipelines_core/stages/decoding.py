@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
@@ -15,12 +16,10 @@ from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 from sglang.multimodal_gen.runtime.models.vaes.tiling import Tiling
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
-from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory
+from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory, longest_chunk
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 
-# Decoding shares the device with the denoising of other requests.
-_MEMORY_SHARE = 0.5
 _SMALLEST_TILE = 128
 _TILED = "decoded in tiles to save memory; seams may show"
 
@@ -79,7 +78,7 @@ class DecodePlan:
 
 
 class DecodingStage(Stage):
-    """Frames [T, H, W, 3] uint8 of each chunk; the whole clip is one chunk where memory allows.
+    """Frames [T, H, W, 3] uint8 of each chunk, of which a short or small clip is one.
 
     Where the autoencoder deals its pictures each rank decodes a strip, and the leader has the frames.
     """
@@ -139,18 +138,19 @@ class DecodingStage(Stage):
         )
 
     def _plan(self, req: Req) -> DecodePlan:
-        """The longest chunk that fits, without tiles if at all possible."""
+        """The longest chunks that fit and pay, without tiles if at all possible."""
         assert req.latent_shape is not None, "planned by the stages before"
         latent_frames = req.latent_shape[1]
         whole = DecodePlan(bounds=(0, latent_frames), chunk_frames=latent_frames, tiling=None)
-        budget = _MEMORY_SHARE * self.free_bytes()
+        lengths = range(latent_frames if self.vae.decodes_whole_clips else 1, latent_frames + 1)
         tilings = (None, Tiling()) if _is_cut(Tiling(), req) else (None,)
         for tiling in tilings:
-            for chunk_frames in range(latent_frames, latent_frames - 1 if self.vae.decodes_whole_clips else 0, -1):
-                if self._peak_bytes(req, chunk_frames, tiling) <= budget:
-                    return whole.recut(0, chunk_frames, tiling)
+            peak_bytes = partial(self._peak_bytes, req, tiling=tiling)
+            chunk_frames = longest_chunk(lengths, peak_bytes, self.free_bytes())
+            if chunk_frames is not None:
+                return whole.recut(0, chunk_frames, tiling)
         # Admission refuses this, with these numbers, unless the memory gets free until then.
-        return whole.recut(0, latent_frames if self.vae.decodes_whole_clips else 1, tilings[-1])
+        return whole.recut(0, lengths[0], tilings[-1])
 
     def shrink(self, req: Req) -> bool:
         plan: DecodePlan = req.decode_plan
@@ -214,7 +214,7 @@ class DecodingStage(Stage):
                 request_id=req.request_id,
                 first_frame=self._first_frame(plan, index),
                 last=last,
-                frames=pixels.permute(1, 2, 3, 0).contiguous().cpu(),
+                frames=on_host(pixels.permute(1, 2, 3, 0).contiguous()),
             )
         return output, None if last else state
 
@@ -229,7 +229,8 @@ class DecodingStage(Stage):
         """Some latent frames [1, C, t, H, W] as the decoder takes them."""
         assert req.latents is not None, "denoising comes before decoding"
         latents = req.latents if self.prepare is None else self.prepare(req, req.latents)
-        return self.vae.denormalise(latents[None, :, frames].to(self.dtype))
+        # In fp32, so that only the result is rounded.
+        return self.vae.denormalise(latents[None, :, frames].float()).to(self.dtype)
 
 
 class PieceDecoder(Protocol):
@@ -282,8 +283,8 @@ class PieceDecodingStage(DecodingStage):
         pieces = self.vae.decoder_pieces(latent_frames)
         bounds = (0, *(piece.start + 1 for piece in pieces[1:]), latent_frames)
         longest = min(latent_frames, max(piece.stop - piece.start for piece in pieces))
-        fits = self._peak_bytes(req, longest, None) <= _MEMORY_SHARE * self.free_bytes()
-        tiling = None if fits or not _is_cut(Tiling(), req) else Tiling()
+        fits = longest_chunk((longest,), partial(self._peak_bytes, req, tiling=None), self.free_bytes())
+        tiling = None if fits is not None or not _is_cut(Tiling(), req) else Tiling()
         return DecodePlan(bounds=bounds, chunk_frames=longest, tiling=tiling)
 
     def shrink(self, req: Req) -> bool:
@@ -315,3 +316,13 @@ def _is_cut(tiling: Tiling, req: Req) -> bool:
 def to_uint8(video: Tensor) -> Tensor:
     """[3, T, H, W] in [-1, 1] -> the same uint8, rounded as diffusers' postprocessing does."""
     return (video.float() * 0.5 + 0.5).clamp(0, 1).mul_(255).round_().to(torch.uint8)
+
+
+def on_host(frames: Tensor) -> Tensor:
+    """A tensor in memory of the CPU: of a GPU's through pages that stay where they are, which is several times as fast
+    and leaves them to the frames that follow."""
+    if not frames.is_cuda:
+        return frames
+    host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True).copy_(frames, non_blocking=True)
+    torch.cuda.current_stream(frames.device).synchronize()
+    return host

@@ -1,0 +1,144 @@
+"""What surrounds the convolutions of a video autoencoder, each in one pass over the cells where a kernel serves.
+
+On a GPU with Triton these are kernels of `triton_frame_kernels`; elsewhere, and where gradients are wanted, the
+references below, which say what is computed. Both compute in fp32 and return the dtype that came in. Activations are in
+channels-last order.
+
+Shapes: B batch, C channels, T frames, H, W height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# The published form divides by max(‖x‖, 1e-12); this does the same for all but vanishing input.
+_NORM_EPS = 1e-24
+
+
+@cache
+def _kernels() -> Any:
+    """The module with the kernels; None where Triton is not installed."""
+    try:
+        from sglang.multimodal_gen.runtime.layers import triton_frame_kernels  # late: it imports Triton
+    except ImportError:
+        return None
+    return triton_frame_kernels
+
+
+def _serves(frames: Tensor) -> bool:
+    """Kernels have no gradients."""
+    return frames.is_cuda and not torch.is_grad_enabled() and _kernels() is not None
+
+
+def norm_frames(
+    frames: Tensor, weight: Tensor, *, bias: Tensor | None = None, silu: bool = True, out: Tensor | None = None
+) -> Tensor:
+    """Root-mean-square norm of frames + bias over the channels, times `weight` [C], and SiLU of that.
+
+    [B, C, T, H, W] -> the same shape, in `out` where given, whose frames and lines may lie apart.
+    """
+    if _serves(frames):
+        if out is not None and out.stride(1) != 1:  # not in channels-last order
+            return out.copy_(norm_frames(frames, weight, bias=bias, silu=silu))
+        cells, step = _spaced_cells(frames)
+        target = cells.new_empty(cells.shape) if out is None else out.movedim(1, -1)
+        _kernels().norm_frames(cells, weight, target, source_cell=step, bias=bias, silu=silu, eps=_NORM_EPS)
+        return target.movedim(-1, 1)
+    wide = frames.movedim(1, -1).float()
+    if bias is not None:
+        wide = wide + bias.float()
+    normed = F.rms_norm(wide, weight.shape, weight.float(), eps=_NORM_EPS)
+    normed = (F.silu(normed) if silu else normed).to(frames.dtype).movedim(-1, 1)
+    return normed if out is None else out.copy_(normed)
+
+
+def sum_frames(frames: Tensor, residual: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """frames + bias + residual, [B, C, T, H, W] each and the bias [C]. The frames may be overwritten."""
+    if _serves(frames):
+        cells, step = _spaced_cells(frames)
+        summed = cells if cells.is_contiguous() else cells.new_empty(cells.shape)
+        _kernels().norm_frames(
+            cells, None, None, source_cell=step, bias=bias, residual=_cells(residual), summed=summed, eps=_NORM_EPS
+        )
+        return summed.movedim(-1, 1)
+    if bias is None:
+        return frames + residual
+    wide = frames.float() + bias.float().view(-1, *(1,) * (frames.ndim - 2)) + residual.float()
+    return wide.to(frames.dtype)
+
+
+class Footage(NamedTuple):
+    """Frames [B, P·C, T, H, W] of which each is `shared` P ones, one behind the other in the channels, and the bias
+    [P·C] that is still to be added."""
+
+    frames: Tensor
+    shared: int = 1
+    bias: Tensor | None = None
+
+
+def upsample_frames(parts: Sequence[Footage]) -> Tensor:
+    """Twice the height and width, by repetition, of all the parts' frames in order: [B, C, ΣP·T, 2·H, 2·W]."""
+    first = parts[0].frames
+    if _serves(first):
+        return upsampled_by(_kernels(), parts)
+    clips = [_one_by_one(part) for part in parts]
+    frames = clips[0] if len(clips) == 1 else torch.cat(clips, dim=2)
+    images = F.interpolate(frames.transpose(1, 2).flatten(0, 1), scale_factor=2.0, mode="nearest-exact")
+    return images.unflatten(0, (first.shape[0], -1)).transpose(1, 2)
+
+
+def upsampled_by(kernels: Any, parts: Sequence[Footage]) -> Tensor:
+    """The same by a kernel."""
+    batch, width_in_channels, _, height, width = parts[0].frames.shape
+    lengths = [part.frames.shape[2] * part.shared for part in parts]
+    channels = width_in_channels // parts[0].shared
+    target = parts[0].frames.new_empty((batch, sum(lengths), 2 * height, 2 * width, channels))
+    for part, room in zip(parts, target.split(lengths, dim=1), strict=True):
+        kernels.upsample_frames(_cells(part.frames), part.bias, room, shared=part.shared)
+    return target.movedim(-1, 1)
+
+
+def _one_by_one(part: Footage) -> Tensor:
+    """[B, P·C, T, H, W] -> [B, C, T·P, H, W] with the bias."""
+    frames = part.frames.permute(0, 2, 3, 4, 1)
+    if part.bias is not None:
+        frames = frames + part.bias
+    if part.shared > 1:
+        frames = frames.unflatten(-1, (part.shared, -1)).permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
+    return frames.permute(0, 4, 1, 2, 3)
+
+
+def _cells(frames: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> [B, T, H, W, C] with each sample's cells side by side: a view of what is channels-last."""
+    cells = frames.movedim(1, -1)
+    return cells if cells[0].is_contiguous() else cells.contiguous()
+
+
+def _spaced_cells(frames: Tensor) -> tuple[Tensor, int]:
+    """[B, C, T, H, W] -> [B, T, H, W, C], in each sample's memory one cell every so many numbers: a view of what is
+    channels-last, or of some of the channels of that."""
+    cells = frames.movedim(1, -1)
+    step = cell_step(cells)
+    return (cells.contiguous(), cells.shape[-1]) if step is None else (cells, step)
+
+
+def cell_step(cells: Tensor) -> int | None:
+    """How many numbers of memory apart the cells of a sample are, [B, T, H, W, C]; None where that is not the same for
+    all, or channels do not lie side by side."""
+    *_, channels = cells.shape
+    if channels > 1 and cells.stride(4) != 1:
+        return None
+    step, count = None, 1
+    for dim in (3, 2, 1):
+        if cells.shape[dim] > 1:
+            step = cells.stride(dim) // count if step is None else step
+            if cells.stride(dim) != step * count:
+                return None
+        count *= cells.shape[dim]
+    return channels if step is None else step

@@ -1,0 +1,79 @@
+"""What surrounds the convolutions of an autoencoder, by plain formulas; kernels are compared in `test_fused.py`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sglang.multimodal_gen.runtime.layers.fused_frames import (
+    Footage,
+    cell_step,
+    norm_frames,
+    sum_frames,
+    upsample_frames,
+)
+from sglang.multimodal_gen.test.tiny_wan import noise
+
+FP32 = {"rtol": 1e-5, "atol": 1e-5}
+_SHAPE = (2, 6, 3, 4, 5)
+
+
+def per_channel(values: Tensor) -> Tensor:
+    """[C] beside [B, C, T, H, W], in fp64."""
+    return values.double().view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_the_norm_is_its_formula(has_bias: bool, silu: bool) -> None:
+    frames, weight, bias = noise(*_SHAPE), noise(6, seed=2), noise(6, seed=3) if has_bias else None
+    exact = frames.double() + (0 if bias is None else per_channel(bias))
+    exact = F.normalize(exact, dim=1) * 6**0.5 * per_channel(weight)
+    exact = exact * exact.sigmoid() if silu else exact
+    torch.testing.assert_close(norm_frames(frames, weight, bias=bias, silu=silu).double(), exact, **FP32)
+
+
+def test_the_norm_goes_where_it_is_told_to() -> None:
+    frames, weight, room = noise(*_SHAPE), noise(6, seed=2), torch.zeros(2, 6, 5, 6, 7)
+    inner = room[:, :, 2:, 1:-1, 1:-1]
+    assert norm_frames(frames, weight, out=inner).data_ptr() == inner.data_ptr()
+    torch.testing.assert_close(inner, norm_frames(frames, weight))
+    inner.zero_()
+    assert not room.any(), "what lies around is not written"
+
+
+def test_the_norm_of_nothing_is_nothing() -> None:
+    assert not norm_frames(torch.zeros(_SHAPE), noise(6)).any()
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_the_sum_is_rounded_once(has_bias: bool) -> None:
+    frames, residual = noise(*_SHAPE).bfloat16(), noise(*_SHAPE, seed=2).bfloat16()
+    bias = noise(6, seed=3).bfloat16() if has_bias else None
+    exact = frames.double() + residual.double() + (0 if bias is None else per_channel(bias))
+    assert torch.equal(sum_frames(frames, residual, bias=bias), exact.bfloat16())
+
+
+def test_upsampling_repeats_cells_and_unfolds_frames_that_share_them() -> None:
+    alone, pairs, bias = noise(2, 6, 1, 4, 5), noise(2, 12, 3, 4, 5, seed=2), noise(12, seed=3)
+    found = upsample_frames([Footage(alone), Footage(pairs, 2, bias)])
+    assert found.shape == (2, 6, 7, 8, 10)
+    added = pairs + bias.view(-1, 1, 1, 1)
+    for frame in range(7):
+        expected = alone[:, :, 0] if frame == 0 else added[:, :, (frame - 1) // 2].chunk(2, dim=1)[(frame - 1) % 2]
+        for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            assert torch.equal(found[:, :, frame, row::2, column::2], expected)
+
+
+def test_cells_are_evenly_spaced_or_not() -> None:
+    cells = torch.empty(2, 3, 4, 5, 6)
+    assert cell_step(cells) == 6
+    assert cell_step(cells[:, 1:]) == 6, "samples may lie apart"
+    assert cell_step(cells[..., :4]) == 6, "some of the channels"
+    assert cell_step(cells[:, :, :, :4]) is None, "part of each line"
+    assert cell_step(cells[..., :1].movedim(-1, 1).movedim(1, -1)) == 6
+    assert cell_step(cells.movedim(-1, 1).movedim(2, -1)) is None, "channels do not lie side by side"
+    assert cell_step(torch.empty(1, 1, 1, 1, 6)) == 6
+    assert cell_step(torch.empty(2, 1, 4, 1, 6)[..., :2]) == 6, "a picture of one column"
