@@ -85,17 +85,20 @@ def test_rows_with_different_adapters_share_forwards_and_each_is_as_pefts(
 ) -> None:
     """One request has an adapter, one has none, one has two; some are guided, so that they have several rows."""
     tiny = case(name)
+    changes = {"max_sequence_length": 80} if name == "qwen" else {}  # else all are cut to one length
     monkeypatch.setattr(qwen_image, "_MASKED_BELOW", 0)  # rows of one length go together, in another order
-    together = run_together(tiny.pipeline, [tiny.wish(index, scales) for index, scales in enumerate(CHOICES)])
+    together = run_together(
+        tiny.pipeline, [tiny.wish(index, scales, **changes) for index, scales in enumerate(CHOICES)]
+    )
     batch_keys = {phase.batch_key for req, _ in together for phase in req.phases if phase.lane == "denoise"}
     assert len(batch_keys) == 1, "they share forwards"
-    plain = run(tiny.pipeline, *tiny.wish(0, {}))
+    plain = run(tiny.pipeline, *tiny.wish(0, {}, **changes))
     assert relative_error(latents(together[0]), latents(plain)) > 1e-2, "an adapter changes something"
     for index, (scales, (req, frames)) in enumerate(zip(CHOICES, together, strict=True)):
-        expected = tiny.fused(scales, index)
+        expected = tiny.fused(scales, index, **changes)
         assert relative_error(req.latents, latents(expected)) <= TOLERANCE
         assert int(np.abs(frames.astype(int) - expected[1].astype(int)).max()) <= 1
-        alone = run(tiny.pipeline, *tiny.wish(index, scales))
+        alone = run(tiny.pipeline, *tiny.wish(index, scales, **changes))
         assert relative_error(req.latents, latents(alone)) <= TOLERANCE
     assert tiny.holds_base()
 
@@ -151,7 +154,7 @@ def test_adapters_of_other_ranks_and_in_more_slots_than_there_were_replace_each_
     for order in (names, names[::-1]):
         for name in order:
             found = run(tiny.pipeline, *tiny.wish(1, {name: 1.0}, **short))
-            assert torch.equal(latents(found), expected[names.index(name) % 2])
+            assert relative_error(latents(found), expected[names.index(name) % 2]) <= TOLERANCE
     crowded = [tiny.wish(1, {name: 1.0 / len(names) for name in names}, **short), tiny.wish(1, {"wide": 1.0}, **short)]
     many, one = run_together(tiny.pipeline, crowded)
     assert relative_error(latents(one), expected[1]) <= TOLERANCE
