@@ -17,6 +17,7 @@ from sglang.multimodal_gen.configs.sample.lora_params import LoraUse
 from sglang.multimodal_gen.errors_lora import InvalidLora, LoraNotSupported, UnknownLora
 from sglang.multimodal_gen.runtime.loader.lora_files import LoraSource
 from sglang.multimodal_gen.runtime.pipelines import qwen_image
+from sglang.multimodal_gen.runtime.pipelines_core import composed_pipeline_base
 from sglang.multimodal_gen.runtime.pipelines_core.adapters import NUM_SLOTS, Adapters, AdapterUse
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import RequestInputs
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
@@ -84,17 +85,20 @@ def test_rows_with_different_adapters_share_forwards_and_each_is_as_pefts(
 ) -> None:
     """One request has an adapter, one has none, one has two; some are guided, so that they have several rows."""
     tiny = case(name)
+    changes = {"max_sequence_length": 600} if name == "qwen" else {}  # else all are cut to one length
     monkeypatch.setattr(qwen_image, "_MASKED_BELOW", 0)  # rows of one length go together, in another order
-    together = run_together(tiny.pipeline, [tiny.wish(index, scales) for index, scales in enumerate(CHOICES)])
+    together = run_together(
+        tiny.pipeline, [tiny.wish(index, scales, **changes) for index, scales in enumerate(CHOICES)]
+    )
     batch_keys = {phase.batch_key for req, _ in together for phase in req.phases if phase.lane == "denoise"}
     assert len(batch_keys) == 1, "they share forwards"
-    plain = run(tiny.pipeline, *tiny.wish(0, {}))
+    plain = run(tiny.pipeline, *tiny.wish(0, {}, **changes))
     assert relative_error(latents(together[0]), latents(plain)) > 1e-2, "an adapter changes something"
     for index, (scales, (req, frames)) in enumerate(zip(CHOICES, together, strict=True)):
-        expected = tiny.fused(scales, index)
+        expected = tiny.fused(scales, index, **changes)
         assert relative_error(req.latents, latents(expected)) <= TOLERANCE
         assert int(np.abs(frames.astype(int) - expected[1].astype(int)).max()) <= 1
-        alone = run(tiny.pipeline, *tiny.wish(index, scales))
+        alone = run(tiny.pipeline, *tiny.wish(index, scales, **changes))
         assert relative_error(req.latents, latents(alone)) <= TOLERANCE
     assert tiny.holds_base()
 
@@ -150,7 +154,7 @@ def test_adapters_of_other_ranks_and_in_more_slots_than_there_were_replace_each_
     for order in (names, names[::-1]):
         for name in order:
             found = run(tiny.pipeline, *tiny.wish(1, {name: 1.0}, **short))
-            assert torch.equal(latents(found), expected[names.index(name) % 2])
+            assert relative_error(latents(found), expected[names.index(name) % 2]) <= TOLERANCE
     crowded = [tiny.wish(1, {name: 1.0 / len(names) for name in names}, **short), tiny.wish(1, {"wide": 1.0}, **short)]
     many, one = run_together(tiny.pipeline, crowded)
     assert relative_error(latents(one), expected[1]) <= TOLERANCE
@@ -226,11 +230,18 @@ def test_a_bias_cannot_be_merged_into_a_layer_without_one(case: Callable[[str], 
     adapters.forget("bias")
 
 
-def test_the_slots_do_not_count_as_memory_that_requests_hold(case: Callable[[str], Case]) -> None:
-    adapters = case("flux").pipeline.adapters
-    run(case("flux").pipeline, *case("flux").wish(0, {"wide": 1.0}))
-    assert adapters.held_bytes > 0
-    assert not case("wan").pipeline.adapters.merged
+def test_the_slots_do_not_count_as_memory_that_requests_hold(
+    case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are there as long as the model is."""
+    pipeline = case("flux").pipeline
+    run(pipeline, *case("flux").wish(0, {"wide": 1.0}))
+    slots = pipeline.adapters.held_bytes
+    assert slots > 0
+    kept = pipeline._loaded_bytes + pipeline.conditioning_cache.held_bytes
+    monkeypatch.setattr(composed_pipeline_base, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(pipeline.meter, "allocated_bytes", lambda: kept + slots + 5000)
+    assert pipeline.free_bytes() == 5000
 
 
 # --- which transformer ---

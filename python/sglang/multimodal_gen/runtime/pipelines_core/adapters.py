@@ -59,12 +59,14 @@ class _Original:
 class Adapters:
     """All of a pipeline. `transformers`: the modules that rows of a forward go through, by component.
 
-    What is loaded is known by an id; a request holds the adapters themselves, so that it ends with what it began with.
+    `held_bytes` are those of the slots on the device. What is loaded is known by an id; a request holds the adapters
+    themselves, so that it ends with what it began with.
     """
 
     transformers: Mapping[str, nn.Module]
     loaded: dict[str, Adapter] = field(default_factory=dict)
     merged: tuple[AdapterUse, ...] = ()
+    held_bytes: int = 0
     _slots: dict[int, Adapter] = field(default_factory=dict)
     _originals: dict[AdaptableLinear, _Original] = field(default_factory=dict)
     _names: dict[str, LayerNames] = field(default_factory=dict)
@@ -173,6 +175,7 @@ class Adapters:
             for name in old.keys() | new.keys():
                 self._table(component, name).put(slot, new.get(name))
         self._slots[slot] = adapter
+        self.held_bytes = self._table_bytes()
 
     def _table(self, component: str, name: str) -> SlotTable:
         layer = self._layer(component, name)
@@ -186,9 +189,7 @@ class Adapters:
         assert isinstance(layer, AdaptableLinear), "names are of such layers"
         return layer
 
-    @property
-    def held_bytes(self) -> int:
-        """Of the slots on the device."""
+    def _table_bytes(self) -> int:
         return sum(
             layer.adapters.nbytes
             for module in self.transformers.values()
