@@ -260,9 +260,9 @@ from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.memory import is_out_of_memory
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
 
-# Of the estimate, 0.8 would do for the whole clip and 0.55 not for its smallest piece.
+# Of the estimate, 0.7 would do for the whole clip and 0.2 not for its smallest piece.
 pipeline = build_pipeline(sys.argv[1], ExecutionArgs(device="cpu"))
-params = SamplingParams.from_values({"prompt": "x", "width": 384, "height": 384, "num_frames": 17,
+params = SamplingParams.from_values({"prompt": "x", "width": 256, "height": 256, "num_frames": 33,
                                      "num_inference_steps": 1, "guidance_scale": 1.0, "seed": 1})
 with torch.inference_mode():
     req = pipeline.admit("r", params)
@@ -270,7 +270,7 @@ with torch.inference_mode():
         pipeline.run_unit(name, [req])
     assert req.phases[-1].units == 1, req.phases
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    limit = used + int(0.7 * req.phases[-1].peak_bytes)
+    limit = used + int(0.4 * req.phases[-1].peak_bytes)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     num_failures, frames = 0, 0
     while req.done("decode") < req.phases[-1].units:
@@ -298,12 +298,13 @@ def test_decoding_that_runs_out_of_real_memory_goes_on_in_smaller_pieces(
         capture_output=True,
         text=True,
         timeout=110,
-        # Address space, which is what is limited, also holds the C library's unused arenas: one for each thread.
-        env=os.environ | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"},
+        # Address space, which is what is limited, also holds what the C library keeps: arenas, one for each thread, and
+        # in them whatever was freed.
+        env=os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
         check=False,
     )
     assert done.returncode == 0, done.stderr
     num_failures, units, frames = map(int, done.stdout.split())
     assert num_failures >= 1
     assert units > 1
-    assert frames == 17
+    assert frames == 33

@@ -269,4 +269,6 @@ class WanPipeline(ComposedPipelineBase):
             carried_channels=2 * 2 * convolutions * base,
             patch_size=config.patch_size or 1,
             element_size=element_size,
+            # The shortcuts of 2.2 are copies.
+            activations=4 if config.is_residual else 3,
         )
