@@ -11,6 +11,7 @@ import error_reference
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.declare import Parameter, parameters
 from sglang.multimodal_gen.configs.model_cards import ModelCard, cards
+from sglang.multimodal_gen.configs.sample.cache_params import FirstBlockSettings
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.runtime.bench.options import BENCHMARKS
 from sglang.multimodal_gen.runtime.entrypoints.cli import models as model_list
@@ -64,14 +65,17 @@ gives; a seed that is drawn is reported with the result."""
             if o.declaration.exposed
         ]
         sections += [f"## {group}", "", _table(["Parameter", "Accepted", "Default", "Offered by", "Meaning"], rows), ""]
+        for option in options:
+            if option.declaration.keys is not None:
+                sections += [f"Keys of {_code(option.name)}:", "", _keys_table(option.declaration.keys), ""]
     return _page("Sampling parameters", intro, sections)
 
 
 def environment_page() -> str:
     """Every environment variable."""
     intro = """\
-An empty variable counts as unset. A variable that begins with `SGLANG_DIFFUSION_` or `SGLANG_S3_` and is not in this
-list is reported at the start and has no effect. The values of keys are shown nowhere."""
+An empty variable counts as unset. A variable that begins with `SGLANG_DIFFUSION_`, `SGLANG_S3_` or `SGLANG_CACHE_DIT_`
+and is not in this list is reported at the start and has no effect. The values of keys are shown nowhere."""
     options = [
         [
             _code(envs.option_variable(name)),
@@ -93,6 +97,12 @@ list is reported at the start and has no effect. The values of keys are shown no
         "",
         _table(["Variable", "Command", "Meaning"], [[_code(envs.BENCH_API_KEY), "`sglang bench serve`", _BENCH_KEY]]),
         "",
+        "## Step caches",
+        "",
+        "Of requests that do not say; [the page on step caches](../caches.md) has more.",
+        "",
+        _table(header, _cache_rows()),
+        "",
         "## Results in an object store",
         "",
         _table(header, store),
@@ -103,6 +113,17 @@ list is reported at the start and has no effect. The values of keys are shown no
         "",
     ]
     return _page("Environment variables", intro, sections)
+
+
+def _cache_rows() -> list[list[str]]:
+    enabled = parameters(SamplingParams)["enable_cache_dit"]
+    keys = parameters(FirstBlockSettings)
+    found = {envs.CACHE_ENABLED: (enabled, "off")}
+    found |= {variable: (keys[key], default_in_words(keys[key])) for variable, key in envs.CACHE_VARIABLES.items()}
+    return [
+        [_code(variable), parameter.accepted(), default, f"As {_code(parameter.name)}. {parameter.declaration.help}"]
+        for variable, (parameter, default) in found.items()
+    ]
 
 
 def attention_page() -> str:
@@ -323,6 +344,14 @@ def _ways_in(option: Parameter) -> str:
     if "http" in surfaces:
         surfaces.discard("admin")
     return ", ".join(words for surface, words in _WAYS_IN.items() if surface in surfaces)
+
+
+def _keys_table(owner: type) -> str:
+    rows = [
+        [_code(key.name), key.accepted(), default_in_words(key), key.declaration.help]
+        for key in parameters(owner).values()
+    ]
+    return _table(["Key", "Accepted", "Default", "Meaning"], rows)
 
 
 def _summary(owner: type) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpu_checks.report import Report
+from sglang.multimodal_gen.runtime.layers.forward_graphs import ForwardGraphs, graphs_of
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
@@ -85,14 +86,16 @@ def check_families(report: Report, device: torch.device, directory: Path) -> Non
         path = None
         with report.check(f"family {name} fp32") as result:
             path = case.save(directory / str(number))
-            exact, frames = _run(path, "cpu", "fp32", case)
-            there, frames_there = _run(path, device.type, "fp32", case)
+            exact, frames, _ = _run(path, "cpu", "fp32", case)
+            there, frames_there, graphs = _run(path, device.type, "fp32", case)
             error = _error(there, exact)
             level = max(
                 int(np.abs(a.astype(int) - b.astype(int)).max()) for a, b in zip(frames, frames_there, strict=True)
             )
-            good = error <= LATENT_TOLERANCE and level <= 1
-            result.expect(good, f"latents {error:.1e} from the CPU, frames {level}/255", latents=error, level=level)
+            num_graphs, failures = sum(each.num_graphs for each in graphs), [each.failure for each in graphs]
+            good = error <= LATENT_TOLERANCE and level <= 1 and not any(failures)
+            detail = f"latents {error:.1e} from the CPU, frames {level}/255, {num_graphs} CUDA graphs"
+            result.expect(good, detail, latents=error, level=level, graphs=num_graphs)
         with report.check(f"family {name} bf16") as result:
             assert path is not None and exact, "no result in fp32"
             errors = [_error(_run(path, where, "bf16", case)[0], exact) for where in (device.type, "cpu")]
@@ -100,12 +103,17 @@ def check_families(report: Report, device: torch.device, directory: Path) -> Non
             result.expect(errors[0] <= _BF16_RATIO * errors[1], detail, here=errors[0], cpu=errors[1])
 
 
-def _run(path: Path, device: str, precision: str, case: _Case) -> tuple[list[Tensor], list[np.ndarray]]:
+def _run(
+    path: Path, device: str, precision: str, case: _Case
+) -> tuple[list[Tensor], list[np.ndarray], list[ForwardGraphs]]:
+    """Latents and frames of each request, and the graphs that each transformer ran by."""
     pipeline = build_pipeline(str(path), ExecutionArgs(device=device, precision=precision))
     wishes = [(_values(pipeline, case) | prompt, case.inputs) for prompt in _PROMPTS]
     results = run_together(pipeline, wishes)
     latents = [req.latents for req, _ in results]
-    return [found.cpu() for found in latents if found is not None], [frames for _, frames in results]
+    modules = [module for module in pipeline.modules.values() if isinstance(module, nn.Module)]
+    graphs = [found for module in modules if (found := graphs_of(module)) is not None]
+    return [found.cpu() for found in latents if found is not None], [frames for _, frames in results], graphs
 
 
 def _values(pipeline: Any, case: _Case) -> dict[str, Any]:

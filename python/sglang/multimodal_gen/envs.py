@@ -125,7 +125,19 @@ STORE_VARIABLES = (
     S3_UPLOAD_TIMEOUT,
     S3_URL_LIFETIME,
 )
-_STORE_PREFIXES = ("SGLANG_S3_", "SGLANG_CLOUD_STORAGE_")
+_OTHER_PREFIXES = ("SGLANG_S3_", "SGLANG_CLOUD_STORAGE_", "SGLANG_CACHE_DIT_")
+CACHE_ENABLED = "SGLANG_CACHE_DIT_ENABLED"
+"""Whether requests that do not say get the first-block cache."""
+CACHE_VARIABLES: Mapping[str, str] = {
+    "SGLANG_CACHE_DIT_FN": "Fn_compute_blocks",
+    "SGLANG_CACHE_DIT_BN": "Bn_compute_blocks",
+    "SGLANG_CACHE_DIT_WARMUP": "max_warmup_steps",
+    "SGLANG_CACHE_DIT_RDT": "residual_diff_threshold",
+    "SGLANG_CACHE_DIT_MC": "max_continuous_cached_steps",
+    "SGLANG_CACHE_DIT_TAYLORSEER": "enable_taylorseer",
+    "SGLANG_CACHE_DIT_TS_ORDER": "taylorseer_order",
+}
+"""Which key of `cache_dit_params` each sets, for requests that leave it open."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,9 +255,10 @@ def _seconds(environ: Mapping[str, str], variable: StoreVariable, *, most: int) 
 def unknown_variables(environ: Mapping[str, str], option_names: Iterable[str]) -> tuple[str, ...]:
     """One sentence for each variable that looks like ours and sets nothing."""
     known = [option_variable(name) for name in option_names] + [variable.name for variable in STORE_VARIABLES]
+    known += [CACHE_ENABLED, *CACHE_VARIABLES]
     sentences = []
     for name in sorted(environ):
-        if name.startswith((OPTION_PREFIX, *_STORE_PREFIXES)) and name not in known:
+        if name.startswith((OPTION_PREFIX, *_OTHER_PREFIXES)) and name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
             guess = f"; did you mean {close[0]}?" if close else ""
             sentences.append(f"the environment variable {name} is not known and has no effect{guess}")

@@ -67,6 +67,9 @@ HARDWARE = {hardware.name: hardware for hardware in (H100, H200)}
 # Ulysses exchanges queries, keys and values of so many tokens a rank at once, and those of more one after the other,
 # while the next are projected: 2,304 tokens wait for the host, 16,380 for the exchange (two H100).
 MOST_PACKED_TOKENS = 8192
+# Forwards of so many tokens of all rows on one rank are begun as CUDA graphs: above, computing takes far longer than
+# beginning, and the memory that graphs keep is missed elsewhere. A picture of 1024x1024 has 4,608 of them.
+MOST_GRAPHED_TOKENS = 12_288
 # Of the time of an exchange, what the GPU does nothing else in: traces of steps on two H200.
 ALL_TO_ALL_EXPOSED = 0.8
 RING_EXPOSED = 0.9
@@ -154,6 +157,11 @@ class _Share:
         whole = {"image": self.whole_image, "text": self.whole_text, "joint": self.whole_image + self.whole_text}
         return self.rows * whole[segment] ** 2
 
+    @property
+    def is_graphed(self) -> bool:
+        """Whether the forward is begun at once, as a CUDA graph."""
+        return self.tokens("joint") <= MOST_GRAPHED_TOKENS
+
     def for_text_alone(self) -> _Share:
         """The same for blocks that every rank computes whole."""
         return _Share(**{**vars(self), "text": self.whole_text, "layout": ReplicaShape(tp=self.layout.tp)})
@@ -169,8 +177,9 @@ def step_cost(shape: TransformerShape, work: StepWork, layout: ReplicaShape, har
         computing += run.count * _compute_s(run, shape, held, hardware)
         waiting += run.count * exchanges.waiting_s
         sent += run.count * exchanges.sent_bytes
-        host += run.count * _launches(run, held) * hardware.launch_s
-        host += run.count * exchanges.number * hardware.exchange_launch_s
+        if not share.is_graphed:
+            host += run.count * _launches(run, held) * hardware.launch_s
+            host += run.count * exchanges.number * hardware.exchange_launch_s
     if layout.cfg > 1 or layout.ring * layout.ulysses > 1:  # the predictions come together on every rank
         waiting += hardware.link_latency_s
     if layout.num_ranks > layout.cfg:
@@ -273,16 +282,11 @@ def _exchanges(run: BlockRun, shape: TransformerShape, share: _Share, hardware: 
 @dataclass(frozen=True, kw_only=True)
 class WeightBytes:
     """What the weights take on one GPU: of the transformers the part that tensor parallelism shares and the rest, and
-    of encoders and autoencoder."""
+    of the autoencoder."""
 
     shared: float
     whole: float
-    text_encoders: float
     autoencoder: float
-
-    def on_each(self, layout: ReplicaShape) -> float:
-        """All of them, on each GPU of a layout."""
-        return self.transformer_on_each(layout) + self.text_encoders + self.autoencoder
 
     def transformer_on_each(self, layout: ReplicaShape) -> float:
         """Those of the transformers alone."""

@@ -52,6 +52,9 @@ class Declaration:
     check: Callable[[Any], str | None] | None = None
     recorded: bool = False
     secret: bool = False
+    keys: type | None = None
+    may_be_empty: bool = False
+    max_items: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,12 +141,17 @@ def arg(
     check: Callable[[Any], str | None] | None = None,
     recorded: bool = False,
     secret: bool = False,
+    keys: type | None = None,
+    may_be_empty: bool = False,
+    max_items: int | None = None,
 ) -> Any:
     """A dataclass field that is a parameter.
 
     `unset` says what happens while the value is None; `exposed` names the ways in that offer the parameter; `code` is
     the error code of a value out of bounds; `check` returns None, or in words what would be accepted instead;
     `recorded` parameters are written into the files that they made; the value of a `secret` one is shown nowhere.
+    `keys` is the dataclass that declares the keys of an object.
+    A list has at least one value unless it `may_be_empty`, and at most `max_items`.
     """
     declaration = Declaration(
         help=help,
@@ -159,6 +167,9 @@ def arg(
         check=check,
         recorded=recorded,
         secret=secret,
+        keys=keys,
+        may_be_empty=may_be_empty,
+        max_items=max_items,
     )
     return dataclasses.field(default=default, metadata={_KEY: declaration}, repr=not secret)
 
@@ -192,7 +203,8 @@ def _split_type(hint: Any) -> tuple[tuple[type, ...], tuple[type, ...], bool]:
         origin = typing.get_origin(member)
         if origin is tuple:
             kinds.append(tuple)
-            items.extend(a for a in typing.get_args(member) if a is not Ellipsis)
+            for item in (a for a in typing.get_args(member) if a is not Ellipsis):
+                items.extend(_split_type(item)[0])
         elif origin is Mapping:
             kinds.append(dict)
         elif origin is Literal:
@@ -223,8 +235,11 @@ def _coerce(parameter: Parameter, value: Any) -> Any:
             return None
         raise InvalidType(parameter.name, value, parameter.accepted())
     if isinstance(value, list | tuple) and parameter.takes_several:
-        if not value:
-            raise InvalidValue(parameter.name, value, "a list with at least one value", code=parameter.declaration.code)
+        d = parameter.declaration
+        if not value and not d.may_be_empty:
+            raise InvalidValue(parameter.name, value, "a list with at least one value", code=d.code)
+        if d.max_items is not None and len(value) > d.max_items:
+            raise InvalidValue(parameter.name, f"{len(value)} values", f"at most {d.max_items} of them", code=d.code)
         return tuple(_coerce_scalar(parameter, item, parameter.item_types) for item in value)
     return _coerce_scalar(parameter, value, parameter.types)
 
@@ -280,6 +295,8 @@ def _check_bounds(parameter: Parameter, value: Any) -> None:
             raise InvalidValue(parameter.name, value, parameter.accepted(), code=d.code or "out_of_range")
     if isinstance(value, str):
         _check_text(parameter, value)
+    if isinstance(value, dict) and d.keys is not None:
+        checked_keys(d.keys, parameter.name, value)
     problem = d.check(value) if d.check is not None else None
     if problem is not None:
         raise InvalidValue(parameter.name, value, problem, code=d.code)
@@ -381,6 +398,23 @@ def check_names(given: Iterable[str], known: Collection[str], *, what: str) -> N
     for name in given:
         if name not in known:
             raise UnknownParameter(name, what=what, hint=hint(name, known))
+
+
+def checked_keys(owner: type, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of an object under `name` whose keys `owner` declares, each in its own type.
+
+    Raises: UnknownParameter, InvalidType or InvalidValue, which name the key.
+    """
+    known, checked = parameters(owner), {}
+    for key, value in values.items():
+        if key not in known:
+            accepted = f"; accepted are {', '.join(known)}{hint(key, known)}"
+            raise UnknownParameter(f"{name}.{key}", what="key", hint=accepted)
+        try:
+            checked[key] = coerce(known[key], value)
+        except FieldError as error:
+            raise error.named(f"{name}.{key}") from None
+    return checked
 
 
 def build(owner: type, values: Mapping[str, Any], *, what: str) -> Any:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from sglang.multimodal_gen.configs.component_sizes import component_parameters, stored_component_parameters
 from sglang.multimodal_gen.configs.cost_model import HALF_PRECISION_BYTES, StepWork, WeightBytes
+from sglang.multimodal_gen.configs.encoder_outline import EncoderOutline, outline_encoder
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.published import published_directory, published_ids
+from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.configs.transformer_shape import TransformerShape
 from sglang.multimodal_gen.errors import InvalidRequest, UnsupportedModel, shown
@@ -32,6 +34,7 @@ class ModelOutline:
     name: str
     shape: TransformerShape
     parameters: dict[str, int]
+    encoders: tuple[EncoderOutline, ...]
     config: PipelineConfig
     defaults: SamplingParams
 
@@ -53,20 +56,31 @@ class ModelOutline:
         )
 
     def weights(self, *, element_bytes: int = HALF_PRECISION_BYTES) -> WeightBytes:
-        """What they take on a GPU in this precision."""
+        """What transformers and autoencoder take on a GPU in this precision."""
 
         def size(name: str) -> int:
-            wide = name in self.config.fp32_components
-            return self.parameters[name] * (_FP32_BYTES if wide else element_bytes)
+            return self.parameters[name] * self._element_bytes(name, element_bytes)
 
         transformers = sum(size(name) for name in self.parameters if name in _TRANSFORMERS)
         share = self.shape.shared_parameters / self.shape.num_parameters
         return WeightBytes(
             shared=share * transformers,
             whole=(1 - share) * transformers,
-            text_encoders=sum(size(name) for name in self.parameters if name not in (*_TRANSFORMERS, _AUTOENCODER)),
             autoencoder=size(_AUTOENCODER) if _AUTOENCODER in self.parameters else 0,
         )
+
+    def encoder_bytes(
+        self, layout: ReplicaShape, *, element_bytes: int = HALF_PRECISION_BYTES, wish: str = "auto"
+    ) -> float:
+        """What the encoders take on each GPU of a layout; `wish` is what `--encoder-parallel` says."""
+        found = 0.0
+        for encoder in self.encoders:
+            width = self._element_bytes(encoder.name, element_bytes)
+            found += width * encoder.parameters_on_each(layout, element_bytes=width, wish=wish)
+        return found
+
+    def _element_bytes(self, component: str, element_bytes: int) -> int:
+        return _FP32_BYTES if component in self.config.fp32_components else element_bytes
 
 
 def outline_of(resolved: ResolvedModel) -> ModelOutline:
@@ -88,13 +102,22 @@ def outline_of(resolved: ResolvedModel) -> ModelOutline:
         shape = config.transformer.from_dict(read_json_object(directory / "transformer" / "config.json")).shape
     except InvalidRequest as error:
         raise UnsupportedModel(f"transformer/config.json: {error.message}", param="model_path") from error
+    sizes = _parameters(resolved, directory, shape)
     return ModelOutline(
         name=resolved.hub_id or resolved.name,
         shape=shape,
-        parameters=_parameters(resolved, directory, shape),
+        parameters=sizes,
+        encoders=tuple(
+            _encoder(directory, name, sizes[name]) for name in sizes if name not in (*_TRANSFORMERS, _AUTOENCODER)
+        ),
         config=config,
         defaults=resolved.defaults,
     )
+
+
+def _encoder(directory: Path, name: str, num_parameters: int) -> EncoderOutline:
+    config = directory / name / "config.json"
+    return outline_encoder(name, read_json_object(config) if config.is_file() else {}, num_parameters)
 
 
 def _directory_of(resolved: ResolvedModel) -> Path | None:

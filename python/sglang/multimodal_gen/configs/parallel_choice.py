@@ -27,6 +27,7 @@ class ModelChoice:
     id: str | None
     backend: str
     precision: str
+    encoder_parallel: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,7 @@ def choose_degrees(model: ModelChoice, num_gpus: int, given: Mapping[str, int]) 
             dp=dp,
             fixed=fixed,
             element_bytes=element_bytes(model.precision),
+            encoder_parallel=model.encoder_parallel,
         ),
     )
     if plan.chosen is None:

@@ -113,7 +113,8 @@ class ParallelPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """`fixed` are the degrees that were asked for, by axis; `element_bytes` those of the precision."""
+    """`fixed` are the degrees that were asked for, by axis; `element_bytes` those of the precision; `encoder_parallel`
+    is that of the server's options."""
 
     num_gpus: int
     hardware: Hardware
@@ -121,6 +122,7 @@ class PlanOptions:
     dp: int = 1
     fixed: Mapping[str, int] = field(default_factory=dict)
     element_bytes: int = HALF_PRECISION_BYTES
+    encoder_parallel: str = "auto"
 
 
 def plan_layouts(outline: ModelOutline, work: StepWork, options: PlanOptions) -> ParallelPlan:
@@ -161,7 +163,7 @@ def _planned(
     weights = outline.weights(element_bytes=options.element_bytes)
     memory = MemoryNeed(
         transformer=weights.transformer_on_each(shape),
-        text_encoders=weights.text_encoders,
+        text_encoders=outline.encoder_bytes(shape, element_bytes=options.element_bytes, wish=options.encoder_parallel),
         autoencoder=weights.autoencoder,
         activations=activation_bytes(outline.shape, work, shape, element_bytes=options.element_bytes),
     )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
 from sglang.multimodal_gen.configs.declare import HIDDEN, Parameter, arg, check_names, coerce, from_text, parameters
+from sglang.multimodal_gen.configs.lora_args import LoraArgs
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.configs.schedulers import SCHEDULER_NAMES
 from sglang.multimodal_gen.errors import FieldError, InvalidValue
@@ -130,6 +131,13 @@ class ExecutionArgs:
         group="execution",
         unset="as the attention backend",
         choices=ATTENTION_BACKENDS,
+    )
+    cuda_graphs: str = arg(
+        "auto",
+        help="Whether short forwards of the transformer, which the host takes as long to begin as the GPU to run, are "
+        "captured as CUDA graphs the second time that a size is seen; `off` saves their memory.",
+        group="execution",
+        choices=("auto", "off"),
     )
     encoder_parallel: str = arg(
         "auto",
@@ -503,6 +511,7 @@ class ServerArgs:
     parallel: ParallelArgs = field(default_factory=ParallelArgs)
     http: HttpArgs = field(default_factory=HttpArgs)
     storage: StorageArgs = field(default_factory=StorageArgs)
+    lora: LoraArgs = field(default_factory=LoraArgs)
     logging: LoggingArgs = field(default_factory=LoggingArgs)
 
     @classmethod
@@ -641,10 +650,10 @@ def _choose_degrees(
     # late: commands on one GPU start without the model of costs
     from sglang.multimodal_gen.configs.parallel_choice import ModelChoice, choose_degrees
 
-    path, model_id, backend, precision = (
-        settings[name].value for name in ("model_path", "model_id", "backend", "precision")
+    path, model_id, backend, precision, encoders = (
+        settings[name].value for name in ("model_path", "model_id", "backend", "precision", "encoder_parallel")
     )
-    model = ModelChoice(path=path, id=model_id, backend=backend, precision=precision)
+    model = ModelChoice(path=path, id=model_id, backend=backend, precision=precision, encoder_parallel=encoders)
     choice = choose_degrees(model, num_gpus, given)
     chosen |= {name: Setting(value, "chosen") for name, value in choice.degrees.items()}
     reasons = (choice.reason,) if choice.reason else ()

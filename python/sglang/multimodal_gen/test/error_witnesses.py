@@ -24,17 +24,17 @@ _ABOUT_CODE = re.compile(r"\bcode\b")
 
 @dataclass(frozen=True)
 class ErrorClass:
-    """A class of errors.py. `code` is None when it inherits the code of its base."""
+    """A class of errors.py or errors_lora.py. `code` is None when it inherits the code of its base."""
 
     name: str
     bases: tuple[str, ...]
     code: str | None
 
 
-def error_classes(errors: Module, *, root: str = "ServingError") -> dict[str, ErrorClass]:
-    """`root` and all that derives from it, by name."""
+def error_classes(*homes: Module, root: str = "ServingError") -> dict[str, ErrorClass]:
+    """`root` and all that derives from it, by name; the bases' home comes first."""
     found: dict[str, ErrorClass] = {}
-    for node in errors.tree.body:
+    for node in (node for errors in homes for node in errors.tree.body):
         if isinstance(node, ast.ClassDef):
             bases = tuple(ast.unparse(base) for base in node.bases)
             if node.name == root or any(base in found for base in bases):

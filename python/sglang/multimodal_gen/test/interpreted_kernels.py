@@ -109,6 +109,16 @@ def norm_rotations(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]
             yield f"rotation {heads, head_dim}, wide {wide}, {has}", distance(target, reference)
 
 
+def gated_silus(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
+    """Of `gated_silu`: apart, and as halves of one product; widths within a block of the kernel and beyond."""
+    for tokens, features in product((1, 3, 5, 7, 8), (width, 16, 2048 + width, 3)):
+        apart = drawn(2, tokens, features, dtype=dtype), drawn(2, tokens, features, dtype=dtype)
+        halves = drawn(2, tokens, 2 * features, dtype=dtype).chunk(2, dim=-1)
+        for name, (gate, value) in (("apart", apart), ("halves", halves)):
+            reference = (fused.gated_silu(gate.float(), value.float())).to(dtype)
+            yield f"gated {name} {tokens, features}", distance(triton_kernels.gated_silu(gate, value), reference)
+
+
 def frame_norms(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
     """Of `norm_frames` and `sum_frames`: into memory of its own, behind other frames, and between lines of others."""
     for channels, batch, size, extra in ((3, 1, (3, 4, 5), 0), (width, 2, (3, 4, 5), 16), (width, 1, (1, 1, 1), 0)):
@@ -173,7 +183,7 @@ def main() -> None:
     """Print the largest distance of each kernel and precision, with the case that it is of, and how many there were."""
     torch.manual_seed(0)
     worst = {}
-    kernels = {"tokens": (sum_norms, norm_rotations), "frames": (frame_norms, upsamplings)}[sys.argv[1]]
+    kernels = {"tokens": (sum_norms, norm_rotations, gated_silus), "frames": (frame_norms, upsamplings)}[sys.argv[1]]
     for (name, drawn_as), cases in product(DTYPES.items(), kernels):
         found = list(cases(*drawn_as))
         case, far = max(found, key=lambda each: each[1])

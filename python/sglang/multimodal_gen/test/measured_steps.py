@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from sglang.multimodal_gen.configs.cost_model import H100, Hardware, StepWork, step_cost
+from sglang.multimodal_gen.configs.cost_model import H100, H200, Hardware, StepWork, step_cost
 from sglang.multimodal_gen.configs.model_outline import ModelOutline, outline_of
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
@@ -62,35 +62,66 @@ def _forwards() -> Iterator[Measured]:
     """One row through our modules on one H100."""
     for hub_id, size, seconds in (
         (WAN_1_3B, (832, 480, 81), 0.434),
-        (FLUX, (1024, 1024, 1), 0.126),
+        (FLUX, (1024, 1024, 1), 0.119),
         ("Qwen/Qwen-Image", (1024, 1024, 1), 0.135),
-        (Z_IMAGE, (1024, 1024, 1), 0.105),
+        (Z_IMAGE, (1024, 1024, 1), 0.100),
     ):
         yield Measured(hub_id, size, 1, H100, ReplicaShape(), seconds)
 
 
 def _spread() -> Iterator[Measured]:
-    """Steps on one, two and four H100 of one host, by `sglang bench parallel`."""
-    for hub_id, size, rows, times in (
+    """Steps on one, two and four H100 or H200 of one host, by `sglang bench parallel`."""
+    for hub_id, size, rows, hardware, times in (
         (
             WAN_1_3B,
             (832, 480, 81),
             2,
-            {"": 0.875, "cfg2": 0.433, "ulysses2": 0.490, "ring2": 0.498, "tp2": 0.609, "cfg2-ulysses2": 0.240,
-             "ulysses4": 0.248, "ring4": 0.297, "ulysses2-ring2": 0.277, "tp4": 0.378, "ulysses2-tp2": 0.327},
+            H100,
+            {"": 0.875, "cfg2": 0.433, "ulysses2": 0.490, "ring2": 0.498, "cfg2-ulysses2": 0.240, "ulysses4": 0.248,
+             "ring4": 0.297, "ulysses2-ring2": 0.277},
         ),
-        (WAN_14B, (1280, 720, 81), 2, {"": 19.73, "cfg2-ulysses2": 5.10, "ulysses2-ring2": 5.80, "ulysses4": 5.16}),
-        (Z_IMAGE, (1024, 1024, 1), 2, {"": 0.208, "cfg2": 0.108, "ulysses2": 0.124}),
+        (
+            WAN_1_3B,
+            (1280, 720, 81),
+            2,
+            H200,
+            {"": 3.833, "cfg2-ulysses2": 1.022, "ulysses4": 1.032, "ring4": 1.145, "ulysses2-ring2": 1.147,
+             "tp4": 1.237, "ulysses2-tp2": 1.162},
+        ),
+        (
+            WAN_14B,
+            (832, 480, 81),
+            2,
+            H200,
+            {"": 5.043, "cfg2": 2.545, "ulysses2": 2.748, "ring2": 2.774, "tp2": 3.200, "cfg2-ulysses2": 1.407,
+             "ulysses4": 1.433, "ring4": 1.572, "ulysses2-ring2": 1.574, "tp4": 1.781, "ulysses2-tp2": 1.642},
+        ),
+        (
+            WAN_14B,
+            (1280, 720, 81),
+            2,
+            H100,
+            {"": 19.73, "cfg2-ulysses2": 5.10, "ulysses2-ring2": 5.80, "ulysses4": 5.16},
+        ),
+        (
+            WAN_14B,
+            (1280, 720, 81),
+            2,
+            H200,
+            {"": 20.17, "cfg2-ulysses2": 5.181, "ring4": 6.120, "tp4": 6.161, "ulysses2-tp2": 5.757},
+        ),
+        (Z_IMAGE, (1024, 1024, 1), 2, H100, {"": 0.197, "cfg2": 0.102, "ulysses2": 0.119}),
         (
             FLUX,
             (1024, 1024, 1),
             1,
-            {"": 0.125, "ulysses2": 0.0845, "ring2": 0.0986, "tp2": 0.0863, "ulysses4": 0.0894, "ring4": 0.152,
-             "ulysses2-ring2": 0.120, "tp4": 0.0786, "ulysses2-tp2": 0.0976},
+            H100,
+            {"": 0.1192, "ulysses2": 0.0781, "ring2": 0.0788, "tp2": 0.0777, "ulysses4": 0.0462, "ring4": 0.0612,
+             "ulysses2-ring2": 0.0539, "tp4": 0.0542, "ulysses2-tp2": 0.0521},
         ),
     ):  # fmt: skip
         for layout, seconds in times.items():
-            yield Measured(hub_id, size, rows, H100, layout_of(layout) if layout else ReplicaShape(), seconds)
+            yield Measured(hub_id, size, rows, hardware, layout_of(layout) if layout else ReplicaShape(), seconds)
 
 
 MEASURED = (*_forwards(), *_spread())

@@ -20,9 +20,9 @@ FORWARD_TOLERANCE = 1e-5
 
 
 def made_of(pipeline: Any, wishes: Sequence[Mapping[str, Any]], *, num_pictures: int = 0) -> Arrays:
-    """For each request what its texts became, its latents and its frames, and of one step all that the transformer
-    predicts: there the first request is a step ahead of the others, and all of them share the forward. Each starts from
-    `num_pictures` of its own.
+    """For each request what its texts became, its latents, its frames and what its step cache computed, and of one step
+    all that the transformer predicts: there the first request is a step ahead of the others, and all of them share the
+    forward. Each starts from `num_pictures` of its own.
     """
     inputs = [
         RequestInputs(images=tuple(picture(37, 50, 10 * number + index) for index in range(num_pictures)))
@@ -40,6 +40,8 @@ def made_of(pipeline: Any, wishes: Sequence[Mapping[str, Any]], *, num_pictures:
     arrays = {f"predicted{number}": _array(prediction) for number, prediction in enumerate(predictions)}
     for number, (req, frames) in enumerate(results):
         arrays |= {f"frames{number}": frames, f"latents{number}": _array(req.latents)}
+        if (cache := req.step_cache) is not None:
+            arrays[f"computed{number}"] = np.array([cache.computed_steps, cache.computed_rows, cache.num_rows])
         texts = {"text": req.text, "negative": req.negative_text}
         for name, text in texts.items():
             if text is not None:

@@ -7,8 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,13 @@ UNGUIDED: Wish = {"guidance_scale": 1.0}
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A checkpoint, and three requests with other step counts, of which one or two are guided by a negative prompt.
-    Each of them starts from `num_pictures`."""
+    Each of them starts from `num_pictures`. `adapters` are loaded by name, and those of `merged` are in the weights."""
 
     save: Callable[[Path], Path]
     wishes: tuple[Wish, ...]
     num_pictures: int = 0
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    merged: Mapping[str, float] = field(default_factory=dict)
 
 
 def wishes(*, other: Wish, **values: Any) -> tuple[Wish, ...]:
@@ -107,6 +109,14 @@ FAMILIES = {
         wishes=wishes(width=48, height=80, guidance_scale=3.0, max_sequence_length=64, other={"guidance_scale": 0.0}),
     ),
 }
+FIRST_BLOCK: Wish = {
+    "enable_cache_dit": True,
+    "cache_dit_params": {"residual_diff_threshold": 1.2, "max_warmup_steps": 1, "max_continuous_cached_steps": 1},
+}
+TEACACHE: Wish = {
+    "enable_teacache": True,
+    "teacache_params": {"coefficients": [0.1, 0.0], "teacache_thresh": 0.1, "start_skipping": 1},
+}
 # Encoders that more than the text goes through, and one whose heads cannot be dealt.
 OTHER_ENCODERS = {
     "odd_heads": Family(
@@ -150,6 +160,23 @@ SHAPES = [
 ]
 
 
+def _cached(name: str) -> Family:
+    """Requests of a family that skip steps by either cache, and one that skips none."""
+    caches = zip(FAMILIES[name].wishes, (FIRST_BLOCK, TEACACHE, {}), (7, 6, 3), strict=True)
+    wishes = tuple(wish | cache | {"num_inference_steps": steps} for wish, cache, steps in caches)
+    return replace(FAMILIES[name], wishes=wishes)
+
+
+# Video tokens alone, and in one sequence with text.
+CACHED = {
+    "wan": (
+        _cached("wan"),
+        [ReplicaShape(tp=2), ReplicaShape(ulysses=2), ReplicaShape(cfg=2), ReplicaShape(cfg=2, ulysses=2)],
+    ),
+    "hunyuan_video": (_cached("hunyuan_video"), [ReplicaShape(ulysses=2)]),
+}
+
+
 class Pool:
     """Ranks that take one task after the other."""
 
@@ -171,7 +198,9 @@ class Pool:
         self, directory: Path, shape: ReplicaShape, family: Family, scratch: Path, *, device: str = "cpu"
     ) -> list[Any]:
         """What each rank of the shape saved of the family's requests, which share forwards."""
+        adapters = {name: str(path) for name, path in family.adapters.items()}
         work = {"wishes": list(family.wishes), "num_pictures": family.num_pictures, "codings": []}
+        work |= {"adapters": adapters, "merged": dict(family.merged)}
         return self._run(directory, shape, scratch, device, work)
 
     def code(

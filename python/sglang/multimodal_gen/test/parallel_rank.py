@@ -18,13 +18,17 @@ import torch.distributed as dist
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.runtime.distributed.parallel_state import join_replica
+from sglang.multimodal_gen.runtime.layers import linear
 from sglang.multimodal_gen.runtime.layers.attention import attention
+from sglang.multimodal_gen.runtime.layers.forward_graphs import forget_graphs
 from sglang.multimodal_gen.runtime.loader.component_loader import weight_totals
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
+from sglang.multimodal_gen.test.lora_case import load_adapters
 from sglang.multimodal_gen.test.parallel_case import made_of
 from sglang.multimodal_gen.test.parallel_coding import Coding, coded
 
+_CHUNK_TOKENS = linear.CHUNK_TOKENS
 _MOST_PACKED_TOKENS = attention.MOST_PACKED_TOKENS
 
 
@@ -33,8 +37,11 @@ def run(rank: int, task: dict[str, Any]) -> None:
     shape = ReplicaShape(**task["shape"])
     # Tiny sequences would always be sent at once; beside a ring they are sent as long ones are.
     attention.MOST_PACKED_TOKENS = 0 if shape.ring > 1 else _MOST_PACKED_TOKENS
+    # Nor would their sums be cut into chunks.
+    linear.CHUNK_TOKENS = _CHUNK_TOKENS if shape.ulysses > 1 else 8
     if rank >= shape.num_ranks:
         return
+    pipeline = None
     try:
         pipeline = build_pipeline(
             task["directory"],
@@ -49,12 +56,15 @@ def run(rank: int, task: dict[str, Any]) -> None:
         else:
             arrays = _generated(pipeline, task)
     finally:
+        if pipeline is not None:
+            forget_graphs(pipeline.modules.values())  # they hold on to connections, which could not be closed
         if dist.is_initialized():
             dist.destroy_process_group()
     np.savez(task["out"].format(rank=rank), allow_pickle=False, **arrays)
 
 
 def _generated(pipeline: Any, task: dict[str, Any]) -> dict[str, Any]:
+    load_adapters(pipeline, task["adapters"], task["merged"])
     arrays = made_of(pipeline, task["wishes"], num_pictures=task["num_pictures"])
     encoders = [module for name, module in pipeline.modules.items() if name.startswith("text_encoder")]
     num_parameters, encoder_bytes = weight_totals(encoders)

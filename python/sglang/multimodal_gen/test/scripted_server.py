@@ -31,6 +31,9 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     EngineState,
     Failed,
     Finished,
+    LoraReply,
+    LoraRequest,
+    LoraStatus,
     MappedArray,
     MediaInputs,
     Operation,
@@ -78,7 +81,7 @@ class ScriptedEngine:
         self.cancelled: list[str] = []
         self.durable: set[str] = set()
         self.num_submits: collections.Counter[str] = collections.Counter()
-        self.operations: list[tuple[str, str | None]] = []
+        self.operations: list[tuple[str, Any]] = []
         self.watched: dict[str, bool] = {}
         self._handles: dict[str, RequestHandle] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -182,6 +185,14 @@ class ScriptedEngine:
             raise self.refusal
         return "done"
 
+    async def loras(self, request: LoraRequest) -> LoraReply:
+        """Record it, and refuse it if the test says so; one adapter is set."""
+        self.operations.append((request.operation, request))
+        if self.refusal is not None:
+            raise self.refusal
+        adapter = LoraStatus(name="mine", path="/a/mine.safetensors", target="all", scale=0.5)
+        return LoraReply(query_id="", message="done", adapters=(adapter,))
+
     def take(self, ref: MappedArray) -> np.ndarray:
         """Once, as the engine's files."""
         return np.frombuffer(self._arrays.pop(ref.file), dtype=np.uint8)
@@ -232,6 +243,7 @@ class ScriptedEngine:
             latents=None,
             encoded=encoded,
             generation_time=0.5,
+            computed_steps=3,
             queue_seconds=0.25,
             stage_seconds={},
             step_ms=(),

@@ -28,11 +28,11 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("runtime.layers",),
     ("runtime.distributed",),
     ("configs", "registry", "runtime.server_args"),
-    ("runtime.observability", "runtime.postprocess", "envs", "errors"),
+    ("runtime.observability", "runtime.postprocess", "envs", "errors", "errors_lora"),
 )
 # `sglang` itself imports nothing when it is imported; its two names load late.
 PACKAGES_WITHOUT_CODE = ("sglang", PACKAGE, "runtime")
-EXPECTED_LATER = ("runtime.cache", "runtime.managers.worker_profiling")
+EXPECTED_LATER = ("runtime.managers.worker_profiling",)
 """Named in the tables before they exist."""
 
 HEAVY = (
@@ -46,7 +46,7 @@ WORKER_ROWS = (
 # Modules of higher rows that run in a worker, or in another child process that may use torch.
 WORKER_ONLY = (
     "runtime.managers.gpu_worker", "runtime.managers.preview_source", "runtime.managers.state_writer",
-    "runtime.managers.worker_profiling", "runtime.bench.worker",
+    "runtime.managers.worker_profiling", "runtime.managers.worker_adapters", "runtime.bench.worker",
 )  # fmt: skip
 
 LATE_IN_ENTRY_POINTS = ("sglang", "sglang.cli", "runtime.entrypoints", "runtime.launch_server", "runtime.bench")

@@ -105,13 +105,13 @@ def tests() -> list[Module]:
 
 
 def test_every_error_class_is_made_somewhere(modules: dict[str, Module]) -> None:
-    classes = error_witnesses.error_classes(modules["errors"])
+    classes = error_witnesses.error_classes(modules["errors"], modules["errors_lora"])
     assert len(classes) > 40
     assert error_witnesses.never_made(classes, modules.values()) == set()
 
 
 def test_every_error_class_is_seen_raised_in_a_test(modules: dict[str, Module], tests: list[Module]) -> None:
     """But those that only group others: they have subclasses, and nothing makes them."""
-    classes = error_witnesses.error_classes(modules["errors"])
+    classes = error_witnesses.error_classes(modules["errors"], modules["errors_lora"])
     grouping = error_witnesses.abstract(classes, modules.values())
     assert sorted(classes.keys() - grouping - error_witnesses.witnessed(classes, tests)) == []

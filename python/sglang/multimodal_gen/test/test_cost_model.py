@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sglang.multimodal_gen.configs import cost_model
 from sglang.multimodal_gen.configs.cost_model import (
     H100,
+    MOST_GRAPHED_TOKENS,
     NORM_SUM_LAUNCHES,
     NORM_SUM_TRAFFIC,
     RING_LAUNCHES,
@@ -34,6 +36,7 @@ from sglang.multimodal_gen.registry import get_model_info, load_config
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ALONE, ProcessAxis
 from sglang.multimodal_gen.runtime.layers import fused, norm
 from sglang.multimodal_gen.runtime.layers.attention import layouts
+from sglang.multimodal_gen.runtime.layers.mlp import SwiGLU
 from sglang.multimodal_gen.runtime.loader.component_loader import NativeModule
 from sglang.multimodal_gen.runtime.pipelines_core import find_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, WorkSize
@@ -136,6 +139,11 @@ class _FusedKernels:
     ) -> None:
         self.counting.add(source, weight, table, target)
 
+    def gated_silu(self, gate: Tensor, value: Tensor) -> Tensor:
+        product = gate.new_empty(gate.shape)
+        self.counting.add(gate, value, product)
+        return product
+
 
 @contextlib.contextmanager
 def _as_on_a_gpu(counting: _Counting, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -220,6 +228,9 @@ def test_kernels_and_traffic_of_a_block_are_as_declared(hub_id: str, monkeypatch
         module = _as_loaded(native, config)
         draw = Drawing(torch.device("meta"), torch.bfloat16)
         inputs = workload.inputs({**configs, "transformer": config}, size, draw)
+        for layer in module.modules():  # what an exchange does not take apart
+            if isinstance(layer, SwiGLU):
+                layer.join_projections()
         apart = _counted(lambda: workload.forward(module, inputs, size), monkeypatch)  # noqa: B023
         fused.join_projections(module)
         joined = _counted(lambda: workload.forward(module, inputs, size), monkeypatch)  # noqa: B023
@@ -302,7 +313,18 @@ def test_a_step_round_the_ring_launches_as_many_kernels_as_reckoned(monkeypatch:
     assert 1 + merging.launches == RING_STEP_LAUNCHES
 
 
-def test_more_is_launched_where_projections_are_apart_and_norms_are_shared() -> None:
+def test_few_tokens_are_launched_at_once() -> None:
+    """As a graph, for which the tokens of all rows on one rank count."""
+    model = published_outline(FLUX)
+    few, many = (StepWork(rows=rows, image_tokens=4096, text_tokens=512) for rows in (2, 3))
+    assert 2 * 4608 <= MOST_GRAPHED_TOKENS < 3 * 4608
+    assert step_cost(model.shape, few, ReplicaShape(), H100).host_s == 0
+    assert step_cost(model.shape, many, ReplicaShape(), H100).host_s > 0
+    assert step_cost(model.shape, many, ReplicaShape(ulysses=2), H100).host_s == 0
+
+
+def test_more_is_launched_where_projections_are_apart_and_norms_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost_model, "MOST_GRAPHED_TOKENS", 0)
     hardware = dataclasses.replace(H100, exchange_launch_s=0.0)
     for hub_id, blocks, apart, shared in (
         (WAN_1_3B, 30, 30 * 2, 30 * 4 * NORM_SUM_LAUNCHES),

@@ -13,13 +13,24 @@ import transformers
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.encoder_dealing import LARGE_BYTES, EncoderDealing, EncoderSize, deal_encoder
+from sglang.multimodal_gen.configs.encoder_outline import outline_encoder
+from sglang.multimodal_gen.configs.models.encoders import UMT5EncoderConfig
+from sglang.multimodal_gen.configs.published import published_directory
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
+from sglang.multimodal_gen.registry import read_json_object
 from sglang.multimodal_gen.runtime.distributed.parallel_state import SINGLE, ParallelContext, ProcessAxis
 from sglang.multimodal_gen.runtime.layers.context import EncoderAxes, LayerContext
 from sglang.multimodal_gen.runtime.layers.shards import shards_of
-from sglang.multimodal_gen.runtime.loader.component_loader import Checkpoint, LoadContext, weight_totals
+from sglang.multimodal_gen.runtime.loader.component_loader import (
+    Checkpoint,
+    LoadContext,
+    built_without_memory,
+    weight_totals,
+    without_memory,
+)
 from sglang.multimodal_gen.runtime.loader.library_sharding import deal_library_encoder, library_encoder_size
 from sglang.multimodal_gen.runtime.loader.random_weights import RandomSource
+from sglang.multimodal_gen.runtime.models.encoders.umt5 import UMT5EncoderModel
 from sglang.multimodal_gen.runtime.pipelines.flux import FluxPipeline
 from sglang.multimodal_gen.runtime.pipelines.hunyuan_video_image import HunyuanVideoImageToVideoPipeline
 from sglang.multimodal_gen.runtime.pipelines.wan import WanPipeline
@@ -93,6 +104,49 @@ def rank_of(rank: int, size: int = 2) -> ParallelContext:
     """As one of the ranks that share guidance branches."""
     axis = ProcessAxis(size=size, rank=rank)
     return ParallelContext(cfg=axis, world=axis)
+
+
+PUBLISHED_ENCODERS = [
+    ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "text_encoder"),
+    ("black-forest-labs/FLUX.1-dev", "text_encoder"),
+    ("black-forest-labs/FLUX.1-dev", "text_encoder_2"),
+    ("Qwen/Qwen-Image", "text_encoder"),
+    ("Tongyi-MAI/Z-Image", "text_encoder"),
+    ("hunyuanvideo-community/HunyuanVideo", "text_encoder"),
+    ("hunyuanvideo-community/HunyuanVideo-I2V", "text_encoder"),
+]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 8])
+@pytest.mark.parametrize(("hub_id", "component"), PUBLISHED_ENCODERS)
+def test_what_each_rank_will_hold_is_known_from_the_config_alone(hub_id: str, component: str, num_ranks: int) -> None:
+    """Of every published kind, against the modules themselves; what is whole in one is whole in the other."""
+
+    def count(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    directory = published_directory(hub_id) / component
+    config, parallel = read_json_object(directory / "config.json"), rank_of(1, num_ranks)
+    if config["model_type"] == "umt5":
+        ours = UMT5EncoderConfig.from_dict(config)
+        size: EncoderSize | str = ours.size
+        number = count(without_memory(UMT5EncoderModel, ours, LayerContext()))
+        axes = EncoderAxes.of(dealt(size, parallel.shape), parallel)
+        part = count(without_memory(UMT5EncoderModel, ours, LayerContext(parallel=parallel, encoder=axes)))
+    else:
+        with built_without_memory():
+            cls = getattr(transformers, config["architectures"][0])
+            module = cls(cls.config_class.from_pretrained(directory))
+        size = library_encoder_size(module)
+        number = count(module)
+        deal_library_encoder(module, EncoderAxes.of(dealt(size, parallel.shape), parallel))
+        part = count(module)
+    outline = outline_encoder(component, config, number)
+    assert outline.size == size or (isinstance(outline.size, str) and isinstance(size, str))
+    # Biases and tables of positions are not counted apart, which is hundredths of a percent.
+    held = outline.parameters_on_each(parallel.shape, element_bytes=4, wish="on")
+    assert held == pytest.approx(part, rel=2e-3)
+    assert outline.parameters_on_each(parallel.shape, element_bytes=4, wish="off") == number
 
 
 @pytest.fixture(scope="module")

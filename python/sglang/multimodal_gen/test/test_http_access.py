@@ -15,7 +15,13 @@ import pytest
 from sglang.multimodal_gen.errors import InvalidKeyFile, InvalidValue, OperationInProgress
 from sglang.multimodal_gen.runtime.entrypoints.cli import serve as serve_command
 from sglang.multimodal_gen.runtime.entrypoints.http_main import _settings
-from sglang.multimodal_gen.runtime.entrypoints.openai.gate import ADMIN_PATHS, OPEN_PATHS, host_name, hosts_for
+from sglang.multimodal_gen.runtime.entrypoints.openai.gate import (
+    ADMIN_PATHS,
+    LORA_PATHS,
+    OPEN_PATHS,
+    host_name,
+    hosts_for,
+)
 from sglang.multimodal_gen.runtime.entrypoints.openai.keys import Keys, read_key_file
 from sglang.multimodal_gen.runtime.launch_server import _with_keys, is_exposed
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
@@ -270,7 +276,7 @@ def admin(keyed_server: RunningServer) -> Iterator[httpx.Client]:
     keyed_server.engine.refusal = None
 
 
-@pytest.mark.parametrize("path", sorted(ADMIN_PATHS))
+@pytest.mark.parametrize("path", sorted(ADMIN_PATHS - LORA_PATHS))
 def test_an_operation_reaches_the_engine_and_is_answered(
     admin: httpx.Client, keyed_server: RunningServer, path: str
 ) -> None:
@@ -284,7 +290,7 @@ def test_an_operation_reaches_the_engine_and_is_answered(
     assert admin.get(path).status_code == 405
 
 
-@pytest.mark.parametrize("path", sorted(ADMIN_PATHS))
+@pytest.mark.parametrize("path", sorted(ADMIN_PATHS - LORA_PATHS))
 @pytest.mark.parametrize(
     ("content", "content_type", "status", "code", "param"),
     [

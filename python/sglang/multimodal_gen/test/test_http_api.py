@@ -147,6 +147,12 @@ BAD_FIELDS = [
     (VIDEOS, {"x264_preset": "quick"}, "invalid_value", "x264_preset"),
     (VIDEOS, {"x264_preset": "slow", "output_format": "webm"}, "invalid_value", "x264_preset"),
     (VIDEOS, {"fps": 60, "output_format": "gif"}, "invalid_value", "fps"),
+    (IMAGES, {"enable_cache_dit": True, "cache_dit_params": {"scm_preset": "fast"}}, "unknown_parameter",
+     "cache_dit_params.scm_preset"),
+    (IMAGES, {"cache_dit_params": {"max_warmup_steps": 2}}, "incompatible_parameters", "cache_dit_params"),
+    (VIDEOS, {"enable_teacache": True, "teacache_params": {"teacache_thresh": -1}}, "out_of_range",
+     "teacache_params.teacache_thresh"),
+    (VIDEOS, {"enable_teacache": True, "enable_cache_dit": True}, "incompatible_parameters", "enable_teacache"),
     (VIDEOS, {"n": 2}, "unsupported_parameter", "n"),
     (VIDEOS, {"input_reference": "https://example.com/a.png"}, "url_not_allowed", "input_reference"),
 ]  # fmt: skip
@@ -831,11 +837,13 @@ def test_the_engines_ids_begin_with_the_requests_id(server: RunningServer) -> No
 def test_replies_tell_inference_time_and_memory(server: RunningServer) -> None:
     image = server.post_image().json()
     assert (image["queue_time_s"], image["inference_time_s"], image["peak_memory_mb"]) == (0.25, 0.5, 0.0)
+    assert image["data"][0]["computed_steps"] == 3
     video = server.post_video().json()
-    assert video["peak_memory_mb"] is None
+    assert video["peak_memory_mb"] is video["computed_steps"] is None
     wait_for(lambda: server.client.get(f"/v1/videos/{video['id']}").json()["status"] == "completed")
     done = server.client.get(f"/v1/videos/{video['id']}").json()
     assert (done["inference_time_s"], done["peak_memory_mb"], "profile" in done) == (0.5, 0.0, False)
+    assert done["computed_steps"] == 3
 
 
 def test_metrics_are_answered_without_a_scheduler(server: RunningServer) -> None:

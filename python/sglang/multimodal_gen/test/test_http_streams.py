@@ -107,7 +107,7 @@ def test_a_streamed_image_has_pictures_on_the_way_and_then_the_result(server: Ru
     assert (completed.pop("seed"), completed.pop("safety_identifier")) == (7, None)
     assert {completed.pop(name) is not None for name in ("generation_time", "notes")} == {True}
     assert [completed.pop(f"{name}_time_s") for name in ("queue", "inference")] == [0.25, 0.5]
-    assert completed.pop("peak_memory_mb") == 0.0
+    assert (completed.pop("peak_memory_mb"), completed.pop("computed_steps")) == (0.0, 3)
     for event in (*partial, completed):
         assert isinstance(event.pop("created_at"), int)
         assert event == {"size": "64x48", "quality": "auto", "background": "opaque", "output_format": "jpeg"}

@@ -469,7 +469,7 @@ def test_a_gpus_dump_names_the_allocators_peak() -> None:
         prompt="a", prompt_index=0, output_index=0, seed=1, size=(16, 32, 5), output_file_path=None,
         generation_time=1.5, peak_memory_mb=12.5,
         metrics={"stage_seconds": {"denoise": 1.0}, "step_ms": [1000.0], "queue_seconds": 0.1, "waiting_seconds": 0.5,
-                 "stage_peak_mb": {"denoise": 12.5}},
+                 "stage_peak_mb": {"denoise": 12.5}, "computed_steps": 1},
     )  # fmt: skip
     model = ModelInfo(
         name="m", pipeline_class="P", tasks=(), precision="bf16", device="cuda:0", num_parameters=1, weight_bytes=2,

@@ -22,7 +22,14 @@ from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGe
 from sglang.multimodal_gen.runtime.server_args import ModelArgs, ParallelArgs, ServerArgs
 from sglang.multimodal_gen.test.parallel_case import FORWARD_TOLERANCE, Arrays, made_of
 from sglang.multimodal_gen.test.parallel_coding import coded
-from sglang.multimodal_gen.test.parallel_pool import CODINGS, FAMILIES, OTHER_ENCODERS, SHAPES, Pool
+from sglang.multimodal_gen.test.parallel_pool import (
+    CACHED,
+    CODINGS,
+    FAMILIES,
+    OTHER_ENCODERS,
+    SHAPES,
+    Pool,
+)
 from sglang.multimodal_gen.test.pipeline_parity import LATENT_TOLERANCE, load, relative_error
 
 pytestmark = pytest.mark.timeout(180)
@@ -45,6 +52,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 def alone(checkpoints: Callable[[str], Path]) -> Callable[[str], Arrays]:
     """What one process makes of a family's requests."""
     return functools.cache(lambda name: made_of(load(checkpoints(name)), FAMILIES[name].wishes))
+
+
+@pytest.fixture(scope="module")
+def cached_alone(checkpoints: Callable[[str], Path]) -> Callable[[str], Arrays]:
+    """What one process makes of requests with step caches."""
+    return functools.cache(lambda name: made_of(load(checkpoints(name)), CACHED[name][0].wishes))
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +84,25 @@ def test_several_ranks_give_the_texts_predictions_and_pictures_of_one(
 ) -> None:
     """Text encoders are dealt to the ranks as well. The requests of a batch differ in step, step count and guidance."""
     assert_same(alone(name), pool.run(checkpoints(name), shape, FAMILIES[name], tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [(name, shape) for name, (_, shapes) in CACHED.items() for shape in shapes], ids=str
+)
+def test_several_ranks_skip_the_steps_that_one_skips(
+    name: str,
+    shape: ReplicaShape,
+    pool: Pool,
+    checkpoints: Callable[[str], Path],
+    cached_alone: Callable[[str], Arrays],
+    tmp_path: Path,
+) -> None:
+    """Requests with either step cache and with none share forwards; each rank finds the same of every one."""
+    expected = cached_alone(name)
+    for number in (0, 1):
+        _, computed, rows = expected[f"computed{number}"]
+        assert 0 < computed < rows, "some forwards are skipped, some are not"
+    assert_same(expected, pool.run(checkpoints(name), shape, CACHED[name][0], tmp_path))
 
 
 @pytest.mark.parametrize("name", OTHER_ENCODERS)

@@ -610,6 +610,7 @@ def test_an_option_that_is_not_implemented_is_named(config: dict[str, Any], word
         (WAN, 2, {"sigmas": [0.5, 0.5]}, "num_inference_steps"),
         ({**WAN, "_class_name": DPMPP}, 2, {"sigmas": [1.0, 0.5]}, "sigmas"),
         ({"_class_name": EULER, "shift_terminal": 0.1}, 1, {}, "num_inference_steps"),
+        ({"_class_name": EULER, "use_dynamic_shifting": True, "shift_terminal": 0.1}, 4, {"mu": 60.0}, "num_frames"),
         ({"_class_name": EULER, "invert_sigmas": True}, 2, {"sigmas": [0.5, 0.5]}, "num_inference_steps"),
         ({**WAN, "_class_name": DPMPP, "final_sigmas_type": "sigma_min"}, 500, {}, "num_inference_steps"),
         ({**WAN, **KARRAS}, 4, {"shift": 2.0}, "flow_shift"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
+from sglang.multimodal_gen.configs.models.lora_names import ForeignName
 from sglang.multimodal_gen.configs.transformer_shape import TransformerShape
 from sglang.multimodal_gen.errors import InvalidRequest
 
@@ -44,6 +45,9 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(ModelConfig):
     """Base of the configs of diffusion transformers."""
+
+    lora_names: ClassVar[tuple[ForeignName, ...]] = ()
+    """What adapters call its layers besides their names in checkpoints."""
 
     @property
     def shape(self) -> TransformerShape:

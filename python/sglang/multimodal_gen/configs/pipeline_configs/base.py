@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from sglang.multimodal_gen.configs.models.base import TransformerConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.configs.teacache import TeaCacheFit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class PipelineConfig:
     guided_above: float = 1.0
     guided_by_negative_prompts_alone: bool = False
     """Whether only a negative prompt makes the second row."""
+    teacache: TeaCacheFit | None = None
+    """What is published for TeaCache; None: requests bring it themselves."""
 
     def num_rows(self, params: SamplingParams) -> int:
         """Forwards of a step of one request."""

@@ -6,8 +6,12 @@ from sglang.multimodal_gen.configs.model_entry import ModelEntry
 from sglang.multimodal_gen.configs.models.dits.flux import FluxTransformerConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.configs.teacache import TeaCacheFit
 
 _MAX_PIXELS = 2048 * 2048
+
+# Source: https://github.com/ali-vilab/TeaCache, TeaCache4FLUX, the middle threshold.
+_TEACACHE_DEV = TeaCacheFit(coefficients=(498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861), threshold=0.4)
 
 FLUX1_DEV = PipelineConfig(
     tasks=("T2I", "I2I"),
@@ -25,6 +29,7 @@ FLUX1_DEV = PipelineConfig(
     transformer=FluxTransformerConfig,
     guided_by=("true_cfg_scale",),
     guided_by_negative_prompts_alone=True,
+    teacache=_TEACACHE_DEV,
 )
 
 FLUX1_SCHNELL = PipelineConfig(

@@ -8,6 +8,7 @@ from sglang.multimodal_gen.configs.model_entry import ModelEntry
 from sglang.multimodal_gen.configs.models.dits.hunyuan_video import HunyuanVideoTransformerConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.configs.teacache import TeaCacheFit
 
 _MAX_PIXELS = 1920 * 1088
 # Twice the length that the model was trained with.
@@ -32,14 +33,17 @@ HUNYUAN_VIDEO_T2V = PipelineConfig(
     temporal_ratio=4,
     guided_by=("true_cfg_scale",),
     guided_by_negative_prompts_alone=True,
+    # Source: https://github.com/ali-vilab/TeaCache, TeaCache4HunyuanVideo, the faster threshold.
+    teacache=TeaCacheFit(coefficients=(733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896), threshold=0.15),
 )
 
 FAST_HUNYUAN = dataclasses.replace(
     HUNYUAN_VIDEO_T2V,
     defaults=dataclasses.replace(HUNYUAN_VIDEO_T2V.defaults, num_frames=125, num_inference_steps=6, flow_shift=17.0),
+    teacache=None,
 )
 
-HUNYUAN_VIDEO_I2V = dataclasses.replace(HUNYUAN_VIDEO_T2V, tasks=("I2V",))
+HUNYUAN_VIDEO_I2V = dataclasses.replace(HUNYUAN_VIDEO_T2V, tasks=("I2V",), teacache=None)
 
 # The transformer with 33 channels is told no guidance scale. It makes four frames more than the clip has.
 HUNYUAN_VIDEO_I2V_33CH = dataclasses.replace(

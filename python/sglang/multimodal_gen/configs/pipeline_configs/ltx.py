@@ -9,6 +9,7 @@ from sglang.multimodal_gen.configs.model_entry import ModelEntry
 from sglang.multimodal_gen.configs.models.dits.ltx import LTXVideoTransformerConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.configs.teacache import TeaCacheFit
 
 # The largest size and length that the family's cards show: 1216x704 and 257 frames, with room for upright and wide.
 _MAX_PIXELS = 1280 * 1280
@@ -46,10 +47,14 @@ LTX_VIDEO = LTXPipelineConfig(
     transformer=LTXVideoTransformerConfig,
     temporal_ratio=8,
     spatial_ratio=32,
+    # Source: https://github.com/ali-vilab/TeaCache, TeaCache4LTX-Video, the faster threshold.
+    teacache=TeaCacheFit(
+        coefficients=(21.4700694, -12.8016453, 2.31279151, 0.792487521, 0.00969274326), threshold=0.05
+    ),
 )
 LTX_IMAGE_TO_VIDEO = dataclasses.replace(LTX_VIDEO, tasks=("I2V",))
 LTX_VIDEO_0_9_1 = dataclasses.replace(LTX_VIDEO, defaults=_TIMED_DEFAULTS)
-LTX_CONDITION = dataclasses.replace(LTX_VIDEO, defaults=_CONDITION_DEFAULTS, max_sequence_length=256)
+LTX_CONDITION = dataclasses.replace(LTX_VIDEO, defaults=_CONDITION_DEFAULTS, max_sequence_length=256, teacache=None)
 LTX_VIDEO_0_9_5 = dataclasses.replace(
     LTX_CONDITION,
     defaults=dataclasses.replace(_CONDITION_DEFAULTS, decode_timestep=0.05, decode_noise_scale=0.025),

@@ -11,6 +11,7 @@ from sglang.multimodal_gen.configs.model_entry import ModelEntry
 from sglang.multimodal_gen.configs.models.dits.wan import WanTransformerConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.configs.teacache import TeaCacheFit
 
 NEGATIVE_PROMPT = (
     "overexposed, garish colours, blurry, washed out, motionless, frozen frame, subtitles, watermark, painting, "
@@ -26,7 +27,9 @@ _MAX_FRAMES = 1025
 _FP32_COMPONENTS = ("image_encoder",)
 
 
-def _config(defaults: SamplingParams, *tasks: str, spatial_ratio: int = 8) -> PipelineConfig:
+def _config(
+    defaults: SamplingParams, *tasks: str, spatial_ratio: int = 8, teacache: TeaCacheFit | None = None
+) -> PipelineConfig:
     return PipelineConfig(
         tasks=tasks,
         defaults=defaults,
@@ -36,6 +39,7 @@ def _config(defaults: SamplingParams, *tasks: str, spatial_ratio: int = 8) -> Pi
         transformer=WanTransformerConfig,
         temporal_ratio=4,
         spatial_ratio=spatial_ratio,
+        teacache=teacache,
     )
 
 
@@ -50,17 +54,39 @@ _AT_720P = replace(_AT_480P, width=1280, height=720)
 # One frame is an image; a clip or an image may stand at the start instead of noise alone.
 _FROM_TEXT = ("T2V", "T2I", "V2V", "I2I")
 
+# Source: https://github.com/ali-vilab/TeaCache, TeaCache4Wan2.1, the faster threshold of each.
+_TEACACHE_1_3B = TeaCacheFit(
+    coefficients=(2396.76752, -1311.10545, 201.331979, -8.29855975, 0.137887774),
+    modulation_coefficients=(-52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664),
+    threshold=0.08,
+)
+_TEACACHE_14B = TeaCacheFit(
+    coefficients=(-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404),
+    modulation_coefficients=(-303318.725, 49053.7029, -2655.30556, 58.7365115, -0.315583525),
+    threshold=0.2,
+)
+_TEACACHE_I2V_480P = TeaCacheFit(
+    coefficients=(-302.33167, 223.948934, -52.546397, 5.8734844, -0.201973289),
+    modulation_coefficients=(257151.496, -35422.9917, 1402.86849, -13.5890334, 0.132517977),
+    threshold=0.26,
+)
+_TEACACHE_I2V_720P = TeaCacheFit(
+    coefficients=(-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683),
+    modulation_coefficients=(8107.0546, 2133.93892, -372.934672, 16.6203073, -0.0417769401),
+    threshold=0.3,
+)
+
 WAN21_T2V = _config(_UNNAMED, *_FROM_TEXT)
-WAN21_T2V_1_3B = _config(replace(_AT_480P, guidance_scale=3.0), *_FROM_TEXT)
-WAN21_T2V_14B = _config(replace(_AT_720P, flow_shift=5.0), *_FROM_TEXT)
+WAN21_T2V_1_3B = _config(replace(_AT_480P, guidance_scale=3.0), *_FROM_TEXT, teacache=_TEACACHE_1_3B)
+WAN21_T2V_14B = _config(replace(_AT_720P, flow_shift=5.0), *_FROM_TEXT, teacache=_TEACACHE_14B)
 WAN22_T2V_A14B = _config(
     replace(_AT_720P, num_inference_steps=40, guidance_scale=4.0, guidance_scale_2=3.0, flow_shift=12.0),
     *_FROM_TEXT,
 )
 
 WAN_I2V = _config(_UNNAMED, "I2V")
-WAN21_I2V_480P = _config(replace(_AT_480P, flow_shift=3.0), "I2V")
-WAN21_I2V_720P = _config(replace(_AT_720P, flow_shift=5.0), "I2V")
+WAN21_I2V_480P = _config(replace(_AT_480P, flow_shift=3.0), "I2V", teacache=_TEACACHE_I2V_480P)
+WAN21_I2V_720P = _config(replace(_AT_720P, flow_shift=5.0), "I2V", teacache=_TEACACHE_I2V_720P)
 # First and last frame. The shift in the checkpoint, 16, is the one that it is sampled with.
 WAN21_FLF2V_720P = _config(_AT_720P, "I2V")
 WAN21_FUN_INP_1_3B = _config(_AT_480P, "I2V")

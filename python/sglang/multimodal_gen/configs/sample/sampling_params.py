@@ -14,8 +14,10 @@ from typing import Any
 
 from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
 from sglang.multimodal_gen.configs.declare import ADMIN, FROM_MODEL, LOCAL_ONLY, PYTHON_ONLY, arg, build, parameters
+from sglang.multimodal_gen.configs.sample.cache_params import CacheParams, filled_caches, without_unused
 from sglang.multimodal_gen.configs.sample.guidance_params import GuidanceParams
 from sglang.multimodal_gen.configs.sample.input_params import InputParams
+from sglang.multimodal_gen.configs.sample.lora_params import LoraParams
 from sglang.multimodal_gen.configs.sample.scheduling_params import SchedulingParams
 from sglang.multimodal_gen.configs.schedulers import SCHEDULER_NAMES
 from sglang.multimodal_gen.errors import EmptyPrompt
@@ -381,9 +383,11 @@ class SamplingParams(
     SchedulingParams,
     ObservationParams,
     LibraryParams,
+    LoraParams,
     AttentionParams,
     PreviewParams,
     OutputParams,
+    CacheParams,
     GuidanceParams,
     DenoisingParams,
     ShapeParams,
@@ -402,9 +406,9 @@ class SamplingParams(
 
     def filled_from(self, *defaults: SamplingParams) -> SamplingParams:
         """Each unset (None) field taken from the first of `defaults` that sets it."""
-        missing = {}
+        missing = filled_caches(self, defaults)
         for name, value in vars(self).items():
-            if value is None:
+            if value is None and name not in parameters(CacheParams):
                 found = next((v for d in defaults if (v := getattr(d, name)) is not None), None)
                 if found is not None:
                     missing[name] = found
@@ -420,7 +424,7 @@ class SamplingParams(
         if self.skip_guidance_layers is None:
             for name in _OF_SKIPPED_LAYERS:
                 del found[name]
-        return {name: value for name, value in found.items() if value is not None}
+        return without_unused({name: value for name, value in found.items() if value is not None})
 
     def without_scheduling(self) -> SamplingParams:
         """What is asked for, whenever it is wanted: equal for requests that must give equal bytes."""

@@ -8,7 +8,7 @@ import dataclasses
 import queue
 import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -19,18 +19,29 @@ from sglang.multimodal_gen.errors import EngineStopped, RemoteError, RequestCanc
 from sglang.multimodal_gen.registry import get_model_info
 from sglang.multimodal_gen.runtime.entrypoints.engine_client import EngineClient, RequestHandle
 from sglang.multimodal_gen.runtime.entrypoints.generation_result import GenerationResult
+from sglang.multimodal_gen.runtime.entrypoints.lora_wishes import (
+    LIST_REQUEST,
+    listed,
+    merge_request,
+    remove_request,
+    set_request,
+    unmerge_request,
+)
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import NO_INPUTS, DecodedInputs, MediaSources, split_media
 from sglang.multimodal_gen.runtime.entrypoints.perf_dump import prepare_perf_dump, write_perf_dump
 from sglang.multimodal_gen.runtime.entrypoints.request_builder import expand_prompts
 from sglang.multimodal_gen.runtime.managers.child_process import ChildProcess
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.managers.messages import (
+    CachedSteps,
     Cancelled,
     Codec,
     EngineStarted,
     EngineState,
     Failed,
     Finished,
+    LoraReply,
+    LoraRequest,
     Preview,
     Progress,
     Queued,
@@ -192,6 +203,54 @@ class DiffGenerator:
         """The scheduler's metrics in Prometheus' text format; docs/reference/metrics.md lists them."""
         return self._engine.call(self._engine.client.metrics())
 
+    def set_lora(
+        self,
+        lora_nickname: str | Sequence[str],
+        lora_path: str | Sequence[str] | None = None,
+        *,
+        target: str | Sequence[str] = "all",
+        strength: float | Sequence[float] = 1.0,
+        merge_mode: str | None = None,
+        lora_alpha: float | None = None,
+        lora_weight_name: str | None = None,
+    ) -> str:
+        """Load adapters where they have a path, and set them for later requests that name none; what was done, in a
+        sentence. With `merge_mode` "merge" they become part of the weights, once the requests before have ended.
+
+        Raises:
+            ServingError: an adapter that cannot be used, a name that is taken or unknown; nothing has changed then.
+        """
+        fields = {
+            "lora_nickname": lora_nickname,
+            "lora_path": lora_path,
+            "target": target,
+            "strength": strength,
+            "merge_mode": merge_mode,
+            "lora_alpha": lora_alpha,
+            "lora_weight_name": lora_weight_name,
+        }
+        return self._loras(set_request(fields, what="argument")).message
+
+    def merge_lora_weights(self, target: str = "all", strength: float = 1.0) -> str:
+        """Make the adapters that are set part of the weights, once the requests before have ended. Raises
+        ServingError."""
+        return self._loras(merge_request({"target": target, "strength": strength})).message
+
+    def unmerge_lora_weights(self, target: str = "all") -> str:
+        """Bring the checkpoint's weights back, bit for bit. Raises ServingError."""
+        return self._loras(unmerge_request({"target": target})).message
+
+    def remove_lora(self, lora_nickname: str | Sequence[str]) -> str:
+        """Forget adapters; requests that have them keep them until they end. Raises ServingError."""
+        return self._loras(remove_request({"lora_nickname": lora_nickname})).message
+
+    def list_loras(self) -> dict[str, Any]:
+        """`loaded_adapters`, and those of them that are `active`: set for requests that name none, or merged."""
+        return listed(self._loras(LIST_REQUEST))
+
+    def _loras(self, request: LoraRequest) -> LoraReply:
+        return self._engine.call(self._engine.client.loras(request))
+
     def close(self) -> None:
         """End the engine and all its processes; idempotent."""
         self._finalizer()
@@ -346,6 +405,8 @@ class _Engine:
                 "stage_peak_mb": {stage: peak / 2**20 for stage, peak in event.stage_peak_bytes.items()},
                 "attempts": event.attempts,
                 "warmup_excluded": event.warmup_excluded,
+                "computed_steps": event.computed_steps,
+                **({} if event.cached is None else _forwards(event.cached)),
                 **({} if event.profile_path is None else {"profile_path": event.profile_path}),
             },
             notes=event.notes,
@@ -362,6 +423,10 @@ class _Engine:
         self._thread.join(timeout=5)
         self._loop.close()
         self._child.close(grace_s=_STOP_GRACE_S)
+
+
+def _forwards(cached: CachedSteps) -> dict[str, int]:
+    return {"computed_forwards": cached.computed_forwards, "num_forwards": cached.num_forwards}
 
 
 async def _decoded(sources: MediaSources) -> DecodedInputs:

@@ -28,6 +28,8 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Finished,
     GenerateRequest,
     Hello,
+    LoraReply,
+    LoraRequest,
     MappedArray,
     MediaInputs,
     Message,
@@ -256,6 +258,16 @@ class EngineClient:
             raise RemoteError(reply.error)
         return reply.message
 
+    async def loras(self, request: LoraRequest) -> LoraReply:
+        """Do an operation on adapters and wait until it is done; its `query_id` is given here.
+
+        Raises: RemoteError when it was refused or failed.
+        """
+        reply = cast(LoraReply, await self._ask(lambda query_id: msgspec.structs.replace(request, query_id=query_id)))
+        if reply.error is not None:
+            raise RemoteError(reply.error)
+        return reply
+
     async def _ask(self, question: Callable[[str], Message]) -> Any:
         query_id = secrets.token_hex(8)
         answer = self._queries[query_id] = asyncio.get_running_loop().create_future()
@@ -299,7 +311,7 @@ class EngineClient:
     def _on_message(self, message: ToClient) -> None:
         if isinstance(message, EngineState):
             self._set_state(message)
-        elif isinstance(message, Status | MetricsReply | ControlReply):
+        elif isinstance(message, Status | MetricsReply | ControlReply | LoraReply):
             waiting = self._queries.get(message.query_id)
             if waiting is not None and not waiting.done():
                 waiting.set_result(message)

@@ -22,7 +22,9 @@ class GenerationResult:
     `metrics` holds `queue_seconds`, `stage_seconds` (by stage; `encode_file` runs beside the others, `upload` is part
     of the waiting), `step_ms` of each denoising step with `step_batch_sizes` (requests that shared it),
     `waiting_seconds` (others' units, the end of the file, the upload), `stage_peak_mb` (by stage), `attempts`,
-    `warmup_excluded` (its size had been warmed up before) and, of a request that was profiled, `profile_path`.
+    `warmup_excluded` (its size had been warmed up before), `computed_steps` (the others were taken from a step cache),
+    of a request with a step cache `computed_forwards` and `num_forwards` (guidance makes several a step) and, of one
+    that was profiled, `profile_path`.
     `generation_time` is the sum of the stages but `encode_file` and `upload`, and of the waiting.
     """
 

@@ -20,9 +20,11 @@ from starlette.routing import Match
 
 from sglang.multimodal_gen.configs.declare import check_names
 from sglang.multimodal_gen.errors import (
+    AdminRequired,
     ImageNotFound,
     MethodNotAllowed,
     ModelNotFound,
+    NotReady,
     RouteNotFound,
     ServingError,
     StorageError,
@@ -30,6 +32,12 @@ from sglang.multimodal_gen.errors import (
     UnknownParameter,
     VideoNotFound,
     shown,
+)
+from sglang.multimodal_gen.runtime.entrypoints.lora_wishes import (
+    MergeLoraFields,
+    RemoveLoraFields,
+    SetLoraFields,
+    UnmergeLoraFields,
 )
 from sglang.multimodal_gen.runtime.entrypoints.metrics_api import MetricsApi
 from sglang.multimodal_gen.runtime.entrypoints.openai import reply_schemas as schemas
@@ -47,6 +55,7 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.frame import RequestFrame
 from sglang.multimodal_gen.runtime.entrypoints.openai.gate import ADMIN_PATHS, OPEN_PATHS, Gate, is_page
 from sglang.multimodal_gen.runtime.entrypoints.openai.image_api import ImageApi
 from sglang.multimodal_gen.runtime.entrypoints.openai.lifecycle import Lifecycle
+from sglang.multimodal_gen.runtime.entrypoints.openai.lora_api import LoraApi
 from sglang.multimodal_gen.runtime.entrypoints.openai.model_api import ModelApi
 from sglang.multimodal_gen.runtime.entrypoints.openai.openapi import (
     ALWAYS,
@@ -118,6 +127,7 @@ def create_app(engine: Engine, settings: HttpSettings) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_routing_error)
     _add_state_routes(app, StateApi(engine, settings, lifecycle))
     _add_control_routes(app, ControlApi(engine, settings))
+    _add_lora_routes(app, LoraApi(engine, settings))
     app.get("/metrics", response_model=None, responses=_PROMETHEUS)(MetricsApi(engine, metrics).scrape)
     _add_model_routes(app, ModelApi(engine, settings))
     _add_image_routes(app, ImageApi(engine, settings))
@@ -170,6 +180,20 @@ def _add_control_routes(app: FastAPI, control: ControlApi) -> None:
         responses=responses,
         openapi_extra=plain_body(WeightsFields),
     )(control.update_weights)
+
+
+def _add_lora_routes(app: FastAPI, loras: LoraApi) -> None:
+    responses = replies(*CONTROLLING, schema=schemas.LORAS_DONE)
+    for name, fields, call in (
+        ("set_lora", SetLoraFields, loras.set),
+        ("merge_lora_weights", MergeLoraFields, loras.merge),
+        ("unmerge_lora_weights", UnmergeLoraFields, loras.unmerge),
+        ("remove_lora", RemoveLoraFields, loras.remove),
+    ):
+        app.post(f"/v1/{name}", response_model=None, responses=responses, openapi_extra=plain_body(fields))(call)
+    app.get("/v1/list_loras", response_model=None, responses=replies(AdminRequired, NotReady, schema=schemas.LORAS))(
+        loras.list
+    )
 
 
 def _add_model_routes(app: FastAPI, models: ModelApi) -> None:

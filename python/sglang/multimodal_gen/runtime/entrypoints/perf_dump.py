@@ -86,6 +86,7 @@ def perf_record(result: GenerationResult, *, request_id: str, model: ModelInfo) 
             "seed": result.seed,
             "queue_ms": _milliseconds(metrics["queue_seconds"]),
             "waiting_ms": _milliseconds(metrics["waiting_seconds"]),
+            "computed_steps": metrics["computed_steps"],
         },
     }
 

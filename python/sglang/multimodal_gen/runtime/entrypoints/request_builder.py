@@ -11,6 +11,7 @@ from typing import Any
 
 from sglang.multimodal_gen.configs.declare import Surface, check_names, parameters
 from sglang.multimodal_gen.configs.model_info import ModelInfo
+from sglang.multimodal_gen.configs.sample.cache_params import check_caches
 from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, MAX_SEED, SamplingParams
 from sglang.multimodal_gen.errors import (
     IncompatibleParameters,
@@ -53,6 +54,7 @@ def expand_prompts(
         wish = _as_long_as_the_video(_sized(wish, model, inputs), model, inputs)
         complete = model.limits.sized(wish.filled_from(model.defaults, GENERAL_DEFAULTS))
         _check_interval(complete)
+        check_caches(complete)
         model.limits.check(complete)
         model.check_previews(complete.num_previews, param="num_previews")
         check_output(complete)

@@ -18,6 +18,7 @@ from sglang.multimodal_gen.runtime.layers.attention.layouts import (
 )
 from sglang.multimodal_gen.runtime.layers.attention.registry import KERNELS
 from sglang.multimodal_gen.runtime.layers.attention.traits import DeviceFacts, LayerNeeds
+from sglang.multimodal_gen.runtime.layers.lora import AdapterRows
 from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 from sglang.multimodal_gen.runtime.layers.token_sharding import TokenSharding
 
@@ -87,7 +88,7 @@ class LayerContext:
     says how those of a sequence are dealt; the layout of self-attention reads it.
     `encoder` is the present text encoder's; each has its own.
     `frame_attention` is the autoencoders': one head as wide as their channels, often in fp32, which options leave be.
-    `strips` says how the picture that they work on is dealt.
+    `strips` says how the picture that they work on is dealt. `adapters` says which ones the rows of a forward have.
     """
 
     parallel: ParallelContext = SINGLE
@@ -97,6 +98,7 @@ class LayerContext:
     tokens: TokenSharding = field(default_factory=TokenSharding)
     strips: StripSharding = field(default_factory=StripSharding)
     encoder: EncoderAxes = field(default_factory=EncoderAxes)
+    adapters: AdapterRows = field(default_factory=AdapterRows)
 
     @classmethod
     def spread(

@@ -146,10 +146,19 @@ def linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> T
     return F.gelu(F.linear(hidden_states, weight, bias), approximate="tanh")
 
 
+def gated_silu(gate: Tensor, value: Tensor) -> Tensor:
+    """SiLU(gate) · value, [..., D] each."""
+    if _serves(gate):
+        product: Tensor = _kernels().gated_silu(gate, value)
+        return product
+    return F.silu(gate) * value
+
+
 class JoinedLinear:
     """Linear layers over the same input as one product. Their weights become views of one, and stay theirs."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self.layers = tuple(layers)
         self.sizes = [layer.out_features for layer in layers]
         self.weight = _joined([layer.weight for layer in layers])
         biases = [layer.bias for layer in layers if layer.bias is not None]
@@ -158,7 +167,13 @@ class JoinedLinear:
 
     def __call__(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """[..., I] -> each layer's output [..., O], a view."""
-        return F.linear(hidden_states, self.weight, self.bias).split(self.sizes, dim=-1)
+        parts: tuple[Tensor, ...] = F.linear(hidden_states, self.weight, self.bias).split(self.sizes, dim=-1)
+        tables = [getattr(layer, "adapters", None) for layer in self.layers]
+        if not any(tables):
+            return parts
+        return tuple(
+            part if table is None else table.add(part, hidden_states) for part, table in zip(parts, tables, strict=True)
+        )
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

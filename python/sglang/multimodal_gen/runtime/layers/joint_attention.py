@@ -7,15 +7,17 @@ Shapes: B batch, S tokens, L text tokens, D hidden_size, N heads of this rank, E
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from sglang.multimodal_gen.runtime.layers.attention.layouts import Sent
+from sglang.multimodal_gen.runtime.layers.attention.layouts import Sent, TokenExchange, arrived
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.fused import JoinedLinear, norm_rotate
 from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
 from sglang.multimodal_gen.runtime.layers.norm import RMSNorm
+from sglang.multimodal_gen.runtime.layers.side_stream import side_by_side
 
 
 class SelfAttention(nn.Module):
@@ -59,10 +61,14 @@ class SelfAttention(nn.Module):
 
     def attend(self, query: Sent, key: Sent, value: Sent, mask: Tensor | None) -> Tensor:
         """Three times [B, S, N, E] as it was sent, a mask [B, 1, 1, S] -> [B, S, N·E]."""
+        return arrived(self.begin_attending(query, key, value, mask)).flatten(2)
+
+    def begin_attending(self, query: Sent, key: Sent, value: Sent, mask: Tensor | None) -> Tensor | TokenExchange:
+        """The same as [B, S, N, E], maybe still under way, for who has something to compute meanwhile."""
         if mask is None:
-            return self.attention(query, key, value).flatten(2)
+            return self.attention.begin(query, key, value)
         assert self.masked_attention is not None, "a layer that is given masks is built with mask=True"
-        return self.masked_attention(query, key, value, mask).flatten(2)
+        return self.masked_attention.begin(query, key, value, mask)
 
     def join_projections(self) -> None:
         """See `fused.join_projections`."""
@@ -128,13 +134,20 @@ class JointAttention(SelfAttention):
         self, hidden_states: Tensor, text: Tensor, freqs_cis: Tensor | None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """[B, S, D], [B, L, D], the table of S + L tokens, a mask [B, 1, 1, S + L] -> [B, S, D], [B, L, D]."""
+        of_image, of_text = self.joint_attend(hidden_states, text, freqs_cis, mask)
+        return self.to_out[0](of_image), self.to_add_out(of_text)
+
+    def joint_attend(
+        self, hidden_states: Tensor, text: Tensor, freqs_cis: Tensor | None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The same, before the projections: [B, S, N·E], [B, L, N·E]."""
         attended = self.attend(*self._joint_project(hidden_states, text, freqs_cis), mask)
         sizes = (text.shape[1], hidden_states.shape[1])
         if self.text_first:
             of_text, of_image = attended.split(sizes, dim=1)
         else:
             of_image, of_text = attended.split(sizes[::-1], dim=1)
-        return self.to_out[0](of_image), self.to_add_out(of_text)
+        return of_image, of_text
 
     def join_projections(self) -> None:
         """See `fused.join_projections`."""
@@ -158,23 +171,28 @@ class JointAttention(SelfAttention):
             query = send(join(of_text, of_image, self.norm_added_q, self.norm_q, freqs_cis))
             of_text, of_image = heads(self.add_k_proj(text)), heads(self.to_k(hidden_states))
             return query, send(join(of_text, of_image, self.norm_added_k, self.norm_k, freqs_cis)), value
+        num_tokens = join.num_text + join.num_image
         together = None
         if packs:
-            num_tokens = join.num_text + join.num_image
             together = _pack_of(hidden_states, num_tokens, self.num_heads, self.attention.head_dim)
-        norms: list[tuple[nn.Module | None, nn.Module | None, Tensor | None]] = [
-            (self.norm_added_q, self.norm_q, freqs_cis),
-            (self.norm_added_k, self.norm_k, freqs_cis),
-            (None, None, None),
-        ]
-        parts = zip(self.projected_text(text), self.projected(hidden_states), norms, strict=True)
-        query_, key_, value_ = (
-            join(of_text, of_image, *how, out=None if together is None else together[:, :, index])
-            for index, (of_text, of_image, how) in enumerate(parts)
+        # Queries, keys and values of both, each with room for the sequence.
+        rooms = (
+            [hidden_states.new_empty(len(text), num_tokens, self.num_heads, self.attention.head_dim) for _ in range(3)]
+            if together is None
+            else list(together.unbind(2))
+        )
+        side_by_side(
+            lambda: join.fill(
+                rooms, self.projected_text(text), (self.norm_added_q, self.norm_added_k), freqs_cis, join.text_start
+            ),
+            lambda: join.fill(
+                rooms, self.projected(hidden_states), (self.norm_q, self.norm_k), freqs_cis, join.image_start
+            ),
         )
         if together is not None:
             return self.attention.send_packed(together)
-        return send(query_), send(key_), send(value_)
+        query_, key_, value_ = map(send, rooms)
+        return query_, key_, value_
 
 
 @dataclass(frozen=True)
@@ -192,17 +210,40 @@ class _Joint:
         text_norm: nn.Module | None = None,
         image_norm: nn.Module | None = None,
         freqs_cis: Tensor | None = None,
-        *,
-        out: Tensor | None = None,
     ) -> Tensor:
-        """[B, L, N, E], [B, S, N, E], the table of all tokens -> [B, L + S, N, E], in `out` where given."""
+        """[B, L, N, E], [B, S, N, E], the table of all tokens -> [B, L + S, N, E]."""
         size = (image.shape[0], self.num_text + self.num_image, *image.shape[2:])
-        joint = image.new_empty(size) if out is None else out
-        text_start, image_start = (0, self.num_text) if self.text_first else (self.num_image, 0)
-        for heads, norm, start in ((text, text_norm, text_start), (image, image_norm, image_start)):
-            part = slice(start, start + heads.shape[1])
-            placed(heads, norm, None if freqs_cis is None else freqs_cis[:, part], out=joint[:, part])
+        joint = image.new_empty(size)
+        for heads, norm, start in ((text, text_norm, self.text_start), (image, image_norm, self.image_start)):
+            self._put(heads, norm, freqs_cis, joint, start)
         return joint
+
+    @property
+    def text_start(self) -> int:
+        """Where the text stands in the sequence."""
+        return 0 if self.text_first else self.num_image
+
+    @property
+    def image_start(self) -> int:
+        """Where the image stands."""
+        return self.num_text if self.text_first else 0
+
+    def fill(
+        self,
+        rooms: Sequence[Tensor],
+        projected: Sequence[Tensor],
+        norms: tuple[nn.Module, nn.Module],
+        freqs_cis: Tensor | None,
+        start: int,
+    ) -> None:
+        """Put one stream's queries, keys and values into those of the sequence, each [B, L + S, N, E]."""
+        for room, heads, norm in zip(rooms[:2], projected, norms, strict=False):
+            self._put(heads, norm, freqs_cis, room, start)
+        self._put(projected[2], None, None, rooms[2], start)
+
+    def _put(self, heads: Tensor, norm: nn.Module | None, freqs_cis: Tensor | None, joint: Tensor, start: int) -> None:
+        part = slice(start, start + heads.shape[1])
+        placed(heads, norm, None if freqs_cis is None else freqs_cis[:, part], out=joint[:, part])
 
 
 def placed(heads: Tensor, norm: nn.Module | None, freqs_cis: Tensor | None, *, out: Tensor | None = None) -> Tensor:

@@ -6,19 +6,59 @@ O out_features, P ranks on the axis.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sglang.multimodal_gen.runtime.distributed.collectives import all_reduce
+from sglang.multimodal_gen.runtime.distributed.collectives import Sum, all_reduce
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ALONE, ProcessAxis
+from sglang.multimodal_gen.runtime.layers.fused import linear_gelu
+from sglang.multimodal_gen.runtime.layers.lora import SlotTable
 from sglang.multimodal_gen.runtime.layers.shards import Shard
 
+CHUNK_TOKENS = 2_048
+"""Sums of at least twice as many tokens go over the ranks in chunks of at least so many."""
+_MOST_CHUNKS = 4
 
-class ReplicatedLinear(nn.Linear):
+
+class AdaptableLinear(nn.Linear):
+    """A linear layer to which adapters may add; `adapters` is None as long as none does: [B, ..., I] -> [B, ..., O]."""
+
+    adapters: SlotTable | None = None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.adapted(F.linear(hidden_states, self.weight, self.bias), hidden_states)
+
+    def adapted(self, outputs: Tensor, hidden_states: Tensor) -> Tensor:
+        """The outputs for these inputs with what the rows' adapters add, in place."""
+        return outputs if self.adapters is None else self.adapters.add(outputs, hidden_states)
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether rows of the present forward have adapters for it."""
+        return self.adapters is not None and self.adapters.rows.uses is not None
+
+    def gelu(self, hidden_states: Tensor) -> Tensor:
+        """Tanh-GELU of the outputs; in the product's epilogue where nothing has to be added before it."""
+        return next(self.gelu_parts(hidden_states, 1))
+
+    def gelu_parts(self, hidden_states: Tensor, count: int) -> Iterator[Tensor]:
+        """The same as at most so many tensors that would stand side by side, each computed when it is asked for."""
+        if self.is_adapted:
+            yield F.gelu(self(hidden_states), approximate="tanh")
+            return
+        biases = [None] * count if self.bias is None else self.bias.chunk(count)
+        for weight, bias in zip(self.weight.chunk(count), biases, strict=True):
+            yield linear_gelu(hidden_states, weight, bias)
+
+
+class ReplicatedLinear(AdaptableLinear):
     """The whole weight on every rank: [..., I] -> [..., O]."""
 
 
-class ColumnParallelLinear(nn.Linear):
+class ColumnParallelLinear(AdaptableLinear):
     """Each rank computes its own output features: [..., I] -> [..., O/P]."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, axis: ProcessAxis = ALONE) -> None:
@@ -31,7 +71,7 @@ class ColumnParallelLinear(nn.Linear):
         return {"weight": shard} if self.bias is None else {"weight": shard, "bias": shard}
 
 
-class RowParallelLinear(nn.Linear):
+class RowParallelLinear(AdaptableLinear):
     """Each rank holds its own input features and the sum is reduced: [..., I/P] -> [..., O]. The bias is whole.
 
     `blocks`: the input is several parts side by side, of these widths, each of them split over the ranks.
@@ -57,7 +97,35 @@ class RowParallelLinear(nn.Linear):
         return {"weight": Shard(dim=1, blocks=self.blocks, axis=self.axis)}
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if self.axis.size == 1:
-            return F.linear(hidden_states, self.weight, self.bias)
-        partial = all_reduce(F.linear(hidden_states, self.weight), self.axis)
-        return partial if self.bias is None else partial + self.bias
+        return self.of_parts(hidden_states)
+
+    def of_parts(self, *parts: Tensor) -> Tensor:
+        """The same, of an input that lies in several tensors which would stand side by side: [..., I_k/P] each."""
+        # The first rank adds the bias, so that the sum has it once.
+        bias = self.bias if self.axis.rank == 0 else None
+        if torch.is_grad_enabled() or self.is_adapted or (self.axis.size == 1 and len(parts) == 1):
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+            return all_reduce(self.adapted(F.linear(whole, self.weight, bias), whole), self.axis)
+        weights = self.weight.split([part.shape[-1] for part in parts], dim=1)
+        inputs = [part.flatten(0, -2) for part in parts]
+        output = inputs[0].new_empty(inputs[0].shape[0], self.out_features)
+        num_chunks = max(1, min(_MOST_CHUNKS, len(output) // CHUNK_TOKENS)) if self.axis.size > 1 else 1
+        sums = []
+        for chunk, *rows in zip(output.chunk(num_chunks), *(part.chunk(num_chunks) for part in inputs), strict=True):
+            _multiply(rows, weights, bias, out=chunk)
+            # While the ranks' sums of these tokens are on their way, those of the next are computed.
+            sums.append(Sum(chunk, self.axis))
+        for each in sums:
+            each.wait()
+        return output.view(*parts[0].shape[:-1], -1)
+
+
+def _multiply(parts: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None, *, out: Tensor) -> None:
+    """Sum over k of [N, I_k] times [O, I_k], plus the bias [O], into [N, O]."""
+    for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+        if number:
+            out.addmm_(part, weight.t())
+        elif bias is None:
+            torch.mm(part, weight.t(), out=out)
+        else:
+            torch.addmm(bias, part, weight.t(), out=out)

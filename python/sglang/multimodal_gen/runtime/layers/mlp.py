@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ALONE, ProcessAxis
-from sglang.multimodal_gen.runtime.layers.fused import linear_gelu
+from sglang.multimodal_gen.runtime.layers.fused import JoinedLinear, gated_silu
 from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 
@@ -22,7 +22,7 @@ class GELUProjection(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.approximate == "tanh":
-            return linear_gelu(hidden_states, self.proj.weight, self.proj.bias)
+            return self.proj.gelu(hidden_states)
         return F.gelu(self.proj(hidden_states))
 
 
@@ -71,6 +71,13 @@ class SwiGLU(nn.Module):
         self.w1 = ColumnParallelLinear(hidden_size, inner_dim, bias=False, axis=axis)
         self.w2 = RowParallelLinear(inner_dim, hidden_size, bias=False, axis=axis)
         self.w3 = ColumnParallelLinear(hidden_size, inner_dim, bias=False, axis=axis)
+        self.joined: JoinedLinear | None = None
+
+    def join_projections(self) -> None:
+        """See `fused.join_projections`."""
+        self.joined = JoinedLinear([self.w1, self.w3])
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(hidden_states)) * self.w3(hidden_states))
+        if self.joined is None:
+            return self.w2(gated_silu(self.w1(hidden_states), self.w3(hidden_states)))
+        return self.w2(gated_silu(*self.joined(hidden_states)))

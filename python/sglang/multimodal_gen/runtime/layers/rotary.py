@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 
 
 def rotary_angles(dim: int, num_positions: int, theta: float = 10000.0) -> Tensor:
@@ -21,7 +22,7 @@ def rotary_angles(dim: int, num_positions: int, theta: float = 10000.0) -> Tenso
 
 
 # A 720p clip of 81 frames at head_dim 128 takes 39 MB; a handful of shapes is alive at a time.
-@lru_cache(maxsize=8)
+@table_cache(8)
 def rotary_table_3d(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
     """Table for tokens on a (frames, height, width) grid, in raster order: [1, F·H·W, 1, head_dim/2, 2].
 

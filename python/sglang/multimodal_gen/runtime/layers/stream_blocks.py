@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.runtime.layers.attention.layouts import arrived
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
-from sglang.multimodal_gen.runtime.layers.fused import linear_gelu
 from sglang.multimodal_gen.runtime.layers.joint_attention import JointAttention, SelfAttention
 from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
 from sglang.multimodal_gen.runtime.layers.mlp import FeedForward
@@ -23,6 +22,7 @@ from sglang.multimodal_gen.runtime.layers.modulation import (
     PartedEmbedding,
     PartedModulation,
 )
+from sglang.multimodal_gen.runtime.layers.side_stream import side_by_side
 
 
 class Stream(NamedTuple):
@@ -44,10 +44,14 @@ def joint_update(
     attn: JointAttention, image: Stream, text: Stream, freqs_cis: Tensor | None, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Both streams attend to both, then each to its own MLP -> image [B, S, D], text [B, L, D]."""
-    of_image, of_text = attn.joint_forward(
+    of_image, of_text = attn.joint_attend(
         image.attn_mod.normed(image.hidden_states), text.attn_mod.normed(text.hidden_states), freqs_cis, mask
     )
-    return image.after_attention(of_image), text.after_attention(of_text)
+    new_text, new_image = side_by_side(
+        lambda: text.after_attention(attn.to_add_out(of_text)),
+        lambda: image.after_attention(attn.to_out[0](of_image)),
+    )
+    return new_image, new_text
 
 
 class DualStreamBlock(nn.Module):
@@ -71,6 +75,10 @@ class DualStreamBlock(nn.Module):
         self.attn = JointAttention(hidden_size, num_heads, head_dim, context, text_first=text_first, mask=mask)
         self.ff = FeedForward(hidden_size, ffn_dim, hidden_size, axis=axis)
         self.ff_context = FeedForward(hidden_size, ffn_dim, hidden_size, axis=axis)
+
+    def modulated(self, hidden_states: Tensor, temb: Tensor | PartedEmbedding) -> Tensor:
+        """What the attention sees of the image: [B, S, D], [B, D] -> [B, S, D]."""
+        return self.norm1(temb)[0].normed(hidden_states)
 
     def forward(
         self,
@@ -114,6 +122,7 @@ class SingleStreamBlock(nn.Module):
         axis, inner = context.parallel.tp, num_heads * head_dim
         self.norm = AdaLayerNormZero(hidden_size, num_modulations=1)
         self.attn = SelfAttention(hidden_size, num_heads, head_dim, context, projects_out=False, mask=mask)
+        self.num_mlp_parts = 1 if context.parallel.ulysses.size == 1 else 2
         self.proj_mlp = ColumnParallelLinear(hidden_size, ffn_dim, axis=axis)
         self.proj_out = RowParallelLinear(inner + ffn_dim, hidden_size, axis=axis, blocks=(inner, ffn_dim))
 
@@ -128,6 +137,9 @@ class SingleStreamBlock(nn.Module):
         [modulation] = self.norm(temb)
         normed = modulation.normed(hidden_states)
         sent = self.attn.project(normed, freqs_cis)
-        mlp = linear_gelu(normed, self.proj_mlp.weight, self.proj_mlp.bias)
-        update = self.proj_out(torch.cat((self.attn.attend(*sent, mask), mlp), dim=-1))
+        # With exchanges a part of the MLP for each of them, to be computed meanwhile.
+        parts = self.proj_mlp.gelu_parts(normed, self.num_mlp_parts)
+        mlp = [next(parts)]
+        attended = self.attn.begin_attending(*sent, mask)
+        update = self.proj_out.of_parts(arrived(attended).flatten(2), *mlp, *parts)
         return modulation.add_gated(hidden_states, update)

@@ -11,7 +11,6 @@ Shapes: B batch, S tokens of a segment, P ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from sglang.multimodal_gen.runtime.distributed.collectives import all_gather
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ALONE, ProcessAxis
+from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 
 
 class TokenSharding:
@@ -90,7 +90,7 @@ class TokenSharding:
         return _order(lengths, self.axis.size, tuple(ranks), device)
 
 
-@lru_cache(maxsize=256)
+@table_cache(256)
 def _order(
     lengths: tuple[int, ...], num_ranks: int, ranks: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor | None, Tensor]:

@@ -21,6 +21,7 @@ from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.errors import CorruptCheckpoint, InvalidRequest, UnsupportedModel
 from sglang.multimodal_gen.registry import read_json_object
 from sglang.multimodal_gen.runtime.layers.context import EncoderAxes, LayerContext
+from sglang.multimodal_gen.runtime.layers.forward_graphs import use_forward_graphs
 from sglang.multimodal_gen.runtime.layers.fused import join_projections
 from sglang.multimodal_gen.runtime.layers.shards import Shard, shards_of
 from sglang.multimodal_gen.runtime.loader.image_processor import ImageProcessor, load_image_processor
@@ -89,6 +90,7 @@ class LoadContext:
     vae_dtype: torch.dtype | None = None
     source: ComponentSource = field(default_factory=Checkpoint)
     encoder_parallel: str = "auto"
+    cuda_graphs: bool = False
     report: Callable[[str], None] = _tell_nobody
 
     def dtype_of(self, component: str) -> torch.dtype:
@@ -125,7 +127,7 @@ class NativeModule:
         config, replica = self.config(directory), context.layers.parallel.shape
         if num_heads := getattr(config, "num_attention_heads", None):
             replica.check_heads(num_heads)
-        return load_module(
+        module = load_module(
             self.module_class,
             config,
             directory,
@@ -134,6 +136,9 @@ class NativeModule:
             context=self.layers_for(directory.name, config, context),
             source=context.source,
         )
+        if context.cuda_graphs and hasattr(module, "tokens"):
+            use_forward_graphs(module)
+        return module
 
     def layers_for(self, component: str, config: ModelConfig, context: LoadContext) -> LayerContext:
         """What the module's layers are built with."""

@@ -21,7 +21,7 @@ from sglang.multimodal_gen.errors import CorruptCheckpoint, PickleRefused
 from sglang.multimodal_gen.registry import read_json_object
 
 _PREFERRED = ("diffusion_pytorch_model", "model")
-_PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
+PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
 _READABLE_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"})
 # The format's own limit for the header.
 _MAX_HEADER_BYTES = 100_000_000
@@ -92,7 +92,7 @@ def open_weights(directory: Path) -> StoredWeights:
                 f"{'is' if len(missing) == 1 else 'are'} missing; download the checkpoint again"
             )
     for file in files:
-        tensors.update(_read_header(file))
+        tensors.update(read_header(file))
     absent = [name for name, file in expected.items() if name not in tensors or tensors[name].file.name != file]
     if absent:
         raise CorruptCheckpoint(
@@ -120,7 +120,7 @@ def _single_file(directory: Path) -> Path:
             f"{_shown(directory)} holds {len(several)} safetensors files ({', '.join(several[:4])}) but no index file "
             "that says how they belong together; download the checkpoint again"
         )
-    pickles = sorted(file.name for file in directory.glob("*") if file.suffix in _PICKLE_ENDINGS)
+    pickles = sorted(file.name for file in directory.glob("*") if file.suffix in PICKLE_ENDINGS)
     if pickles:
         raise PickleRefused(
             f"{_shown(directory)} holds pickled weights only ({pickles[0]}), which can run code when they are read; "
@@ -140,7 +140,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
     """What the header lists, after the file's size was found to fit it."""
     size = path.stat().st_size
     with path.open("rb") as stream:
@@ -153,7 +153,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             header.pop("__metadata__", None)
             found = {name: _stored(path, entry) for name, entry in header.items()}
             end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
             raise CorruptCheckpoint(f"{_shown(path)} has a header that cannot be read: {error}") from error
     if size != end:
         raise CorruptCheckpoint(

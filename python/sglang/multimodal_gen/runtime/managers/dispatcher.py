@@ -228,14 +228,17 @@ class Dispatcher:
     ) -> None:
         records = [record for record in self._wanted(units, requests) if record.request_id not in failures]
         phases = [record.cursor.position(record.cursor.done)[0] for record in records if record.cursor is not None]
-        if phases and len(phases) == len(units) and lane.peak_bytes is not None:
+        # A step that left something out says nothing of what others take that share its batch key.
+        left_out = any(cached.skipped for cached in lane.cached.values())
+        if phases and len(phases) == len(units) and lane.peak_bytes is not None and not left_out:
             estimated = sum(phase.peak_bytes for phase in phases)
             self.memory.record(phases[0].batch_key, estimated_bytes=estimated, measured_bytes=lane.peak_bytes)
         seconds = lane.ms / 1000
         for index, (record, phase) in enumerate(zip(records, phases, strict=True)):
-            if index == 0:
+            if index == 0 and not left_out:
                 self.learned.record(phase.batch_key, seconds, len(units))
             record.record_unit(phase, seconds, peak_bytes, batch_size=len(units))
+            record.cached = lane.cached.get(record.request_id, record.cached)
             settled.done.append(DoneUnit(record, phase, seconds, len(units)))
 
 

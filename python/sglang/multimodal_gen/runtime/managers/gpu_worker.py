@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sglang.multimodal_gen import envs
+from sglang.multimodal_gen.configs.lora_args import LAUNCH_ID
 from sglang.multimodal_gen.configs.request_plan import LANES, Lane
 from sglang.multimodal_gen.errors import ErrorInfo, InternalError, InvalidState, InvalidValue, OutOfMemory, ServingError
 from sglang.multimodal_gen.runtime.managers.child_process import exit_with_parent, inherited_connection
@@ -28,15 +29,19 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Admit,
     AdmitFailed,
     Admitted,
+    CachedSteps,
     CacheFlushed,
     Codec,
     FlushCache,
+    ForgetLora,
     Heartbeat,
     LaneDone,
     LatentsReady,
     LoadFailed,
     Loading,
+    LoadLora,
     MediaInputs,
+    MergeLora,
     Message,
     ModelReady,
     RankLost,
@@ -93,7 +98,15 @@ class GPUWorker:
     """Executes what the scheduler says, in the order of the pipe."""
 
     def __init__(
-        self, config: EngineConfig, channel: Channel, pipeline: Any, *, states: Any, profiler: Any, previews: Any
+        self,
+        config: EngineConfig,
+        channel: Channel,
+        pipeline: Any,
+        *,
+        states: Any,
+        profiler: Any,
+        previews: Any,
+        adapters: Any,
     ) -> None:
         self.checkpoint_dir = config.checkpoint_dir()
         self.channel = channel
@@ -101,6 +114,7 @@ class GPUWorker:
         self.states = states
         self.profiler = profiler
         self.previews = previews
+        self.adapters = adapters
         self.run_dir = RunDir.at(config.run_dir)
         self.frames = FrameSender(self.run_dir, channel.send)
         self.requests: dict[str, Any] = {}
@@ -123,6 +137,8 @@ class GPUWorker:
                 freed_bytes = self.pipeline.flush()
                 if self.leads:
                     self.channel.send(CacheFlushed(query_id=message.query_id, freed_bytes=freed_bytes))
+            elif isinstance(message, LoadLora | ForgetLora | MergeLora):
+                self.adapters.take(message)
             elif isinstance(message, StopWorker):
                 return
 
@@ -130,7 +146,8 @@ class GPUWorker:
         PRIVATE_TEXTS.keep(message.request_id, message.params.private_texts())
         try:
             inputs = _mapped(self.run_dir, message.inputs)
-            req = self.pipeline.admit(message.request_id, message.params, inputs)
+            self.adapters.wait_for(message.lora_ids.values())
+            req = self.pipeline.admit(message.request_id, message.params, inputs, message.lora_ids)
             if message.state_file is not None:
                 self._restore(req, message.state_file)
                 self._send_latents(req)  # its last step may have been before the state was saved
@@ -215,7 +232,22 @@ class GPUWorker:
         profile = None if failed else self.profiler.end(units)
         if profile is not None:
             self.channel.send(profile)
-        return LaneDone(lane=lane, ms=ms, peak_bytes=peak_bytes), failed
+        cached = self._cached_steps(units) if lane == "denoise" and not failed else {}
+        return LaneDone(lane=lane, ms=ms, peak_bytes=peak_bytes, cached=cached), failed
+
+    def _cached_steps(self, units: tuple[Unit, ...]) -> dict[str, CachedSteps]:
+        """Of the requests that have a step cache."""
+        caches = {unit.request_id: self.requests[unit.request_id].step_cache for unit in units}
+        return {
+            request_id: CachedSteps(
+                computed_steps=cache.computed_steps,
+                computed_forwards=cache.computed_rows,
+                num_forwards=cache.num_rows,
+                skipped=cache.skipped,
+            )
+            for request_id, cache in caches.items()
+            if cache is not None
+        }
 
     def _kind_of(self, units: tuple[Unit, ...]) -> tuple[str, int]:
         """Equal for work that takes equal memory: the batch key and the number of requests."""
@@ -347,6 +379,19 @@ def _load(config: EngineConfig, report: Callable[[str], None]) -> Any:
     )
 
 
+def _load_adapter(pipeline: Any, config: EngineConfig) -> None:
+    """The one that the options name. Raises InvalidLora."""
+    args = config.args.lora
+    if args.lora_path is None:
+        return
+    from sglang.multimodal_gen.runtime.loader.lora_files import LoraSource
+
+    source = LoraSource(path=args.lora_path, weight_name=args.lora_weight_name, alpha=args.lora_alpha)
+    pipeline.adapters.load(LAUNCH_ID, source)
+    if args.lora_merge_mode == "merge":
+        pipeline.adapters.merge_ids([(LAUNCH_ID, args.lora_scale)])
+
+
 def main() -> None:
     """Entry point of the process."""
     connection = inherited_connection()
@@ -364,6 +409,7 @@ def main() -> None:
 
     try:
         pipeline = _load(config, report)
+        _load_adapter(pipeline, config)
     except Exception as error:
         channel.send(LoadFailed(error=_error_info(error)))
         return
@@ -371,13 +417,17 @@ def main() -> None:
 
     from sglang.multimodal_gen.runtime.managers.preview_source import PreviewSource
     from sglang.multimodal_gen.runtime.managers.state_writer import StateWriter
+    from sglang.multimodal_gen.runtime.managers.worker_adapters import WorkerAdapters
     from sglang.multimodal_gen.runtime.managers.worker_profiling import WorkerProfiler
 
     channel.allocated_bytes = pipeline.meter.allocated_bytes
     profiler = WorkerProfiler(config.profile_dir(), cuda=str(pipeline.device).startswith("cuda"))
     previews = PreviewSource(pipeline, RunDir.at(config.run_dir), channel.send)
     states = StateWriter(channel.send)
-    worker = GPUWorker(config, channel, pipeline, states=states, profiler=profiler, previews=previews)
+    adapters = WorkerAdapters(pipeline.adapters, channel.send, error_info=_error_info)
+    worker = GPUWorker(
+        config, channel, pipeline, states=states, profiler=profiler, previews=previews, adapters=adapters
+    )
     channel.send(ModelReady(model=pipeline.model_info(), budget_bytes=pipeline.budget_bytes()))
     with torch.inference_mode():
         worker.run()

@@ -66,6 +66,7 @@ class VideoJob(msgspec.Struct, frozen=True, kw_only=True):
     generation_time: float | None = None
     queue_seconds: float | None = None
     peak_memory_mb: float | None = None
+    computed_steps: int | None = None
     profile: str | None = None
     error: ErrorInfo | None = None
     notes: tuple[str, ...] = ()

@@ -21,7 +21,7 @@ from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import ErrorInfo
 from sglang.multimodal_gen.runtime.postprocess.object_store import StoredFile
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 HTTP_CLIENT_NAME = "http"
 
 
@@ -115,6 +115,30 @@ class ControlRequest(Message, frozen=True, kw_only=True, tag="control"):
     model_path: str | None = None
 
 
+class LoraWish(Message, frozen=True, kw_only=True):
+    """An adapter of the list to set. `path` None: it is loaded; `target`: the transformer that it changes, or `all`."""
+
+    name: str
+    scale: float = 1.0
+    path: str | None = None
+    weight_name: str | None = None
+    alpha: float | None = None
+    target: str = "all"
+
+
+class LoraRequest(Message, frozen=True, kw_only=True, tag="lora"):
+    """Answered by exactly one LoraReply, when it is done. `set`: later requests that name no adapters get these, which
+    are loaded before, or with `merge` they become part of the weights; `merge`: those that are set do, their scales
+    times `scale`; `unmerge`: the checkpoint's weights come back; `remove`: forget those of these names; `list`: at
+    once, never behind a generation."""
+
+    query_id: str
+    operation: Literal["set", "merge", "unmerge", "remove", "list"]
+    adapters: tuple[LoraWish, ...] = ()
+    merge: bool = False
+    scale: float = 1.0
+
+
 class WatchRequest(Message, frozen=True, kw_only=True, tag="watch"):
     """From now on somebody looks at a request's previews as they come, or nobody does any more. Ids that are unknown or
     ended are ignored."""
@@ -136,6 +160,7 @@ ToScheduler = (
     | StatusRequest
     | MetricsRequest
     | ControlRequest
+    | LoraRequest
     | WatchRequest
     | PreviewTaken
 )
@@ -201,6 +226,25 @@ class ControlReply(Message, frozen=True, kw_only=True, tag="control_reply"):
     error: ErrorInfo | None = None
 
 
+class LoraStatus(Message, frozen=True, kw_only=True):
+    """One adapter that is loaded. `scale` None: it is only there for requests that name it."""
+
+    name: str
+    path: str
+    target: str
+    scale: float | None = None
+    merged: bool = False
+
+
+class LoraReply(Message, frozen=True, kw_only=True, tag="lora_reply"):
+    """It is done, as `message` says, and these are loaded now; or it is not, for the reason in `error`."""
+
+    query_id: str
+    message: str = ""
+    adapters: tuple[LoraStatus, ...] = ()
+    error: ErrorInfo | None = None
+
+
 class Queued(Message, frozen=True, kw_only=True, tag="queued"):
     """The request is accepted, or it waits again, or its place has changed: `position` others are expected to start
     before it, and its result in `eta_s`, None before anything was measured."""
@@ -247,7 +291,8 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     `generation_time` is the seconds of the stages but `encode_file`, which runs beside them, and `upload`, plus
     `waiting_seconds`: others' units, the way between processes, the end of the file and the upload. `stage_peak_bytes`
     is the most memory in use while the stage's units ran, `step_ms` are the denoising steps, each shared by as many
-    requests as `step_batch_sizes` says. `warmup_excluded`: this size had been warmed up before. `profile_path` names
+    requests as `step_batch_sizes` says. Of them `computed_steps` were computed, the others taken from a step cache,
+    whose forwards `cached` counts. `warmup_excluded`: this size had been warmed up before. `profile_path` names
     the trace of a request that was profiled. `stored`: the `output`, `thumbnail` and `contact_sheet` that were
     uploaded, as far as there are.
     """
@@ -276,6 +321,8 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     stage_peak_bytes: dict[str, int] = {}
     profile_path: str | None = None
     stored: dict[str, StoredFile] = {}
+    computed_steps: int = 0
+    cached: CachedSteps | None = None
 
 
 class Failed(Message, frozen=True, kw_only=True, tag="failed"):
@@ -301,6 +348,7 @@ ToClient = (
     | Status
     | MetricsReply
     | ControlReply
+    | LoraReply
     | Queued
     | Started
     | Progress
@@ -317,12 +365,14 @@ TERMINAL_EVENTS = (Finished, Failed, Cancelled)
 
 class Admit(Message, frozen=True, kw_only=True, tag="admit"):
     """Build the request's state; answered by Admitted or AdmitFailed. `state_file`: go on from what was saved there.
-    The files of `inputs` are mapped and left where they are."""
+    The files of `inputs` are mapped and left where they are. `lora_ids`: under which id each adapter that it names was
+    loaded."""
 
     request_id: str
     params: SamplingParams
     state_file: str | None = None
     inputs: MediaInputs | None = None
+    lora_ids: dict[str, str] = {}
 
 
 class Unit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -370,11 +420,37 @@ class FlushCache(Message, frozen=True, kw_only=True, tag="flush_cache"):
     query_id: str
 
 
+class LoadLora(Message, frozen=True, kw_only=True, tag="load_lora"):
+    """Read an adapter and keep it under this id, beside what runs; answered by LoraDone. Known ids are kept as they
+    are."""
+
+    query_id: str
+    adapter_id: str
+    path: str
+    weight_name: str | None = None
+    alpha: float | None = None
+    target: str = "all"
+
+
+class ForgetLora(Message, frozen=True, kw_only=True, tag="forget_lora"):
+    """No new request has the adapter of this id; idempotent."""
+
+    adapter_id: str
+
+
+class MergeLora(Message, frozen=True, kw_only=True, tag="merge_lora"):
+    """Make these (id, scale) part of the checkpoint's weights, and no others; answered by LoraDone. No request is in
+    the workers."""
+
+    query_id: str
+    uses: tuple[tuple[str, float], ...]
+
+
 class StopWorker(Message, frozen=True, kw_only=True, tag="stop"):
     """Exit after the running tick."""
 
 
-ToWorker = Admit | Tick | SaveState | Release | FlushCache | StopWorker
+ToWorker = Admit | Tick | SaveState | Release | FlushCache | LoadLora | ForgetLora | MergeLora | StopWorker
 
 
 # --- worker -> scheduler ---
@@ -482,13 +558,24 @@ class UnitFailure(Message, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
 
 
+class CachedSteps(Message, frozen=True, kw_only=True):
+    """What the step cache of a request has done since its first step: at `computed_steps` at least one forward was
+    computed, `computed_forwards` of `num_forwards` in all. `skipped`: the last step left one out."""
+
+    computed_steps: int
+    computed_forwards: int
+    num_forwards: int
+    skipped: bool
+
+
 class LaneDone(Message, frozen=True, kw_only=True):
     """What one lane of a tick took. `peak_bytes`: the most that its units needed above what was held before; None where
-    that was not measured."""
+    that was not measured. `cached`: by request, of those with a step cache."""
 
     lane: Lane
     ms: float
     peak_bytes: int | None
+    cached: dict[str, CachedSteps] = {}
 
 
 class TickDone(Message, frozen=True, kw_only=True, tag="tick_done"):
@@ -521,6 +608,14 @@ class CacheFlushed(Message, frozen=True, kw_only=True, tag="cache_flushed"):
     freed_bytes: int
 
 
+class LoraDone(Message, frozen=True, kw_only=True, tag="lora_done"):
+    """One rank's answer to LoadLora or MergeLora. `notes`: what of the adapter is left out."""
+
+    query_id: str
+    notes: tuple[str, ...] = ()
+    error: ErrorInfo | None = None
+
+
 FromWorker = (
     Heartbeat
     | Loading
@@ -536,6 +631,7 @@ FromWorker = (
     | TickDone
     | StateSaved
     | CacheFlushed
+    | LoraDone
 )
 
 

@@ -77,6 +77,7 @@ class RequestObserver:
             seconds=event.generation_time,
             queue_seconds=event.queue_seconds,
             steps=len(event.step_ms),
+            computed_steps=event.computed_steps,
             batch=record.mean_batch_size,
             attempts=event.attempts,
             stage_seconds=event.stage_seconds,

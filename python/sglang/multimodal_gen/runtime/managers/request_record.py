@@ -15,6 +15,7 @@ from sglang.multimodal_gen.runtime.managers.batching import UnitCursor
 from sglang.multimodal_gen.runtime.managers.fair_share import Account, ShareClass
 from sglang.multimodal_gen.runtime.managers.messages import (
     Admitted,
+    CachedSteps,
     Finished,
     MappedArray,
     OpenOutput,
@@ -34,7 +35,8 @@ class RequestRecord:
     request, after which this one is back in the queue. `cost` is its work as admission counts it. `is_suspect`: a
     worker was lost while it held the request, so its next admission, and its units up to number `quarantined`, have
     the worker for themselves: whoever loses the next one is known for sure. `durable`: its client may ask for it again
-    after a death. `replica` is the one that holds the request; a warm-up waits for its own.
+    after a death. `lora_ids`: of the adapters that it names, by name. `replica` is the one that holds the request; a
+    warm-up waits for its own.
     """
 
     request_id: str
@@ -43,6 +45,7 @@ class RequestRecord:
     order: int
     max_attempts: int
     durable: bool = False
+    lora_ids: dict[str, str] = field(default_factory=dict)
     replica: int | None = None
     share_class: ShareClass = field(init=False)
     cost: int = field(init=False)
@@ -67,6 +70,7 @@ class RequestRecord:
     stage_peak_bytes: dict[str, int] = field(default_factory=dict)
     step_ms: list[float] = field(default_factory=list)
     step_batch_sizes: list[int] = field(default_factory=list)
+    cached: CachedSteps | None = None
     profile_path: str | None = None
     latents: MappedArray | None = None
     output: OutputDone | None = None
@@ -278,6 +282,8 @@ class RequestRecord:
             warmup_excluded=self.warmup_excluded,
             profile_path=self.profile_path,
             stored={} if output is None else output.stored,
+            computed_steps=self.steps()[1] if self.cached is None else self.cached.computed_steps,
+            cached=self.cached,
         )
 
     def _output_seconds(self) -> dict[str, float]:

@@ -31,6 +31,7 @@ from sglang.multimodal_gen.runtime.managers.control import Control
 from sglang.multimodal_gen.runtime.managers.deadlines import Deadlines
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.managers.engine_status import snapshot_of, status_of
+from sglang.multimodal_gen.runtime.managers.loras import Loras
 from sglang.multimodal_gen.runtime.managers.messages import (
     Admit,
     AdmitFailed,
@@ -51,6 +52,8 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     LatentsReady,
     LoadFailed,
     Loading,
+    LoraDone,
+    LoraRequest,
     MediaInputs,
     MetricsReply,
     MetricsRequest,
@@ -120,6 +123,14 @@ class Scheduler:
         self.clients = Clients(self._bind(zmq.ROUTER, self.run_dir.scheduler_address))
         self.output = OutputLink(self._bind(zmq.PAIR, self.run_dir.output_address))
         self.control = Control(self.replicas, self.clients, self.requests, self._set_state, state=lambda: self.state)
+        self.loras = Loras(
+            config.args.lora,
+            self.replicas,
+            self.clients,
+            self.requests,
+            state=lambda: self.state,
+            num_arrived=lambda: self.num_arrived,
+        )
         self.observer = RequestObserver(logger, self._snapshot, log_prompts=config.args.logging.log_prompts)
         limit = config.args.execution.preview_max_per_second
         self.previews = Previews(
@@ -163,6 +174,7 @@ class Scheduler:
             ModelReady: self._on_model_ready,
             LoadFailed: self._on_load_failed,
             RankLost: self._on_rank_lost,
+            LoraDone: self.loras.done,
             TickDone: self._on_tick_done,
         }
 
@@ -184,6 +196,7 @@ class Scheduler:
                 self._read_workers(replica, ready)
                 self._check_silence(replica)
             self.control.advance()
+            self.loras.advance()
             for record in self.deadlines.expired(self.requests, time.monotonic()):
                 self._end(record.request_id, Failed(request_id=record.request_id, error=record.deadline_error()))
             self._admit_waiting()
@@ -260,8 +273,11 @@ class Scheduler:
             self.clients.send(client, MetricsReply(query_id=message.query_id, text=text))
         elif isinstance(message, ControlRequest):
             self.control.asked(client, message)
+        elif isinstance(message, LoraRequest):
+            self.loras.asked(client, message)
 
     def _on_generate(self, client: bytes, message: GenerateRequest) -> None:
+        message = msgspec.structs.replace(message, params=self.loras.stamped(message.params))
         refusal = self._refusal(message)
         if refusal is not None:
             self.observer.refused(message.request_id, code=refusal.code)
@@ -298,6 +314,7 @@ class Scheduler:
             params=params,
             order=self.num_arrived,
             max_attempts=max_attempts,
+            lora_ids=self.loras.ids_of(params),
             replica=replica,
         )
         self.waiting.push(record)
@@ -309,7 +326,8 @@ class Scheduler:
             return self.state.error
         if message.request_id in self.requests:
             return InvalidRequest(f"request_id: {message.request_id} is already running", param="request_id").info()
-        return self.admission.refusal(message.params, has_inputs=message.inputs is not None)
+        unknown = self.loras.refusal(message.params)
+        return unknown or self.admission.refusal(message.params, has_inputs=message.inputs is not None)
 
     def _on_client_lost(self, message: ClientLost) -> None:
         gone = self.clients.forget(message.client_name)
@@ -347,6 +365,7 @@ class Scheduler:
     def _on_model_ready(self, replica: Replica, message: ModelReady) -> None:
         model = with_cost_limit(message.model, self.config.args.execution)
         replica.workers.ready = True
+        self.loras.ready(replica)
         replica.workers.budget_bytes = message.budget_bytes
         replica.load_attempts = 0
         if self.replicas.loaded and not self.control.took(model):
@@ -497,7 +516,7 @@ class Scheduler:
     def _admit_waiting(self) -> None:
         """Hand over as many as the replicas take."""
         while len(self.waiting):
-            found = self.replicas.next_to_start(lambda record: not self.control.holds(record))
+            found = self.replicas.next_to_start(lambda r: not self.control.holds(r) and not self.loras.holds(r))
             if found is None:
                 return
             replica, record = found
@@ -521,6 +540,7 @@ class Scheduler:
                 params=record.params,
                 state_file=record.state_file if record.has_saved_state else None,
                 inputs=self.ledger.inputs_of(record.request_id),
+                lora_ids=record.lora_ids,
             )
         )
 

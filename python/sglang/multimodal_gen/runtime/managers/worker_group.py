@@ -17,6 +17,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Admitted,
     Codec,
     FromWorker,
+    LoraDone,
     Message,
     ModelReady,
     RankLost,
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _WORKER_MODULE = "sglang.multimodal_gen.runtime.managers.gpu_worker"
 _CODEC = Codec(FromWorker)
-ReplicaAnswer = ModelReady | Admitted | AdmitFailed
+ReplicaAnswer = ModelReady | Admitted | AdmitFailed | LoraDone
 """What each rank says of the same thing."""
 # A live process answers every second; importing torch on a cold disk can hold the interpreter lock for long.
 SILENCE_LOADING_S = 120.0
@@ -136,7 +137,7 @@ class WorkerGroup:
             raise EOFError("the worker sent a message that does not decode") from error
 
     def _answer_of_all(self, message: ReplicaAnswer) -> FromWorker | None:
-        key = "" if isinstance(message, ModelReady) else message.request_id
+        key = _subject(message)
         answers = self._answers.setdefault(key, [])
         answers.append(message)
         if len(answers) < self.num_ranks:
@@ -147,7 +148,8 @@ class WorkerGroup:
         if isinstance(message, ModelReady):
             least = min(answer.budget_bytes for answer in answers if isinstance(answer, ModelReady))
             return msgspec.structs.replace(message, budget_bytes=least)
-        return answers[0]
+        failed = (answer for answer in answers if isinstance(answer, LoraDone) and answer.error is not None)
+        return next(failed, answers[0])
 
     def silence(self) -> str | None:
         """Why the group counts as stuck, None while all is well."""
@@ -179,3 +181,10 @@ class WorkerGroup:
         for rank in self.ranks:
             rank.close(grace_s=grace_s)
         self.ranks, self.in_flight, self.ready = [], {}, False
+
+
+def _subject(message: ReplicaAnswer) -> str:
+    """Equal for what each rank says of the same thing."""
+    if isinstance(message, LoraDone):
+        return f"adapters, {message.query_id}"
+    return "" if isinstance(message, ModelReady) else message.request_id

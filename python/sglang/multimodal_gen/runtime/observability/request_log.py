@@ -16,6 +16,7 @@ class FinishedFacts:
     seconds: float
     queue_seconds: float
     steps: int
+    computed_steps: int
     batch: float
     attempts: int
     stage_seconds: dict[str, float]
@@ -54,6 +55,7 @@ class RequestLog:
             seconds=round(facts.seconds, 4),
             queue_seconds=round(facts.queue_seconds, 4),
             steps=facts.steps,
+            computed_steps=facts.computed_steps,
             batch=round(facts.batch, 2),
             attempts=facts.attempts,
             stage_seconds={stage: round(seconds, 4) for stage, seconds in facts.stage_seconds.items()},

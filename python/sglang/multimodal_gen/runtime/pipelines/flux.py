@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +14,7 @@ from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.flux import FluxTransformerConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.runtime.layers.rotary import grid_positions, rotary_table
+from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 from sglang.multimodal_gen.runtime.loader.component_loader import (
     ComponentLoader,
     NativeModule,
@@ -125,7 +125,7 @@ class FluxDenoiser(Denoiser):
         return self.numbers([_THOUSAND * guidance_scale(row.req.params) for row in rows])
 
 
-@lru_cache(maxsize=16)
+@table_cache(16)
 def flux_rotary_table(
     num_text_tokens: int,
     grids: tuple[tuple[int, int], ...],

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sglang.multimodal_gen.runtime.layers.rotary import fractional_rotary_table, grid_positions
+from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 from sglang.multimodal_gen.runtime.models.dits.ltx import LTXVideoTransformer3DModel
 from sglang.multimodal_gen.runtime.pipelines.ltx_conditioning import (
     add_noise_to_given_frames,
@@ -119,7 +119,7 @@ def causal_positions(clip: ClipGrid) -> Positions:
 
 
 # A clip of 121 frames at 704x1216 takes 219 MB with the 13B model's width; two shapes are alive at a time.
-@lru_cache(maxsize=2)
+@table_cache(2)
 def clip_rotary_table(
     positions: Callable[[ClipGrid], Positions], clip: ClipGrid, hidden_size: int, num_heads: int, device: torch.device
 ) -> Tensor:

@@ -106,7 +106,9 @@ class QwenImageDenoiser(Denoiser):
         found: dict[int, Tensor] = {}
         for length in {row.text.length for row in rows}:
             group = [index for index, row in enumerate(rows) if row.text.length == length]
-            found |= zip(group, self._predict_together([rows[index] for index in group]), strict=True)
+            part = [rows[index] for index in group]
+            with self.caching(part), self.transformer.adapters.only(group):
+                found |= zip(group, self._predict_together(part), strict=True)
         return [found[index] for index in range(len(rows))]
 
     def _predict_together(self, rows: Sequence[Row]) -> Sequence[Tensor]:

@@ -131,6 +131,10 @@ class ZImageDenoiser(Denoiser):
         """Image and caption are one sequence."""
         return self.memory.row_bytes(padded_length(self.num_tokens(req)) + self.num_text_tokens(req))
 
+    def cached_bytes(self, req: Req) -> int:
+        """See Denoiser; padding of the image counts as image."""
+        return padded_length(self.num_tokens(req)) * self.memory.hidden_size * self.memory.element_size
+
 
 class ZImagePipeline(PicturePipelineBase):
     """Text to image with Z-Image, Z-Image-Turbo and their fine-tunes."""

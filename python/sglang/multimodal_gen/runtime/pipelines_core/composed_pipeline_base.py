@@ -16,11 +16,13 @@ import msgspec
 import torch
 from torch import nn
 
+from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
 from sglang.multimodal_gen.configs.model_info import ModelInfo, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.request_plan import Phase
+from sglang.multimodal_gen.configs.sample.cache_params import with_environment
 from sglang.multimodal_gen.configs.sample.sampling_params import (
     GENERAL_DEFAULTS,
     MAX_SEED,
@@ -29,11 +31,13 @@ from sglang.multimodal_gen.configs.sample.sampling_params import (
 )
 from sglang.multimodal_gen.errors import InsufficientMemory, UnsupportedModel, UnsupportedParameter, shown
 from sglang.multimodal_gen.registry import ResolvedModel, load_config, read_model_index
+from sglang.multimodal_gen.runtime.cache.choice import wants_cache
 from sglang.multimodal_gen.runtime.distributed.collectives import least
 from sglang.multimodal_gen.runtime.distributed.parallel_state import SINGLE, ParallelContext
 from sglang.multimodal_gen.runtime.layers.attention.registry import device_facts
 from sglang.multimodal_gen.runtime.layers.attention.switch import explain_kernels
 from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerContext
+from sglang.multimodal_gen.runtime.layers.forward_graphs import forget_graphs
 from sglang.multimodal_gen.runtime.layers.strip_sharding import explain_strips
 from sglang.multimodal_gen.runtime.loader.component_loader import (
     Checkpoint,
@@ -42,6 +46,7 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
     weight_totals,
 )
 from sglang.multimodal_gen.runtime.loader.random_weights import RandomSource
+from sglang.multimodal_gen.runtime.pipelines_core.adapters import Adapters
 from sglang.multimodal_gen.runtime.pipelines_core.conditioning_cache import ConditioningCache
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.memory import (
@@ -129,10 +134,11 @@ class ComposedPipelineBase:
         self.modules: dict[str, nn.Module] = {n: c for n, c in components.items() if isinstance(c, nn.Module)}
         for component, value in components.items():
             setattr(self, component, value)
+        self.adapters = Adapters.of(self.modules)
         self.check_components()
         self.stages = self.create_pipeline_stages()
         for stage in self.stages:
-            stage.parallel = parallel
+            stage.parallel, stage.teacache, stage.adapters = parallel, config.teacache, self.adapters
         names = [stage.name for stage in self.stages]
         assert len(set(names)) == len(names), f"stages of one pipeline need different names: {names}"
         self._stage_order = {name: index for index, name in enumerate(names)}
@@ -221,6 +227,7 @@ class ComposedPipelineBase:
         defaults = resolved.defaults
         if execution.scheduler is not None:
             defaults = dataclasses.replace(defaults, scheduler=execution.scheduler)
+        defaults = with_environment(defaults, envs.current())
         return cls(
             name=resolved.name,
             config=config,
@@ -260,6 +267,7 @@ class ComposedPipelineBase:
             vae_dtype=placement.vae_dtype,
             source=RandomSource() if random_weights else Checkpoint(),
             encoder_parallel=execution.encoder_parallel,
+            cuda_graphs=execution.cuda_graphs == "auto" and placement.device.type == "cuda",
             report=report,
         )
 
@@ -309,21 +317,30 @@ class ComposedPipelineBase:
 
     def free_bytes(self) -> int:
         """Memory on the device that is free now or held by requests: what there is for requests in all."""
-        held = self.meter.allocated_bytes() - self._loaded_bytes - self.conditioning_cache.held_bytes
+        kept = self._loaded_bytes + self.conditioning_cache.held_bytes + self.adapters.held_bytes
+        held = self.meter.allocated_bytes() - kept
         return least(free_bytes(self.device) + max(0, held), self.parallel.world)
 
     def budget_bytes(self) -> int:
         """What all requests together may take above the weights."""
         return int(USABLE_SHARE * self.free_bytes())
 
-    def admit(self, request_id: str, params: SamplingParams, inputs: RequestInputs = EMPTY) -> Req:
-        """The running state of a new request, with its phases and notes; nothing has run yet.
+    def admit(
+        self,
+        request_id: str,
+        params: SamplingParams,
+        inputs: RequestInputs = EMPTY,
+        adapter_ids: Mapping[str, str] | None = None,
+    ) -> Req:
+        """The running state of a new request, with its phases and notes; nothing has run yet. `adapter_ids`: see
+        `Adapters.find`.
 
         Raises: InvalidRequest when this checkpoint or machine cannot do it.
         """
         params = params.filled_from(self.defaults, GENERAL_DEFAULTS)
         if params.diffusers_kwargs is not None and not self.takes_diffusers_kwargs:
             raise UnsupportedParameter("diffusers_kwargs", f"{self.name} is not run by diffusers")
+        self._check_cache(params)
         limits = self.limits()
         self._check_parameters(params, limits)
         if params.seed is None:
@@ -332,12 +349,18 @@ class ComposedPipelineBase:
             params = dataclasses.replace(params, seed=params.seed[0])
         limits.inputs.check(inputs.given)
         params = limits.sized(params)
-        req = Req(request_id=request_id, params=params, inputs=inputs)
+        adapters = self.adapters.find(params.lora_uses, adapter_ids)
+        req = Req(request_id=request_id, params=params, inputs=inputs, adapters=adapters)
         for stage in self.stages:
             stage.admit(req)
         req.phases = self._phases(req)
         self._check_memory(req)
         return req
+
+    def _check_cache(self, params: SamplingParams) -> None:
+        wanted = wants_cache(params)
+        if wanted is not None and not any(stage.takes_step_cache for stage in self.stages):
+            raise UnsupportedParameter(wanted, f"{self.name} has no transformer whose blocks could be skipped")
 
     def _check_parameters(self, params: SamplingParams, limits: TaskLimits) -> None:
         read = set(self.read_parameters())
@@ -371,7 +394,8 @@ class ComposedPipelineBase:
     def state_identity(self, req: Req) -> str:
         """What a saved state must agree on to be this request's: the model, the parameters and the inputs."""
         model, params = (self.name, type(self).__name__, str(self.dtype)), req.params.without_scheduling()
-        return hashlib.sha256(msgspec.json.encode([model, params, req.inputs.digest()])).hexdigest()
+        adapters = [(use.adapter.digest, use.scale) for use in (*self.adapters.merged, *req.adapters)]
+        return hashlib.sha256(msgspec.json.encode([model, params, req.inputs.digest(), adapters])).hexdigest()
 
     def _check_memory(self, req: Req) -> None:
         needed = max((phase.peak_bytes + phase.held_bytes for phase in req.phases), default=0)
@@ -426,7 +450,8 @@ class ComposedPipelineBase:
         return held_bytes
 
     def reclaim(self) -> None:
-        """Give back what a failed unit left behind."""
+        """Give back what a failed unit left behind, and what can be made again."""
+        forget_graphs(self.modules.values())
         gc.collect()
         self.meter.give_back()
 

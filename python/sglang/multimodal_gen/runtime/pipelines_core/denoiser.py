@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.runtime.cache.rules import CachedRow
+from sglang.multimodal_gen.runtime.layers.block_runner import BlockRunner
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req, TextCondition
@@ -19,6 +23,7 @@ class Row(NamedTuple):
     req: Req
     text: TextCondition
     skipped_layers: tuple[int, ...] = ()
+    cache: CachedRow | None = None
 
     @property
     def latents(self) -> Tensor:
@@ -54,6 +59,14 @@ class Denoiser:
         self.max_sequence_length = max_sequence_length
         self.dtype = dtype
         self.device = next(transformer.parameters()).device
+        self.block_runner: BlockRunner | None = getattr(transformer, "block_runner", None)
+
+    def caching(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
+        """Forwards inside are of these rows and skip what the rows' caches say; a `predict` that divides its rows opens
+        it anew for each part."""
+        if self.block_runner is None:
+            return contextlib.nullcontext()
+        return self.block_runner.using([row.cache for row in rows])
 
     def predict(self, rows: Sequence[Row]) -> Sequence[Tensor]:
         """The network's prediction [C, T, H, W] for each row, from one forward, as the sampler wants it."""
@@ -83,6 +96,10 @@ class Denoiser:
     def held_bytes(self, req: Req) -> int:
         """What one row's embeddings take between steps."""
         return self.num_text_tokens(req) * self.memory.hidden_size * self.memory.element_size
+
+    def cached_bytes(self, req: Req) -> int:
+        """What a step cache holds of one row for each tensor that it keeps."""
+        return self.num_tokens(req) * self.memory.hidden_size * self.memory.element_size
 
     # For `predict`
 

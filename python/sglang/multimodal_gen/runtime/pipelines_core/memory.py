@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 
 from sglang.multimodal_gen.errors import ModelTooLarge
+from sglang.multimodal_gen.runtime.layers.forward_graphs import cuda_capture
 from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 
 # Of the free memory, what one unit may plan with; the rest is for allocator waste and for other requests.
@@ -30,7 +31,8 @@ def free_bytes(device: torch.device) -> int:
     """Memory that can still be allocated on the device; on the CPU within the limits of the container."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + max(0, own - cuda_capture.held_bytes)
     available = _proc_bytes("meminfo", "MemAvailable")
     limit = _cgroup_headroom()
     return available if limit is None else min(available, limit)

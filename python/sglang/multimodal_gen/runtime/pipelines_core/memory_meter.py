@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 
+from sglang.multimodal_gen.runtime.layers.forward_graphs import cuda_capture
+
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # proc(5): resets VmHWM to the present resident size
@@ -55,7 +57,8 @@ class CudaMeter:
         return max(0, torch.cuda.max_memory_allocated(self.device) - self._base)
 
     def total_peak_bytes(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device)
+        # What graphs keep counts as free where nothing of it is in use at the moment.
+        return torch.cuda.max_memory_allocated(self.device) + cuda_capture.held_bytes
 
     def allocated_bytes(self) -> int:
         return torch.cuda.memory_allocated(self.device)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.runtime.cache.step_cache import StepCache
 from sglang.multimodal_gen.runtime.models.schedulers import Sampler, SamplerState
+from sglang.multimodal_gen.runtime.pipelines_core.adapters import AdapterUse
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
 
 
@@ -66,6 +68,7 @@ class Req:
     request_id: str
     params: SamplingParams
     inputs: RequestInputs = EMPTY
+    adapters: tuple[AdapterUse, ...] = ()
     phases: tuple[Phase, ...] = ()
     notes: list[str] = field(default_factory=list)
     units_done: dict[str, int] = field(default_factory=dict)
@@ -81,6 +84,7 @@ class Req:
     sampler_state: SamplerState | None = None
     keeps_clean: bool = False
     clean_latents: Tensor | None = None
+    step_cache: StepCache | None = None
     max_text_rows: int | None = None
     max_forward_rows: int | None = None
     decode_plan: Any = None
@@ -103,6 +107,7 @@ class Req:
             "generator": None if self.generator is None else self.generator.get_state(),
             "latents": self.latents,
             "sampler_state": None if self.sampler_state is None else self.sampler_state.state_dict(),
+            "step_cache": None if self.step_cache is None else self.step_cache.state_dict(),
         }
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
@@ -119,13 +124,17 @@ class Req:
         self.latents = values["latents"]
         state = values["sampler_state"]
         self.sampler_state = None if state is None else SamplerState.from_state_dict(state)
+        if self.step_cache is not None and values["step_cache"] is not None:
+            note = self.step_cache.load_state_dict(values["step_cache"])
+            self.notes += [] if note is None else [note]
 
     def drop_tensors(self) -> None:
         """Free what the request holds on the device, and its inputs."""
         self.text = self.negative_text = self.latents = self.clean_latents = self.generator = None
-        self.sampler_state = self.decoder_state = self.library_call = None
+        self.sampler_state = self.step_cache = self.decoder_state = self.library_call = None
         self.conditioning = {}
         self.inputs = EMPTY
+        self.adapters = ()
 
 
 @dataclass(frozen=True, kw_only=True)

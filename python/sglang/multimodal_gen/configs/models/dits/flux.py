@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sglang.multimodal_gen.configs.models.base import TransformerConfig
+from sglang.multimodal_gen.configs.models.lora_names import ForeignName, foreign, swapped
 from sglang.multimodal_gen.configs.transformer_shape import (
     TransformerShape,
     dual_stream_run,
@@ -13,10 +15,59 @@ from sglang.multimodal_gen.configs.transformer_shape import (
 )
 from sglang.multimodal_gen.errors import InvalidRequest
 
+_BLOCK, _SINGLE = "transformer_blocks.{}.", "single_transformer_blocks.{}."
+_EMBED = "time_text_embed."
+LORA_NAMES = (
+    foreign("img_attn.qkv", "attn.to_q", "attn.to_k", "attn.to_v", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("img_attn.proj", "attn.to_out.0", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("img_mlp.0", "ff.net.0.proj", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("img_mlp.2", "ff.net.2", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("img_mod.lin", "norm1.linear", inside="double_blocks.{}.", within=_BLOCK),
+    foreign(
+        "txt_attn.qkv",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        inside="double_blocks.{}.",
+        within=_BLOCK,
+    ),
+    foreign("txt_attn.proj", "attn.to_add_out", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("txt_mlp.0", "ff_context.net.0.proj", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("txt_mlp.2", "ff_context.net.2", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("txt_mod.lin", "norm1_context.linear", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("linear1", "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", inside="single_blocks.{}.", within=_SINGLE),
+    foreign("linear2", "proj_out", inside="single_blocks.{}.", within=_SINGLE),
+    foreign("modulation.lin", "norm.linear", inside="single_blocks.{}.", within=_SINGLE),
+    foreign("img_in", "x_embedder"),
+    foreign("txt_in", "context_embedder"),
+    foreign("time_in.in_layer", "timestep_embedder.linear_1", within=_EMBED),
+    foreign("time_in.out_layer", "timestep_embedder.linear_2", within=_EMBED),
+    foreign("vector_in.in_layer", "text_embedder.linear_1", within=_EMBED),
+    foreign("vector_in.out_layer", "text_embedder.linear_2", within=_EMBED),
+    foreign("guidance_in.in_layer", "guidance_embedder.linear_1", within=_EMBED),
+    foreign("guidance_in.out_layer", "guidance_embedder.linear_2", within=_EMBED),
+    foreign("final_layer.linear", "proj_out"),
+    swapped("final_layer.adaLN_modulation.1", "norm_out.linear"),
+    # XLabs keeps its adapters in attention processors.
+    foreign("qkv_lora1", "to_q", "to_k", "to_v", inside="double_blocks.{}.processor.", within=f"{_BLOCK}attn."),
+    foreign("proj_lora1", "to_out.0", inside="double_blocks.{}.processor.", within=f"{_BLOCK}attn."),
+    foreign(
+        *("qkv_lora2", "add_q_proj", "add_k_proj", "add_v_proj"),
+        inside="double_blocks.{}.processor.",
+        within=f"{_BLOCK}attn.",
+    ),
+    foreign("proj_lora2", "to_add_out", inside="double_blocks.{}.processor.", within=f"{_BLOCK}attn."),
+    foreign("qkv_lora", "to_q", "to_k", "to_v", inside="single_blocks.{}.processor.", within=f"{_SINGLE}attn."),
+    foreign("proj_lora", "proj_out", inside="single_blocks.{}.processor.", within=_SINGLE),
+)
+"""Of https://github.com/black-forest-labs/flux, and of XLabs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FluxTransformerConfig(TransformerConfig):
     """FLUX.1 image transformer; the defaults are FLUX.1-schnell. Source: https://github.com/black-forest-labs/flux"""
+
+    lora_names: ClassVar[tuple[ForeignName, ...]] = LORA_NAMES
 
     patch_size: int = 1
     in_channels: int = 64

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sglang.multimodal_gen.configs.models.base import TransformerConfig
+from sglang.multimodal_gen.configs.models.lora_names import ForeignName, foreign, swapped
 from sglang.multimodal_gen.configs.transformer_shape import (
     BlockRun,
     TransformerShape,
@@ -22,9 +24,58 @@ TOKEN_REPLACE = "token_replace"
 _ACCEPTED = {"qk_norm": ("rms_norm",), "image_condition_type": (None, LATENT_CONCAT, TOKEN_REPLACE)}
 
 
+_BLOCK, _SINGLE = "transformer_blocks.{}.", "single_transformer_blocks.{}."
+_EMBED, _TEXT = "time_text_embed.", "context_embedder."
+_REFINER = "txt_in.individual_token_refiner.blocks.{}."
+_REFINED = "context_embedder.token_refiner.refiner_blocks.{}."
+LORA_NAMES = (
+    foreign("img_attn_qkv", "attn.to_q", "attn.to_k", "attn.to_v", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("img_attn_proj", "attn.to_out.0", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("img_mlp.fc1", "ff.net.0.proj", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("img_mlp.fc2", "ff.net.2", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("img_mod.linear", "norm1.linear", inside="double_blocks.{}.", within=_BLOCK),
+    foreign(
+        "txt_attn_qkv",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        inside="double_blocks.{}.",
+        within=_BLOCK,
+    ),
+    foreign("txt_attn_proj", "attn.to_add_out", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("txt_mlp.fc1", "ff_context.net.0.proj", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("txt_mlp.fc2", "ff_context.net.2", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("txt_mod.linear", "norm1_context.linear", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("linear1", "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", inside="single_blocks.{}.", within=_SINGLE),
+    foreign("linear2", "proj_out", inside="single_blocks.{}.", within=_SINGLE),
+    foreign("modulation.linear", "norm.linear", inside="single_blocks.{}.", within=_SINGLE),
+    foreign("time_in.mlp.0", "timestep_embedder.linear_1", within=_EMBED),
+    foreign("time_in.mlp.2", "timestep_embedder.linear_2", within=_EMBED),
+    foreign("vector_in.in_layer", "text_embedder.linear_1", within=_EMBED),
+    foreign("vector_in.out_layer", "text_embedder.linear_2", within=_EMBED),
+    foreign("guidance_in.mlp.0", "guidance_embedder.linear_1", within=_EMBED),
+    foreign("guidance_in.mlp.2", "guidance_embedder.linear_2", within=_EMBED),
+    foreign("txt_in.input_embedder", "proj_in", within=_TEXT),
+    foreign("txt_in.t_embedder.mlp.0", "timestep_embedder.linear_1", within=_TEXT + _EMBED),
+    foreign("txt_in.t_embedder.mlp.2", "timestep_embedder.linear_2", within=_TEXT + _EMBED),
+    foreign("txt_in.c_embedder.linear_1", "text_embedder.linear_1", within=_TEXT + _EMBED),
+    foreign("txt_in.c_embedder.linear_2", "text_embedder.linear_2", within=_TEXT + _EMBED),
+    foreign("self_attn_qkv", "attn.to_q", "attn.to_k", "attn.to_v", inside=_REFINER, within=_REFINED),
+    foreign("self_attn_proj", "attn.to_out.0", inside=_REFINER, within=_REFINED),
+    foreign("mlp.fc1", "ff.net.0.proj", inside=_REFINER, within=_REFINED),
+    foreign("mlp.fc2", "ff.net.2", inside=_REFINER, within=_REFINED),
+    foreign("adaLN_modulation.1", "norm_out.linear", inside=_REFINER, within=_REFINED),
+    foreign("final_layer.linear", "proj_out"),
+    swapped("final_layer.adaLN_modulation.1", "norm_out.linear"),
+)
+"""Of https://github.com/Tencent/HunyuanVideo."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class HunyuanVideoTransformerConfig(TransformerConfig):
     """HunyuanVideo transformer; the defaults are the text-to-video model. Source: arXiv:2412.03603."""
+
+    lora_names: ClassVar[tuple[ForeignName, ...]] = LORA_NAMES
 
     in_channels: int = 16
     out_channels: int | None = 16

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sglang.multimodal_gen.configs.models.base import TransformerConfig
+from sglang.multimodal_gen.configs.models.lora_names import ForeignName, foreign
 from sglang.multimodal_gen.configs.transformer_shape import BlockRun, TransformerShape, time_embedding_parameters
 from sglang.multimodal_gen.errors import InvalidRequest
 
@@ -17,9 +19,20 @@ _IMPLEMENTED = {
 }
 
 
+LORA_NAMES = (
+    foreign("patchify_proj", "proj_in"),
+    foreign("adaln_single.linear", "time_embed.linear"),
+    foreign("adaln_single.emb.timestep_embedder.linear_1", "time_embed.emb.timestep_embedder.linear_1"),
+    foreign("adaln_single.emb.timestep_embedder.linear_2", "time_embed.emb.timestep_embedder.linear_2"),
+)
+"""Of https://github.com/Lightricks/LTX-Video, whose other layers have the names that diffusers gave them too."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LTXVideoTransformerConfig(TransformerConfig):
     """LTX-Video transformer; the defaults are the 2B models. Source: arXiv:2501.00103."""
+
+    lora_names: ClassVar[tuple[ForeignName, ...]] = LORA_NAMES
 
     in_channels: int = 128
     out_channels: int | None = 128

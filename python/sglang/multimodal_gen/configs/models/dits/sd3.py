@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sglang.multimodal_gen.configs.models.base import TransformerConfig
+from sglang.multimodal_gen.configs.models.lora_names import ForeignName, foreign, swapped
 from sglang.multimodal_gen.configs.transformer_shape import (
     BlockRun,
     Segment,
@@ -17,12 +19,39 @@ CLIP_TOKENS = 77
 """Tokens of the two CLIP encoders' texts, which stand in front of those of the third."""
 
 
+_BLOCK, _EMBED = "transformer_blocks.{}.", "time_text_embed."
+_IMAGE, _CONTEXT = "joint_blocks.{}.x_block.", "joint_blocks.{}.context_block."
+LORA_NAMES = (
+    foreign("attn.qkv", "attn.to_q", "attn.to_k", "attn.to_v", inside=_IMAGE, within=_BLOCK),
+    foreign("attn.proj", "attn.to_out.0", inside=_IMAGE, within=_BLOCK),
+    foreign("attn2.qkv", "attn2.to_q", "attn2.to_k", "attn2.to_v", inside=_IMAGE, within=_BLOCK),
+    foreign("attn2.proj", "attn2.to_out.0", inside=_IMAGE, within=_BLOCK),
+    foreign("mlp.fc1", "ff.net.0.proj", inside=_IMAGE, within=_BLOCK),
+    foreign("mlp.fc2", "ff.net.2", inside=_IMAGE, within=_BLOCK),
+    foreign("adaLN_modulation.1", "norm1.linear", inside=_IMAGE, within=_BLOCK),
+    foreign("attn.qkv", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", inside=_CONTEXT, within=_BLOCK),
+    foreign("attn.proj", "attn.to_add_out", inside=_CONTEXT, within=_BLOCK),
+    foreign("mlp.fc1", "ff_context.net.0.proj", inside=_CONTEXT, within=_BLOCK),
+    foreign("mlp.fc2", "ff_context.net.2", inside=_CONTEXT, within=_BLOCK),
+    foreign("adaLN_modulation.1", "norm1_context.linear", inside=_CONTEXT, within=_BLOCK),
+    foreign("t_embedder.mlp.0", "timestep_embedder.linear_1", within=_EMBED),
+    foreign("t_embedder.mlp.2", "timestep_embedder.linear_2", within=_EMBED),
+    foreign("y_embedder.mlp.0", "text_embedder.linear_1", within=_EMBED),
+    foreign("y_embedder.mlp.2", "text_embedder.linear_2", within=_EMBED),
+    foreign("final_layer.linear", "proj_out"),
+    swapped("final_layer.adaLN_modulation.1", "norm_out.linear"),
+)
+"""Of https://github.com/Stability-AI/sd3.5."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SD3TransformerConfig(TransformerConfig):
     """Stable Diffusion 3 and 3.5 transformer; the defaults are diffusers'. Source: arXiv:2403.03206.
 
     `sample_size` is the latent side that the position table was made for; the table itself is in the checkpoint.
     """
+
+    lora_names: ClassVar[tuple[ForeignName, ...]] = LORA_NAMES
 
     sample_size: int = 128
     patch_size: int = 2

@@ -25,6 +25,7 @@ from sglang.multimodal_gen.runtime.bench.worker.reporting import Parent, failure
 from sglang.multimodal_gen.runtime.bench.worker.timing import Run, timer_for
 from sglang.multimodal_gen.runtime.distributed.collectives import all_gather, least
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ParallelContext, join_replica
+from sglang.multimodal_gen.runtime.layers.forward_graphs import forget_graphs
 from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
 from sglang.multimodal_gen.runtime.pipelines_core.memory import free_bytes
@@ -54,6 +55,7 @@ class ParallelBench:
             find_model(args.model, _DECODING, parent)
         self.alone: dict[str, Tensor] = {}
         self.chunk_frames: list[int] = []
+        self._loaded: list[nn.Module] = []
         self.dtypes: dict[str, torch.dtype] = {}
 
     def run(self) -> ParallelResult:
@@ -100,6 +102,9 @@ class ParallelBench:
                 peak = torch.cuda.max_memory_allocated(self.device)
             exposed = self._exposed_ms(step) if self.device.type == "cuda" and shape.num_ranks > 1 else None
         finally:
+            # Graphs hold on to connections, which could not be closed.
+            forget_graphs(self._loaded)
+            self._loaded.clear()
             if dist.is_initialized():
                 dist.destroy_process_group()
         return LayoutResult(
@@ -127,6 +132,7 @@ class ParallelBench:
         )
         load = self.model.native(component)
         module = load(self.model.directory / component, self.model.listed(component)[1], context)
+        self._loaded.append(module)
         self.dtypes[name] = context.dtype_of(component)
         return workload, module, self.dtypes[name]
 

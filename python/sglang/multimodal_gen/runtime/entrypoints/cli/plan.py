@@ -33,7 +33,19 @@ _OF_REQUESTS = (
     "width", "height", "num_frames", "guidance_scale", "true_cfg_scale", "negative_prompt", "max_sequence_length",
 )  # fmt: skip
 _OF_MODELS = ("model_path", "model_id", "backend", "precision")
-_HEADER = ("", "layout", "step", "speed-up", "throughput", "memory", "transformer", "activations", "sent", "")
+_HEADER = (
+    "",
+    "layout",
+    "step",
+    "speed-up",
+    "throughput",
+    "memory",
+    "transformer",
+    "encoders",
+    "activations",
+    "sent",
+    "",
+)
 _NOTHING = "-"
 
 
@@ -87,7 +99,7 @@ class PlanJob:
             ("transformer", f"{shape.num_parameters / 1e9:.2f} B parameters, {shape.num_heads} attention heads"),
             ("a step", f"{counted(work.rows, 'row')} of {work.image_tokens} image and {work.text_tokens} text tokens"),
             ("one GPU", f"{as_time(self.plan.alone.seconds)} a step, by the rates of {self.plan.hardware.name}"),
-            ("encoders, decoder", _encoders(self.plan)),
+            ("autoencoder", f"{_autoencoder_bytes(self.plan) / GIB:.1f} GiB on every GPU"),
         ]
         rows = [_row(self.plan, layout) for layout in self.plan.layouts]
         show_sections(
@@ -152,6 +164,7 @@ def _plan(resolved: ResolvedServerArgs, flags: Mapping[str, Any]) -> ParallelPla
             if resolved.sources[option] not in ("default", "chosen")
         },
         element_bytes=element_bytes(resolved.args.execution.precision),
+        encoder_parallel=resolved.args.execution.encoder_parallel,
     )
     params = build(SamplingParams, asked, what="parameter")
     return plan_layouts(outline, outline.work(params), wanted)
@@ -161,9 +174,8 @@ def _request_options() -> Mapping[str, Parameter]:
     return {name: option for name, option in parameters(SamplingParams).items() if name in _OF_REQUESTS}
 
 
-def _encoders(plan: ParallelPlan) -> str:
-    memory = next(layout.memory for layout in plan.layouts if layout.memory is not None)
-    return f"{memory.text_encoders / GIB:.1f} and {memory.autoencoder / GIB:.1f} GiB on every GPU"
+def _autoencoder_bytes(plan: ParallelPlan) -> float:
+    return next(layout.memory.autoencoder for layout in plan.layouts if layout.memory is not None)
 
 
 def _row(plan: ParallelPlan, layout: LayoutPlan) -> tuple[str, ...]:
@@ -171,7 +183,7 @@ def _row(plan: ParallelPlan, layout: LayoutPlan) -> tuple[str, ...]:
     name = f"{layout.shape}" if layout.dp == 1 else f"dp {layout.dp} x {layout.shape}"
     problem = layout.problem or ""
     if layout.cost is None or layout.memory is None or layout.speedup is None:
-        return mark, name, *([_NOTHING] * 7), problem
+        return mark, name, *([_NOTHING] * (len(_HEADER) - 3)), problem
     bound = "the host is the limit" if layout.cost.is_host_bound else ""
     return (
         mark,
@@ -181,6 +193,7 @@ def _row(plan: ParallelPlan, layout: LayoutPlan) -> tuple[str, ...]:
         f"{layout.speedup * layout.dp:.2f}",
         f"{layout.memory.total / GIB:.1f} GiB",
         f"{layout.memory.transformer / GIB:.1f} GiB",
+        f"{layout.memory.text_encoders / GIB:.1f} GiB",
         f"{layout.memory.activations / GIB:.1f} GiB",
         f"{layout.cost.sent_bytes / 1e9:.2f} GB",
         problem or bound,

@@ -128,6 +128,10 @@ def _tell(result: GenerationResult) -> None:
         f"Pixel data generated successfully in {result.generation_time:.4f} seconds{excluded}\n"
         f"{saved}, seed {result.seed}\n"
     )
+    if "num_forwards" in result.metrics:
+        computed, steps = result.metrics["computed_steps"], len(result.metrics["step_ms"])
+        forwards = f"{result.metrics['computed_forwards']} of {result.metrics['num_forwards']} forwards"
+        sys.stdout.write(f"computed {computed} of {steps} steps, {forwards}\n")
     for name, path in (("thumbnail", result.thumbnail_path), ("contact sheet", result.contact_sheet_path)):
         if path is not None:
             sys.stdout.write(f"{name} saved to {path}\n")

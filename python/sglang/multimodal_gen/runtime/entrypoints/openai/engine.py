@@ -23,6 +23,8 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.webhooks import WebhookTar
 from sglang.multimodal_gen.runtime.managers.messages import (
     EngineState,
     Finished,
+    LoraReply,
+    LoraRequest,
     MappedArray,
     MediaInputs,
     Operation,
@@ -85,6 +87,9 @@ class Engine(Protocol):
 
     async def control(self, operation: Operation, *, model_path: str | None = None) -> str:
         """An operation on the whole engine; what was done, in a sentence. Raises ServingError."""
+
+    async def loras(self, request: LoraRequest) -> LoraReply:
+        """An operation on adapters; its `query_id` is given here. Raises ServingError."""
 
     def take(self, ref: MappedArray) -> np.ndarray:
         """The array of a result; its file is unlinked."""

@@ -28,9 +28,15 @@ from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import drop_b
 
 OPEN_PATHS = frozenset({"/liveness", "/health"})
 """Answered to anybody by any name: probes and load balancers have no key and call by address."""
-ADMIN_PATHS = frozenset(
-    {"/flush_cache", "/release_memory_occupation", "/resume_memory_occupation", "/update_weights_from_disk"}
+LORA_PATHS = frozenset(
+    {
+        *("/v1/set_lora", "/v1/merge_lora_weights", "/v1/unmerge_lora_weights"),
+        *("/v1/remove_lora", "/v1/list_loras"),
+    }
 )
+ADMIN_PATHS = LORA_PATHS | {
+    *("/flush_cache", "/release_memory_occupation", "/resume_memory_occupation", "/update_weights_from_disk"),
+}
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _ALL_ADDRESSES = frozenset({"0.0.0.0", "::"})
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})

@@ -188,6 +188,7 @@ class ImageApi:
             "revised_prompt": None,
             "seed": result.finished.seed,
             "generation_time": round(result.finished.generation_time, 3),
+            "computed_steps": result.finished.computed_steps,
             "notes": list(result.finished.notes),
         }
         if result.finished.profile_path is not None:

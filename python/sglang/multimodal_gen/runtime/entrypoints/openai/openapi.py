@@ -33,7 +33,7 @@ from sglang.multimodal_gen.errors import (
 from sglang.multimodal_gen.runtime.entrypoints.openai.fields import CallFields
 from sglang.multimodal_gen.runtime.entrypoints.openai.uploads import URL_KEYS, FileField
 
-_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
+_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object"}
 ERROR_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["error"],
@@ -245,7 +245,9 @@ def field_schema(parameter: Parameter) -> dict[str, Any]:
         schema["x-of-some-models"] = True
     kinds = [_scalar(parameter, kind) for kind in parameter.types if kind is not tuple]
     if tuple in parameter.types:
-        kinds.append({"type": "array", "items": {"anyOf": [_scalar(parameter, kind) for kind in parameter.item_types]}})
+        items = {"anyOf": [_scalar(parameter, kind) for kind in parameter.item_types]}
+        most = {} if declaration.max_items is None else {"maxItems": declaration.max_items}
+        kinds.append({"type": "array", "items": items, **most})
     if parameter.optional:
         kinds.append({"type": "null"})
     schema |= kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
@@ -264,7 +266,11 @@ def _scalar(parameter: Parameter, kind: type) -> dict[str, Any]:
     declaration = parameter.declaration
     schema: dict[str, Any] = {"type": _TYPES[kind]}
     bounds: dict[str, Any]
-    if kind is str:
+    if kind is dict:
+        keys = {} if declaration.keys is None else parameters(declaration.keys)
+        known = {name: field_schema(key) for name, key in keys.items()}
+        bounds = {"properties": known, "additionalProperties": False} if known else {}
+    elif kind is str:
         bounds = {"enum": declaration.choices and list(declaration.choices), "maxLength": declaration.max_length}
     else:
         bounds = {"minimum": declaration.minimum, "maximum": declaration.maximum}

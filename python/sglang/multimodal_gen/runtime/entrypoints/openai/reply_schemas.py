@@ -50,6 +50,23 @@ SERVER_INFO = _object(
     workers=_nullable({"type": "object"}),
 )
 DONE = _object(success={"const": True}, message=_STRING)
+LORAS_DONE = _object(status={"const": "ok"}, message=_STRING)
+LORAS = _object(
+    loaded_adapters={"type": "array", "items": _object(nickname=_STRING, path=_STRING, target=_STRING)},
+    active={
+        "type": "object",
+        "additionalProperties": {
+            "type": "array",
+            "items": _object(
+                nickname=_STRING,
+                path=_STRING,
+                strength={"type": "number"},
+                merged={"type": "boolean"},
+                mode={"enum": ["merged", "unmerged"]},
+            ),
+        },
+    },
+)
 MODEL = _object(id=_STRING, object={"const": "model"}, created=_INTEGER, owned_by=_STRING)
 MODELS = _object(object={"const": "list"}, data={"type": "array", "items": MODEL})
 IMAGES = _object(

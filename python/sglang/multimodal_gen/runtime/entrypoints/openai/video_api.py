@@ -362,6 +362,7 @@ def video_object(job: VideoJob) -> dict[str, Any]:
         "queue_time_s": _rounded(job.queue_seconds, 3),
         "attempts": job.attempts,
         "peak_memory_mb": _rounded(job.peak_memory_mb, 1),
+        "computed_steps": job.computed_steps,
         "notes": list(job.notes),
         "safety_identifier": job.safety_identifier,
     }

@@ -417,6 +417,7 @@ class VideoJobs:
             generation_time=event.generation_time,
             queue_seconds=event.queue_seconds,
             peak_memory_mb=event.peak_memory_bytes / 2**20,
+            computed_steps=event.computed_steps,
             profile=None if event.profile_path is None else Path(event.profile_path).name,
             notes=event.notes or job.notes,
             attempts=event.attempts,

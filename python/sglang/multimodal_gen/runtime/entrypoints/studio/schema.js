@@ -25,7 +25,7 @@ const LABELS = {
 };
 const GROUPS = {
   prompt: "Text", size: "Size", denoising: "Denoising", inputs: "Input", output: "File", execution: "Execution",
-  observation: "For administrators", fallback: "Library", some: "Only some models take these",
+  cache: "Step caches", observation: "For administrators", fallback: "Library", some: "Only some models take these",
 };
 const LARGE = 1e6; // no slider can reach every value of a wider range
 
@@ -79,6 +79,7 @@ function fieldOf(name, schema, model) {
   const scalar = kinds.find((kind) => !["null", "array"].includes(kind.type)) ?? list?.items?.anyOf?.[0] ?? list?.items;
   const kind = kindOf(scalar);
   if (scalar?.enum?.length === 1) return null; // nothing to choose
+  if (scalar?.type === "object") return null; // for programs
   const limits = model.limits ?? {};
   const field = {
     name,

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.cost_model import MOST_PACKED_TOKENS
 from sglang.multimodal_gen.runtime.layers.attention.dispatch import KernelSource
-from sglang.multimodal_gen.runtime.layers.attention.layouts import Sent, SequenceLayout
+from sglang.multimodal_gen.runtime.layers.attention.layouts import Sent, SequenceLayout, TokenExchange, arrived
 from sglang.multimodal_gen.runtime.layers.attention.traits import LayerNeeds
 
 
@@ -43,5 +43,9 @@ class Attention(nn.Module):
 
         `mask`, for layers built for one: [B or 1, 1, 1, L] of all keys, as `kernels` describes it.
         """
+        return arrived(self.begin(query, key, value, mask))
+
+    def begin(self, query: Sent, key: Sent, value: Sent, mask: Tensor | None = None) -> Tensor | TokenExchange:
+        """The same, maybe still under way, for who has something to compute meanwhile; `arrived` waits for it."""
         assert mask is None or self.needs.mask, "a layer that is given masks is built with mask=True"
         return self.layout.attend(self.kernel, query, key, value, mask, scale=self.scale)

@@ -59,6 +59,18 @@ class PackedPart:
         return self.exchange.received(self.part)
 
 
+class TokenExchange:
+    """What attention gives, on its way from "all tokens of the group, some heads" to "some tokens, all heads"."""
+
+    def __init__(self, tensor: Tensor, axis: ProcessAxis) -> None:
+        """[B, U·s, H/U, E] on each of U ranks."""
+        self._exchange = AllToAll(tensor.contiguous().unflatten(1, (axis.size, -1)), axis)  # [B, U, s, H/U, E]
+
+    def result(self) -> Tensor:
+        """[B, s, H, E]."""
+        return self._exchange.wait().transpose(1, 2).flatten(2, 3)
+
+
 Sent = Tensor | HeadExchange | PackedPart
 """What attention is given: a tensor, or one that is under way."""
 
@@ -86,9 +98,9 @@ class SequenceLayout(Protocol):
 
     def attend(
         self, kernel: AttentionKernel, query: Sent, key: Sent, value: Sent, mask: Tensor | None, *, scale: float
-    ) -> Tensor:
-        """[B, S/P, H, E], [B, L/P, H, E] twice, each as it was sent -> [B, S/P, H, E]. The mask [B or 1, 1, 1, L] is of
-        all keys, in the order of the whole sequence."""
+    ) -> Tensor | TokenExchange:
+        """[B, S/P, H, E], [B, L/P, H, E] twice, each as it was sent -> [B, S/P, H, E], maybe still under way. The mask
+        [B or 1, 1, 1, L] is of all keys, in the order of the whole sequence."""
         ...
 
 
@@ -107,7 +119,7 @@ class LocalSequence:
     def attend(
         self, kernel: AttentionKernel, query: Sent, key: Sent, value: Sent, mask: Tensor | None, *, scale: float
     ) -> Tensor:
-        return _local(kernel, _arrived(query), _arrived(key), _arrived(value), mask, scale)
+        return _local(kernel, arrived(query), arrived(key), arrived(value), mask, scale)
 
 
 class ShardedSequence:
@@ -132,8 +144,8 @@ class ShardedSequence:
 
     def attend(
         self, kernel: AttentionKernel, query: Sent, key: Sent, value: Sent, mask: Tensor | None, *, scale: float
-    ) -> Tensor:
-        query, key, value = _arrived(query), _arrived(key), _arrived(value)
+    ) -> Tensor | TokenExchange:
+        query, key, value = arrived(query), arrived(key), arrived(value)
         num_held = key.shape[1] // self.ulysses.size
         if self.ring.size == 1:
             attended = self._with_keys(kernel, query, key, value, mask, scale, num_held)
@@ -143,7 +155,7 @@ class ShardedSequence:
             attended = self._with_keys(kernel, query, key, value, mask, scale, num_held)
         else:
             attended = self._around_the_ring(cast(LseKernel, kernel), query, key, value, scale, num_held)
-        return _gather_heads(attended, self.ulysses)
+        return attended if self.ulysses.size == 1 else TokenExchange(attended, self.ulysses)
 
     def _with_keys(
         self,
@@ -203,16 +215,9 @@ def _picked(tensor: Tensor, places: Tensor | None, tokens: Tensor) -> Tensor:
     return tensor[:, : len(tokens)] if places is None else tensor.index_select(1, places)
 
 
-def _arrived(sent: Sent) -> Tensor:
+def arrived(sent: Sent | TokenExchange) -> Tensor:
+    """What was under way."""
     return sent if isinstance(sent, Tensor) else sent.result()
-
-
-def _gather_heads(tensor: Tensor, axis: ProcessAxis) -> Tensor:
-    """[B, U·s, H/U, E] on each of U ranks -> [B, s, H, E]."""
-    if axis.size == 1:
-        return tensor
-    received = AllToAll(tensor.contiguous().unflatten(1, (axis.size, -1)), axis).wait()  # [B, U, s, H/U, E]
-    return received.transpose(1, 2).flatten(2, 3)
 
 
 def _merged(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> tuple[Tensor, Tensor]:

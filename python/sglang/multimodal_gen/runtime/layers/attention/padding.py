@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 
 
 def trim_padding(text: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
@@ -30,17 +31,23 @@ def fold_padding(text: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     The tokens [B, l, D] keep one of padding where there is any. The mask [B, 1, 1, l] is additive, for the attention of
     anything to these tokens.
     """
-    num_tokens = text.shape[1]
-    kept = min(max(lengths) + 1, num_tokens)
-    mask = torch.zeros(len(lengths), 1, 1, kept, dtype=text.dtype)
-    for row, length in enumerate(lengths):
-        if length < num_tokens:
-            mask[row, ..., length] = math.log(num_tokens - length)
-            mask[row, ..., length + 1 :] = -math.inf
-    return text[:, :kept], mask.to(text.device)
+    mask = _folding_mask(tuple(lengths), text.shape[1], text.dtype, text.device)
+    return text[:, : mask.shape[-1]], mask
 
 
-@lru_cache(maxsize=32)
+@table_cache(32)
+def _folding_mask(lengths: tuple[int, ...], num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # A mask made under inference mode could never again take part in training.
+    with torch.inference_mode(False):
+        mask = torch.zeros(len(lengths), 1, 1, min(max(lengths) + 1, num_tokens), dtype=dtype)
+        for row, length in enumerate(lengths):
+            if length < num_tokens:
+                mask[row, ..., length] = math.log(num_tokens - length)
+                mask[row, ..., length + 1 :] = -math.inf
+        return mask.to(device)
+
+
+@table_cache(32)
 def text_mask(
     lengths: tuple[int, ...], num_text_tokens: int, num_image_tokens: int, device: torch.device
 ) -> Tensor | None:

@@ -7,10 +7,13 @@ Shapes: B batch, S image tokens (one per 2x2 latent cells), L text tokens, C tok
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.dits.flux import FluxTransformerConfig
+from sglang.multimodal_gen.runtime.layers.block_runner import BlockRun, BlockRunner
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.embeddings import TimestepTextEmbedding
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
@@ -27,7 +30,10 @@ class FluxTransformer2DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
-        self.tokens = context.tokens
+        self.tokens, self.adapters = context.tokens, context.adapters
+        self.block_runner = BlockRunner(
+            context, num_blocks=config.num_layers + config.num_single_layers, changes_text=True
+        )
         dim, heads, head_dim = config.hidden_size, config.num_attention_heads, config.attention_head_dim
         self.time_text_embed = TimestepTextEmbedding(
             dim, pooled_dim=config.pooled_projection_dim, guidance=config.guidance_embeds
@@ -65,11 +71,16 @@ class FluxTransformer2DModel(nn.Module):
         num_text_tokens, num_tokens = text.shape[1], hidden_states.shape[1]
         self.tokens.begin(num_text_tokens, num_tokens)
         freqs_cis, text = self.tokens.deal_joined(freqs_cis), self.tokens.deal(text)
-        hidden_states = self.x_embedder(self.tokens.deal(hidden_states))
-        for block in self.transformer_blocks:
-            hidden_states, text = block(hidden_states, text, temb, freqs_cis)
-        num_text_held = text.shape[1]
-        hidden_states = torch.cat((text, hidden_states), dim=1)
-        for block in self.single_transformer_blocks:
-            hidden_states = block(hidden_states, temb, freqs_cis)
-        return self.tokens.gather(self.proj_out(self.norm_out(hidden_states[:, num_text_held:], temb)), num_tokens)
+        hidden_states = self.block_runner.run(
+            (self.x_embedder(self.tokens.deal(hidden_states)), text),
+            BlockRun(blocks=self.transformer_blocks, given=(temb, freqs_cis)),
+            BlockRun(
+                blocks=self.single_transformer_blocks,
+                given=(temb, freqs_cis),
+                enter=lambda streams: (torch.cat((streams[1], streams[0]), dim=1),),
+                tokens=slice(text.shape[1], None),
+            ),
+            num_tokens=num_tokens,
+            signal=lambda _, tokens: cast(DualStreamBlock, self.transformer_blocks[0]).modulated(tokens, temb),
+        )
+        return self.tokens.gather(self.proj_out(self.norm_out(hidden_states, temb)), num_tokens)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from sglang.multimodal_gen.configs.models.dits.hunyuan_video import TOKEN_REPLACE, HunyuanVideoTransformerConfig
 from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.runtime.layers.attention.padding import trim_padding
+from sglang.multimodal_gen.runtime.layers.block_runner import BlockRun, BlockRunner
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.embeddings import TimestepTextEmbedding, sinusoidal_embedding
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormContinuous, PartedEmbedding
 from sglang.multimodal_gen.runtime.layers.rotary import grid_positions, rotary_table
 from sglang.multimodal_gen.runtime.layers.stream_blocks import DualStreamBlock, SingleStreamBlock
+from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 from sglang.multimodal_gen.runtime.layers.token_refiner import TokenRefiner
 
 
@@ -55,7 +57,10 @@ class HunyuanVideoTransformer3DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
-        self.tokens = context.tokens
+        self.tokens, self.adapters = context.tokens, context.adapters
+        self.block_runner = BlockRunner(
+            context, num_blocks=config.num_layers + config.num_single_layers, changes_text=True
+        )
         dim, heads, head_dim = config.hidden_size, config.num_attention_heads, config.attention_head_dim
         self.x_embedder = HunyuanVideoPatchEmbed(config.in_channels, dim, config.patch)
         self.context_embedder = TokenRefiner(
@@ -115,14 +120,20 @@ class HunyuanVideoTransformer3DModel(nn.Module):
             size = self.tokens.num_held(num_tokens // grid[0], num_tokens)
             video_temb = PartedEmbedding(first_frame, temb, size=size)
         text = self.tokens.deal(self.context_embedder(text, timestep, text_mask))
-        hidden_states = self.tokens.deal(self.x_embedder(hidden_states))
-        for block in self.transformer_blocks:
-            hidden_states, text = block(hidden_states, text, video_temb, freqs_cis, mask, text_temb=temb)
-        hidden_states = torch.cat((hidden_states, text), dim=1)
-        for block in self.single_transformer_blocks:
-            hidden_states = block(hidden_states, video_temb, freqs_cis, mask)
-        of_video = self.norm_out(hidden_states[:, : self.tokens.share(num_tokens)], temb)
-        return self.unpatchify(self.tokens.gather(self.proj_out(of_video), num_tokens), grid)
+        given = (video_temb, freqs_cis, mask)
+        hidden_states = self.block_runner.run(
+            (self.tokens.deal(self.x_embedder(hidden_states)), text),
+            BlockRun(blocks=self.transformer_blocks, given=given, named={"text_temb": temb}),
+            BlockRun(
+                blocks=self.single_transformer_blocks,
+                given=given,
+                enter=lambda streams: (torch.cat(streams, dim=1),),
+                tokens=slice(self.tokens.share(num_tokens)),
+            ),
+            num_tokens=num_tokens,
+            signal=lambda _, tokens: cast(DualStreamBlock, self.transformer_blocks[0]).modulated(tokens, video_temb),
+        )
+        return self.unpatchify(self.tokens.gather(self.proj_out(self.norm_out(hidden_states, temb)), num_tokens), grid)
 
     def patch_grid(self, latents: Tensor) -> tuple[int, int, int]:
         """Patches of [B, C, T, H, W] along time, height and width."""
@@ -144,7 +155,7 @@ class HunyuanVideoTransformer3DModel(nn.Module):
 
 
 # A 720p clip of 129 frames takes 61 MB; a handful of shapes is alive at a time.
-@lru_cache(maxsize=4)
+@table_cache(4)
 def video_rotary_table(
     grid: tuple[int, int, int], axes_dim: tuple[int, ...], theta: float, device: torch.device
 ) -> Tensor:

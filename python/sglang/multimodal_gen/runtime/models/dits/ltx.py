@@ -10,12 +10,14 @@ channels, D hidden_size, N heads, E head_dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.dits.ltx import LTXVideoTransformerConfig
 from sglang.multimodal_gen.runtime.layers.attention.padding import drop_padding
+from sglang.multimodal_gen.runtime.layers.block_runner import BlockRun, BlockRunner
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.embeddings import TextProjection
 from sglang.multimodal_gen.runtime.layers.fused import sum_norm
@@ -43,6 +45,10 @@ class LTXVideoTransformerBlock(nn.Module):
         self.ff = FeedForward(dim, _MLP_RATIO * dim, dim, axis=context.parallel.tp)
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
+    def modulated(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        """What its self-attention sees: [B, S, D], [B, G, 6, D] -> [B, S, D]."""
+        return split_modulations(self.scale_shift_table, temb)[0].normed(hidden_states, eps=self.eps, rms=True)
+
     def forward(
         self, hidden_states: Tensor, text: Tensor, text_mask: Tensor | None, temb: Tensor, freqs_cis: Tensor
     ) -> Tensor:
@@ -69,7 +75,8 @@ class LTXVideoTransformer3DModel(nn.Module):
         context = LayerContext() if context is None else context
         self.config = config
         self.tp = context.parallel.tp
-        self.tokens = context.tokens
+        self.tokens, self.adapters = context.tokens, context.adapters
+        self.block_runner = BlockRunner(context, num_blocks=config.num_layers, changes_text=False)
         dim = config.hidden_size
         self.proj_in = ReplicatedLinear(config.in_channels, dim)
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
@@ -99,10 +106,14 @@ class LTXVideoTransformer3DModel(nn.Module):
         text, text_mask = drop_padding(encoder_hidden_states, text_lengths)
         text = self.caption_projection(text)
         modulation, temb = self.time_embed(timestep, hidden_states.dtype)
-        hidden_states = self.proj_in(self.tokens.deal(hidden_states))
         freqs_cis = self.tokens.deal(self.of_own_heads(freqs_cis))
-        for block in self.transformer_blocks:
-            hidden_states = block(hidden_states, text, text_mask, modulation, freqs_cis)
+        first_block = cast(LTXVideoTransformerBlock, self.transformer_blocks[0])
+        hidden_states = self.block_runner.run(
+            (self.proj_in(self.tokens.deal(hidden_states)),),
+            BlockRun(blocks=self.transformer_blocks, given=(text, text_mask, modulation, freqs_cis)),
+            num_tokens=num_tokens,
+            signal=lambda _, tokens: first_block.modulated(tokens, modulation),
+        )
         shift, scale = (self.scale_shift_table.float() + temb.float().unsqueeze(2)).unbind(2)
         _, normed = sum_norm(hidden_states, scale=scale, shift=shift, eps=_NORM_OUT_EPS)
         return self.tokens.gather(self.proj_out(normed), num_tokens)

@@ -10,14 +10,15 @@ L text tokens, C token channels, D hidden_size, E head_dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from math import prod
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.dits.qwen_image import QwenImageTransformerConfig
 from sglang.multimodal_gen.runtime.layers.attention.padding import text_mask
+from sglang.multimodal_gen.runtime.layers.block_runner import BlockRun, BlockRunner
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.embeddings import TimestepEmbedding, sinusoidal_embedding
 from sglang.multimodal_gen.runtime.layers.joint_attention import JointAttention
@@ -32,6 +33,7 @@ from sglang.multimodal_gen.runtime.layers.modulation import (
 from sglang.multimodal_gen.runtime.layers.norm import RMSNorm
 from sglang.multimodal_gen.runtime.layers.rotary import grid_positions, rotary_table
 from sglang.multimodal_gen.runtime.layers.stream_blocks import Stream, joint_update
+from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 
 ImageShapes = tuple[tuple[int, int, int], ...]
 """(frames, height, width) in tokens, of the image and then of each picture that it is made from."""
@@ -69,6 +71,13 @@ class QwenImageTransformerBlock(nn.Module):
         self.img_mlp = FeedForward(dim, _MLP_RATIO * dim, dim, axis=axis)
         self.txt_mlp = FeedForward(dim, _MLP_RATIO * dim, dim, axis=axis)
 
+    def image_modulations(
+        self, temb: Tensor, num_noise_tokens: int | None
+    ) -> tuple[Modulation | PartedModulation, Modulation | PartedModulation]:
+        """Those of the image's attention and MLP; see `forward`."""
+        attn_mod, mlp_mod = (_parted(mod, num_noise_tokens) for mod in modulations_of(self.img_mod(temb), 2))
+        return attn_mod, mlp_mod
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -84,7 +93,7 @@ class QwenImageTransformerBlock(nn.Module):
         With `num_noise_tokens`, `temb` has B further rows, for the image tokens behind so many.
         """
         num_rows = text.shape[0]
-        attn_mod, mlp_mod = (_parted(mod, num_noise_tokens) for mod in modulations_of(self.img_mod(temb), 2))
+        attn_mod, mlp_mod = self.image_modulations(temb, num_noise_tokens)
         text_attn_mod, text_mlp_mod = modulations_of(self.txt_mod(temb[:num_rows]), 2)
         return joint_update(
             self.attn,
@@ -106,7 +115,8 @@ class QwenImageTransformer2DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
-        self.tokens = context.tokens
+        self.tokens, self.adapters = context.tokens, context.adapters
+        self.block_runner = BlockRunner(context, num_blocks=config.num_layers, changes_text=True)
         dim = config.hidden_size
         self.time_text_embed = QwenTimestepEmbedding(dim)
         self.txt_norm = RMSNorm(config.joint_attention_dim, _EPS)
@@ -143,9 +153,17 @@ class QwenImageTransformer2DModel(nn.Module):
             timestep = torch.cat((timestep, torch.zeros_like(timestep)))
         temb = self.time_text_embed(timestep, hidden_states.dtype)
         text = self.txt_in(self.txt_norm(self.tokens.deal(encoder_hidden_states)))
-        hidden_states = self.img_in(self.tokens.deal(hidden_states))
-        for block in self.transformer_blocks:
-            hidden_states, text = block(hidden_states, text, temb, freqs_cis, mask, num_noise_tokens=num_noise_tokens)
+        first_block = cast(QwenImageTransformerBlock, self.transformer_blocks[0])
+        hidden_states = self.block_runner.run(
+            (self.img_in(self.tokens.deal(hidden_states)), text),
+            BlockRun(
+                blocks=self.transformer_blocks,
+                given=(temb, freqs_cis, mask),
+                named={"num_noise_tokens": num_noise_tokens},
+            ),
+            num_tokens=num_image,
+            signal=lambda _, tokens: first_block.image_modulations(temb, num_noise_tokens)[0].normed(tokens),
+        )
         return self.tokens.gather(self.proj_out(self.norm_out(hidden_states, temb[: text.shape[0]])), num_image)
 
 
@@ -163,7 +181,7 @@ def joint_table(
 
 
 # 2048x2048 with three pictures takes 15 MB.
-@lru_cache(maxsize=8)
+@table_cache(8)
 def _image_table(image_shapes: ImageShapes, axes_dim: tuple[int, ...], device: torch.device) -> Tensor:
     """Positions of height and width are centred on each image; picture i lies i frames behind the image."""
     positions = []
@@ -173,7 +191,7 @@ def _image_table(image_shapes: ImageShapes, axes_dim: tuple[int, ...], device: t
     return _table(torch.cat(positions), axes_dim, device)
 
 
-@lru_cache(maxsize=32)
+@table_cache(32)
 def _text_table(first: int, num_tokens: int, axes_dim: tuple[int, ...], device: torch.device) -> Tensor:
     return _table(torch.arange(first, first + num_tokens, device="cpu").unsqueeze(-1).expand(-1, 3), axes_dim, device)
 

@@ -10,12 +10,14 @@ D hidden_size.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.dits.sd3 import SD3TransformerConfig
 from sglang.multimodal_gen.errors import InvalidRequest
+from sglang.multimodal_gen.runtime.layers.block_runner import BlockRun, BlockRunner, PerRow, Streams
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.embeddings import TimestepTextEmbedding
 from sglang.multimodal_gen.runtime.layers.joint_attention import JointAttention, SelfAttention
@@ -23,6 +25,7 @@ from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.mlp import FeedForward
 from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormContinuous, AdaLayerNormZero
 from sglang.multimodal_gen.runtime.layers.stream_blocks import Stream
+from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 
 _MLP_RATIO = 4
 
@@ -59,6 +62,7 @@ class JointTransformerBlock(nn.Module):
         self, config: SD3TransformerConfig, context: LayerContext, *, dual_attention: bool, last: bool
     ) -> None:
         super().__init__()
+        self.adapters = context.adapters
         dim, heads, head_dim = config.hidden_size, config.num_attention_heads, config.attention_head_dim
         axis, qk_norm = context.parallel.tp, config.qk_norm is not None
         self.norm1 = AdaLayerNormZero(dim, num_modulations=3 if dual_attention else 2)
@@ -69,6 +73,10 @@ class JointTransformerBlock(nn.Module):
         self.ff = FeedForward(dim, _MLP_RATIO * dim, dim, axis=axis)
         if not last:
             self.ff_context = FeedForward(dim, _MLP_RATIO * dim, dim, axis=axis)
+
+    def modulated(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        """What the attention sees of the image: [B, S, D], [B, D] -> [B, S, D]."""
+        return self.norm1(temb)[0].normed(hidden_states)
 
     def forward(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
         """[B, S, D], [B, L, D], [B, D] -> [B, S, D], [B, L, D]."""
@@ -95,7 +103,8 @@ class SD3Transformer2DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
-        self.tokens = context.tokens
+        self.tokens, self.adapters = context.tokens, context.adapters
+        self.block_runner = BlockRunner(context, num_blocks=config.num_layers, changes_text=True)
         dim, patch_size = config.hidden_size, config.patch_size
         self.pos_embed = PatchEmbed(config)
         self.time_text_embed = TimestepTextEmbedding(dim, pooled_dim=config.pooled_projection_dim)
@@ -130,20 +139,17 @@ class SD3Transformer2DModel(nn.Module):
             InvalidRequest: the latents do not divide into patches, or exceed the position table.
         """
         grid = self.patch_grid(hidden_states)
-        hidden_states = self.pos_embed(hidden_states)
         temb = self.time_text_embed(timestep, pooled_projections)
         text = self.context_embedder(encoder_hidden_states)
-        num_tokens = hidden_states.shape[1]
+        num_tokens = grid[0] * grid[1]
         self.tokens.begin(num_tokens, text.shape[1])
-        hidden_states, text = self.tokens.deal(hidden_states), self.tokens.deal(text)
-        passing = _rows_passing(skip_layers, hidden_states.device)
-        for layer, block in enumerate(self.transformer_blocks):
-            rows = passing.get(layer)
-            if rows is None:
-                hidden_states, text = block(hidden_states, text, temb)
-            elif rows.numel() > 0:
-                # Rows are taken out rather than masked, so that a row that skips costs nothing here.
-                hidden_states[rows], text[rows] = block(hidden_states[rows], text[rows], temb[rows])
+        given = (temb, PerRow(skip_layers or [()] * len(temb)))
+        hidden_states = self.block_runner.run(
+            (self.tokens.deal(self.pos_embed(hidden_states)), self.tokens.deal(text)),
+            BlockRun(blocks=self.transformer_blocks, given=given, call=_call_passed),
+            num_tokens=num_tokens,
+            signal=lambda _, tokens: cast(JointTransformerBlock, self.transformer_blocks[0]).modulated(tokens, temb),
+        )
         tokens = self.tokens.gather(self.proj_out(self.norm_out(hidden_states, temb)), num_tokens)
         return self.unpatchify(tokens, grid)
 
@@ -164,11 +170,25 @@ class SD3Transformer2DModel(nn.Module):
         return cells.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
-def _rows_passing(skip_layers: Sequence[Collection[int]], device: torch.device) -> dict[int, Tensor]:
-    """By layer that some rows skip, the indices of the others."""
-    return {
-        layer: torch.tensor(
-            [row for row, skipped in enumerate(skip_layers) if layer not in skipped], dtype=torch.long, device=device
-        )
-        for layer in {layer for skipped in skip_layers for layer in skipped}
-    }
+def _call_passed(
+    layer: int, block: nn.Module, streams: Streams, temb: Tensor, skip_layers: Sequence[Collection[int]]
+) -> Streams:
+    """The streams behind a block, which those rows do not pass that leave it out."""
+    passing = [row for row, skipped in enumerate(skip_layers) if layer not in skipped]
+    if len(passing) == len(skip_layers):
+        hidden_states, text = block(*streams, temb)
+        return hidden_states, text
+    if not passing:
+        return streams
+    # Rows are taken out rather than masked, so that a row that skips costs nothing here.
+    rows = _row_index(tuple(passing), temb.device)
+    with cast(JointTransformerBlock, block).adapters.only(rows):
+        changed = block(*(stream[rows] for stream in streams), temb[rows])
+    return tuple(stream.index_copy(0, rows, part) for stream, part in zip(streams, changed, strict=True))
+
+
+@table_cache(64)
+def _row_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    # An index made under inference mode could never again take part in training.
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=torch.long, device=device)

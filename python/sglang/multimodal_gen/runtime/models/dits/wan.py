@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sglang.multimodal_gen.configs.models.dits.wan import WanTransformerConfig
 from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.runtime.layers.attention.padding import fold_padding
+from sglang.multimodal_gen.runtime.layers.block_runner import BlockRun, BlockRunner
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.embeddings import TextProjection, TimestepEmbedding, sinusoidal_embedding
 from sglang.multimodal_gen.runtime.layers.fused import sum_norm
@@ -28,6 +29,9 @@ from sglang.multimodal_gen.runtime.layers.modulation import split_modulations
 from sglang.multimodal_gen.runtime.layers.norm import FP32LayerNorm, RMSNorm
 from sglang.multimodal_gen.runtime.layers.rotary import rotary_table_3d
 from sglang.multimodal_gen.runtime.layers.wide_attention import WideNormAttention, WideNormSelfAttention
+
+# What a cache can watch before the first block: the embedding of the timestep, or what is made of it for the blocks.
+_TIME_SIGNAL, _MODULATION_SIGNAL = "timestep", "modulation"
 
 
 class WanCrossAttention(WideNormAttention):
@@ -151,7 +155,13 @@ class WanTransformer3DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
-        self.tokens = context.tokens
+        self.tokens, self.adapters = context.tokens, context.adapters
+        self.block_runner = BlockRunner(
+            context,
+            num_blocks=config.num_layers,
+            changes_text=False,
+            signals=(_TIME_SIGNAL, _MODULATION_SIGNAL),
+        )
         self.folds_text_padding = folds_text_padding(config, context)
         dim, patch_size = config.hidden_size, config.patch_size
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=patch_size, stride=patch_size)
@@ -184,15 +194,17 @@ class WanTransformer3DModel(nn.Module):
         num_tokens = math.prod(grid)
         self.tokens.begin(num_tokens)
         freqs_cis = self.tokens.deal(rotary_table_3d(grid, self.config.attention_head_dim, hidden_states.device))
-        hidden_states = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
-        hidden_states = self.tokens.deal(hidden_states)
         temb, modulation, text, image = self.condition_embedder(
             self.tokens.deal_groups(timestep if timestep.ndim == 2 else timestep.unsqueeze(1), num_tokens),
             encoder_hidden_states,
             encoder_hidden_states_image,
         )
-        for block in self.blocks:
-            hidden_states = block(hidden_states, text, text_mask, image, modulation, freqs_cis)
+        hidden_states = self.block_runner.run(
+            (self.tokens.deal(self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()),),
+            BlockRun(blocks=self.blocks, given=(text, text_mask, image, modulation, freqs_cis)),
+            num_tokens=num_tokens,
+            signal=lambda name, _: temb if name == _TIME_SIGNAL else modulation.flatten(2),
+        )
         shift, scale = (self.scale_shift_table.float() + temb.float().unsqueeze(2)).unbind(2)
         _, normed = sum_norm(hidden_states, scale=scale, shift=shift, eps=self.config.eps)
         return self.unpatchify(self.tokens.gather(self.proj_out(normed), num_tokens), grid)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.dits.zimage import ZImageTransformerConfig
 from sglang.multimodal_gen.errors import InvalidRequest
+from sglang.multimodal_gen.runtime.layers.block_runner import BlockRun, BlockRunner
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.embeddings import sinusoidal_embedding
 from sglang.multimodal_gen.runtime.layers.fused import sum_norm
@@ -29,6 +30,7 @@ from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.mlp import SwiGLU
 from sglang.multimodal_gen.runtime.layers.norm import RMSNorm
 from sglang.multimodal_gen.runtime.layers.rotary import grid_positions, rotary_table
+from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 
 TOKEN_MULTIPLE = 32
 """Captions and images are padded to a multiple of so many tokens."""
@@ -66,7 +68,7 @@ class TokenLayout:
 
 
 # A row of 1024x1024 with 512 caption tokens takes 2.4 MB; a handful of shapes is alive at a time.
-@lru_cache(maxsize=16)
+@table_cache(16)
 def token_layout(
     grid: tuple[int, int, int],
     caption_lengths: tuple[int, ...],
@@ -95,6 +97,15 @@ def token_layout(
             caption_mask=None if mask is None else mask.to(device),
             joint_mask=None if mask is None else F.pad(mask, (num_image_tokens, 0), value=True).to(device),
         )
+
+
+@table_cache(32)
+def text_places(lengths: tuple[int, ...], num_tokens: int, device: torch.device) -> Tensor:
+    """Which of `num_tokens` are text, of rows with so many of it: [B, L, 1]."""
+    # A mask made under inference mode could never again take part in training.
+    with torch.inference_mode(False):
+        is_text = torch.arange(num_tokens) < torch.tensor(lengths).unsqueeze(1)
+        return is_text.unsqueeze(-1).to(device)
 
 
 class TimestepEmbedder(nn.Module):
@@ -145,6 +156,10 @@ class ZImageTransformerBlock(nn.Module):
         )
         return self.ffn_norm2.add_normed(hidden_states, self.feed_forward(normed), mlp_gate)
 
+    def modulated(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        """What its attention sees: [B, S, D], [B, M] -> [B, S, D]."""
+        return self.attention_norm1(hidden_states, self._modulation(temb)[0])
+
     def _modulation(self, temb: Tensor | None) -> tuple[Tensor | None, ...]:
         """Scale and gate of attention and MLP, [B, 1, D] each in fp32; all None without modulation."""
         if temb is None:
@@ -176,7 +191,8 @@ class ZImageTransformer2DModel(nn.Module):
         super().__init__()
         context = LayerContext() if context is None else context
         self.config = config
-        self.tokens = context.tokens
+        self.tokens, self.adapters = context.tokens, context.adapters
+        self.block_runner = BlockRunner(context, num_blocks=config.n_layers, changes_text=True)
         patch = f"{config.patch_size}-{config.all_f_patch_size[0]}"
         self.all_x_embedder = nn.ModuleDict(
             {patch: ReplicatedLinear(config.patch_size**2 * config.in_channels, config.dim)}
@@ -222,12 +238,18 @@ class ZImageTransformer2DModel(nn.Module):
         for block in self.context_refiner:
             caption = block(caption, layout.caption_table, layout.caption_mask)
         self.tokens.begin(layout.num_image_tokens, caption.shape[1])
-        joined, table = torch.cat((image, self.tokens.deal(caption)), dim=1), self.tokens.deal_joined(layout.table)
-        for block in self.layers:
-            joined = block(joined, table, layout.joint_mask, temb)
-        num_cells = grid[0] * grid[1] * grid[2]
-        of_image = final_layer(joined[:, : image.shape[1]], temb)
-        return self.unpatchify(self.tokens.gather(of_image, num_cells), grid)
+        table = self.tokens.deal_joined(layout.table)
+        image = self.block_runner.run(
+            (torch.cat((image, self.tokens.deal(caption)), dim=1),),
+            BlockRun(
+                blocks=self.layers,
+                given=(table, layout.joint_mask, temb),
+                tokens=slice(image.shape[1]),
+            ),
+            num_tokens=layout.num_image_tokens,
+            signal=lambda _, tokens: cast(ZImageTransformerBlock, self.layers[0]).modulated(tokens, temb),
+        )
+        return self.unpatchify(self.tokens.gather(final_layer(image, temb), grid[0] * grid[1] * grid[2]), grid)
 
     def _layout(self, grid: tuple[int, int, int], text_lengths: Sequence[int], device: torch.device) -> TokenLayout:
         lengths = tuple(padded_length(length) for length in text_lengths)
@@ -246,9 +268,9 @@ class ZImageTransformer2DModel(nn.Module):
         num_tokens = padded_length(max(text_lengths))
         tokens = self.cap_embedder(embeds[:, :num_tokens])
         tokens = F.pad(tokens, (0, 0, 0, num_tokens - tokens.shape[1]))
-        ends = torch.tensor(text_lengths, device=embeds.device).view(-1, 1, 1)
-        is_text = torch.arange(num_tokens, device=embeds.device).view(1, -1, 1) < ends
-        return torch.where(is_text, tokens, self.cap_pad_token.to(tokens.dtype))
+        return torch.where(
+            text_places(tuple(text_lengths), num_tokens, embeds.device), tokens, self.cap_pad_token.to(tokens.dtype)
+        )
 
     def patch_grid(self, latents: Tensor) -> tuple[int, int, int]:
         """Tokens of [B, C, T, H, W] along time, height and width. Raises InvalidRequest."""

@@ -37,6 +37,12 @@ def dynamic_shift(sigmas: np.ndarray, mu: float, kind: str) -> np.ndarray:
 def stretch_to_terminal(sigmas: np.ndarray, terminal: float) -> np.ndarray:
     """Stretched away from 1 so that the last level is `terminal`. Source: https://github.com/Lightricks/LTX-Video"""
     complement = 1 - sigmas
+    if complement[-1] == 0 and len(sigmas) > 1:
+        raise InvalidRequest(
+            "width, height, num_frames: the shift that this model takes for so many tokens leaves nothing but noise at "
+            f"all {len(sigmas)} steps; accepted are fewer",
+            param="num_frames",
+        )
     if complement[-1] == 0:
         raise InvalidRequest(
             f"num_inference_steps: {len(sigmas)} is too few for shift_terminal={terminal}, accepted is 2 or more",

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from sglang.multimodal_gen.configs.request_plan import Phase
+from sglang.multimodal_gen.configs.teacache import TeaCacheFit
 from sglang.multimodal_gen.runtime.distributed.parallel_state import SINGLE, ParallelContext
+from sglang.multimodal_gen.runtime.pipelines_core.adapters import Adapters
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 
 
@@ -21,6 +23,12 @@ class Stage:
     """Also the name of the stage's phase."""
     parallel: ParallelContext = SINGLE
     """The replica's ranks, said by the pipeline."""
+    teacache: TeaCacheFit | None = None
+    """What is published of the model's changes from step to step, likewise."""
+    takes_step_cache: bool = False
+    """Whether its steps can be skipped."""
+    adapters: Adapters = Adapters({})
+    """What requests may have beside the weights; said by the pipeline as well."""
     only_leader: bool = False
     """Whether one rank runs the steps and the others wait for nothing."""
     reads: ClassVar[tuple[str, ...]] = ()

@@ -1,0 +1,261 @@
+"""The adapters of one worker: read and kept on the CPU, brought into slots of the device when a forward needs them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.configs.sample.lora_params import LoraUse
+from sglang.multimodal_gen.errors_lora import InvalidLora, LoraNotSupported, UnknownLora
+from sglang.multimodal_gen.runtime.layers.linear import AdaptableLinear
+from sglang.multimodal_gen.runtime.layers.lora import (
+    EMPTY_SLOT,
+    AdapterRows,
+    LayerUpdate,
+    SlotTable,
+    SlotUse,
+    update_of,
+)
+from sglang.multimodal_gen.runtime.loader.lora_files import LoraSource, read_adapter
+from sglang.multimodal_gen.runtime.loader.lora_formats import MAIN_COMPONENT, AdapterTensors, LayerNames, Updates
+
+NUM_SLOTS = 8
+"""Slots at first; a batch with more adapters gets more."""
+ALL = "all"
+"""The target of an adapter that changes every transformer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One that is loaded: this rank's updates, on the CPU, by component and layer. `digest` is of its values."""
+
+    updates: Mapping[str, Mapping[str, LayerUpdate]]
+    digest: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterUse:
+    """An adapter of a request, and how much it counts."""
+
+    adapter: Adapter
+    scale: float
+
+
+@dataclass
+class _Original:
+    """What a layer held before adapters were merged into it, on the CPU."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass
+class Adapters:
+    """All of a pipeline. `transformers`: the modules that rows of a forward go through, by component.
+
+    `held_bytes` are those of the slots on the device. What is loaded is known by an id; a request holds the adapters
+    themselves, so that it ends with what it began with.
+    """
+
+    transformers: Mapping[str, nn.Module]
+    loaded: dict[str, Adapter] = field(default_factory=dict)
+    merged: tuple[AdapterUse, ...] = ()
+    held_bytes: int = 0
+    _slots: dict[int, Adapter] = field(default_factory=dict)
+    _originals: dict[AdaptableLinear, _Original] = field(default_factory=dict)
+    _names: dict[str, LayerNames] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, modules: Mapping[str, nn.Module]) -> Adapters:
+        """Of those components that follow adapters."""
+        found = {n: m for n, m in modules.items() if isinstance(getattr(m, "adapters", None), AdapterRows)}
+        return cls(found)
+
+    # -- loading --
+
+    def read(self, source: LoraSource, target: str = ALL) -> Adapter:
+        """What the source says, ready for this rank; nothing is kept yet. Any thread may call it.
+
+        Raises: LoraNotSupported, or InvalidLora for what cannot be used.
+        """
+        if not self.transformers:
+            raise LoraNotSupported("this model is run by a library; adapters are for the models with native pipelines")
+        if target != ALL and target not in self.transformers:
+            raise InvalidLora(f"the target {target} is none of {', '.join([ALL, *self.transformers])}")
+        names = self._names or {name: LayerNames(module) for name, module in self.transformers.items()}
+        self._names = names
+        tensors = read_adapter(source, names)
+        updates = self._aimed(tensors, target)
+        return Adapter(
+            updates={component: self._of_rank(component, own) for component, own in updates.items()},
+            digest=_digest(updates),
+            notes=tensors.notes,
+        )
+
+    def load(self, adapter_id: str, source: LoraSource, target: str = ALL) -> Adapter:
+        """Read and keep it."""
+        self.loaded[adapter_id] = adapter = self.read(source, target)
+        return adapter
+
+    def _aimed(self, tensors: AdapterTensors, target: str) -> dict[str, Updates]:
+        """By the components that the file names, else by those that the target says."""
+        if set(tensors.updates) != {MAIN_COMPONENT}:
+            if target != ALL:
+                raise InvalidLora(
+                    f"the file itself says which transformer it changes; the target {target} says another"
+                )
+            return dict(tensors.updates)
+        own = tensors.updates[MAIN_COMPONENT]
+        return dict.fromkeys(self.transformers if target == ALL else [target], own)
+
+    def _of_rank(self, component: str, updates: Updates) -> dict[str, LayerUpdate]:
+        found = {}
+        for name, update in updates.items():
+            layer = self._layer(component, name)
+            down, up, bias = update.down.float(), update.scaled_up(), update.bias
+            found[name] = update_of(layer, down, up, None if bias is None else bias.float())
+        return found
+
+    def forget(self, adapter_id: str) -> None:
+        """No new request has it; idempotent."""
+        self.loaded.pop(adapter_id, None)
+
+    def find(self, uses: Iterable[LoraUse], ids: Mapping[str, str] | None = None) -> tuple[AdapterUse, ...]:
+        """Those that a request names; `ids` says under which id a nickname is loaded, by itself where it says nothing.
+
+        Raises: UnknownLora.
+        """
+        found = []
+        for use in uses:
+            adapter = self.loaded.get((ids or {}).get(use.name, use.name))
+            if adapter is None:
+                raise UnknownLora(use.name, sorted(self.loaded) if ids is None else sorted(ids))
+            found.append(AdapterUse(adapter, use.scale))
+        return tuple(found)
+
+    # -- beside the weights --
+
+    @contextmanager
+    def using(self, transformer: nn.Module, rows: Sequence[Sequence[AdapterUse]]) -> Iterator[None]:
+        """Run this transformer inside the `with` block for a batch whose rows have these adapters."""
+        if not any(rows):
+            yield
+            return
+        slots = self._placed({id(use.adapter): use.adapter for uses in rows for use in uses})
+        uses = [[SlotUse(slots[id(use.adapter)], use.scale) for use in own] for own in rows]
+        followed: AdapterRows = transformer.adapters  # type: ignore[assignment]
+        with followed.using(uses, next(transformer.parameters()).device):
+            yield
+
+    def _placed(self, wanted: Mapping[int, Adapter]) -> dict[int, int]:
+        """The slot of each, after those that were used longest ago made room."""
+        held = {id(adapter): slot for slot, adapter in self._slots.items()}
+        free = [slot for slot in range(EMPTY_SLOT + 1, NUM_SLOTS + 1) if slot not in self._slots]
+        idle = [slot for slot, adapter in self._slots.items() if id(adapter) not in wanted]
+        for key, adapter in wanted.items():
+            if key not in held:
+                slot = (free or idle or [len(self._slots) + 1]).pop(0)
+                self._fill(slot, adapter)
+                held[key] = slot
+            # Last in the order is what was used last.
+            self._slots[held[key]] = self._slots.pop(held[key])
+        return held
+
+    def _fill(self, slot: int, adapter: Adapter) -> None:
+        before = self._slots.pop(slot, None)
+        for component in self.transformers:
+            old = {} if before is None else before.updates.get(component, {})
+            new = adapter.updates.get(component, {})
+            for name in old.keys() | new.keys():
+                self._table(component, name).put(slot, new.get(name))
+        self._slots[slot] = adapter
+        self.held_bytes = self._table_bytes()
+
+    def _table(self, component: str, name: str) -> SlotTable:
+        layer = self._layer(component, name)
+        if layer.adapters is None:
+            rows: AdapterRows = self.transformers[component].adapters  # type: ignore[assignment]
+            layer.adapters = SlotTable(layer, rows, NUM_SLOTS + 1)
+        return layer.adapters
+
+    def _layer(self, component: str, name: str) -> AdaptableLinear:
+        layer = self.transformers[component].get_submodule(name)
+        assert isinstance(layer, AdaptableLinear), "names are of such layers"
+        return layer
+
+    def _table_bytes(self) -> int:
+        return sum(
+            layer.adapters.nbytes
+            for module in self.transformers.values()
+            for layer in module.modules()
+            if isinstance(layer, AdaptableLinear) and layer.adapters is not None
+        )
+
+    # -- in the weights --
+
+    def merge(self, uses: Sequence[AdapterUse]) -> None:
+        """Make these part of the weights, and no others; computed in fp32 from the weights of the checkpoint.
+
+        Raises: InvalidLora, with the weights as they were, for a bias where the layer has none.
+        """
+        changed: dict[AdaptableLinear, list[tuple[LayerUpdate, float]]] = {}
+        for use in uses:
+            for component, updates in use.adapter.updates.items():
+                for name, update in updates.items():
+                    layer = self._layer(component, name)
+                    if update.bias is not None and layer.bias is None:
+                        raise InvalidLora(f"it adds to the outputs of {name}, which has no bias to merge that into")
+                    changed.setdefault(layer, []).append((update, use.scale))
+        self.unmerge()
+        for layer, updates_of_layer in changed.items():
+            bias = layer.bias
+            self._originals[layer] = _Original(_host_copy(layer.weight), None if bias is None else _host_copy(bias))
+            _merge_into(layer, updates_of_layer)
+        self.merged = tuple(uses)
+
+    def merge_ids(self, uses: Iterable[tuple[str, float]]) -> None:
+        """`merge` of what is loaded under these ids; those that are merged already need no copies."""
+        wanted = [AdapterUse(self.loaded[adapter_id], scale) for adapter_id, scale in uses]
+        if [(id(use.adapter), use.scale) for use in wanted] != [(id(use.adapter), use.scale) for use in self.merged]:
+            self.merge(wanted)
+
+    def unmerge(self) -> None:
+        """The weights of the checkpoint again, bit for bit."""
+        for layer, original in self._originals.items():
+            layer.weight.data.copy_(original.weight)
+            if original.bias is not None:
+                layer.bias.data.copy_(original.bias)
+        self._originals.clear()
+        self.merged = ()
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _merge_into(layer: AdaptableLinear, updates: Sequence[tuple[LayerUpdate, float]]) -> None:
+    weight = layer.weight.data.float()
+    for update, scale in updates:
+        down, up = (part.to(weight.device, torch.float32) for part in (update.down, update.up))
+        weight.addmm_(up.t(), down, alpha=scale)
+        if update.bias is not None:
+            layer.bias.data.copy_(layer.bias.data.float() + scale * update.bias.to(weight.device).float())
+    # In place: several layers' weights may be views of one tensor.
+    layer.weight.data.copy_(weight)
+
+
+def _digest(updates: Mapping[str, Updates]) -> str:
+    found = hashlib.sha256()
+    for component, own in sorted(updates.items()):
+        for name, update in sorted(own.items()):
+            found.update(f"{component}.{name}:{update.factor!r}".encode())
+            for part in (update.down, update.up, update.bias):
+                if part is not None:
+                    found.update(part.contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -1,0 +1,219 @@
+"""Forwards by graphs: equal to those without, whatever changes between them, and only where they are short."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sglang.multimodal_gen.configs.cost_model import MOST_GRAPHED_TOKENS
+from sglang.multimodal_gen.runtime.layers.attention.switch import AttentionSwitch
+from sglang.multimodal_gen.runtime.layers.block_runner import BlockRunner
+from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.forward_graphs import MOST_GRAPHS, ForwardGraphs, forget_graphs
+from sglang.multimodal_gen.runtime.layers.lora import SlotUse
+from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
+from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
+from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY
+from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
+from sglang.multimodal_gen.test.pipeline_parity import run_together
+from sglang.multimodal_gen.test.recorded_graph import RecordedGraph, record
+from sglang.multimodal_gen.test.tiny_flux import TINY_FLUXES, save_tiny_flux
+from sglang.multimodal_gen.test.tiny_hunyuan_video import TINY_HUNYUAN_VIDEOS, save_tiny_hunyuan_video
+from sglang.multimodal_gen.test.tiny_ltx import TINY_LTXS, save_tiny_ltx
+from sglang.multimodal_gen.test.tiny_qwen_image import TINY_QWEN_IMAGES, save_tiny_qwen_image
+from sglang.multimodal_gen.test.tiny_sd3 import TINY_SD3S, save_tiny_sd3
+from sglang.multimodal_gen.test.tiny_wan_image import TINY_WAN_IMAGES, save_tiny_wan_image
+from sglang.multimodal_gen.test.tiny_zimage import TINY_Z_IMAGES, save_tiny_zimage
+
+_CFG = {"guidance_scale": 4.0, "negative_prompt": "green"}
+_TRUE_CFG = {"true_cfg_scale": 4.0, "negative_prompt": "green"}
+_SKIPPED_LAYERS = {"skip_guidance_layers": [0, 2], "skip_layer_guidance_stop": 0.9}
+FAMILIES: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
+    "wan": (lambda path: save_tiny_wan_image(path, TINY_WAN_IMAGES["t2v_experts"]), _CFG | {"num_frames": 9}),
+    "flux": (lambda path: save_tiny_flux(path, TINY_FLUXES["dev"]), {}),
+    "qwen": (lambda path: save_tiny_qwen_image(path, TINY_QWEN_IMAGES["plain"]), _TRUE_CFG),
+    "hunyuan": (lambda path: save_tiny_hunyuan_video(path, TINY_HUNYUAN_VIDEOS["t2v"]), _TRUE_CFG | {"num_frames": 9}),
+    "ltx": (lambda path: save_tiny_ltx(path, TINY_LTXS["timed"]), _CFG | {"num_frames": 9}),
+    "zimage": (lambda path: save_tiny_zimage(path, TINY_Z_IMAGES["base"]), _CFG),
+    "sd3": (lambda path: save_tiny_sd3(path, TINY_SD3S["dual"]), _CFG | _SKIPPED_LAYERS),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_makes_the_same_by_graphs(family: str, tmp_path: Path) -> None:
+    """Two batches after another, of prompts of other lengths, so that what was captured meets other inputs."""
+    save, values = FAMILIES[family]
+    pipeline = build_pipeline(str(save(tmp_path)), ExecutionArgs(device="cpu", precision="fp32"))
+    base = {"width": 64, "height": 64, "max_sequence_length": 16, "num_inference_steps": 4} | values
+    prompts = [("a red circle", 3), ("a blue star and a small square", 4)], [("green", 5), ("two long white lines", 6)]
+
+    def latents() -> list[Tensor]:
+        found = []
+        for batch in prompts:
+            wishes = [(base | {"prompt": prompt, "seed": seed}, EMPTY) for prompt, seed in batch]
+            with torch.inference_mode():
+                found += [req.latents for req, _ in run_together(pipeline, wishes)]
+        return found
+
+    expected = latents()
+    transformers = [module for name, module in pipeline.modules.items() if name.startswith("transformer") and module]
+    for module in transformers:
+        module.forward = ForwardGraphs(module, record)
+    found = latents()
+    assert sum(module.forward.num_graphs for module in transformers) > 0
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    forget_graphs(transformers)
+    assert not any(module.forward.num_graphs for module in transformers)
+
+
+@table_cache(maxsize=1)
+def table_of(length: int) -> Tensor:
+    """Numbers that a graph reads."""
+    return torch.arange(length, dtype=torch.float32).add(1.0)
+
+
+class Scaled(nn.Module):
+    """Its output depends on a tensor, a table and a number, and it counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        context = LayerContext()
+        self.tokens = context.tokens
+        self.block_runner = BlockRunner(context, num_blocks=1, changes_text=False)
+        self.calls = 0
+
+    def forward(self, tokens: Tensor, factor: int = 1, lengths: Sequence[int] = (), options: object = None) -> Tensor:
+        """[B, S] -> [B, S]."""
+        self.calls += 1
+        self.tokens.begin(tokens.shape[1])
+        return tokens * table_of(tokens.shape[1]) * factor + sum(lengths)
+
+
+@pytest.fixture
+def scaled() -> Any:
+    """One that runs by graphs, without gradients."""
+    module = Scaled()
+    module.forward = ForwardGraphs(module, record)  # type: ignore[method-assign]
+    with torch.inference_mode():
+        yield module
+
+
+def test_the_second_call_captures_and_later_ones_replay(scaled: Any) -> None:
+    for number in range(1, 6):
+        tokens = torch.full((2, 3), float(number))
+        assert torch.equal(scaled(tokens), tokens * table_of(3))
+        assert scaled.calls == min(number, 2)
+
+
+def test_results_stay_what_they_were_when_a_graph_runs_again(scaled: Any) -> None:
+    results = [scaled(torch.full((1, 2), float(number))) for number in range(4)]
+    assert [float(result[0, 0]) for result in results] == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_whatever_is_no_tensor_is_part_of_the_key(scaled: Any) -> None:
+    ones = torch.ones(1, 2)
+    for _ in range(3):
+        assert float(scaled(ones)[0, 0]) == 1.0
+        assert float(scaled(ones, 3)[0, 0]) == 3.0
+        assert float(scaled(ones, factor=2)[0, 0]) == 2.0
+        assert float(scaled(ones, lengths=[1, 4])[0, 0]) == 6.0
+        assert scaled(torch.ones(1, 4)).shape == (1, 4)
+        assert scaled(torch.ones(1, 2, dtype=torch.float64)).dtype == torch.float64
+    assert scaled.forward.num_graphs == 6
+
+
+def test_what_cannot_be_compared_runs_without_a_graph(scaled: Any) -> None:
+    for _ in range(3):
+        assert float(scaled(torch.ones(1, 2), options={1, 2})[0, 0]) == 1.0
+    assert scaled.calls == 3
+
+
+def test_tables_live_as_long_as_their_graphs(scaled: Any) -> None:
+    """The cache of one table forgets it when another size comes; the graph goes on reading its own."""
+    for _ in range(2):
+        scaled(torch.ones(1, 3))
+    [captured] = scaled.forward._graphs.values()
+    own = table_of(3)
+    table_of(5)
+    assert table_of(3) is not own and any(kept is own for kept in captured.kept)
+
+
+def test_long_forwards_and_those_with_gradients_are_not_captured(scaled: Any) -> None:
+    for _ in range(3):
+        scaled(torch.ones(2, MOST_GRAPHED_TOKENS // 2 + 1))
+    assert scaled.forward.num_graphs == 0
+    scaled(torch.ones(2, MOST_GRAPHED_TOKENS // 2))
+    scaled(torch.ones(2, MOST_GRAPHED_TOKENS // 2))
+    assert scaled.forward.num_graphs == 1
+    with torch.inference_mode(False), torch.enable_grad():
+        calls = scaled.calls
+        scaled(torch.ones(2, MOST_GRAPHED_TOKENS // 2))
+        assert scaled.calls == calls + 1
+
+
+def test_forwards_with_step_caches_or_adapters_are_computed(scaled: Any) -> None:
+    runner = scaled.block_runner
+    for _ in range(3):
+        scaled(torch.ones(1, 2))
+    with runner.using([object()]):
+        scaled(torch.ones(1, 2))
+    with runner.adapters.using([[SlotUse(1, 1.0)]], torch.device("cpu")):
+        scaled(torch.ones(1, 2))
+    assert scaled.calls == 4
+    scaled(torch.ones(1, 2))
+    assert scaled.calls == 4
+
+
+def test_graphs_used_longest_ago_go_first(scaled: Any) -> None:
+    sizes = range(1, MOST_GRAPHS + 2)
+    for size in sizes:
+        scaled(torch.ones(1, size))
+        scaled(torch.ones(1, size))
+    assert scaled.forward.num_graphs == MOST_GRAPHS
+    calls = scaled.calls
+    scaled(torch.ones(1, MOST_GRAPHS + 1))
+    assert scaled.calls == calls
+    scaled(torch.ones(1, 1))
+    assert scaled.calls == calls + 1, "captured anew"
+
+
+def test_a_forward_that_cannot_be_captured_goes_on_without(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(run: Callable[[], Tensor]) -> tuple[RecordedGraph, Tensor]:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    module = Scaled()
+    module.forward = ForwardGraphs(module, refuse)  # type: ignore[method-assign]
+    with torch.inference_mode(), caplog.at_level(logging.WARNING):
+        for number in range(4):
+            assert float(module(torch.full((1, 2), float(number)))[0, 0]) == number
+    assert module.forward.failure == "operation not permitted when stream is capturing"
+    assert [record.message for record in caplog.records] == [
+        "a forward of Scaled stays without a CUDA graph: operation not permitted when stream is capturing"
+    ]
+
+
+def test_other_attention_kernels_are_another_graph(tmp_path: Path) -> None:
+    pipeline = build_pipeline(
+        str(save_tiny_flux(tmp_path, TINY_FLUXES["dev"])), ExecutionArgs(device="cpu", precision="fp32")
+    )
+    transformer = pipeline.modules["transformer"]
+    transformer.forward = ForwardGraphs(transformer, record)
+    switch = AttentionSwitch(transformer)
+    assert list(transformer.forward._attentions) == switch._layers
+    wish = {"prompt": "a", "seed": 1, "width": 64, "height": 64, "max_sequence_length": 16, "num_inference_steps": 3}
+    with torch.inference_mode():
+        run_together(pipeline, [(wish, EMPTY)])
+    first = transformer.forward.num_graphs
+    for layer in switch._layers:
+        layer.kernel = copy.copy(layer.kernel)
+    with torch.inference_mode():
+        run_together(pipeline, [(wish, EMPTY)])
+    assert transformer.forward.num_graphs > first
