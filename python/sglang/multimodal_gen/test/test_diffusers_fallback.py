@@ -36,7 +36,7 @@ from sglang.multimodal_gen.errors import (
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator
 from sglang.multimodal_gen.runtime.entrypoints.generation_result import GenerationResult
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
-from sglang.multimodal_gen.runtime.managers.gpu_worker import Channel, GPUWorker
+from sglang.multimodal_gen.runtime.managers.gpu_worker import Channel, GPUWorker, _error_info
 from sglang.multimodal_gen.runtime.managers.messages import (
     Admit,
     Codec,
@@ -54,6 +54,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
 from sglang.multimodal_gen.runtime.managers.preview_source import PreviewSource
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 from sglang.multimodal_gen.runtime.managers.state_writer import StateWriter
+from sglang.multimodal_gen.runtime.managers.worker_adapters import WorkerAdapters
 from sglang.multimodal_gen.runtime.managers.worker_profiling import WorkerProfiler
 from sglang.multimodal_gen.runtime.pipelines.diffusers_call import without_paths
 from sglang.multimodal_gen.runtime.pipelines.diffusers_facts import CallSignature, own_defaults
@@ -726,7 +727,10 @@ class Worker:
         self.channel = Channel(workers_end)
         states, profiler = StateWriter(self.channel.send), WorkerProfiler(config.profile_dir(), cuda=False)
         previews = PreviewSource(pipeline, self.run_dir, self.channel.send)
-        self.worker = GPUWorker(config, self.channel, pipeline, states=states, profiler=profiler, previews=previews)
+        adapters = WorkerAdapters(pipeline.adapters, self.channel.send, error_info=_error_info)
+        self.worker = GPUWorker(
+            config, self.channel, pipeline, states=states, profiler=profiler, previews=previews, adapters=adapters
+        )
 
     def take(self, *messages: Any, until: type) -> list[Any]:
         """Its answers up to the first one of this type."""

@@ -25,7 +25,7 @@ from sglang.multimodal_gen.runtime.entrypoints.generation_result import Generati
 from sglang.multimodal_gen.runtime.managers import preview_renderer, previews
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.managers.fair_share import Account
-from sglang.multimodal_gen.runtime.managers.gpu_worker import Channel, GPUWorker
+from sglang.multimodal_gen.runtime.managers.gpu_worker import Channel, GPUWorker, _error_info
 from sglang.multimodal_gen.runtime.managers.messages import (
     Admit,
     Admitted,
@@ -52,6 +52,7 @@ from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.run_dir import OwnedRunDir, RunDir
 from sglang.multimodal_gen.runtime.managers.state_writer import StateWriter
 from sglang.multimodal_gen.runtime.managers.timing import UNLEARNED_DEADLINE_S, LearnedTimes
+from sglang.multimodal_gen.runtime.managers.worker_adapters import WorkerAdapters
 from sglang.multimodal_gen.runtime.managers.worker_profiling import WorkerProfiler
 from sglang.multimodal_gen.runtime.models.schedulers import build_sampler
 from sglang.multimodal_gen.runtime.models.schedulers.multistep import clean_sample
@@ -194,7 +195,13 @@ class Worker:
         states, profiler = StateWriter(self.channel.send), WorkerProfiler(config.profile_dir(), cuda=False)
         self.previews = PreviewSource(pipeline, RunDir.at(config.run_dir), lambda view: None)
         self.worker = GPUWorker(
-            config, self.channel, pipeline, states=states, profiler=profiler, previews=self.previews
+            config,
+            self.channel,
+            pipeline,
+            states=states,
+            profiler=profiler,
+            previews=self.previews,
+            adapters=WorkerAdapters(pipeline.adapters, self.channel.send, error_info=_error_info),
         )
         self.fits: list[int] = []
         self._seq = 0

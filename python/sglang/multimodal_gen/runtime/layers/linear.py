@@ -103,7 +103,8 @@ class RowParallelLinear(AdaptableLinear):
         """The same, of an input that lies in several tensors which would stand side by side: [..., I_k/P] each."""
         # The first rank adds the bias, so that the sum has it once.
         bias = self.bias if self.axis.rank == 0 else None
-        if torch.is_grad_enabled() or self.is_adapted or (self.axis.size == 1 and len(parts) == 1):
+        trains = torch.is_grad_enabled() and any(each.requires_grad for each in (self.weight, *parts))
+        if trains or self.is_adapted or (self.axis.size == 1 and len(parts) == 1):
             whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
             return all_reduce(self.adapted(F.linear(whole, self.weight, bias), whole), self.axis)
         weights = self.weight.split([part.shape[-1] for part in parts], dim=1)

@@ -7,28 +7,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar
+from functools import lru_cache, update_wrapper
+from typing import Generic, ParamSpec, TypeVar
 
 _Made = TypeVar("_Made")
 _P = ParamSpec("_P")
 _listening: list[list[object]] = []
 
 
-def table_cache(maxsize: int) -> Callable[[Callable[_P, _Made]], Callable[_P, _Made]]:
+class TableCache(Generic[_P, _Made]):
+    """A function that remembers what it made lately."""
+
+    def __init__(self, make: Callable[_P, _Made], maxsize: int) -> None:
+        self._cached = lru_cache(maxsize=maxsize)(make)
+        self.cache_clear = self._cached.cache_clear
+        update_wrapper(self, make)
+
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _Made:
+        """What `make` returns, or returned for equal arguments."""
+        made = self._cached(*args, **kwargs)  # type: ignore[arg-type]
+        for kept in _listening:
+            kept.append(made)
+        return made
+
+
+def table_cache(maxsize: int) -> Callable[[Callable[_P, _Made]], TableCache[_P, _Made]]:
     """As `functools.lru_cache`, for functions that return tensors, or what holds some; see `tables_kept`."""
 
-    def decorate(make: Callable[_P, _Made]) -> Callable[_P, _Made]:
-        cached = lru_cache(maxsize=maxsize)(make)
-
-        @wraps(make)
-        def get(*args: _P.args, **kwargs: _P.kwargs) -> _Made:
-            made = cached(*args, **kwargs)  # type: ignore[arg-type]
-            for kept in _listening:
-                kept.append(made)
-            return made
-
-        return get
+    def decorate(make: Callable[_P, _Made]) -> TableCache[_P, _Made]:
+        return TableCache(make, maxsize)
 
     return decorate
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,13 +19,22 @@ _MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}
 _MATMUL_RUNS = 3
 
 
+def _product_flops(_: torch.Size, first: torch.Size, second: torch.Size, **options: object) -> int:
+    """Of matrices, or of batches of them, by their shapes."""
+    return 2 * math.prod(first) * second[-1]
+
+
+# Products that are added to what is there, which torch does not count by itself.
+_ADDED_IN_PLACE = {torch.ops.aten.addmm_: _product_flops, torch.ops.aten.baddbmm_: _product_flops}
+
+
 def count_flops(module_class: type[nn.Module], config: ModelConfig, forward: Callable[[nn.Module], object]) -> int:
     """FLOPs of `forward(module)`: 2 for each multiply-add of matrix products and convolutions, padding counted.
 
     Counted on the meta device with torch's own attention, so the number is the work's and no kernel's.
     """
     module = without_memory(module_class, config, LayerContext()).to("meta").eval()
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    with torch.inference_mode(), FlopCounterMode(display=False, custom_mapping=_ADDED_IN_PLACE) as counter:
         forward(module)
     return counter.get_total_flops()
 

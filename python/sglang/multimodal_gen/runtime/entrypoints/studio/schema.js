@@ -79,7 +79,7 @@ function fieldOf(name, schema, model) {
   const scalar = kinds.find((kind) => !["null", "array"].includes(kind.type)) ?? list?.items?.anyOf?.[0] ?? list?.items;
   const kind = kindOf(scalar);
   if (scalar?.enum?.length === 1) return null; // nothing to choose
-  if (scalar?.type === "object") return null; // for programs
+  if (scalar?.type === "object" && scalar.properties) return null; // for programs
   const limits = model.limits ?? {};
   const field = {
     name,
