@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.distributed.collectives import all_reduce
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.table_cache import row_index
 
 Streams = tuple[Tensor, ...]
 """What blocks change: image tokens [B, S, D], alone or with text beside them or in the same sequence."""
@@ -281,8 +282,8 @@ class _CachedForward:
         """Go on with these of the rows that are there."""
         if rows == self.rows:
             return
-        index = torch.tensor([self.rows.index(row) for row in rows], dtype=torch.long)
-        self.streams = tuple(stream[index.to(stream.device)] for stream in self.streams)
+        places = [self.rows.index(row) for row in rows]
+        self.streams = tuple(stream[row_index(places, stream.device)] for stream in self.streams)
         self.rows = rows
         self._give()
 
@@ -323,8 +324,7 @@ def rows_of(value: Any, rows: Sequence[int], count: int) -> Any:
         if value.ndim == 0 or (value.shape[0] == 1 and count > 1):
             return value
         assert value.shape[0] % count == 0, f"{value.shape[0]} rows are none for each of {count}"
-        index = torch.tensor(rows, dtype=torch.long, device=value.device)
-        return value.unflatten(0, (-1, count))[:, index].flatten(0, 1)
+        return value.unflatten(0, (-1, count))[:, row_index(rows, value.device)].flatten(0, 1)
     if isinstance(value, PerRow):
         return PerRow(value[row] for row in rows)
     if isinstance(value, Mapping):

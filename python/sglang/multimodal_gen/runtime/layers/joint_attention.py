@@ -171,16 +171,11 @@ class JointAttention(SelfAttention):
             query = send(join(of_text, of_image, self.norm_added_q, self.norm_q, freqs_cis))
             of_text, of_image = heads(self.add_k_proj(text)), heads(self.to_k(hidden_states))
             return query, send(join(of_text, of_image, self.norm_added_k, self.norm_k, freqs_cis)), value
-        num_tokens = join.num_text + join.num_image
-        together = None
-        if packs:
-            together = _pack_of(hidden_states, num_tokens, self.num_heads, self.attention.head_dim)
         # Queries, keys and values of both, each with room for the sequence.
-        rooms = (
-            [hidden_states.new_empty(len(text), num_tokens, self.num_heads, self.attention.head_dim) for _ in range(3)]
-            if together is None
-            else list(together.unbind(2))
-        )
+        size = (join.num_text + join.num_image, self.num_heads, self.attention.head_dim)
+        together = _pack_of(hidden_states, *size) if packs else None
+        apart = () if packs else [hidden_states.new_empty(len(text), *size) for _ in range(3)]
+        rooms = apart if together is None else together.unbind(2)
         side_by_side(
             lambda: join.fill(
                 rooms, self.projected_text(text), (self.norm_added_q, self.norm_added_k), freqs_cis, join.text_start

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.layers.shards import Shard, Sharded
+from sglang.multimodal_gen.runtime.layers.table_cache import row_index, table_cache
 
 EMPTY_SLOT = 0
 # Tables grow in steps, so that adapters of nearly the same rank do not each replace them.
@@ -37,6 +38,17 @@ class RowUses(NamedTuple):
     scales: Tensor
 
 
+@table_cache(64)
+def _row_uses(rows: tuple[tuple[SlotUse, ...], ...], device: torch.device) -> RowUses:
+    longest = max(map(len, rows))
+    padded = [[*uses, *[SlotUse(EMPTY_SLOT, 0.0)] * (longest - len(uses))] for uses in rows]
+    # Tensors made under inference mode could never again take part in training.
+    with torch.inference_mode(False):
+        slots = torch.tensor([[use.slot for use in uses] for uses in padded], device=device)
+        scales = torch.tensor([[use.scale for use in uses] for uses in padded], dtype=torch.float32, device=device)
+        return RowUses(slots, scales)
+
+
 class AdapterRows:
     """Which adapters the rows of the present forward have; all layers of a replica's transformers look here."""
 
@@ -46,23 +58,19 @@ class AdapterRows:
     @contextmanager
     def using(self, rows: Sequence[Sequence[SlotUse]], device: torch.device) -> Iterator[None]:
         """Run forwards of these rows inside the `with` block. Where no row has an adapter, nothing is added."""
-        longest = max((len(uses) for uses in rows), default=0)
-        if longest == 0:
+        if not any(rows):
             yield
             return
-        padded = [[*uses, *[SlotUse(EMPTY_SLOT, 0.0)] * (longest - len(uses))] for uses in rows]
-        slots = torch.tensor([[use.slot for use in uses] for uses in padded], device=device)
-        scales = torch.tensor([[use.scale for use in uses] for uses in padded], dtype=torch.float32, device=device)
-        with self._having(RowUses(slots, scales)):
+        with self._having(_row_uses(tuple(map(tuple, rows)), device)):
             yield
 
     @contextmanager
-    def only(self, rows: Tensor | Sequence[int]) -> Iterator[None]:
+    def only(self, rows: Sequence[int]) -> Iterator[None]:
         """Inside the `with` block the batch has these rows alone, in this order."""
         if self.uses is None:
             yield
             return
-        index = torch.as_tensor(rows, device=self.uses.slots.device)
+        index = row_index(rows, self.uses.slots.device)
         with self._having(RowUses(self.uses.slots[index], self.uses.scales[index])):
             yield
 

@@ -5,10 +5,13 @@ A graph that was captured from a forward reads them where they were, so it keeps
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, update_wrapper
 from typing import Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
 
 _Made = TypeVar("_Made")
 _P = ParamSpec("_P")
@@ -49,3 +52,15 @@ def tables_kept() -> Iterator[list[object]]:
         yield kept
     finally:
         _listening.remove(kept)
+
+
+def row_index(rows: Iterable[int], device: torch.device) -> Tensor:
+    """These rows of a batch, to index tensors with: [number of rows], int64."""
+    return _row_index(tuple(rows), device)
+
+
+@table_cache(64)
+def _row_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    # An index made under inference mode could never again take part in training.
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=torch.long, device=device)

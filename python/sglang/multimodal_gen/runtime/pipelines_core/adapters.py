@@ -221,9 +221,9 @@ class Adapters:
 
     def merge_ids(self, uses: Iterable[tuple[str, float]]) -> None:
         """`merge` of what is loaded under these ids; those that are merged already need no copies."""
-        wanted = [AdapterUse(self.loaded[adapter_id], scale) for adapter_id, scale in uses]
-        if [(id(use.adapter), use.scale) for use in wanted] != [(id(use.adapter), use.scale) for use in self.merged]:
-            self.merge(wanted)
+        chosen = [AdapterUse(self.loaded[adapter_id], scale) for adapter_id, scale in uses]
+        if [(id(use.adapter), use.scale) for use in chosen] != [(id(use.adapter), use.scale) for use in self.merged]:
+            self.merge(chosen)
 
     def unmerge(self) -> None:
         """The weights of the checkpoint again, bit for bit."""

@@ -358,9 +358,9 @@ class ComposedPipelineBase:
         return req
 
     def _check_cache(self, params: SamplingParams) -> None:
-        wanted = wants_cache(params)
-        if wanted is not None and not any(stage.takes_step_cache for stage in self.stages):
-            raise UnsupportedParameter(wanted, f"{self.name} has no transformer whose blocks could be skipped")
+        parameter = wants_cache(params)
+        if parameter is not None and not any(stage.takes_step_cache for stage in self.stages):
+            raise UnsupportedParameter(parameter, f"{self.name} has no transformer whose blocks could be skipped")
 
     def _check_parameters(self, params: SamplingParams, limits: TaskLimits) -> None:
         read = set(self.read_parameters())

@@ -25,7 +25,7 @@ from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.mlp import FeedForward
 from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormContinuous, AdaLayerNormZero
 from sglang.multimodal_gen.runtime.layers.stream_blocks import Stream
-from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
+from sglang.multimodal_gen.runtime.layers.table_cache import row_index
 
 _MLP_RATIO = 4
 
@@ -181,14 +181,7 @@ def _call_passed(
     if not passing:
         return streams
     # Rows are taken out rather than masked, so that a row that skips costs nothing here.
-    rows = _row_index(tuple(passing), temb.device)
-    with cast(JointTransformerBlock, block).adapters.only(rows):
+    rows = row_index(passing, temb.device)
+    with cast(JointTransformerBlock, block).adapters.only(passing):
         changed = block(*(stream[rows] for stream in streams), temb[rows])
     return tuple(stream.index_copy(0, rows, part) for stream, part in zip(streams, changed, strict=True))
-
-
-@table_cache(64)
-def _row_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    # An index made under inference mode could never again take part in training.
-    with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=torch.long, device=device)
