@@ -4,7 +4,8 @@ Registered with `register_configs`, in place of the package's own. `sleep-MS` (i
 (only in company), `bug`, `crash` (an error that is not ours and quotes the prompt), `die`, `die-once-FILE` (while FILE
 does not exist), `hang`, `gpu-lost` (the device fails), `oom`, `oom-shared` (only in company), `oom-large` (until the
 request is planned with less).
-`die-at-K-FILE` dies at unit K once. `holds-N` makes the request hold N of the 1,000 GiB that the family says there are.
+`die-at-K-FILE` dies at unit K once, `rank-bug-R-FILE` has a bug on rank R once.
+`holds-N` makes the request hold N of the 1,000 GiB that the family says there are.
 `key-NAME` keeps its forwards apart from those of another name. `until-FILE` makes denoising unit 1 last until FILE
 exists, and a note of a request with `where` says which process holds it. With `noise-until-FILE` the frames are noise,
 which has its size in a file, and the last ones come when FILE exists.
@@ -85,6 +86,10 @@ class FaultyDenoising(NullDenoising):
             for unit, file in (word.split("-", 1) for word in words(req, "die-at-")):
                 if done == int(unit):
                     cause_fault(f"die-once-{file}", 1)
+            for rank, file in (word.split("-", 1) for word in words(req, "rank-bug-")):
+                if done == FAULT_UNIT and self.parallel.world.rank == int(rank) and not Path(file).exists():
+                    Path(file).touch()
+                    raise ZeroDivisionError("the unit has a bug on this rank")
             if done == FAULT_UNIT and not (req.max_forward_rows == 1 and "oom-large" in req.params.prompt):
                 for word in req.params.prompt.split():
                     if word == "crash":

@@ -20,6 +20,7 @@ from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.errors import InvalidValue, RemoteError
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator, GenerationResult
 from sglang.multimodal_gen.runtime.server_args import ModelArgs, ParallelArgs, ServerArgs
+from sglang.multimodal_gen.test import null_family
 from sglang.multimodal_gen.test.parallel_case import FORWARD_TOLERANCE, Arrays, made_of
 from sglang.multimodal_gen.test.parallel_coding import coded
 from sglang.multimodal_gen.test.parallel_pool import (
@@ -225,7 +226,11 @@ def frames_of(engine: DiffGenerator, **changes: Any) -> np.ndarray:
     return result.frames
 
 
-def test_a_rank_that_is_killed_is_replaced_with_its_replica_and_requests_go_on(engine: DiffGenerator) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_lost_in_a_step_is_replaced_with_its_replica_and_requests_go_on(
+    engine: DiffGenerator, sent: signal.Signals
+) -> None:
+    """The other rank waits for it in a collective, for ever where it was stopped."""
     wish = {**WISH, "num_inference_steps": 60}
     undisturbed = engine.generate(wish)
     pids = engine.status().worker_pids
@@ -236,12 +241,22 @@ def test_a_rank_that_is_killed_is_replaced_with_its_replica_and_requests_go_on(e
         while not engine.status().num_running:
             assert time.monotonic() < deadline and not result.done(), "it is not being made"
         time.sleep(0.3)
-        os.kill(pids[1], signal.SIGKILL)
+        os.kill(pids[1], sent)
         resumed = result.result()
     assert resumed.metrics["attempts"] == 2
     assert set(engine.status().worker_pids).isdisjoint(pids)
     np.testing.assert_array_equal(resumed.frames, undisturbed.frames)
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+def test_an_error_of_one_rank_alone_replaces_the_replica(tmp_path: Path) -> None:
+    """The others may wait for it in a collective; the request goes on with new ranks."""
+    null_family.register()
+    with DiffGenerator.from_pretrained("null-model", num_gpus=2, checkpoint_every=1) as generator:
+        pids = generator.status().worker_pids
+        result = generator.generate({"prompt": f"rank-bug-1-{tmp_path / 'once'}", "num_inference_steps": 8})
+        assert isinstance(result, GenerationResult) and result.metrics["attempts"] == 2
+        assert len(pids) == 2 and set(generator.status().worker_pids).isdisjoint(pids)
 
 
 def test_dealt_encoders_live_through_caching_flushes_released_memory_and_new_weights(engine: DiffGenerator) -> None:
