@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -15,37 +14,34 @@ import psutil
 import pytest
 
 from server_process import ServerProcess
+from sglang.multimodal_gen.test.run_directories import private_run_directories
 
 SGLANG = str(Path(sys.executable).with_name("sglang"))
 
 
-def run_directories() -> set[Path]:
-    places = {Path(tempfile.gettempdir()), Path("/dev/shm")}
-    return {path for place in places if place.is_dir() for path in place.glob("sglang-run-*")}
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_signal_ends_every_process_and_removes_every_file(number: signal.Signals) -> None:
-    before = run_directories()
-    process = subprocess.Popen([SGLANG, "serve", "--port", "0"], stderr=subprocess.PIPE, text=True)
-    server = ServerProcess(process, time.monotonic())
-    reader = threading.Thread(target=server.follow_log)
-    reader.start()
-    assert server.listening.wait(30), "".join(server.log)
-    server.wait_ready()
-    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
-    assert len(family) == 5  # supervisor, HTTP server, scheduler, output process, worker
-    process.send_signal(number)
-    status = process.wait(20)
-    reader.join(20)
-    assert process.stderr is not None
-    process.stderr.close()
-    assert status == (-number if number == signal.SIGKILL else 0)
-    deadline = time.monotonic() + 10
-    while (any(map(psutil.pid_exists, family)) or run_directories() - before) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not [pid for pid in family if psutil.pid_exists(pid)]
-    assert run_directories() <= before
+    with private_run_directories() as directories:
+        process = subprocess.Popen([SGLANG, "serve", "--port", "0"], stderr=subprocess.PIPE, text=True)
+        server = ServerProcess(process, time.monotonic())
+        reader = threading.Thread(target=server.follow_log)
+        reader.start()
+        assert server.listening.wait(30), "".join(server.log)
+        server.wait_ready()
+        assert directories.left()
+        family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+        assert len(family) == 5  # supervisor, HTTP server, scheduler, output process, worker
+        process.send_signal(number)
+        status = process.wait(20)
+        reader.join(20)
+        assert process.stderr is not None
+        process.stderr.close()
+        assert status == (-number if number == signal.SIGKILL else 0)
+        deadline = time.monotonic() + 10
+        while (any(map(psutil.pid_exists, family)) or directories.left()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not [pid for pid in family if psutil.pid_exists(pid)]
+        assert not directories.left()
 
 
 def test_a_port_in_use_is_one_sentence_and_status_1() -> None:

@@ -11,7 +11,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -53,6 +52,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
 )
 from sglang.multimodal_gen.runtime.server_args import ServerArgs
 from sglang.multimodal_gen.test import null_family
+from sglang.multimodal_gen.test.run_directories import private_run_directories
 
 null_family.register()
 
@@ -67,11 +67,6 @@ def descendants(pid: int) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).children(recursive=True)
     return []
-
-
-def run_dirs() -> set[str]:
-    places = {tempfile.gettempdir(), "/dev/shm"}
-    return {str(p) for place in places if Path(place).is_dir() for p in Path(place).glob("sglang-run-*")}
 
 
 def wait_until(condition: Any, *, timeout_s: float = 20.0) -> bool:
@@ -363,14 +358,15 @@ def test_a_stuck_unit_is_noticed_against_its_learned_time(engine: DiffGenerator)
 def clean_slate() -> Iterator[None]:
     """Nothing of an engine started in the test may outlive it: no process, no directory."""
     mine = psutil.Process()
-    before_dirs, before_children = run_dirs(), {p.pid for p in mine.children(recursive=True)}
-    yield
+    before = {p.pid for p in mine.children(recursive=True)}
+    with private_run_directories() as directories:
+        yield
 
-    def leftovers() -> list[str]:
-        alive = [p for p in mine.children(recursive=True) if p.pid not in before_children]
-        return [*(str(p) for p in alive), *(run_dirs() - before_dirs)]
+        def leftovers() -> list[str]:
+            alive = [p for p in mine.children(recursive=True) if p.pid not in before]
+            return [*map(str, alive), *map(str, directories.left())]
 
-    assert wait_until(lambda: not leftovers()), leftovers()
+        assert wait_until(lambda: not leftovers()), leftovers()
 
 
 def tree_of(generator: DiffGenerator) -> list[psutil.Process]:
@@ -409,6 +405,7 @@ import sys, time
 sys.path.insert(0, {root!r})
 from sglang.multimodal_gen.runtime.server_args import ServerArgs
 from sglang.multimodal_gen.test import null_family
+from sglang.multimodal_gen.test.run_directories import private_run_directories
 null_family.register()
 from sglang import DiffGenerator
 generator = DiffGenerator.from_pretrained("null-model")
@@ -422,7 +419,6 @@ for item in generator.stream({{"prompt": "sleep-20", "num_inference_steps": 1000
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
 def test_a_signal_to_the_parent_leaves_nothing_behind(number: signal.Signals) -> None:
     """A plain script without a main guard; SIGKILL included."""
-    before = run_dirs()
     script = subprocess.Popen([sys.executable, "-c", SCRIPT.format(root="")], stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL, text=True)  # fmt: skip
     assert script.stdout is not None
@@ -434,7 +430,6 @@ def test_a_signal_to_the_parent_leaves_nothing_behind(number: signal.Signals) ->
     script.wait(timeout=30)
     script.stdout.close()
     assert_all_gone(processes)
-    assert wait_until(lambda: run_dirs() <= before)
 
 
 @pytest.mark.usefixtures("clean_slate")
