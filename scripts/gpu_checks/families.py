@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gpu_checks.report import Report
+from sglang.multimodal_gen.configs.memory_args import ALL_RESIDENT, MemoryArgs
 from sglang.multimodal_gen.runtime.layers.forward_graphs import ForwardGraphs, graphs_of
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
@@ -75,6 +76,8 @@ _CASES = {
     "z-image": _Case(save=lambda path: save_tiny_zimage(path, TINY_Z_IMAGES["base"]), values=_CFG),
     "sd3": _Case(save=lambda path: save_tiny_sd3(path, TINY_SD3S["dual"]), values=_CFG | _SKIPPED_LAYERS),
 }
+_PINNED = MemoryArgs(performance_mode="memory")
+_IN_FILES = MemoryArgs(performance_mode="memory", dit_layerwise_resident_layers=1, pin_cpu_memory=False)
 _BASE = {"width": 64, "height": 64, "max_sequence_length": 16, "num_inference_steps": 3}
 _PROMPTS = ({"prompt": "a red circle", "seed": 3}, {"prompt": "a blue star and a small square", "seed": 4})
 
@@ -96,6 +99,13 @@ def check_families(report: Report, device: torch.device, directory: Path) -> Non
             good = error <= LATENT_TOLERANCE and level <= 1 and not any(failures)
             detail = f"latents {error:.1e} from the CPU, frames {level}/255, {num_graphs} CUDA graphs"
             result.expect(good, detail, latents=error, level=level, graphs=num_graphs)
+        with report.check(f"family {name} on the host") as result:
+            assert path is not None and exact, "no result in fp32"
+            errors = [
+                _error(_run(path, device.type, "fp32", case, memory)[0], exact) for memory in (_PINNED, _IN_FILES)
+            ]
+            detail = f"latents {errors[0]:.1e} from pinned memory, {errors[1]:.1e} through staging"
+            result.expect(max(errors) <= LATENT_TOLERANCE, detail, pinned=errors[0], staged=errors[1])
         with report.check(f"family {name} bf16") as result:
             assert path is not None and exact, "no result in fp32"
             errors = [_error(_run(path, where, "bf16", case)[0], exact) for where in (device.type, "cpu")]
@@ -104,10 +114,10 @@ def check_families(report: Report, device: torch.device, directory: Path) -> Non
 
 
 def _run(
-    path: Path, device: str, precision: str, case: _Case
+    path: Path, device: str, precision: str, case: _Case, memory: MemoryArgs = ALL_RESIDENT
 ) -> tuple[list[Tensor], list[np.ndarray], list[ForwardGraphs]]:
     """Latents and frames of each request, and the graphs that each transformer ran by."""
-    pipeline = build_pipeline(str(path), ExecutionArgs(device=device, precision=precision))
+    pipeline = build_pipeline(str(path), ExecutionArgs(device=device, precision=precision), memory=memory)
     wishes = [(_values(pipeline, case) | prompt, case.inputs) for prompt in _PROMPTS]
     results = run_together(pipeline, wishes)
     latents = [req.latents for req, _ in results]

@@ -30,6 +30,7 @@ class Hardware:
         link_latency_s: of each exchange.
         launch_s: seconds that the host takes for each kernel, whichever GPU.
         exchange_launch_s: likewise for each exchange, with the copies around it.
+        host_bandwidth: bytes a second from the host's pinned memory to the GPU.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Hardware:
     link_latency_s: float
     launch_s: float
     exchange_launch_s: float
+    host_bandwidth: float
 
 
 # Rates: fitted to one forward of several transformers on one H100, scripts/cost_table.py. Links: all-to-all, ring step
@@ -59,6 +61,7 @@ H100 = Hardware(
     link_latency_s=60e-6,
     launch_s=48e-6,
     exchange_launch_s=270e-6,
+    host_bandwidth=53.6e9,
 )
 # The same chip and links with faster memory.
 H200 = Hardware(**{**vars(H100), "name": "h200", "memory_bandwidth": 4.6e12})
@@ -91,8 +94,10 @@ RING_LAUNCHES = 6
 RING_MERGE_TRAFFIC = 24
 # Peak of activations for each channel of each token in half precision: 14 billion parameters on one and two H200.
 ACTIVATION_BYTES = 21
-# Of each GPU for the CUDA context, buffers of collectives, the least chunk of a decoder and the allocator's waste.
-RESERVED_BYTES = 3 * 2**30
+# Of each GPU for the CUDA context, buffers of collectives and the allocator's waste.
+CONTEXT_BYTES = 2**30
+# What encoding or decoding takes at least, while no step is computed.
+CODING_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True, kw_only=True)

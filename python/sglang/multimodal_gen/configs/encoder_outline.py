@@ -14,7 +14,8 @@ _T5_TYPES = ("t5", "umt5")
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderOutline:
-    """`size` is the reason where nothing of the encoder can be dealt; the counts of parameters are of what can be."""
+    """`size` is the reason where nothing of the encoder can be dealt; the counts of parameters are of what can be.
+    `num_layers` is 0 where they are not known."""
 
     name: str
     parameters: int
@@ -22,6 +23,7 @@ class EncoderOutline:
     heads: int = 0
     features: int = 0
     vocabulary: int = 0
+    num_layers: int = 0
 
     def parameters_on_each(self, shape: ReplicaShape, *, element_bytes: int, wish: str) -> float:
         """How many each rank of the replica holds; `wish` is what `--encoder-parallel` says."""
@@ -69,6 +71,7 @@ def _t5(name: str, config: Mapping[str, Any], parameters: int) -> EncoderOutline
         heads=4 * num_layers * width * inner,
         features=(into + 1) * num_layers * width * config["d_ff"],
         vocabulary=config["vocab_size"] * width,
+        num_layers=num_layers,
     )
 
 
@@ -88,4 +91,5 @@ def _language_model(name: str, config: Mapping[str, Any], parameters: int) -> En
         heads=2 * num_layers * width * head_dim * (num_heads + num_key_heads),
         features=3 * num_layers * width * config["intermediate_size"],
         vocabulary=config["vocab_size"] * width,
+        num_layers=num_layers,
     )

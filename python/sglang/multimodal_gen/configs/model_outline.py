@@ -59,7 +59,7 @@ class ModelOutline:
         """What transformers and autoencoder take on a GPU in this precision."""
 
         def size(name: str) -> int:
-            return self.parameters[name] * self._element_bytes(name, element_bytes)
+            return self.parameters[name] * self.element_bytes(name, element_bytes)
 
         transformers = sum(size(name) for name in self.parameters if name in _TRANSFORMERS)
         share = self.shape.shared_parameters / self.shape.num_parameters
@@ -75,11 +75,12 @@ class ModelOutline:
         """What the encoders take on each GPU of a layout; `wish` is what `--encoder-parallel` says."""
         found = 0.0
         for encoder in self.encoders:
-            width = self._element_bytes(encoder.name, element_bytes)
+            width = self.element_bytes(encoder.name, element_bytes)
             found += width * encoder.parameters_on_each(layout, element_bytes=width, wish=wish)
         return found
 
-    def _element_bytes(self, component: str, element_bytes: int) -> int:
+    def element_bytes(self, component: str, element_bytes: int) -> int:
+        """Of a weight of the component, in a precision whose weights take `element_bytes`."""
         return _FP32_BYTES if component in self.config.fp32_components else element_bytes
 
 

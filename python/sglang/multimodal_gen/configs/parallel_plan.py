@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sglang.multimodal_gen.configs.cost_model import (
+    CODING_BYTES,
+    CONTEXT_BYTES,
     HALF_PRECISION_BYTES,
-    RESERVED_BYTES,
     Hardware,
     StepCost,
     StepWork,
@@ -35,7 +36,8 @@ class MemoryNeed:
     @property
     def total(self) -> float:
         """With what is kept for everything else."""
-        return self.transformer + self.text_encoders + self.autoencoder + self.activations + RESERVED_BYTES
+        weights = self.transformer + self.text_encoders + self.autoencoder
+        return weights + max(self.activations, CODING_BYTES) + CONTEXT_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)

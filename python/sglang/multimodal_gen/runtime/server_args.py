@@ -20,6 +20,7 @@ from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
 from sglang.multimodal_gen.configs.declare import HIDDEN, Parameter, arg, check_names, coerce, from_text, parameters
 from sglang.multimodal_gen.configs.lora_args import LoraArgs
+from sglang.multimodal_gen.configs.memory_args import MemoryArgs
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.configs.schedulers import SCHEDULER_NAMES
 from sglang.multimodal_gen.errors import FieldError, InvalidValue
@@ -507,6 +508,7 @@ class ServerArgs:
 
     model: ModelArgs = field(default_factory=ModelArgs)
     execution: ExecutionArgs = field(default_factory=ExecutionArgs)
+    memory: MemoryArgs = field(default_factory=MemoryArgs)
     warmup: WarmupArgs = field(default_factory=WarmupArgs)
     parallel: ParallelArgs = field(default_factory=ParallelArgs)
     http: HttpArgs = field(default_factory=HttpArgs)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from sglang.multimodal_gen import envs
+from sglang.multimodal_gen.configs.memory_args import MemoryArgs
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.runtime.distributed.parallel_state import join_replica
 from sglang.multimodal_gen.runtime.layers import linear
@@ -46,6 +47,7 @@ def run(rank: int, task: dict[str, Any]) -> None:
         pipeline = build_pipeline(
             task["directory"],
             ExecutionArgs(device=task["device"], precision="fp32", encoder_parallel="on"),
+            memory=MemoryArgs(**task.get("memory", {})),
             local_rank=rank,
             num_gpus=shape.num_ranks,
             join=lambda device: join_replica(shape, rank, store=Path(task["store"]), device=device, timeout_s=60),

@@ -106,6 +106,18 @@ def test_several_ranks_skip_the_steps_that_one_skips(
     assert_same(expected, pool.run(checkpoints(name), shape, CACHED[name][0], tmp_path))
 
 
+@pytest.mark.parametrize("shape", [ReplicaShape(tp=2), ReplicaShape(cfg=2)], ids=lambda s: "x".join(map(str, s.sizes)))
+def test_ranks_whose_weights_are_on_the_host_give_the_same(
+    shape: ReplicaShape,
+    pool: Pool,
+    checkpoints: Callable[[str], Path],
+    alone: Callable[[str], Arrays],
+    tmp_path: Path,
+) -> None:
+    found = pool.run(checkpoints("wan"), shape, FAMILIES["wan"], tmp_path, performance_mode="memory")
+    assert_same(alone("wan"), found)
+
+
 @pytest.mark.parametrize("name", OTHER_ENCODERS)
 def test_encoders_that_see_pictures_or_are_dealt_in_part_give_the_texts_of_one_rank(
     name: str, pool: Pool, tmp_path: Path

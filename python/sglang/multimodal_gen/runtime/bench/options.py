@@ -231,6 +231,10 @@ def _of_module(option: Parameter) -> bool:
     return option.name in _MODULE_OPTIONS or option.name.endswith(_MODULE_OPTION_ENDING)
 
 
+def _of_component(option: Parameter) -> bool:
+    return _of_module(option) or option.declaration.group == "memory"
+
+
 def _of_whole_engine(option: Parameter) -> bool:
     return option.declaration.group != "http" and option.name not in _NOT_OF_ITS_ENGINE
 
@@ -245,7 +249,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         summary="one forward of the transformer",
         own=ComponentArgs,
         of_requests=lambda option: option.name in (*_SIZE, "max_sequence_length"),
-        of_engine=_of_module,
+        of_engine=_of_component,
     ),
     "parallel": Benchmark(
         summary="one denoising step spread over several devices, layout by layout",
@@ -257,13 +261,13 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         summary="decoding or encoding one clip",
         own=VAEArgs,
         of_requests=lambda option: option.name in _SIZE,
-        of_engine=_of_module,
+        of_engine=_of_component,
     ),
     "encoder": Benchmark(
         summary="one forward of the text encoder",
         own=ComponentArgs,
         of_requests=lambda option: option.name == "max_sequence_length",
-        of_engine=_of_module,
+        of_engine=_of_component,
     ),
     "pipeline": Benchmark(
         summary="whole requests: latency of each stage, throughput, sharing of steps",

@@ -8,7 +8,7 @@ Shapes: B samples, S tokens, D hidden_size, H heads, E head_dim, G groups of nei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -164,6 +164,12 @@ class JoinedLinear:
         biases = [layer.bias for layer in layers if layer.bias is not None]
         assert len(biases) in (0, len(layers)), "all of the layers have a bias, or none"
         self.bias = _joined(biases) if biases else None
+
+    def held_tensors(self) -> Iterator[Tensor]:
+        """See TensorHolder."""
+        yield self.weight
+        if self.bias is not None:
+            yield self.bias
 
     def __call__(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """[..., I] -> each layer's output [..., O], a view."""

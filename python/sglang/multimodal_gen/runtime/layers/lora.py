@@ -103,11 +103,10 @@ class LayerUpdate(NamedTuple):
 class SlotTable:
     """The adapters of one layer: down [N, R, I], up [N, R, O], bias [N, O] where any has one."""
 
-    def __init__(self, layer: nn.Linear, rows: AdapterRows, num_slots: int) -> None:
-        weight = layer.weight
+    def __init__(self, layer: nn.Linear, rows: AdapterRows, num_slots: int, *, device: torch.device) -> None:
         self.rows = rows
-        self.down = weight.new_zeros(num_slots, 0, layer.in_features)
-        self.up = weight.new_zeros(num_slots, 0, layer.out_features)
+        self.down = torch.zeros(num_slots, 0, layer.in_features, dtype=layer.weight.dtype, device=device)
+        self.up = torch.zeros(num_slots, 0, layer.out_features, dtype=layer.weight.dtype, device=device)
         self.bias: Tensor | None = None
         shard = _weight_shard(layer)
         # Of a layer whose ranks hold inputs, what each adds to the outputs is summed up.

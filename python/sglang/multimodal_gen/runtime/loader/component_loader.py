@@ -81,7 +81,8 @@ def _tell_nobody(_: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadContext:
-    """Where and how components are placed, and what fills them. The autoencoder may have a dtype of its own."""
+    """Where and how components are placed, and what fills them. The autoencoder may have a dtype of its own. Those
+    `on_host` are brought to the device later, and have no graphs."""
 
     device: torch.device
     dtype: torch.dtype
@@ -91,7 +92,12 @@ class LoadContext:
     source: ComponentSource = field(default_factory=Checkpoint)
     encoder_parallel: str = "auto"
     cuda_graphs: bool = False
+    on_host: Collection[str] = ()
     report: Callable[[str], None] = _tell_nobody
+
+    def device_of(self, component: str) -> torch.device:
+        """Where a component is loaded."""
+        return torch.device("cpu") if component in self.on_host else self.device
 
     def dtype_of(self, component: str) -> torch.dtype:
         """The dtype that a component computes in."""
@@ -132,11 +138,11 @@ class NativeModule:
             config,
             directory,
             dtype=context.dtype_of(directory.name),
-            device=context.device,
+            device=context.device_of(directory.name),
             context=self.layers_for(directory.name, config, context),
             source=context.source,
         )
-        if context.cuda_graphs and hasattr(module, "tokens"):
+        if context.cuda_graphs and hasattr(module, "tokens") and directory.name not in context.on_host:
             use_forward_graphs(module)
         return module
 

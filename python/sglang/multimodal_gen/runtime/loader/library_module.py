@@ -53,6 +53,7 @@ class LibraryModule:
                 f"the checkpoint's {directory.name} is a {class_name}; supported is {' or '.join(self.class_names)}"
             )
         cls, dtype = getattr(self.library, class_name), context.dtype_of(directory.name)
+        device = context.device_of(directory.name)
         shared = self.library is transformers and context.layers.parallel.world.size > 1
         if not isinstance(context.source, Checkpoint):
             module = self._used(self._filled(cls, directory, dtype, context, shared=shared))
@@ -63,10 +64,10 @@ class LibraryModule:
             self._deal(module, directory, dtype, context)
             for name, parameter in module.named_parameters():
                 wanted = torch.float32 if fp32_names.intersection(name.split(".")) else dtype
-                parameter.data = parameter.data.to(context.device, wanted)
+                parameter.data = parameter.data.to(device, wanted)
         else:
             module = self._used(self._stored(cls, directory, dtype))
-        module = module.to(context.device).eval().requires_grad_(False)
+        module = module.to(device).eval().requires_grad_(False)
         if self.deals_pictures:
             deal_pictures(module, context.layers.strips)
         return module
@@ -109,9 +110,10 @@ class LibraryModule:
             module = cls.from_config(cls.load_config(directory, local_files_only=True))
         if shared:
             self._deal(self._used(module), directory, dtype, context)
-        module = module.to(context.device, dtype)
+        device = context.device_of(directory.name)
+        module = module.to(device, dtype)
         # Tied weights are one tensor under several names: the last one filled stays.
-        tensors = context.source.tensors_for(directory, module, dtype_of=lambda _: dtype, device=context.device)
+        tensors = context.source.tensors_for(directory, module, dtype_of=lambda _: dtype, device=device)
         module.load_state_dict(tensors, strict=False)
         return module
 

@@ -372,6 +372,7 @@ def _load(config: EngineConfig, report: Callable[[str], None]) -> Any:
     return build_pipeline(
         config.args.model,
         config.args.execution,
+        memory=config.args.memory,
         local_rank=config.worker_index if gpu_ids is None else gpu_ids[config.worker_index],
         num_gpus=parallel.num_gpus,
         join=join,

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 
+from sglang.multimodal_gen.configs.memory_args import ALL_RESIDENT, MemoryArgs
 from sglang.multimodal_gen.configs.model_info import ModelInfo, TaskLimits
 from sglang.multimodal_gen.configs.request_plan import Lane, Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import PARAMETERS_OF_SOME, SamplingParams
@@ -29,7 +30,9 @@ from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import 
     Report,
     alone,
 )
+from sglang.multimodal_gen.runtime.pipelines_core.memory import limit_memory
 from sglang.multimodal_gen.runtime.pipelines_core.placement import place
+from sglang.multimodal_gen.runtime.pipelines_core.residency import refuse_wishes
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
@@ -58,6 +61,7 @@ class DiffusersPipeline(ComposedPipelineBase):
         resolved: ResolvedModel,
         execution: ExecutionArgs,
         *,
+        memory: MemoryArgs = ALL_RESIDENT,
         local_rank: int = 0,
         num_gpus: int = 1,
         join: Join = alone,
@@ -73,7 +77,9 @@ class DiffusersPipeline(ComposedPipelineBase):
         signature = CallSignature.of(pipeline_class)
         why = "asked for" if resolved.backend == "diffusers" else "no native pipeline"
         reason = f"run by diffusers' {signature.class_name}: {why}"
+        refuse_wishes(memory, resolved.name)
         placement = place(execution, local_rank=local_rank, num_gpus=num_gpus)
+        limit_memory(placement.device, memory.gpu_memory_limit)
         num_ranks = join(placement.device).world.size
         if num_ranks > 1:
             raise InvalidValue("num_gpus", num_ranks, "1 for a pipeline that diffusers runs, or as many as dp_size")

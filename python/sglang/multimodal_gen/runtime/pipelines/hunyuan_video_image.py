@@ -23,6 +23,7 @@ from sglang.multimodal_gen.configs.models.dits.hunyuan_video import (
 )
 from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.runtime.layers.host_weights import compute_device
 from sglang.multimodal_gen.runtime.loader.component_loader import ComponentLoader, LoadContext
 from sglang.multimodal_gen.runtime.loader.image_processor import ImageProcessor, load_image_processor
 from sglang.multimodal_gen.runtime.loader.library_module import transformers_module
@@ -81,8 +82,7 @@ class PictureEncodingStage(Stage):
         self.memory = memory
         self.cache = cache
         self.samples = samples
-        weight = vae.post_quant_conv.weight
-        self.dtype, self.device = weight.dtype, weight.device
+        self.dtype, self.device = vae.post_quant_conv.weight.dtype, compute_device(vae)
 
     def phase(self, req: Req) -> Phase:
         width, height = _size(req.params)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from sglang.multimodal_gen.errors import InvalidRequest, UnsupportedModel
+from sglang.multimodal_gen.runtime.layers.host_weights import compute_device
 from sglang.multimodal_gen.runtime.loader.image_processor import ImageProcessor
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
 from sglang.multimodal_gen.runtime.pipelines_core.library_encoders import PooledCLIP
@@ -72,7 +73,7 @@ class HunyuanVideoPrompts:
         self.clip = clip
         self.max_sequence_length = max_sequence_length
         self.dtype = dtype
-        self.device = next(text_encoder.parameters()).device
+        self.device = compute_device(text_encoder)
         self.memory = encoder_memory(text_encoder.config, dtype.itemsize)
         shortest = self._ids("", max_length=self.max_sequence_length)[0]
         if len(shortest) <= self.crop:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sglang.multimodal_gen.configs.model_info import InputLimits, SizeFromImage, TaskLimits
 from sglang.multimodal_gen.configs.request_plan import Phase
+from sglang.multimodal_gen.runtime.layers.host_weights import compute_device
 from sglang.multimodal_gen.runtime.loader.component_loader import ComponentLoader
 from sglang.multimodal_gen.runtime.loader.library_module import transformers_module
 from sglang.multimodal_gen.runtime.loader.picture_processor import PictureProcessor
@@ -79,8 +80,7 @@ class PictureEncodingStage(Stage):
         self.rules = rules
         self.memory = memory
         self.cache = cache
-        weight = vae.quant_conv.weight
-        self.dtype, self.device = weight.dtype, weight.device
+        self.dtype, self.device = vae.quant_conv.weight.dtype, compute_device(vae)
 
     def phase(self, req: Req) -> Phase:
         sizes = [size_of(image, self.rules.latents) for image in req.inputs.images]

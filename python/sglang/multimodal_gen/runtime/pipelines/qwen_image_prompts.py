@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sglang.multimodal_gen.configs.model_info import SizeFromImage
 from sglang.multimodal_gen.errors import InvalidValue
+from sglang.multimodal_gen.runtime.layers.host_weights import compute_device
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.pictures import resized
@@ -62,7 +63,7 @@ class QwenPrompts:
         self.text_encoder = text_encoder
         self.max_sequence_length = max_sequence_length
         self.dtype = dtype
-        self.device = next(text_encoder.parameters()).device
+        self.device = compute_device(text_encoder)
         self.memory = encoder_memory(text_encoder.config, dtype.itemsize)
 
     def clean(self, text: str) -> str:

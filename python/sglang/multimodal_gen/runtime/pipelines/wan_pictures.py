@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from sglang.multimodal_gen.configs.request_plan import Phase
+from sglang.multimodal_gen.runtime.layers.host_weights import compute_device
 from sglang.multimodal_gen.runtime.loader.image_processor import ImageProcessor
 from sglang.multimodal_gen.runtime.models.vaes.causal_conv import TemporalState
 from sglang.multimodal_gen.runtime.models.vaes.wan_vae import AutoencoderKLWan
@@ -50,15 +51,14 @@ class PictureConditionStage(Stage):
         self.first_frame_only = first_frame_only
         self.cache = cache
         self.dtype = dtype
-        weight = vae.quant_conv.weight
-        self.vae_dtype, self.device = weight.dtype, weight.device
+        self.vae_dtype, self.device = vae.quant_conv.weight.dtype, compute_device(vae)
         config = vae.config
         # As decoding in reverse: at full size there are two causal convolutions for each block, and the first one.
         self.memory = DecoderMemory(
             channels=config.base_dim * config.dim_mult[0],
             carried_channels=2 * 2 * (2 * config.num_res_blocks + 1) * config.base_dim,
             patch_size=config.patch_size or 1,
-            element_size=weight.element_size(),
+            element_size=self.vae_dtype.itemsize,
         )
 
     def phase(self, req: Req) -> Phase | None:
@@ -138,7 +138,7 @@ class PictureEmbeddingStage(Stage):
         self.cache = cache
         self.dtype = dtype
         parameter = next(image_encoder.parameters())
-        self.encoder_dtype, self.device = parameter.dtype, parameter.device
+        self.encoder_dtype, self.device = parameter.dtype, compute_device(image_encoder)
         self.memory = encoder_memory(image_encoder.config, parameter.element_size())
         self.num_tokens = (image_encoder.config.image_size // image_encoder.config.patch_size) ** 2 + 1
 

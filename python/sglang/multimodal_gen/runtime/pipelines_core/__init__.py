@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from sglang.multimodal_gen.configs.memory_args import MemoryArgs
 from sglang.multimodal_gen.configs.published import published_directory
 from sglang.multimodal_gen.errors import UnsupportedModel
 from sglang.multimodal_gen.registry import ResolvedModel, get_model_info, load_object, with_checkpoint
@@ -23,6 +24,7 @@ def build_pipeline(
     model: str | ModelArgs | ResolvedModel,
     execution: ExecutionArgs | None = None,
     *,
+    memory: MemoryArgs | None = None,
     local_rank: int = 0,
     num_gpus: int = 1,
     join: Join = alone,
@@ -43,6 +45,7 @@ def build_pipeline(
     return pipeline_class.load(
         resolved,
         execution or ExecutionArgs(),
+        memory=memory or MemoryArgs(),
         local_rank=local_rank,
         num_gpus=num_gpus,
         join=join,

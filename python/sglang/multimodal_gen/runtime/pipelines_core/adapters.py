@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.sample.lora_params import LoraUse
 from sglang.multimodal_gen.errors_lora import InvalidLora, LoraNotSupported, UnknownLora
+from sglang.multimodal_gen.runtime.layers.host_weights import compute_device
 from sglang.multimodal_gen.runtime.layers.linear import AdaptableLinear
 from sglang.multimodal_gen.runtime.layers.lora import (
     EMPTY_SLOT,
@@ -150,7 +151,7 @@ class Adapters:
         slots = self._placed({id(use.adapter): use.adapter for uses in rows for use in uses})
         uses = [[SlotUse(slots[id(use.adapter)], use.scale) for use in own] for own in rows]
         followed: AdapterRows = transformer.adapters  # type: ignore[assignment]
-        with followed.using(uses, next(transformer.parameters()).device):
+        with followed.using(uses, compute_device(transformer)):
             yield
 
     def _placed(self, wanted: Mapping[int, Adapter]) -> dict[int, int]:
@@ -181,7 +182,7 @@ class Adapters:
         layer = self._layer(component, name)
         if layer.adapters is None:
             rows: AdapterRows = self.transformers[component].adapters  # type: ignore[assignment]
-            layer.adapters = SlotTable(layer, rows, NUM_SLOTS + 1)
+            layer.adapters = SlotTable(layer, rows, NUM_SLOTS + 1, device=compute_device(self.transformers[component]))
         return layer.adapters
 
     def _layer(self, component: str, name: str) -> AdaptableLinear:
@@ -240,12 +241,12 @@ def _host_copy(tensor: Tensor) -> Tensor:
 
 
 def _merge_into(layer: AdaptableLinear, updates: Sequence[tuple[LayerUpdate, float]]) -> None:
-    weight = layer.weight.data.float()
+    weight = layer.weight.data.to(compute_device(layer), torch.float32, copy=True)
     for update, scale in updates:
         down, up = (part.to(weight.device, torch.float32) for part in (update.down, update.up))
         weight.addmm_(up.t(), down, alpha=scale)
         if update.bias is not None:
-            layer.bias.data.copy_(layer.bias.data.float() + scale * update.bias.to(weight.device).float())
+            layer.bias.data.copy_(layer.bias.data.float() + scale * update.bias.to(layer.bias.device).float())
     # In place: several layers' weights may be views of one tensor.
     layer.weight.data.copy_(weight)
 

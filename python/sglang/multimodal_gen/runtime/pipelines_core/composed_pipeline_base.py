@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from sglang.multimodal_gen import envs
+from sglang.multimodal_gen.configs.memory_args import ALL_RESIDENT, MemoryArgs
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
 from sglang.multimodal_gen.configs.model_info import ModelInfo, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
@@ -54,11 +55,18 @@ from sglang.multimodal_gen.runtime.pipelines_core.memory import (
     DecoderMemory,
     free_bytes,
     is_out_of_memory,
+    limit_memory,
     model_too_large,
 )
 from sglang.multimodal_gen.runtime.pipelines_core.memory_meter import meter_for
 from sglang.multimodal_gen.runtime.pipelines_core.placement import Placement, place
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
+from sglang.multimodal_gen.runtime.pipelines_core.residency import (
+    WeightRoom,
+    loads_on_host,
+    plan_for,
+    settle_weights,
+)
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 from sglang.multimodal_gen.runtime.pipelines_core.state_file import read_state, to_host
@@ -118,6 +126,7 @@ class ComposedPipelineBase:
         components: Mapping[str, Any],
         conditioning_cache: ConditioningCache | None = None,
         entry: ModelEntry | None = None,
+        weight_room: WeightRoom | None = None,
         load_seconds: float = 0.0,
     ) -> None:
         """Raises UnsupportedModel or CorruptCheckpoint when the components do not fit together."""
@@ -134,6 +143,7 @@ class ComposedPipelineBase:
         self.modules: dict[str, nn.Module] = {n: c for n, c in components.items() if isinstance(c, nn.Module)}
         for component, value in components.items():
             setattr(self, component, value)
+        self.weight_room = WeightRoom() if weight_room is None else weight_room
         self.adapters = Adapters.of(self.modules)
         self.check_components()
         self.stages = self.create_pipeline_stages()
@@ -196,6 +206,7 @@ class ComposedPipelineBase:
         resolved: ResolvedModel,
         execution: ExecutionArgs,
         *,
+        memory: MemoryArgs = ALL_RESIDENT,
         local_rank: int = 0,
         num_gpus: int = 1,
         join: Join = alone,
@@ -213,14 +224,22 @@ class ComposedPipelineBase:
         placement = place(execution, local_rank=local_rank, num_gpus=num_gpus)
         config = load_config(resolved.entry)
         parallel = join(placement.device)
+        limit_memory(placement.device, memory.gpu_memory_limit)
+        plan = plan_for(resolved, memory, placement, parallel=parallel, encoder_parallel=execution.encoder_parallel)
         context = cls.load_context(
             config, placement, execution, parallel=parallel, random_weights=random_weights, report=report
         )
-        components = {}
+        components: dict[str, Any] = {}
+        if plan is not None:
+            report(plan.reason)
+            moved = [name for name, mode in plan.modes.items() if loads_on_host(mode, name)]
+            context = dataclasses.replace(context, on_host=frozenset(moved))
         if cls.components:
             assert resolved.local_path is not None, "downloaded before loading"
             components = cls._load_components(resolved.local_path, context, report)
-        for reason in explain_kernels(c for c in components.values() if isinstance(c, nn.Module)):
+        modules = {name: module for name, module in components.items() if isinstance(module, nn.Module)}
+        room = settle_weights(modules, plan, memory, placement.device)
+        for reason in explain_kernels(modules.values()):
             report(reason)
         for reason in explain_strips(components):
             report(reason)
@@ -237,6 +256,7 @@ class ComposedPipelineBase:
             components=components,
             conditioning_cache=ConditioningCache(execution.conditioning_cache_mib << 20),
             entry=resolved.entry,
+            weight_room=room,
             load_seconds=time.perf_counter() - start,
         )
 
@@ -317,9 +337,10 @@ class ComposedPipelineBase:
 
     def free_bytes(self) -> int:
         """Memory on the device that is free now or held by requests: what there is for requests in all."""
-        kept = self._loaded_bytes + self.conditioning_cache.held_bytes + self.adapters.held_bytes
+        movable = self.weight_room.present_bytes
+        kept = self._loaded_bytes + self.conditioning_cache.held_bytes + self.adapters.held_bytes + movable
         held = self.meter.allocated_bytes() - kept
-        return least(free_bytes(self.device) + max(0, held), self.parallel.world)
+        return least(free_bytes(self.device) + movable + max(0, held), self.parallel.world)
 
     def budget_bytes(self) -> int:
         """What all requests together may take above the weights."""
@@ -371,7 +392,12 @@ class ComposedPipelineBase:
                 raise UnsupportedParameter(name, f"{self.name} has no use for it")
 
     def _phases(self, req: Req) -> tuple[Phase, ...]:
-        return tuple(phase for stage in self.stages if (phase := stage.phase(req)) is not None)
+        phases = [phase for stage in self.stages if (phase := stage.phase(req)) is not None]
+        # Weights that come for a unit are on the device beside what it computes.
+        return tuple(
+            msgspec.structs.replace(phase, peak_bytes=phase.peak_bytes + self.weight_room.bytes_for(phase.lane))
+            for phase in phases
+        )
 
     def saved_state(self, req: Req) -> dict[str, Any]:
         """A copy on the CPU of all that `restore` needs; the request may go on meanwhile."""
@@ -416,6 +442,7 @@ class ComposedPipelineBase:
             if req.done(phase_name) == 0:
                 self._begin(phase_name, req)
         stage = self.stages[self._stage_order[phase_name]]
+        self.weight_room.begin(next(phase.lane for phase in requests[0].phases if phase.name == phase_name))
         # Frames leave by one rank, whether others help to make them or not.
         outputs = stage.step(requests) or [] if self.parallel.leads or not stage.only_leader else []
         if self.device.type == "cuda":  # else its time, and its failure, would be put down to a later unit
@@ -452,6 +479,7 @@ class ComposedPipelineBase:
     def reclaim(self) -> None:
         """Give back what a failed unit left behind, and what can be made again."""
         forget_graphs(self.modules.values())
+        self.weight_room.clear()
         gc.collect()
         self.meter.give_back()
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.cache.rules import CachedRow
 from sglang.multimodal_gen.runtime.layers.block_runner import BlockRunner
+from sglang.multimodal_gen.runtime.layers.host_weights import compute_device
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req, TextCondition
@@ -58,7 +59,7 @@ class Denoiser:
         self.memory = memory
         self.max_sequence_length = max_sequence_length
         self.dtype = dtype
-        self.device = next(transformer.parameters()).device
+        self.device = compute_device(transformer)
         self.block_runner: BlockRunner | None = getattr(transformer, "block_runner", None)
 
     def caching(self, rows: Sequence[Row]) -> AbstractContextManager[None]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sglang.multimodal_gen.runtime.layers.host_weights import compute_device
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import encoder_memory, key_mask, padded_ids
@@ -21,7 +22,7 @@ class PooledCLIP:
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.max_length: int = text_encoder.config.max_position_embeddings
-        self.device = next(text_encoder.parameters()).device
+        self.device = compute_device(text_encoder)
 
     def ids(self, text: str) -> tuple[int, ...]:
         """The text's ids, cut and padded as the encoder was trained: always `max_length`."""
@@ -64,7 +65,7 @@ class T5Sequence:
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.masks = masks
-        self.device = next(text_encoder.parameters()).device
+        self.device = compute_device(text_encoder)
 
     def hidden_states(self, rows: Sequence[tuple[int, ...]], length: int) -> Tensor:
         """Ids without padding -> [B, length, D]; with `masks` the rows behind the text are what padding becomes."""
@@ -86,7 +87,7 @@ class LanguageModelStates:
         self.model = text_encoder.base_model
         self.layer = layer
         self.dtype = dtype
-        self.device = next(text_encoder.parameters()).device
+        self.device = compute_device(text_encoder)
         self.memory: TransformerMemory = encoder_memory(text_encoder.config, dtype.itemsize)
 
     def hidden_states(self, rows: Sequence[tuple[int, ...]]) -> list[Tensor]:

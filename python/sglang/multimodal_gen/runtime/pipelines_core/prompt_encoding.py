@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.runtime.layers.host_weights import compute_device
 from sglang.multimodal_gen.runtime.loader.tokenizer import TextTokenizer
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import RequestInputs
@@ -62,7 +63,7 @@ class ZeroPaddedPrompts:
         self.max_sequence_length = max_sequence_length
         self.memory = memory
         self.dtype = dtype
-        self.device = next(text_encoder.parameters()).device
+        self.device = compute_device(text_encoder)
 
     def clean(self, text: str) -> str:
         """See PromptEncoder."""

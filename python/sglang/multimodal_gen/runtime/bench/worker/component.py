@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,9 @@ from sglang.multimodal_gen.runtime.bench.worker.timing import time_in_turns, tim
 from sglang.multimodal_gen.runtime.layers.attention.switch import explain_kernels
 from sglang.multimodal_gen.runtime.loader.component_loader import weight_totals
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
-from sglang.multimodal_gen.runtime.pipelines_core.memory import free_bytes
+from sglang.multimodal_gen.runtime.pipelines_core.memory import free_bytes, limit_memory
+from sglang.multimodal_gen.runtime.pipelines_core.memory_meter import meter_for
+from sglang.multimodal_gen.runtime.pipelines_core.residency import loads_on_host, settle_weights
 from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, VideoDecoding, VideoEncoding, Workload
 
 
@@ -39,15 +42,25 @@ class ComponentBench:
         self.size = work_size(task, self.model, dtype=self.dtype, free_bytes=free_bytes(self.device))
         if isinstance(self.workload, VideoDecoding | VideoEncoding):
             self.notes.append(f"{self.size.chunk_frames} of {self.size.latent_shape[1]} latent frames at a time")
-        self.module, self.load_seconds = self._load()
+        with torch.inference_mode(False):  # tensors made under it could not become others
+            self.module, self.load_seconds = self._load()
         self.inputs = self.workload.inputs(self.model.configs, self.size, Drawing(self.device, self.dtype))
 
     def _load(self) -> tuple[nn.Module, float]:
         component = self.workload.component
         self.parent.tell(f"loading {component}")
         begin = time.perf_counter()
-        load = self.model.native(component)
-        module = load(self.model.directory / component, self.model.listed(component)[1], self.context)
+        load, engine = self.model.native(component), self.task.engine.args
+        limit_memory(self.device, engine.memory.gpu_memory_limit)
+        plan = self.model.memory_plan(engine)
+        context = self.context
+        if plan is not None and loads_on_host(plan.modes[component], component):
+            context = replace(context, on_host=frozenset({component}))
+        module = load(self.model.directory / component, self.model.listed(component)[1], context)
+        settle_weights({component: module}, plan, engine.memory, self.device)
+        if plan is not None and plan.offloads:
+            held = meter_for(self.device).allocated_bytes() / 2**30
+            self.notes.append(f"{plan.reason}; {held:.2f} GiB of weights and slots are on the device")
         self.notes.extend(explain_kernels([module]))
         return module, time.perf_counter() - begin
 

@@ -8,19 +8,22 @@ from pathlib import Path
 
 import torch
 
+from sglang.multimodal_gen.configs.memory_plan import MemoryPlan
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import UnsupportedModel
-from sglang.multimodal_gen.registry import load_config, read_model_index
+from sglang.multimodal_gen.registry import ResolvedModel, load_config, read_model_index
 from sglang.multimodal_gen.runtime.bench.messages import ComponentTask, CostTask
 from sglang.multimodal_gen.runtime.bench.worker.flops import count_flops
 from sglang.multimodal_gen.runtime.bench.worker.reporting import Parent
+from sglang.multimodal_gen.runtime.distributed.parallel_state import SINGLE
 from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 from sglang.multimodal_gen.runtime.loader.component_loader import LoadContext, NativeModule
 from sglang.multimodal_gen.runtime.pipelines_core import ComposedPipelineBase, find_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.memory import longest_chunk
 from sglang.multimodal_gen.runtime.pipelines_core.placement import place
+from sglang.multimodal_gen.runtime.pipelines_core.residency import plan_for
 from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, Workload, WorkSize
 from sglang.multimodal_gen.runtime.server_args import ModelArgs, ServerArgs
 
@@ -29,6 +32,7 @@ from sglang.multimodal_gen.runtime.server_args import ModelArgs, ServerArgs
 class BenchModel:
     """A model's directory and what its configs say."""
 
+    resolved: ResolvedModel
     directory: Path
     pipeline_class: type[ComposedPipelineBase]
     config: PipelineConfig
@@ -55,6 +59,10 @@ class BenchModel:
             random_weights=args.model.random_weights,
             report=report,
         )
+
+    def memory_plan(self, args: ServerArgs) -> MemoryPlan | None:
+        """Where weights would be in an engine with these options. Raises InvalidValue for what cannot be."""
+        return plan_for(self.resolved, args.memory, place(args.execution), parallel=SINGLE)
 
     def flops(self, workload: Workload, size: WorkSize) -> int:
         """Of one forward of ours."""
@@ -84,6 +92,7 @@ def find_model(model: ModelArgs, workload: str, parent: Parent) -> BenchModel:
         if isinstance(load, NativeModule) and not pipeline_class.leaves_out(name, index)
     }
     return BenchModel(
+        resolved=resolved,
         directory=resolved.local_path,
         pipeline_class=pipeline_class,
         config=load_config(resolved.entry),

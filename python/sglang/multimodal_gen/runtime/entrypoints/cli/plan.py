@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sglang.multimodal_gen import envs
-from sglang.multimodal_gen.configs.cost_model import HARDWARE, RESERVED_BYTES
+from sglang.multimodal_gen.configs.cost_model import CODING_BYTES, CONTEXT_BYTES, HARDWARE
 from sglang.multimodal_gen.configs.declare import CLI_ONLY, Parameter, arg, build, parameters
+from sglang.multimodal_gen.configs.memory_plan import MemoryWish
 from sglang.multimodal_gen.configs.model_outline import outline_of
 from sglang.multimodal_gen.configs.parallel_choice import element_bytes, this_machine
 from sglang.multimodal_gen.configs.parallel_plan import (
@@ -21,12 +23,15 @@ from sglang.multimodal_gen.configs.parallel_plan import (
     counted,
     plan_layouts,
 )
-from sglang.multimodal_gen.configs.replica_shape import AXES, DEGREES
+from sglang.multimodal_gen.configs.replica_shape import AXES, DEGREES, ReplicaShape
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.registry import get_model_info
 from sglang.multimodal_gen.runtime.bench.tables import Section, as_time, show_sections
 from sglang.multimodal_gen.runtime.entrypoints.cli.options import CommandArgs, OptionParser, read_config, warn
 from sglang.multimodal_gen.runtime.entrypoints.cli.plan_comparison import ComparisonJob
+from sglang.multimodal_gen.runtime.entrypoints.cli.plan_memory import MemoryOutlook, outlook
+from sglang.multimodal_gen.runtime.entrypoints.cli.plan_memory import as_dict as memory_as_dict
+from sglang.multimodal_gen.runtime.entrypoints.cli.plan_memory import sections as memory_sections
 from sglang.multimodal_gen.runtime.server_args import ResolvedServerArgs, resolve_server_args, server_options
 
 _OF_REQUESTS = (
@@ -87,12 +92,14 @@ class PlanJob:
     """A plan to print."""
 
     plan: ParallelPlan
+    memory: MemoryOutlook
     as_json: bool
 
     def run(self) -> int:
         """Print it."""
         if self.as_json:
-            sys.stdout.write(json.dumps(as_dict(self.plan), ensure_ascii=False, indent=1) + "\n")
+            found = as_dict(self.plan) | {"memory": memory_as_dict(self.memory)}
+            sys.stdout.write(json.dumps(found, ensure_ascii=False, indent=1) + "\n")
             return 0
         work, shape = self.plan.work, self.plan.outline.shape
         facts = [
@@ -103,13 +110,18 @@ class PlanJob:
         ]
         rows = [_row(self.plan, layout) for layout in self.plan.layouts]
         show_sections(
-            [Section(self.plan.outline.name, facts), Section(counted(self.plan.num_gpus, "GPU"), rows, header=_HEADER)]
+            [
+                Section(self.plan.outline.name, facts),
+                Section(counted(self.plan.num_gpus, "GPU"), rows, header=_HEADER),
+                *memory_sections(self.memory),
+            ]
         )
         if self.plan.num_gpus > 1 and self.plan.chosen is not None:
             sys.stdout.write(f"\n{self.plan.reason}\n")
         sys.stdout.write(
             "\nspeed-up: of one request; throughput: of one request in each replica (dp). memory: of each GPU, with "
-            f"{RESERVED_BYTES / GIB:g} GiB for all else. sent: by each GPU in a step.\n"
+            f"{CODING_BYTES / GIB:g} GiB to decode with, where that is more than the activations, and "
+            f"{CONTEXT_BYTES / GIB:g} for all else. sent: by each GPU in a step.\n"
         )
         return 0
 
@@ -126,7 +138,7 @@ def options() -> Mapping[str, Parameter]:
     engine = {
         name: option
         for name, option in server_options().items()
-        if name in _OF_MODELS or option.declaration.group == "parallel"
+        if name in _OF_MODELS or option.declaration.group in ("parallel", "memory")
     }
     return {**parameters(PlanCommandArgs), **_request_options(), **engine}
 
@@ -145,10 +157,11 @@ def configure(arguments: Sequence[str]) -> PlanJob | ComparisonJob:
         return ComparisonJob(path=flags["compare"], hardware=flags.get("gpu"), as_json=flags.get("json", False))
     resolved = resolve_server_args(engine_flags, environ=envs.current(), config_file=engine_file)
     warn(resolved.warnings)
-    return PlanJob(plan=_plan(resolved, flags), as_json=flags.get("json", False))
+    plan, memory = _plans(resolved, flags)
+    return PlanJob(plan=plan, memory=memory, as_json=flags.get("json", False))
 
 
-def _plan(resolved: ResolvedServerArgs, flags: Mapping[str, Any]) -> ParallelPlan:
+def _plans(resolved: ResolvedServerArgs, flags: Mapping[str, Any]) -> tuple[ParallelPlan, MemoryOutlook]:
     model, parallel = resolved.args.model, resolved.args.parallel
     outline = outline_of(get_model_info(model.model_path, model_id=model.model_id, backend=model.backend))
     asked = {name: flags[name] for name in _OF_REQUESTS if name in flags}
@@ -166,8 +179,18 @@ def _plan(resolved: ResolvedServerArgs, flags: Mapping[str, Any]) -> ParallelPla
         element_bytes=element_bytes(resolved.args.execution.precision),
         encoder_parallel=resolved.args.execution.encoder_parallel,
     )
-    params = build(SamplingParams, asked, what="parameter")
-    return plan_layouts(outline, outline.work(params), wanted)
+    work = outline.work(build(SamplingParams, asked, what="parameter"))
+    plan, args = plan_layouts(outline, work, wanted), resolved.args.memory
+    limit = math.inf if args.gpu_memory_limit is None else args.gpu_memory_limit * GIB
+    wish = MemoryWish(
+        gpu_bytes=min(wanted.gpu_bytes, limit),
+        hardware=wanted.hardware,
+        args=args,
+        shape=ReplicaShape() if plan.chosen is None else plan.chosen.shape,
+        element_bytes=wanted.element_bytes,
+        encoder_parallel=wanted.encoder_parallel,
+    )
+    return plan, outlook(outline, work, wish)
 
 
 def _request_options() -> Mapping[str, Parameter]:

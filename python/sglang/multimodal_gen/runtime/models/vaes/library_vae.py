@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sglang.multimodal_gen.runtime.layers.host_weights import compute_device
 from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 from sglang.multimodal_gen.runtime.models.vaes.tiling import Tiling
 
@@ -46,8 +47,7 @@ class LibraryAutoencoder:
     ) -> None:
         self.vae = vae
         self.strips: StripSharding = getattr(vae, "strips", None) or StripSharding()
-        parameter = next(vae.parameters())
-        self.dtype, self.device = parameter.dtype, parameter.device
+        self.dtype, self.device = next(vae.parameters()).dtype, compute_device(vae)
         self.mean, self.std = (torch.as_tensor(value).float().reshape(-1, 1, 1, 1) for value in (mean, std))
         self.spatial_ratio = spatial_ratio
         self.is_video = is_video
