@@ -376,7 +376,7 @@ def test_parts_for_other_components_go_there_or_are_named() -> None:
         "transformer_2": ["proj_out"],
         TRANSFORMER: ["proj_in"],
     }
-    assert found.notes == ("4 tensors of its text encoder part are left out",)
+    assert found.notes == ("4 tensors of a text encoder that the model has not are left out",)
 
 
 def test_differences_of_norms_are_named_unless_they_are_zeros() -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.errors import RemoteError
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator, GenerationResult
-from sglang.multimodal_gen.test.lora_case import load_adapters, save_adapters
+from sglang.multimodal_gen.test.lora_case import load_adapters, random_adapter, save_adapters
 from sglang.multimodal_gen.test.parallel_case import FORWARD_TOLERANCE, made_of
 from sglang.multimodal_gen.test.parallel_pool import FAMILIES, Family, Pool
 from sglang.multimodal_gen.test.pipeline_parity import LATENT_TOLERANCE, load, relative_error
@@ -48,7 +48,7 @@ def assert_same_on(pool: Pool, shape: ReplicaShape, checkpoint: Path, family: Fa
     assert relative_error(torch.from_numpy(expected["latents0"]), torch.from_numpy(plain["latents0"])) > 1e-2
     for rank in pool.run(checkpoint, shape, family, scratch):
         for key, values in expected.items():
-            if key.startswith(("latents", "predicted")):
+            if key.startswith(("latents", "predicted", "text")):
                 tolerance = LATENT_TOLERANCE if key.startswith("latents") else FORWARD_TOLERANCE
                 assert relative_error(torch.from_numpy(rank[key]), torch.from_numpy(values)) <= tolerance, key
 
@@ -65,6 +65,18 @@ def test_each_rank_has_the_adapters_of_its_tokens_and_rows(
     name: str, shape: ReplicaShape, pool: Pool, tmp_path: Path
 ) -> None:
     assert_same_on(pool, shape, *adapted(name, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["wan", "sd3"])  # an encoder of ours, and those of a library
+def test_adapters_of_encoders_that_are_dealt_to_ranks_add_up(name: str, pool: Pool, tmp_path: Path) -> None:
+    checkpoint, family = adapted(name, tmp_path)
+    tensors = load_file(family.adapters["wide"])
+    for component, encoder in load(checkpoint).modules.items():
+        if component.startswith("text_encoder"):
+            part = random_adapter(encoder, len(component)).items()
+            tensors |= {f"{component}.{key.removeprefix('transformer.')}": tensor for key, tensor in part}
+    save_file(tensors, family.adapters["wide"])
+    assert_same_on(pool, ReplicaShape(tp=2), checkpoint, family, tmp_path)
 
 
 def test_shards_with_biases_and_merged_weights_add_up(pool: Pool, tmp_path: Path) -> None:

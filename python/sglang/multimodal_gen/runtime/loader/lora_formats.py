@@ -43,8 +43,12 @@ _COMPONENTS = (
     (re.compile(r"^transformer_(?P<number>\d)\."), "transformer"),
     (re.compile(r"^text_encoder(_(?P<number>\d))?\."), "text_encoder"),
     (re.compile(r"^lora_te(?P<number>\d)?_"), "text_encoder"),
-    (re.compile(r"^text_encoders\.\w+\."), "text_encoder"),
+    (re.compile(r"^text_encoders\.clip_l\."), "text_encoder"),
+    (re.compile(r"^text_encoders\.clip_g\."), "text_encoder_2"),
+    (re.compile(r"^text_encoders\.\w+\."), "text_encoder of another kind"),
 )
+# Names of text encoders may begin with those of models around them.
+_TEXT_PREFIXES = re.compile(r"^(transformer|text_model|language_model|model)[._]")
 MAIN_COMPONENT = "transformer"
 
 
@@ -146,13 +150,19 @@ class LayerNames:
         self.sizes = _linear_sizes(model)
         self._targets = {_flat(name): _Target(((name, out),), in_) for name, (out, in_) in self.sizes.items()}
         config = getattr(model, "config", None)
+        self._reads_texts = not isinstance(config, TransformerConfig)
         for rule in config.lora_names if isinstance(config, TransformerConfig) else ():
             self._add(rule)
 
     def find(self, path: str) -> _Target | None:
         """The layers that an adapter means by a path from which what stands before the model's own part is taken."""
         own = _PROCESSOR.sub(r".\1", path)
-        return self._targets.get(_flat(own)) or self._targets.get(_flat(f"{own}.0"))
+        while (found := self._targets.get(_flat(own)) or self._targets.get(_flat(f"{own}.0"))) is None:
+            prefix = _TEXT_PREFIXES.match(own) if self._reads_texts else None
+            if prefix is None:
+                return None
+            own = own[prefix.end() :]
+        return found
 
     def _add(self, rule: ForeignName) -> None:
         first = re.compile(re.escape(rule.own[0]).replace(r"\{\}", r"(\d+)") + "$")
@@ -221,8 +231,8 @@ def sort_tensors(
     if unknown:
         raise LoraDoesNotFit("the model has no such linear layers", unknown, "it was made for another model")
     if not updates:
-        raise InvalidLora("none of its tensors belongs to the transformer; accepted are LoRA weights of this model")
-    notes = [f"{num_others} tensors of its text encoder part are left out"] if num_others else []
+        raise InvalidLora("none of its tensors belongs to this model; accepted are LoRA weights of its own")
+    notes = [f"{num_others} tensors of a text encoder that the model has not are left out"] if num_others else []
     if left_out:
         notes.append(f"{len(left_out)} tensors that are no low-rank update are left out, such as {left_out[0]}")
     return AdapterTensors(updates=updates, notes=tuple(notes))

@@ -28,15 +28,18 @@ from sglang.multimodal_gen.runtime.loader.lora_formats import MAIN_COMPONENT, Ad
 NUM_SLOTS = 8
 """Slots at first; a batch with more adapters gets more."""
 ALL = "all"
-"""The target of an adapter that changes every transformer."""
+"""The target of an adapter that changes every transformer, and text encoders where it has parts for them."""
+_TEXT_ENCODER = "text_encoder"
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """One that is loaded: this rank's updates, on the CPU, by component and layer. `digest` is of its values."""
+    """One that is loaded: this rank's updates, on the CPU, by component and layer. `digest` is of its values, and
+    `changes_texts` says whether texts mean something else with it."""
 
     updates: Mapping[str, Mapping[str, LayerUpdate]]
     digest: str
+    changes_texts: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -58,25 +61,34 @@ class _Original:
 
 @dataclass
 class Adapters:
-    """All of a pipeline. `transformers`: the modules that rows of a forward go through, by component.
+    """All of a pipeline. `transformers`: the modules that rows of a forward go through, by component; `encoders` those
+    that read texts, with the rows that each of them follows.
 
     `held_bytes` are those of the slots on the device. What is loaded is known by an id; a request holds the adapters
     themselves, so that it ends with what it began with.
     """
 
     transformers: Mapping[str, nn.Module]
+    encoders: Mapping[str, nn.Module] = field(default_factory=dict)
     loaded: dict[str, Adapter] = field(default_factory=dict)
     merged: tuple[AdapterUse, ...] = ()
     held_bytes: int = 0
     _slots: dict[int, Adapter] = field(default_factory=dict)
     _originals: dict[AdaptableLinear, _Original] = field(default_factory=dict)
     _names: dict[str, LayerNames] = field(default_factory=dict)
+    _text_rows: AdapterRows = field(default_factory=AdapterRows)
 
     @classmethod
     def of(cls, modules: Mapping[str, nn.Module]) -> Adapters:
         """Of those components that follow adapters."""
         found = {n: m for n, m in modules.items() if isinstance(getattr(m, "adapters", None), AdapterRows)}
-        return cls(found)
+        texts = {n: m for n, m in modules.items() if n.startswith(_TEXT_ENCODER)}
+        return cls(found, texts if found else {})
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """All that an adapter may change."""
+        return {**self.transformers, **self.encoders}
 
     # -- loading --
 
@@ -87,15 +99,16 @@ class Adapters:
         """
         if not self.transformers:
             raise LoraNotSupported("this model is run by a library; adapters are for the models with native pipelines")
-        if target != ALL and target not in self.transformers:
-            raise InvalidLora(f"the target {target} is none of {', '.join([ALL, *self.transformers])}")
-        names = self._names or {name: LayerNames(module) for name, module in self.transformers.items()}
+        if target != ALL and target not in self.components:
+            raise InvalidLora(f"the target {target} is none of {', '.join([ALL, *self.components])}")
+        names = self._names or {name: LayerNames(module) for name, module in self.components.items()}
         self._names = names
         tensors = read_adapter(source, names)
         updates = self._aimed(tensors, target)
         return Adapter(
             updates={component: self._of_rank(component, own) for component, own in updates.items()},
             digest=_digest(updates),
+            changes_texts=any(component in self.encoders for component in updates),
             notes=tensors.notes,
         )
 
@@ -106,14 +119,19 @@ class Adapters:
 
     def _aimed(self, tensors: AdapterTensors, target: str) -> dict[str, Updates]:
         """By the components that the file names, else by those that the target says."""
-        if set(tensors.updates) != {MAIN_COMPONENT}:
-            if target != ALL:
-                raise InvalidLora(
-                    f"the file itself says which transformer it changes; the target {target} says another"
-                )
-            return dict(tensors.updates)
-        own = tensors.updates[MAIN_COMPONENT]
-        return dict.fromkeys(self.transformers if target == ALL else [target], own)
+        texts = {name: own for name, own in tensors.updates.items() if name in self.encoders}
+        if target in self.encoders:
+            if target not in texts:
+                raise InvalidLora(f"it changes nothing of the target {target}")
+            return {target: texts[target]}
+        others = {name: own for name, own in tensors.updates.items() if name not in texts}
+        if set(others) <= {MAIN_COMPONENT}:
+            aimed = self.transformers if target == ALL else [target]
+            found = {name: own for own in others.values() for name in aimed}
+            return {**found, **texts} if target == ALL else found
+        if target != ALL:
+            raise InvalidLora(f"the file itself says which transformer it changes; the target {target} says another")
+        return dict(tensors.updates)
 
     def _of_rank(self, component: str, updates: Updates) -> dict[str, LayerUpdate]:
         found = {}
@@ -154,6 +172,23 @@ class Adapters:
         with followed.using(uses, compute_device(transformer)):
             yield
 
+    @contextmanager
+    def encoding(self, uses: Sequence[AdapterUse]) -> Iterator[None]:
+        """Texts that are encoded inside the `with` block are read with these adapters."""
+        own = [use for use in uses if use.adapter.changes_texts]
+        if not own:
+            yield
+            return
+        slots = self._placed({id(use.adapter): use.adapter for use in own})
+        row = [SlotUse(slots[id(use.adapter)], use.scale) for use in own]
+        # One row that stands for as many as there are: encoders may read equal texts once.
+        with self._text_rows.using([row], compute_device(next(iter(self.encoders.values())))):
+            yield
+
+    def text_key(self, uses: Sequence[AdapterUse]) -> tuple[tuple[str, float], ...]:
+        """What a text's meaning depends on, beside the text."""
+        return tuple((use.adapter.digest, use.scale) for use in (*self.merged, *uses) if use.adapter.changes_texts)
+
     def _placed(self, wanted: Mapping[int, Adapter]) -> dict[int, int]:
         """The slot of each, after those that were used longest ago made room."""
         held = {id(adapter): slot for slot, adapter in self._slots.items()}
@@ -170,7 +205,7 @@ class Adapters:
 
     def _fill(self, slot: int, adapter: Adapter) -> None:
         before = self._slots.pop(slot, None)
-        for component in self.transformers:
+        for component in self.components:
             old = {} if before is None else before.updates.get(component, {})
             new = adapter.updates.get(component, {})
             for name in old.keys() | new.keys():
@@ -181,19 +216,23 @@ class Adapters:
     def _table(self, component: str, name: str) -> SlotTable:
         layer = self._layer(component, name)
         if layer.adapters is None:
-            rows: AdapterRows = self.transformers[component].adapters  # type: ignore[assignment]
-            layer.adapters = SlotTable(layer, rows, NUM_SLOTS + 1, device=compute_device(self.transformers[component]))
+            module = self.components[component]
+            rows = self._text_rows if component in self.encoders else module.adapters
+            assert isinstance(rows, AdapterRows), "it follows adapters"
+            layer.adapters = SlotTable(layer, rows, NUM_SLOTS + 1, device=compute_device(module))
         return layer.adapters
 
     def _layer(self, component: str, name: str) -> AdaptableLinear:
-        layer = self.transformers[component].get_submodule(name)
+        layer = self.components[component].get_submodule(name)
+        if type(layer) is nn.Linear:  # of a library; it becomes the same with room for adapters
+            layer.__class__ = AdaptableLinear
         assert isinstance(layer, AdaptableLinear), "names are of such layers"
         return layer
 
     def _table_bytes(self) -> int:
         return sum(
             layer.adapters.nbytes
-            for module in self.transformers.values()
+            for module in self.components.values()
             for layer in module.modules()
             if isinstance(layer, AdaptableLinear) and layer.adapters is not None
         )

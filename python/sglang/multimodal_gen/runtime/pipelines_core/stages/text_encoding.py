@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import ClassVar
 
 from sglang.multimodal_gen.configs.request_plan import Phase
@@ -78,24 +78,30 @@ class TextEncodingStage(Stage):
         return True
 
     def step(self, requests: Sequence[Req]) -> list[OutputBatch]:
-        texts = self._encoded(requests)
+        groups: dict[Hashable, list[Req]] = {}
         for req in requests:
-            assert req.prompt is not None, "prepared at admission"
-            req.text = texts[req.prompt]
-            req.negative_text = None if req.negative_prompt is None else texts[req.negative_prompt]
+            groups.setdefault(self.adapters.text_key(req.adapters), []).append(req)
+        for adapters, group in groups.items():
+            with self.adapters.encoding(group[0].adapters):
+                texts = self._encoded(group, adapters)
+            for req in group:
+                assert req.prompt is not None, "prepared at admission"
+                req.text = texts[req.prompt]
+                req.negative_text = None if req.negative_prompt is None else texts[req.negative_prompt]
         return []
 
-    def _encoded(self, requests: Sequence[Req]) -> dict[Prompt, TextCondition]:
-        """Each distinct prompt's condition, from the cache or else from one forward."""
+    def _encoded(self, requests: Sequence[Req], adapters: Hashable) -> dict[Prompt, TextCondition]:
+        """Each distinct prompt's condition under these adapters, from the cache or else from one forward."""
         wanted = dict.fromkeys(prompt for req in requests for prompt in _prompts(req))
-        found = {prompt: text for prompt in wanted if (text := self.cache.get((self.name, prompt))) is not None}
+        keys = {prompt: (self.name, prompt, adapters) for prompt in wanted}
+        found = {prompt: text for prompt, key in keys.items() if (text := self.cache.get(key)) is not None}
         missing = [prompt for prompt in wanted if prompt not in found]
         rows = min((req.max_text_rows for req in requests if req.max_text_rows is not None), default=len(wanted))
         for start in range(0, len(missing), rows):
             group = missing[start : start + rows]
             found |= zip(group, self.encoder.encode(group), strict=True)
         for prompt in missing:
-            self.cache.put((self.name, prompt), found[prompt])
+            self.cache.put(keys[prompt], found[prompt])
         return found
 
 
