@@ -56,6 +56,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     encode,
 )
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
+from sglang.multimodal_gen.runtime.managers.warm_up import ID_PREFIX as WARM_UP_PREFIX
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging, fields, log_refusal
 from sglang.multimodal_gen.runtime.observability.private_texts import PRIVATE_TEXTS
 
@@ -183,6 +184,9 @@ class GPUWorker:
         self.frames.forget(request_id)
         if req is not None:
             self.pipeline.release(req)
+            self.pipeline.attention_tuner.request_ended(
+                was_warm_up=request_id.startswith(WARM_UP_PREFIX), others_run=bool(self.requests)
+            )
         self.states.forget(request_id)
         self.previews.release(request_id)
         self.profiler.release(request_id)

@@ -71,10 +71,12 @@ def input_shapes(limits: InputLimits, params: SamplingParams) -> InputShapes:
 @dataclass
 class WarmUp:
     """Which sizes are warm on one replica, and which warm-up requests are under way. `given_up`: one failed, so there
-    are no more. `id_prefix` tells its requests from other replicas'."""
+    are no more. `id_prefix` tells its requests from other replicas'; `is_needed` says that something, such as a
+    compiler, wants one."""
 
     args: WarmupArgs
     id_prefix: str = ""
+    is_needed: bool = False
     mode: Mode = "off"
     warm: set[Shape] = field(default_factory=set)
     under_way: dict[str, Shape] = field(default_factory=dict)
@@ -82,8 +84,9 @@ class WarmUp:
     _number: int = 0
 
     def choose_mode(self, *, serves_http: bool, device: str) -> Mode:
-        """The mode asked for; else a server on a GPU warms up before it takes requests, and nothing else does."""
-        by_default: Mode = "server" if serves_http and device.startswith("cuda") else "off"
+        """The mode asked for; else a server on a GPU warms up before it takes requests, and nothing else does unless
+        it is needed."""
+        by_default: Mode = "server" if self.is_needed or (serves_http and device.startswith("cuda")) else "off"
         self.mode = "off" if self.given_up else cast(Mode, self.args.warmup_mode or by_default)
         return self.mode
 

@@ -9,6 +9,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -47,6 +48,7 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
 )
 from sglang.multimodal_gen.runtime.loader.random_weights import RandomSource
 from sglang.multimodal_gen.runtime.pipelines_core.adapters import Adapters
+from sglang.multimodal_gen.runtime.pipelines_core.attention_choice import AttentionTuner, read_choices
 from sglang.multimodal_gen.runtime.pipelines_core.conditioning_cache import ConditioningCache
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.memory import (
@@ -135,6 +137,7 @@ class ComposedPipelineBase:
         for component, value in components.items():
             setattr(self, component, value)
         self.adapters = Adapters.of(self.modules)
+        self.attention_tuner = AttentionTuner.of(list(self.modules.values()), self.device, parallel)
         self.check_components()
         self.stages = self.create_pipeline_stages()
         for stage in self.stages:
@@ -255,13 +258,16 @@ class ComposedPipelineBase:
         for reason in placement.reasons:
             report(reason)
         facts, precision = device_facts(placement.device), placement.precision
+        autotune = execution.enable_attention_backend_autotune
+        memory = read_choices(placement.device, parallel, autotune=autotune, report=report)
+        plan = partial(AttentionPlan.chosen, options=execution, facts=facts, precision=precision, memory=memory)
         return LoadContext(
             device=placement.device,
             dtype=placement.dtype,
             layers=LayerContext.spread(
                 parallel,
-                self_attention=AttentionPlan.chosen("self", execution, facts=facts, precision=precision),
-                cross_attention=AttentionPlan.chosen("cross", execution, facts=facts, precision=precision),
+                self_attention=plan("self"),
+                cross_attention=plan("cross"),
             ),
             fp32_components=config.fp32_components,
             vae_dtype=placement.vae_dtype,

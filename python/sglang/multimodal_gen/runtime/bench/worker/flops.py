@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sglang.multimodal_gen.configs.models.base import ModelConfig
-from sglang.multimodal_gen.runtime.bench.worker.timing import timer_for
+from sglang.multimodal_gen.runtime.layers.device_timing import timer_for
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.loader.component_loader import without_memory
 
