@@ -41,10 +41,10 @@ from sglang.multimodal_gen.runtime.bench.worker.flops import count_flops
 from sglang.multimodal_gen.runtime.bench.worker.memory import peak_bytes
 from sglang.multimodal_gen.runtime.bench.worker.reference_module import require_reference
 from sglang.multimodal_gen.runtime.bench.worker.reporting import Parent
-from sglang.multimodal_gen.runtime.layers.device_timing import time_in_turns
 from sglang.multimodal_gen.runtime.entrypoints.cli import bench
 from sglang.multimodal_gen.runtime.entrypoints.cli.options import OptionParser
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import GenerationResult
+from sglang.multimodal_gen.runtime.layers.device_timing import time_in_turns
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.models.dits.wan import WanTransformer3DModel
 from sglang.multimodal_gen.runtime.models.encoders.umt5 import UMT5EncoderModel

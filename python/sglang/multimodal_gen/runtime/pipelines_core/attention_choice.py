@@ -35,7 +35,7 @@ Measure = Callable[[SeenShape, DeviceFacts, torch.device], TableEntry | None]
 def read_choices(
     device: torch.device, parallel: ParallelContext, *, autotune: bool, report: Callable[[str], None]
 ) -> ChoiceMemory:
-    """The first rank's table, on every rank; all ranks of the replica ask at once. What is wrong with it is reported."""
+    """The first rank's table, on every rank, who all ask at once. What is wrong with it is reported."""
     entries: tuple[TableEntry, ...] = ()
     path = table_path(envs.cache_root(), identity_of(device))
     if parallel.leads:

@@ -19,7 +19,7 @@ from torch import nn
 
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
-from sglang.multimodal_gen.configs.model_info import ModelInfo, TaskLimits
+from sglang.multimodal_gen.configs.model_info import ComponentRead, ModelInfo, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.request_plan import Phase
@@ -44,6 +44,7 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
     Checkpoint,
     ComponentLoader,
     LoadContext,
+    explain_reads,
     weight_totals,
 )
 from sglang.multimodal_gen.runtime.loader.random_weights import RandomSource
@@ -121,6 +122,7 @@ class ComposedPipelineBase:
         conditioning_cache: ConditioningCache | None = None,
         entry: ModelEntry | None = None,
         load_seconds: float = 0.0,
+        reads: Sequence[ComponentRead] = (),
     ) -> None:
         """Raises UnsupportedModel or CorruptCheckpoint when the components do not fit together."""
         self.name = name
@@ -131,6 +133,7 @@ class ComposedPipelineBase:
         self.device = placement.device
         self.dtype = placement.dtype
         self.load_seconds = load_seconds
+        self.reads = tuple(reads)
         self.entry = entry
         self.conditioning_cache = ConditioningCache(0) if conditioning_cache is None else conditioning_cache
         self.modules: dict[str, nn.Module] = {n: c for n, c in components.items() if isinstance(c, nn.Module)}
@@ -231,6 +234,9 @@ class ComposedPipelineBase:
         if execution.scheduler is not None:
             defaults = dataclasses.replace(defaults, scheduler=execution.scheduler)
         defaults = with_environment(defaults, envs.current())
+        reads = context.source.reads if isinstance(context.source, Checkpoint) else []
+        for reason in explain_reads(reads, placement.device):
+            report(reason)
         return cls(
             name=resolved.name,
             config=config,
@@ -241,6 +247,7 @@ class ComposedPipelineBase:
             conditioning_cache=ConditioningCache(execution.conditioning_cache_mib << 20),
             entry=resolved.entry,
             load_seconds=time.perf_counter() - start,
+            reads=reads,
         )
 
     @classmethod
@@ -317,6 +324,7 @@ class ComposedPipelineBase:
             limits=self.limits(),
             defaults=self.defaults,
             gives_previews=self.gives_previews,
+            reads=self.reads,
         )
 
     # Running

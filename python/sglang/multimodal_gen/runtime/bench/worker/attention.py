@@ -1,4 +1,7 @@
-"""Times attention kernels in a process of its own: `python -m sglang.multimodal_gen.runtime.bench.worker.attention FD`."""
+"""Times attention kernels in a process of its own.
+
+`python -m sglang.multimodal_gen.runtime.bench.worker.attention FD`
+"""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def token_bucket(tokens: int) -> int:
     return between if power >= 4 and tokens <= between else power
 
 
-def ranked(seconds: Mapping[str, float], usual: str | None) -> tuple[str, ...]:
+def ranked(seconds: Mapping[str, float], usual: str) -> tuple[str, ...]:
     """Kernels in the order in which they should be taken; `usual` first unless another is faster by `WORTHWHILE`."""
     by_time = sorted(seconds, key=lambda name: seconds[name])
     if usual in seconds and seconds[by_time[0]] > (1 - WORTHWHILE) * seconds[usual]:
