@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from sglang.multimodal_gen.configs.model_info import ComponentRead
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import ErrorInfo
@@ -279,9 +280,11 @@ class ReferenceDone(BenchMessage, frozen=True, kw_only=True, tag="reference_done
 
 
 class StartupTimes(BenchMessage, frozen=True, kw_only=True, tag="startup"):
-    """Moments of the monotonic clock, which all processes of a machine share, by what happened then, in order."""
+    """Moments of the monotonic clock, which all processes of a machine share, by what happened then, in order; and what
+    reading the weights took a worker."""
 
     moments: tuple[tuple[str, float], ...]
+    reads: tuple[ComponentRead, ...] = ()
 
 
 FromChild = (

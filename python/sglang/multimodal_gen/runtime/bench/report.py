@@ -228,6 +228,23 @@ def _startup(result: StartupResult) -> Iterator[Section]:
     if result.first_result_seconds is not None:
         totals.append(("first result", *_summary(result.first_result_seconds)))
     yield Section("since the process's start", totals, header)
+    if result.page_cache is not None:
+        cache = result.page_cache
+        rates = f"{_rate(cache.bytes_per_second)} by {cache.num_threads} threads, {_rate(cache.bytes_per_second_of_one)} by one"
+        yield Section("page cache", [("the same files", f"{as_size(cache.num_bytes)}, {rates}")])
+    if result.reads:
+        rows = [
+            (
+                name,
+                as_size(read.num_bytes),
+                as_time(read.seconds.median),
+                _rate(read.bytes_per_second),
+                "" if read.page_cache_ratio is None else f"{read.page_cache_ratio:.0%}",
+                "" if read.rest_seconds is None else as_time(read.rest_seconds),
+            )
+            for name, read in result.reads.items()
+        ]
+        yield Section("weights", rows, ("", "size", "reading", "rate", "of the page cache", "building and joining"))
     yield Section("most of the time until ready", [(result.dominant, f"{result.dominant_share:.0%}")])
 
 
@@ -242,3 +259,7 @@ def _parameters(number: int, num_bytes: int, load_seconds: float) -> str:
 
 def _ratio(ratio: Ratio) -> str:
     return f"{ratio.value:.2f} ({ratio.p10:.2f} to {ratio.p90:.2f})"
+
+
+def _rate(bytes_per_second: float) -> str:
+    return f"{bytes_per_second / 1e9:.1f} GB/s"

@@ -44,8 +44,9 @@ def least(value: int, axis: ProcessAxis) -> int:
 
 
 def handed_on(data: bytes, axis: ProcessAxis) -> bytes:
-    """What the axis' first rank has, on every rank; what the others give is not read."""
-    if axis.size == 1:
+    """What the axis' first rank has, on every rank; what the others give is not read. A rank that joined nobody, whose
+    axis only says where it would be, keeps its own."""
+    if axis.size == 1 or axis.group is None:
         return data
     length = torch.tensor([len(data)], dtype=torch.int64, device="cpu")
     dist.broadcast(length, group_src=0, group=axis.group)

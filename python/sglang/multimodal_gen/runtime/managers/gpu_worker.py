@@ -368,6 +368,10 @@ def _load(config: EngineConfig, report: Callable[[str], None]) -> Any:
             raise InvalidValue("gpu_ids", gpu_ids, "none; no CUDA device is visible")
         if device.type == "cpu":
             torch.set_num_threads(max(1, torch.get_num_threads() // parallel.num_gpus))
+        else:
+            report("starting the device")
+            torch.zeros(1, device=device).item()  # the first kernel comes with the context
+            report("preparing the model")
         if shape.num_ranks > 1:
             envs.meet_on_loopback()
         return join_replica(shape, config.rank, store=Path(config.rendezvous), device=device)

@@ -47,7 +47,7 @@ def read_choices(
 
 
 def _handed_on(entries: Sequence[TableEntry], parallel: ParallelContext) -> tuple[TableEntry, ...]:
-    data = handed_on(msgspec.msgpack.encode(tuple(entries)) if parallel.leads else b"", parallel.world)
+    data = handed_on(msgspec.msgpack.encode(tuple(entries)), parallel.world)
     return msgspec.msgpack.decode(data, type=tuple[TableEntry, ...])
 
 
