@@ -177,6 +177,12 @@ def cache_root() -> Path:
     return Path(os.environ.get(CACHE_ROOT) or DEFAULT_CACHE_ROOT).expanduser()
 
 
+def keep_compiled_code() -> None:
+    """Let torch's compiler keep what it made where later starts read it, unless its variables are set."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_root() / "triton"))
+
+
 def silence_profiler_library() -> None:
     """Keep torch's profiler from writing lines of its own to stderr, unless its variable is set; before torch loads."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")

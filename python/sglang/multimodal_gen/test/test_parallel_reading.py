@@ -220,5 +220,4 @@ def test_reading_a_component_says_how_much_and_how_fast(tmp_path: Path) -> None:
     [read] = source.reads
     assert (read.component, read.num_bytes) == (tmp_path.name, 4 * 40) and read.seconds > 0
     told = ComponentRead(component="vae", num_bytes=3_000_000_000, seconds=1.5)
-    assert list(explain_reads([told], torch.device("cuda"))) == ["vae: 3.00 GB read in 1.50 s, 2.0 GB/s"]
-    assert list(explain_reads([told], CPU)) == []
+    assert list(explain_reads([told])) == ["vae: 3.00 GB read in 1.50 s, 2.0 GB/s"]

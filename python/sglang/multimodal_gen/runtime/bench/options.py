@@ -17,6 +17,7 @@ from sglang.multimodal_gen.runtime.server_args import server_options
 REFERENCES = ("diffusers",)
 _MODULE_OPTIONS = ("model_path", "model_id", "revision", "random_weights", "device", "precision", "vae_precision")
 _MODULE_OPTION_ENDING = "attention_backend"
+_TRANSFORMER_OPTIONS = ("enable_torch_compile",)
 _REQUEST_OPTIONS_OF_ENGINE = ("scheduler",)
 """What the engine's requests are given, which means nothing without a model."""
 _SIZE = ("width", "height", "num_frames")
@@ -316,7 +317,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         summary="one forward of the transformer",
         own=ComponentArgs,
         of_requests=lambda option: option.name in (*_SIZE, "max_sequence_length"),
-        of_engine=_of_module,
+        of_engine=lambda option: _of_module(option) or option.name in _TRANSFORMER_OPTIONS,
     ),
     "parallel": Benchmark(
         summary="one denoising step spread over several devices, layout by layout",

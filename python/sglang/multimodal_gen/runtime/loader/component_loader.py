@@ -22,6 +22,7 @@ from sglang.multimodal_gen.configs.model_info import ComponentRead
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.errors import CorruptCheckpoint, InvalidRequest, UnsupportedModel
 from sglang.multimodal_gen.registry import read_json_object
+from sglang.multimodal_gen.runtime.layers.compiled_blocks import use_compiled_blocks
 from sglang.multimodal_gen.runtime.layers.context import EncoderAxes, LayerContext
 from sglang.multimodal_gen.runtime.layers.forward_graphs import use_forward_graphs
 from sglang.multimodal_gen.runtime.layers.fused import join_projections
@@ -101,6 +102,7 @@ class LoadContext:
     source: ComponentSource = field(default_factory=Checkpoint)
     encoder_parallel: str = "auto"
     cuda_graphs: bool = False
+    compile_blocks: bool = False
     report: Callable[[str], None] = _tell_nobody
 
     def dtype_of(self, component: str) -> torch.dtype:
@@ -146,6 +148,8 @@ class NativeModule:
             context=self.layers_for(directory.name, config, context),
             source=context.source,
         )
+        if context.compile_blocks and hasattr(module, "block_runner"):
+            context.report(use_compiled_blocks(module))
         if context.cuda_graphs and hasattr(module, "tokens"):
             use_forward_graphs(module)
         return module
@@ -312,9 +316,9 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def explain_reads(reads: Collection[ComponentRead], device: torch.device) -> Iterator[str]:
-    """Sentences on how fast weights came to a GPU; on a CPU they are mapped, which takes no time."""
-    for read in reads if device.type != "cpu" else ():
+def explain_reads(reads: Collection[ComponentRead]) -> Iterator[str]:
+    """Sentences on how fast weights came to the device."""
+    for read in reads:
         rate = read.num_bytes / max(read.seconds, 1e-9)
         yield f"{read.component}: {read.num_bytes / 1e9:.2f} GB read in {read.seconds:.2f} s, {rate / 1e9:.1f} GB/s"
 

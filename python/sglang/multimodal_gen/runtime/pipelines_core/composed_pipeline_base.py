@@ -234,9 +234,13 @@ class ComposedPipelineBase:
         if execution.scheduler is not None:
             defaults = dataclasses.replace(defaults, scheduler=execution.scheduler)
         defaults = with_environment(defaults, envs.current())
-        reads = context.source.reads if isinstance(context.source, Checkpoint) else []
-        for reason in explain_reads(reads, placement.device):
+        # On a CPU weights are mapped, which takes no time until they are used.
+        is_read = placement.device.type != "cpu"
+        reads = context.source.reads if is_read and isinstance(context.source, Checkpoint) else []
+        for reason in explain_reads(reads):
             report(reason)
+        if execution.enable_torch_compile and not any(hasattr(c, "block_runner") for c in components.values()):
+            report("enable_torch_compile: no effect, since no component is a transformer of ours")
         return cls(
             name=resolved.name,
             config=config,
@@ -280,6 +284,7 @@ class ComposedPipelineBase:
             vae_dtype=placement.vae_dtype,
             source=RandomSource() if random_weights else Checkpoint(),
             encoder_parallel=execution.encoder_parallel,
+            compile_blocks=execution.enable_torch_compile,
             cuda_graphs=execution.cuda_graphs == "auto" and placement.device.type == "cuda",
             report=report,
         )
