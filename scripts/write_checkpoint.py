@@ -1,11 +1,11 @@
-"""Write a checkpoint of random numbers in the shape of a published one, so that loading can be measured without a download.
+"""Write a checkpoint of random numbers in the shape of a published one, to measure loading without a download.
 
     scripts/write_checkpoint.py black-forest-labs/FLUX.1-dev /scratch/flux
     sglang bench startup --model-path /scratch/flux
 
-Configs are those of `configs/published/`; `--layers 2` writes fewer blocks of each kind, for a small one. What is written
-is what a block of random numbers holds, again and again, straight to the disk: memory does not grow with the checkpoint.
-Tokenizers are of a few words.
+Configs are those of `configs/published/`; `--layers 2` writes fewer blocks of each kind, for a small one. What is
+written is what a block of random numbers holds, again and again, straight to the disk: memory does not grow with the
+checkpoint. Tokenizers are of a few words.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _random_block(dtype: torch.dtype) -> torch.Tensor:
 def _stored_tensors(directory: Path, library: str, class_name: str) -> Mapping[str, torch.Tensor]:
     """Those that the class saves, without memory; of tied ones the first."""
     module = _module(directory, library, class_name)
-    tied = {key for key in getattr(module, "_tied_weights_keys", None) or ()}
+    tied = set(getattr(module, "_tied_weights_keys", None) or ())
     return {name: tensor for name, tensor in module.state_dict().items() if name not in tied}
 
 
@@ -147,14 +147,12 @@ def _write_file(
 def main() -> int:
     """Write one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("hub_id", help="a checkpoint whose configs ship with the package, as `sglang models` lists them")
+    parser.add_argument("hub_id", help="a published checkpoint, as `sglang models` lists them")
     parser.add_argument("directory", type=Path, help="where it goes; it must not exist yet")
     parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of the stored weights")
     parser.add_argument("--layers", type=int, help="at most as many blocks of each kind")
     arguments = parser.parse_args()
-    written = write_checkpoint(
-        arguments.hub_id, arguments.directory, dtype=arguments.dtype, layers=arguments.layers
-    )
+    written = write_checkpoint(arguments.hub_id, arguments.directory, dtype=arguments.dtype, layers=arguments.layers)
     sys.stdout.write(f"{sum(written.values()) / 1e9:.2f} GB in all\n")
     return 0
 

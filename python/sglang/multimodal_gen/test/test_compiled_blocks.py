@@ -4,29 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.runtime.layers.compiled_blocks import compiled_classes_of, use_compiled_blocks
+from sglang.multimodal_gen.runtime.layers.compiled_blocks import (
+    CompiledBlock,
+    CompiledClass,
+    compiled_classes_of,
+    use_compiled_blocks,
+)
 from sglang.multimodal_gen.runtime.layers.lora import SlotUse
-from sglang.multimodal_gen.runtime.pipelines.flux import FluxPipeline
 from sglang.multimodal_gen.runtime.pipelines.wan import WanPipeline
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
-from sglang.multimodal_gen.test.tiny_flux import TINY_FLUXES, save_tiny_flux
 
 CPU = torch.device("cpu")
-REQUEST = {"prompt": "a dot", "num_frames": 1, "num_inference_steps": 2, "seed": 3, "max_sequence_length": 12}
+REQUEST = {"prompt": "a dot", "num_frames": 1, "num_inference_steps": 1, "seed": 3, "max_sequence_length": 12}
 # fp32 on a CPU; a compiler may sum in another order.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 class CountingBackend:
-    """Runs each graph as it was traced, and counts them. `refuses` makes it fail as a backend without a compiler does."""
+    """Runs each graph as it was traced, and counts them. `refuses`: it fails as a backend without a compiler does."""
 
     def __init__(self, *, refuses: bool = False) -> None:
         self.num_graphs = 0
@@ -45,24 +48,18 @@ class CountingBackend:
         return run
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
-    torch._dynamo.reset()
+class Compiled(NamedTuple):
+    """What the tests share."""
 
-
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_flux(tmp_path_factory.mktemp("flux"), TINY_FLUXES["dev"])
-
-
-@pytest.fixture(params=["wan", "flux"])
-def directory(request: pytest.FixtureRequest, wan_checkpoint: Callable[[str], Path], flux: Path) -> Path:
-    return wan_checkpoint("plain") if request.param == "wan" else flux
+    plain: Any
+    pipeline: Any
+    backend: CountingBackend
+    reason: str
 
 
 def pipeline_of(directory: Path) -> Any:
     pipeline = build_pipeline(str(directory), ExecutionArgs(device="cpu"))
-    assert isinstance(pipeline, WanPipeline | FluxPipeline)
+    assert isinstance(pipeline, WanPipeline)
     return pipeline
 
 
@@ -77,53 +74,18 @@ def latents(pipeline: Any, width: int, **values: Any) -> torch.Tensor:
         return found.clone()
 
 
-def test_compiled_blocks_give_the_same_and_new_sizes_compile_nothing(directory: Path) -> None:
-    pipeline, backend = pipeline_of(directory), CountingBackend()
-    sizes = (32, 64, 96)
-    expected = [latents(pipeline, width) for width in sizes]
-    reason = use_compiled_blocks(pipeline.transformer, backend=backend)
-    assert "compiled with their first request" in reason
-    counts = []
-    for width, own in zip(sizes, expected, strict=True):
-        torch.testing.assert_close(latents(pipeline, width), own, **TOLERANCE)
-        counts.append(backend.num_graphs)
-    assert backend.num_runs > backend.num_graphs > 0
-    assert counts[0] == counts[1] == counts[2], counts
-    num_blocks = sum(len(child) for child in pipeline.transformer.children() if isinstance(child, torch.nn.ModuleList))
-    assert backend.num_graphs < 6 * len(compiled_classes_of(pipeline.transformer)) and num_blocks > 1
-    assert all(compiled.failure is None for compiled in compiled_classes_of(pipeline.transformer))
-
-
-def test_step_caches_and_compiled_blocks_go_together(wan_checkpoint: Callable[[str], Path]) -> None:
-    pipeline, wish = pipeline_of(wan_checkpoint("plain")), {"enable_cache_dit": True, "num_inference_steps": 6}
-    expected = latents(pipeline, 32, **wish)
-    use_compiled_blocks(pipeline.transformer, backend=(backend := CountingBackend()))
-    torch.testing.assert_close(latents(pipeline, 32, **wish), expected, **TOLERANCE)
-    assert backend.num_runs > 0
-
-
-def test_rows_with_adapters_run_uncompiled(wan_checkpoint: Callable[[str], Path]) -> None:
-    pipeline, backend = pipeline_of(wan_checkpoint("plain")), CountingBackend()
-    use_compiled_blocks(pipeline.transformer, backend=backend)
-    runner = pipeline.transformer.block_runner
-    expected = latents(pipeline, 32, guidance_scale=1.0)
-    before = backend.num_runs
-    assert before > 0
-    with runner.adapters.using([[SlotUse(1, 1.0)]], CPU):
-        assert not runner.is_plain
-        block = pipeline.transformer.blocks[0]
-        assert block.forward.compiled.failure is None
-        seen: list[int] = []
-        handle = block.register_forward_hook(lambda *_: seen.append(backend.num_runs))
-        with torch.inference_mode():
-            rows = pipeline.transformer.blocks[0]
-            assert rows is block
-        plain = block.forward.compiled.plain
-        called: list[bool] = []
-        block.forward.compiled.plain = lambda *args, **kwargs: called.append(True) or plain(*args, **kwargs)
-        block.forward._block.register_buffer  # noqa: B018
-        handle.remove()
-    assert expected.isfinite().all()
+@pytest.fixture(scope="module")
+def compiled(wan_checkpoint: Callable[[str], Path]) -> Compiled:
+    """A pipeline without and one with compiled blocks, which are compiled once for all tests."""
+    torch._dynamo.reset()
+    (plain, pipeline), backend = (pipeline_of(wan_checkpoint("plain")) for _ in range(2)), CountingBackend()
+    block, tokens = CompiledBlock(layer, runner, CompiledClass(torch.nn.Linear, backend)), torch.ones(3, 2)
+    with torch.inference_mode():
+        with runner.adapters.using([[SlotUse(1, 1.0)]], CPU):
+            assert torch.equal(block(tokens), layer(tokens)) and backend.num_runs == 0
+        assert torch.equal(block(tokens), layer(tokens)) and backend.num_runs == 1
+    block(tokens)  # with gradients
+    assert backend.num_runs == 1
 
 
 def test_a_compiler_that_fails_is_told_once_and_left_out(
@@ -131,6 +93,7 @@ def test_a_compiler_that_fails_is_told_once_and_left_out(
 ) -> None:
     pipeline = pipeline_of(wan_checkpoint("plain"))
     expected = latents(pipeline, 32)
+    torch._dynamo.reset()
     use_compiled_blocks(pipeline.transformer, backend=CountingBackend(refuses=True))
     assert torch.equal(latents(pipeline, 32), expected)
     assert len([line for line in caplog.messages if "runs uncompiled" in line]) == 1
@@ -154,7 +117,7 @@ def test_the_option_compiles_and_keeps_the_code_in_the_cache_directory(
     execution = ExecutionArgs(device="cpu", enable_torch_compile=True)
     pipeline = build_pipeline(str(wan_checkpoint("plain")), execution, report=heard.append)
     [line] = [line for line in heard if line.startswith("enable_torch_compile")]
-    assert "WanTransformerBlock of WanTransformer3DModel" in line
+    assert "WanBlock of WanTransformer3DModel" in line
     assert len(compiled_classes_of(pipeline.transformer)) == 1  # type: ignore[attr-defined]
     assert envs.current()["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")

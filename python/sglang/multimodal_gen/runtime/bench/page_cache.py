@@ -1,4 +1,4 @@
-"""How fast the files of a checkpoint can be read where they are cached already: what loading them is measured against."""
+"""How fast the files of a checkpoint are read where they are cached already: what loading is measured against."""
 
 from __future__ import annotations
 

@@ -230,7 +230,8 @@ def _startup(result: StartupResult) -> Iterator[Section]:
     yield Section("since the process's start", totals, header)
     if result.page_cache is not None:
         cache = result.page_cache
-        rates = f"{_rate(cache.bytes_per_second)} by {cache.num_threads} threads, {_rate(cache.bytes_per_second_of_one)} by one"
+        rates = f"{_rate(cache.bytes_per_second)} by {cache.num_threads} threads"
+        rates += f", {_rate(cache.bytes_per_second_of_one)} by one"
         yield Section("page cache", [("the same files", f"{as_size(cache.num_bytes)}, {rates}")])
     if result.reads:
         rows = [

@@ -42,8 +42,8 @@ _LOADING = "loading "
 
 
 class ReadResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Reading the weights of one component to the device. `rest_seconds` is the median of what loading it takes besides:
-    building the module, joining products, settling.
+    """Reading the weights of one component to the device. `rest_seconds` is the median of what loading it takes
+    besides: building the module, joining products, settling.
 
     `page_cache_ratio` is its part of the rate at which several threads read the same files from the page cache; None of
     weights that are mapped, and of files that are not on this machine.
@@ -66,8 +66,8 @@ class Started(NamedTuple):
 class StartupResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="startup"):
     """`ready_seconds` counts from the process's start; `intervals` are what it is made of, and what follows it.
 
-    `dominant` is the longest interval before `ready`, `dominant_share` its part of the median. `reads` are by component,
-    where weights were read to a GPU.
+    `dominant` is the longest interval before `ready`, `dominant_share` its part of the median. `reads` are by
+    component, where weights were read to a GPU.
     """
 
     entry_point: str

@@ -1,7 +1,8 @@
 """A transformer's repeated blocks through torch's compiler, once for each class of block.
 
-Weights are inputs of what is compiled, so that all blocks of a class share it, and sizes are symbols, so that a new size
-compiles nothing. Attention stays as it is: its kernels are compiled already, and exchanges between ranks are no graph's.
+Weights are inputs of what is compiled, so that all blocks of a class share it, and sizes are symbols, so that a new
+size compiles nothing. Attention stays as it is: its kernels are compiled already, and exchanges between ranks are no
+graph's.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sglang.multimodal_gen.runtime.layers.block_runner import BlockRunner
 
 Backend = str | Callable[..., Any]
 INDUCTOR: Backend = "inductor"
-_UNTRACED = ("forward", "begin", "send", "send_packed")
+_COMPUTES, _SENDS = ("forward", "begin"), ("send", "send_packed")
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +32,15 @@ class CompiledClass:
         self.name = block_class.__name__
         self.plain: Callable[..., Any] = block_class.forward
         self.failure: str | None = None
-        self._compiled = torch.compile(block_class.forward, dynamic=True, backend=backend)
+        self._backend = backend
+        self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What the block's own forward returns."""
         if self.failure is not None:
             return self.plain(block, *args, **kwargs)
+        if self._compiled is None:  # late: the compiler takes seconds to import
+            self._compiled = torch.compile(self.plain, dynamic=True, backend=self._backend)
         try:
             return self._compiled(block, *args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -76,7 +80,7 @@ def use_compiled_blocks(module: nn.Module, *, backend: Backend = INDUCTOR) -> st
         block.forward = CompiledBlock(block, runner, classes[cls])
         for layer in block.modules():
             if isinstance(layer, Attention):
-                for method in _UNTRACED:
+                for method in (*_COMPUTES, *_SENDS) if layer.layout.overlaps else _COMPUTES:
                     setattr(layer, method, torch.compiler.disable(getattr(layer, method)))
     names = ", ".join(compiled.name for compiled in classes.values())
     return f"enable_torch_compile: {names} of {name} compiled with their first request; rows with adapters are not"

@@ -1,9 +1,9 @@
 """Tensors from files to the device by several threads, also those of one file.
 
-On a CPU a tensor is the mapped file. To a GPU its bytes go through a few buffers that the GPU can read by itself: threads
-fill them from the page cache while others' are on their way, so no tensor ever lies in host memory, and what there is
-besides the page cache is the buffers. All copies are in one stream, the caller's: nothing else runs there while a model
-loads, and what is computed on a tensor next is in order by itself.
+On a CPU a tensor is the mapped file. To a GPU its bytes go through a few buffers that the GPU can read by itself:
+threads fill them from the page cache while others' are on their way, so no tensor ever lies in host memory, and what
+there is besides the page cache is the buffers. All copies are in one stream, the caller's: nothing else runs there
+while a model loads, and what is computed on a tensor next is in order by itself.
 """
 
 from __future__ import annotations
@@ -303,9 +303,7 @@ def _byte_chunks(
             start, target, left = start + length, target + length, left - length
 
 
-def _strided_chunks(
-    view: Tensor, dim: int, pieces: Sequence[tuple[int, int]], most: int
-) -> Iterator[_Rows]:
+def _strided_chunks(view: Tensor, dim: int, pieces: Sequence[tuple[int, int]], most: int) -> Iterator[_Rows]:
     place = 0
     for start, length in pieces:
         yield from _row_chunks(view.narrow(dim, start, length), dim, slice(place, place + length), most)
