@@ -79,6 +79,32 @@ def compiled(wan_checkpoint: Callable[[str], Path]) -> Compiled:
     """A pipeline without and one with compiled blocks, which are compiled once for all tests."""
     torch._dynamo.reset()
     (plain, pipeline), backend = (pipeline_of(wan_checkpoint("plain")) for _ in range(2)), CountingBackend()
+    reason = use_compiled_blocks(pipeline.transformer, backend=backend)
+    return Compiled(plain, pipeline, backend, reason)
+
+
+def test_compiled_blocks_give_the_same_and_new_sizes_compile_nothing(compiled: Compiled) -> None:
+    assert "WanBlock of WanTransformer3DModel compiled with their first request" in compiled.reason
+    backend, counts = compiled.backend, []
+    for width in (32, 64, 96):
+        torch.testing.assert_close(latents(compiled.pipeline, width), latents(compiled.plain, width), **TOLERANCE)
+        counts.append(backend.num_graphs)
+    [block_class] = compiled_classes_of(compiled.pipeline.transformer)
+    assert block_class.failure is None
+    # One more at most for the second size: a first one may have dimensions that happen to be equal.
+    assert counts[1] <= counts[0] + 1 and counts[2] == counts[1], counts
+    assert len(compiled.pipeline.transformer.blocks) > 1 and backend.num_runs > 3 * counts[0]
+
+
+def test_step_caches_and_compiled_blocks_go_together(compiled: Compiled) -> None:
+    wish, before = {"enable_cache_dit": True, "num_inference_steps": 6}, compiled.backend.num_runs
+    found, expected = latents(compiled.pipeline, 64, **wish), latents(compiled.plain, 64, **wish)
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+    assert compiled.backend.num_runs > before
+
+
+def test_rows_with_adapters_run_uncompiled(compiled: Compiled) -> None:
+    runner, layer, backend = compiled.plain.transformer.block_runner, torch.nn.Linear(2, 2), CountingBackend()
     block, tokens = CompiledBlock(layer, runner, CompiledClass(torch.nn.Linear, backend)), torch.ones(3, 2)
     with torch.inference_mode():
         with runner.adapters.using([[SlotUse(1, 1.0)]], CPU):

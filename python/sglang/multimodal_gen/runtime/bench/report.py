@@ -234,7 +234,7 @@ def _startup(result: StartupResult) -> Iterator[Section]:
         rates += f", {_rate(cache.bytes_per_second_of_one)} by one"
         yield Section("page cache", [("the same files", f"{as_size(cache.num_bytes)}, {rates}")])
     if result.reads:
-        rows = [
+        weights = [
             (
                 name,
                 as_size(read.num_bytes),
@@ -245,7 +245,7 @@ def _startup(result: StartupResult) -> Iterator[Section]:
             )
             for name, read in result.reads.items()
         ]
-        yield Section("weights", rows, ("", "size", "reading", "rate", "of the page cache", "building and joining"))
+        yield Section("weights", weights, ("", "size", "reading", "rate", "of the page cache", "building and joining"))
     yield Section("most of the time until ready", [(result.dominant, f"{result.dominant_share:.0%}")])
 
 

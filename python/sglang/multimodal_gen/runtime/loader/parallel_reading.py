@@ -218,7 +218,7 @@ class _Bytes:
 
     def fill(self, buffer: Tensor) -> Tensor:
         filled = buffer[: self.num_bytes]
-        self.file.read_into(memoryview(filled.numpy()), self.offset)
+        self.file.read_into(filled.numpy().data, self.offset)
         return filled
 
     def send(self, filled: Tensor, target: Tensor) -> None:
@@ -277,7 +277,7 @@ class _Job:
         own_shape = shape if shard is None else (*shape[:dim], sum(length for _, length in pieces), *shape[dim + 1 :])
         if dim == 0:
             row_bytes = math.prod(shape[1:]) * dtype.itemsize
-            chunks = list(_byte_chunks(file, place.offset, row_bytes, pieces, buffer_bytes))
+            chunks: list[_Chunk] = list(_byte_chunks(file, place.offset, row_bytes, pieces, buffer_bytes))
         else:
             view = _view(file.mapped(), place)
             chunks = list(_strided_chunks(view, dim, pieces, buffer_bytes))
