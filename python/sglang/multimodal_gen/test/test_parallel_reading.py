@@ -194,6 +194,21 @@ def test_an_error_half_way_ends_all_threads_before_it_is_raised(files: Files, st
     assert not load_threads()
 
 
+@pytest.mark.parametrize("staged", [False, True])
+def test_after_an_error_nothing_more_is_read(files: Files, staged: bool) -> None:
+    places, converted = {str(number): files.places["matrix"] for number in range(500)}, list[str]()
+
+    def refuse(name: str, tensor: Tensor) -> Tensor:
+        converted.append(name)
+        if name == "0":
+            raise CorruptCheckpoint("the first")
+        return tensor
+
+    with pytest.raises(CorruptCheckpoint, match="the first"):
+        read_tensors(places, refuse, device=CPU, reading=SMALL, staged=staged)
+    assert len(converted) < 400
+
+
 def test_a_file_with_a_gap_is_refused_as_the_library_refuses_it(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file({"a": torch.zeros(4), "b": torch.ones(4)}, path)
