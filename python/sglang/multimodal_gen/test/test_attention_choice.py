@@ -46,9 +46,10 @@ from sglang.multimodal_gen.runtime.layers.attention.tabled import ChoiceMemory, 
 from sglang.multimodal_gen.runtime.layers.attention.traits import DeviceFacts, LayerNeeds
 from sglang.multimodal_gen.runtime.layers.attention.tuning import AttentionInputs, timed_kernels, tuned_entry
 from sglang.multimodal_gen.runtime.layers.context import AttentionPlan
+from sglang.multimodal_gen.runtime.managers.warm_up import WarmUp
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.attention_choice import AttentionTuner, read_choices
-from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
+from sglang.multimodal_gen.runtime.server_args import ExecutionArgs, WarmupArgs
 from sglang.multimodal_gen.test.test_attention_dispatch import ALL, HOPPER, gpu
 
 CPU = torch.device("cpu")
@@ -238,6 +239,15 @@ def test_a_warm_up_is_measured_once_no_request_runs_and_remembered(cache: Path) 
     assert again.table.kernels_for(shape()) == ("torch_reference", "torch_sdpa")
     layer(tokens(6), tokens(6), tokens(6))
     assert not choices.seen
+
+
+@pytest.mark.parametrize("asked", [None, "off"])
+def test_what_is_measured_or_compiled_at_first_has_a_warm_up_unless_it_is_turned_off(asked: str | None) -> None:
+    assert not ExecutionArgs().needs_warm_up
+    for option in ("enable_attention_backend_autotune", "enable_torch_compile"):
+        assert ExecutionArgs(**{option: True}).needs_warm_up
+    warm_up = WarmUp(WarmupArgs(warmup_mode=asked), is_needed=True)
+    assert warm_up.choose_mode(serves_http=False, device="cpu") == (asked or "server")
 
 
 def test_what_a_layer_was_called_with_is_what_is_measured() -> None:
