@@ -95,7 +95,8 @@ class WarmUp:
 
         Raises: InvalidRequest for a size that the model cannot do.
         """
-        own = model.defaults.filled_from(GENERAL_DEFAULTS)
+        # As a request that says nothing: defaults of a step cache that is off are no part of it.
+        own = SamplingParams().filled_from(model.defaults, GENERAL_DEFAULTS)
         asked = self.args.warmup_resolutions
         sizes = [(own.width, own.height)] if asked is None else [split_size(size) for size in asked]
         num_frames = self.args.warmup_num_frames or own.num_frames
