@@ -24,6 +24,10 @@ from sglang.multimodal_gen.runtime.server_args import option_groups, server_opti
 PAGES_DIRECTORY = Path(__file__).resolve().parent.parent / "docs" / "reference"
 _NOTICE = "<!-- Written by scripts/generate_reference.py from the declarations. Change those, not this page. -->"
 _BENCH_KEY = "As `--api-key`: the key of the server that is measured."
+_CACHE_ROOT = (
+    "What is measured or compiled once and read by later starts: tables of attention kernels, and what torch's "
+    "compiler made."
+)
 _WAYS_IN = {"cli": "command line", "python": "Python", "http": "HTTP", "admin": "HTTP for administrators"}
 
 
@@ -97,6 +101,10 @@ and is not in this list is reported at the start and has no effect. The values o
         "",
         _table(["Variable", "Command", "Meaning"], [[_code(envs.BENCH_API_KEY), "`sglang bench serve`", _BENCH_KEY]]),
         "",
+        "## Of all processes",
+        "",
+        _table(header, [[_code(envs.CACHE_ROOT), "a directory", _code(envs.DEFAULT_CACHE_ROOT), _CACHE_ROOT]]),
+        "",
         "## Step caches",
         "",
         "Of requests that do not say; [the page on step caches](../caches.md) has more.",
@@ -132,7 +140,9 @@ def attention_page() -> str:
 `--attention-backend` chooses the kernel of the transformer's attention, `--self-attention-backend` and
 `--cross-attention-backend` that of one role alone. Unset, it is the first of the list below that runs on the device, in
 the model's precision and at its head size; the start-up log says for each role which one it is and what was passed
-over. What is asked for and cannot run is refused with the reason, before the checkpoint is read. In Python the same
+over. A table of this GPU that `sglang bench attention --save` or `--enable-attention-backend-autotune` wrote goes
+before that list at the shapes that it has, among the exact kernels that can serve a layer. What is asked for and cannot
+run is refused with the reason, before the checkpoint is read. In Python the same
 three names are parameters of a request, which then shares forwards only with requests that run with the same kernels;
 over HTTP they are unknown parameters. Encoders and autoencoders keep torch's attention."""
     rows = [

@@ -11,12 +11,16 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from sglang.multimodal_gen.errors import InvalidValue, MissingParameter
 
 OPTION_PREFIX = "SGLANG_DIFFUSION_"
 BENCH_API_KEY = "SGLANG_BENCH_API_KEY"
 """The key that `sglang bench serve` sends: not the server's own variable, since the server may be somebody else's."""
+CACHE_ROOT = "SGLANG_DIFFUSION_CACHE_ROOT"
+"""Directory of what is measured or compiled once and read again by later starts."""
+DEFAULT_CACHE_ROOT = "~/.cache/sgl_diffusion"
 _HIDDEN = "***"
 
 
@@ -168,6 +172,17 @@ def bench_api_key() -> str | None:
     return os.environ.get(BENCH_API_KEY) or None
 
 
+def cache_root() -> Path:
+    """Where what is measured or compiled is kept; nobody has made it yet."""
+    return Path(os.environ.get(CACHE_ROOT) or DEFAULT_CACHE_ROOT).expanduser()
+
+
+def keep_compiled_code() -> None:
+    """Let torch's compiler keep what it made where later starts read it, unless its variables are set."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_root() / "triton"))
+
+
 def silence_profiler_library() -> None:
     """Keep torch's profiler from writing lines of its own to stderr, unless its variable is set; before torch loads."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -255,7 +270,7 @@ def _seconds(environ: Mapping[str, str], variable: StoreVariable, *, most: int) 
 def unknown_variables(environ: Mapping[str, str], option_names: Iterable[str]) -> tuple[str, ...]:
     """One sentence for each variable that looks like ours and sets nothing."""
     known = [option_variable(name) for name in option_names] + [variable.name for variable in STORE_VARIABLES]
-    known += [CACHE_ENABLED, *CACHE_VARIABLES]
+    known += [CACHE_ROOT, CACHE_ENABLED, *CACHE_VARIABLES]
     sentences = []
     for name in sorted(environ):
         if name.startswith((OPTION_PREFIX, *_OTHER_PREFIXES)) and name not in known:

@@ -13,6 +13,7 @@ ATTENTION_BACKENDS = (
     "fa2",
     "fa3",
     "fa4",
+    "fa3_fp8",
     "sage_attn",
     "torch_reference",
 )

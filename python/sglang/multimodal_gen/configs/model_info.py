@@ -216,6 +216,15 @@ class TaskLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             )
 
 
+class ComponentRead(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What reading a component's weights took the first rank: bytes as they are stored, all of them even where ranks
+    share them. On a CPU they are mapped, and read when they are used first."""
+
+    component: str
+    num_bytes: int
+    seconds: float
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What only the checkpoint knows, told by a worker once it has loaded. `defaults` fill unset SamplingParams."""
 
@@ -232,6 +241,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     limits: TaskLimits
     defaults: SamplingParams
     gives_previews: bool = True
+    reads: tuple[ComponentRead, ...] = ()
 
     def check_previews(self, number: int, *, param: str) -> None:
         """Raises UnsupportedParameter when previews are asked for, under the name `param`, that cannot be had."""

@@ -23,6 +23,7 @@ from sglang.multimodal_gen.configs.lora_args import LoraArgs
 from sglang.multimodal_gen.configs.memory_args import MemoryArgs
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.configs.schedulers import SCHEDULER_NAMES
+from sglang.multimodal_gen.configs.speed_args import SpeedArgs
 from sglang.multimodal_gen.errors import FieldError, InvalidValue
 from sglang.multimodal_gen.registry import BACKENDS
 
@@ -92,7 +93,7 @@ def model_names(args: ModelArgs) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExecutionArgs:
+class ExecutionArgs(SpeedArgs):
     """How the model computes."""
 
     device: str = arg(

@@ -8,8 +8,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from sglang.multimodal_gen import envs
+
 if TYPE_CHECKING:
     from sglang.multimodal_gen.test.scripted_server import Start
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is measured or compiled once is kept in a directory of the tests' own, and nothing of the user's is read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(envs.CACHE_ROOT, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -41,10 +41,10 @@ from sglang.multimodal_gen.runtime.bench.worker.flops import count_flops
 from sglang.multimodal_gen.runtime.bench.worker.memory import peak_bytes
 from sglang.multimodal_gen.runtime.bench.worker.reference_module import require_reference
 from sglang.multimodal_gen.runtime.bench.worker.reporting import Parent
-from sglang.multimodal_gen.runtime.bench.worker.timing import time_in_turns
 from sglang.multimodal_gen.runtime.entrypoints.cli import bench
 from sglang.multimodal_gen.runtime.entrypoints.cli.options import OptionParser
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import GenerationResult
+from sglang.multimodal_gen.runtime.layers.device_timing import time_in_turns
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.models.dits.wan import WanTransformer3DModel
 from sglang.multimodal_gen.runtime.models.encoders.umt5 import UMT5EncoderModel
@@ -365,8 +365,8 @@ def test_help_of_a_benchmark_loads_nothing_heavy() -> None:
     [
         (
             "bench ditt",
-            "unknown benchmark 'ditt', accepted is one of dit, parallel, vae, encoder, pipeline, engine, startup, "
-            "serve",
+            "unknown benchmark 'ditt', accepted is one of dit, parallel, vae, encoder, attention, pipeline, engine, "
+            "startup, serve",
         ),
         ("bench dit --compare torch", "--compare: got torch, accepted is one of diffusers"),
         ("bench dit --batching-max-size 2", "unknown flag --batching-max-size"),
@@ -510,7 +510,10 @@ def test_startup_of_a_server_waits_until_it_is_ready(capsys: Capture) -> None:
         "--model-path",
         "null-model",
     )["result"]
-    assert list(result["intervals"]) == ["the server answers", "ready"]
+    intervals = list(result["intervals"])
+    assert intervals[0] == "the server answers" and intervals[-1] == "ready" and "importing torch" in intervals
+    total = sum(result["intervals"][name]["median"] for name in intervals)
+    assert total == pytest.approx(result["ready_seconds"]["median"])
     assert result["ready_seconds"]["median"] > result["intervals"]["the server answers"]["median"]
     assert result["first_result_seconds"] is None
 

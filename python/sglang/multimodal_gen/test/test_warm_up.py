@@ -8,8 +8,10 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from msgspec import structs
 
 from sglang.multimodal_gen.configs.model_info import InputLimits
+from sglang.multimodal_gen.configs.sample.cache_params import check_caches
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import InvalidValue, RemoteError
 from sglang.multimodal_gen.runtime.entrypoints.cli.reporting import LineDisplay, Reporter
@@ -18,6 +20,7 @@ from sglang.multimodal_gen.runtime.managers.messages import EngineState
 from sglang.multimodal_gen.runtime.managers.warm_up import InputShapes, WarmUp, input_shapes
 from sglang.multimodal_gen.runtime.server_args import ServerArgs, WarmupArgs
 from sglang.multimodal_gen.test import null_family
+from sglang.multimodal_gen.test.test_admission import MODEL
 
 null_family.register()
 
@@ -44,6 +47,14 @@ def test_a_warm_up_has_every_input_that_the_model_requires() -> None:
     shapes = input_shapes(limits, SamplingParams(width=32, height=16, num_frames=5))
     assert shapes == InputShapes(images=((16, 32, 3),), last_image=(16, 32, 3), video=(5, 16, 32, 3))
     assert input_shapes(InputLimits(max_images=1), SamplingParams(width=32, height=16)) == InputShapes()
+
+
+def test_a_warm_up_leaves_the_settings_of_a_cache_that_is_off_to_the_model() -> None:
+    defaults = SamplingParams(width=32, height=32, num_frames=1, teacache_params={"teacache_thresh": 0.2})
+    model = structs.replace(MODEL, defaults=defaults)
+    [params] = WarmUp(WarmupArgs()).for_server(model)
+    assert (params.width, params.height, params.prompt) == (32, 32, "a warm-up")
+    check_caches(params)  # refuses such settings
 
 
 def only(result: GenerationResult | list[GenerationResult]) -> GenerationResult:

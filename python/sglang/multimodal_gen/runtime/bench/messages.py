@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from sglang.multimodal_gen.configs.model_info import ComponentRead
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import ErrorInfo
@@ -59,6 +60,33 @@ class CostTask(BenchMessage, frozen=True, kw_only=True):
     height: int | None
     num_frames: int | None
     max_sequence_length: int | None
+
+
+class AttentionCase(BenchMessage, frozen=True, kw_only=True):
+    """A shape of attention and who has it."""
+
+    names: tuple[str, ...]
+    batch_size: int
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+    masked: bool = False
+
+
+class AttentionTask(BenchMessage, frozen=True, kw_only=True):
+    """Time these kernels, None for all, in the cases that have at most as many tokens. Answered by AttentionResult or
+    TaskFailed. With `save` the table of choices is written."""
+
+    engine: EngineConfig
+    cases: tuple[AttentionCase, ...]
+    max_tokens: int | None
+    max_tokens_on_cpu: int
+    kernels: tuple[str, ...] | None
+    warmup_runs: int
+    repeats: int
+    min_seconds: float
+    save: bool
 
 
 class ReferenceTask(BenchMessage, frozen=True, kw_only=True):
@@ -199,6 +227,43 @@ class CostResult(BenchMessage, frozen=True, kw_only=True, tag="cost"):
     matmul_flops_per_second: dict[str, float]
 
 
+class AttentionTimes(BenchMessage, frozen=True, kw_only=True):
+    """A kernel in one case. `error` is the norm of the difference from attention in fp32 over its norm, None where the
+    memory did not suffice for it."""
+
+    seconds: Summary
+    flops_per_second: float
+    matmul_ratio: float
+    error: float | None
+    lossy: bool
+
+
+class AttentionCaseResult(BenchMessage, frozen=True, kw_only=True):
+    """`problems` are of kernels that did not run; `usual` is what the fixed order takes, `chosen` what a table with
+    these times would, empty where no exact kernel ran."""
+
+    case: AttentionCase
+    flops: int
+    kernels: dict[str, AttentionTimes]
+    problems: dict[str, str]
+    usual: str
+    chosen: str
+
+
+class AttentionResult(BenchMessage, frozen=True, kw_only=True, tag="attention"):
+    """FLOPs count 2 for a multiply-add of both products. `table` is the file that was written, `num_left_out` counts
+    cases of more than `max_tokens`."""
+
+    device: str
+    device_name: str
+    precision: str
+    matmul_flops_per_second: float
+    cases: tuple[AttentionCaseResult, ...]
+    num_left_out: int
+    max_tokens: int | None
+    table: str
+
+
 class ReferenceReady(BenchMessage, frozen=True, kw_only=True, tag="reference_ready"):
     """The pipeline is loaded."""
 
@@ -215,13 +280,23 @@ class ReferenceDone(BenchMessage, frozen=True, kw_only=True, tag="reference_done
 
 
 class StartupTimes(BenchMessage, frozen=True, kw_only=True, tag="startup"):
-    """Moments of the monotonic clock, which all processes of a machine share, by what happened then, in order."""
+    """Moments of the monotonic clock, which all processes of a machine share, by what happened then, in order; and what
+    reading the weights took a worker."""
 
     moments: tuple[tuple[str, float], ...]
+    reads: tuple[ComponentRead, ...] = ()
 
 
 FromChild = (
-    Doing | TaskFailed | ComponentResult | ParallelResult | CostResult | ReferenceReady | ReferenceDone | StartupTimes
+    Doing
+    | TaskFailed
+    | ComponentResult
+    | ParallelResult
+    | CostResult
+    | AttentionResult
+    | ReferenceReady
+    | ReferenceDone
+    | StartupTimes
 )
 
 

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
 from sglang.multimodal_gen.configs.declare import CLI_ONLY, Parameter, arg, parameters
 from sglang.multimodal_gen.configs.sample.sampling_params import MAX_SEED, SamplingParams
+from sglang.multimodal_gen.errors import InvalidValue, MissingParameter
 from sglang.multimodal_gen.runtime.bench.load.options import LoadArgs, check_load_options
 from sglang.multimodal_gen.runtime.bench.load.plan import BODY_OPTIONS
 from sglang.multimodal_gen.runtime.server_args import server_options
@@ -15,6 +17,7 @@ from sglang.multimodal_gen.runtime.server_args import server_options
 REFERENCES = ("diffusers",)
 _MODULE_OPTIONS = ("model_path", "model_id", "revision", "random_weights", "device", "precision", "vae_precision")
 _MODULE_OPTION_ENDING = "attention_backend"
+_TRANSFORMER_OPTIONS = ("enable_torch_compile",)
 _REQUEST_OPTIONS_OF_ENGINE = ("scheduler",)
 """What the engine's requests are given, which means nothing without a model."""
 _SIZE = ("width", "height", "num_frames")
@@ -188,8 +191,77 @@ class StartupArgs(TimingArgs):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionArgs(TimingArgs):
+    """Attention kernels at given shapes."""
+
+    models: tuple[str, ...] | None = arg(
+        None,
+        help="Take the shapes of these published models, of a step of a request with their defaults.",
+        group="bench",
+        unset="all of them",
+        metavar="MODEL",
+        exposed=CLI_ONLY,
+    )
+    queries: int | None = arg(
+        None, help="Query tokens of a shape of one's own, in place of the models'.", group="bench",
+        unset="the models' shapes", minimum=1, exposed=CLI_ONLY,
+    )  # fmt: skip
+    keys: int | None = arg(
+        None, help="Key tokens of it.", group="bench", unset="as many as queries", minimum=1, exposed=CLI_ONLY
+    )
+    heads: int | None = arg(
+        None, help="Heads of it.", group="bench", unset="needed with --queries", minimum=1, exposed=CLI_ONLY
+    )
+    head_dim: int | None = arg(
+        None, help="Channels of a head of it.", group="bench", unset="needed with --queries", minimum=1,
+        maximum=1024, exposed=CLI_ONLY,
+    )  # fmt: skip
+    batch_size: int = arg(1, help="Rows of it.", group="bench", minimum=1, exposed=CLI_ONLY)
+    masked: bool = arg(
+        False, help="With a mask that hides the last eighth of its keys.", group="bench", exposed=CLI_ONLY
+    )
+    kernels: tuple[str, ...] | None = arg(
+        None,
+        help="Only these kernels.",
+        group="bench",
+        unset="every one that runs here",
+        choices=tuple(name for name in ATTENTION_BACKENDS if name != "fa"),
+        exposed=CLI_ONLY,
+    )
+    max_tokens: int | None = arg(
+        None,
+        help="Leave shapes with more tokens out.",
+        group="bench",
+        unset="none on a GPU, 2048 on a CPU",
+        minimum=1,
+        exposed=CLI_ONLY,
+    )
+    save: bool = arg(
+        False,
+        help="Write what was found into this GPU's table, from which engines choose.",
+        group="bench",
+        exposed=CLI_ONLY,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServeArgs(JsonArgs, LoadArgs):
     """Load on a server."""
+
+
+_OWN_SHAPE = ("queries", "heads", "head_dim")
+
+
+def check_attention_options(options: Mapping[str, Any]) -> None:
+    """Raises MissingParameter for a shape that is not complete, InvalidValue for a model beside a shape."""
+    given = [name for name in _OWN_SHAPE if options[name] is not None]
+    if given and (missing := [name for name in _OWN_SHAPE if options[name] is None]):
+        raise MissingParameter(f"{missing[0]}: not set, but a shape of one's own needs it", param=missing[0])
+    if given and options["models"]:
+        raise InvalidValue("models", ", ".join(options["models"]), "none beside a shape of one's own")
+    if not given and (options["keys"] is not None or options["masked"]):
+        name = "keys" if options["keys"] is not None else "masked"
+        raise MissingParameter(f"queries: not set, but {name} belongs to a shape of one's own", param="queries")
 
 
 def _nothing_to_check(options: Mapping[str, Any]) -> None:
@@ -249,7 +321,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         summary="one forward of the transformer",
         own=ComponentArgs,
         of_requests=lambda option: option.name in (*_SIZE, "max_sequence_length"),
-        of_engine=_of_component,
+        of_engine=lambda option: _of_component(option) or option.name in _TRANSFORMER_OPTIONS,
     ),
     "parallel": Benchmark(
         summary="one denoising step spread over several devices, layout by layout",
@@ -268,6 +340,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         own=ComponentArgs,
         of_requests=lambda option: option.name == "max_sequence_length",
         of_engine=_of_component,
+    ),
+    "attention": Benchmark(
+        summary="the attention kernels of this device, shape by shape",
+        own=AttentionArgs,
+        check=check_attention_options,
+        of_engine=lambda option: option.name in ("device", "precision"),
     ),
     "pipeline": Benchmark(
         summary="whole requests: latency of each stage, throughput, sharing of steps",

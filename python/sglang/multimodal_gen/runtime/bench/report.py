@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from sglang.multimodal_gen.runtime.bench.attention_tables import attention_sections
 from sglang.multimodal_gen.runtime.bench.engine import EngineResult
 from sglang.multimodal_gen.runtime.bench.load.result import LoadResult
 from sglang.multimodal_gen.runtime.bench.load.tables import load_sections
 from sglang.multimodal_gen.runtime.bench.machine import Machine
-from sglang.multimodal_gen.runtime.bench.messages import ComponentResult, LayoutResult, ParallelResult, Side
+from sglang.multimodal_gen.runtime.bench.messages import (
+    AttentionResult,
+    ComponentResult,
+    LayoutResult,
+    ParallelResult,
+    Side,
+)
 from sglang.multimodal_gen.runtime.bench.pipeline_result import PipelineResult
 from sglang.multimodal_gen.runtime.bench.startup import StartupResult
 from sglang.multimodal_gen.runtime.bench.statistics import Ratio, Summary
-from sglang.multimodal_gen.runtime.bench.tables import Row, Section, as_size, as_time, show_sections
+from sglang.multimodal_gen.runtime.bench.tables import Row, Section, as_flops, as_size, as_time, show_sections
 
 _SHORTEST_SHOWN_S = 0.0005
 
-Result = ComponentResult | ParallelResult | PipelineResult | EngineResult | StartupResult | LoadResult
+Result = ComponentResult | AttentionResult | ParallelResult | PipelineResult | EngineResult | StartupResult | LoadResult
 
 
 def show(name: str, machine: Machine, result: Result) -> None:
@@ -27,6 +34,8 @@ def show(name: str, machine: Machine, result: Result) -> None:
 def _sections(name: str, result: Result) -> Iterator[Section]:
     if isinstance(result, ComponentResult):
         return _component(name, result)
+    if isinstance(result, AttentionResult):
+        return attention_sections(result)
     if isinstance(result, ParallelResult):
         return _parallel(result)
     if isinstance(result, PipelineResult):
@@ -60,8 +69,8 @@ def _component(name: str, result: ComponentResult) -> Iterator[Section]:
             ("precision", result.precision),
             ("parameters", _parameters(result.num_parameters, result.weight_bytes, result.load_seconds)),
             ("inputs", shapes),
-            ("work", _flops(result.flops)),
-            ("matrix products", _flops(result.matmul_flops_per_second) + "/s"),
+            ("work", as_flops(result.flops)),
+            ("matrix products", as_flops(result.matmul_flops_per_second) + "/s"),
             *(("note", note) for note in result.notes),
         ],
     )
@@ -123,7 +132,7 @@ def _side(name: str, side: Side) -> Row:
         name,
         *_summary(side.seconds),
         str(len(side.seconds.samples)),
-        _flops(side.flops_per_second) + "/s",
+        as_flops(side.flops_per_second) + "/s",
         f"{side.matmul_ratio:.1%}",
         "unknown" if side.peak_bytes is None else as_size(side.peak_bytes),
     )
@@ -146,7 +155,7 @@ def _pipeline(result: PipelineResult) -> Iterator[Section]:
     rows = [("request", *_summary(alone.seconds), "", "")]
     for stage, seconds in alone.stage_seconds.items():
         rate = result.rates.get(stage)
-        rates = ("", "") if rate is None else (_flops(rate.flops_per_second) + "/s", f"{rate.matmul_ratio:.1%}")
+        rates = ("", "") if rate is None else (as_flops(rate.flops_per_second) + "/s", f"{rate.matmul_ratio:.1%}")
         rows.append((f"  {stage}", *_summary(seconds), *rates))
     rows.append(("step", *_summary(alone.step_ms, scale=1e-3), "", ""))
     yield Section("one request at a time", rows, ("", "median", "p10", "p90", "rate", "of matrix products"))
@@ -219,6 +228,24 @@ def _startup(result: StartupResult) -> Iterator[Section]:
     if result.first_result_seconds is not None:
         totals.append(("first result", *_summary(result.first_result_seconds)))
     yield Section("since the process's start", totals, header)
+    if result.page_cache is not None:
+        cache = result.page_cache
+        rates = f"{_rate(cache.bytes_per_second)} by {cache.num_threads} threads"
+        rates += f", {_rate(cache.bytes_per_second_of_one)} by one"
+        yield Section("page cache", [("the same files", f"{as_size(cache.num_bytes)}, {rates}")])
+    if result.reads:
+        weights = [
+            (
+                name,
+                as_size(read.num_bytes),
+                as_time(read.seconds.median),
+                _rate(read.bytes_per_second),
+                "" if read.page_cache_ratio is None else f"{read.page_cache_ratio:.0%}",
+                "" if read.rest_seconds is None else as_time(read.rest_seconds),
+            )
+            for name, read in result.reads.items()
+        ]
+        yield Section("weights", weights, ("", "size", "reading", "rate", "of the page cache", "building and joining"))
     yield Section("most of the time until ready", [(result.dominant, f"{result.dominant_share:.0%}")])
 
 
@@ -235,8 +262,5 @@ def _ratio(ratio: Ratio) -> str:
     return f"{ratio.value:.2f} ({ratio.p10:.2f} to {ratio.p90:.2f})"
 
 
-def _flops(flops: float) -> str:
-    for unit, scale in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
-        if flops >= scale:
-            return f"{flops / scale:.3g} {unit}"
-    return f"{flops / 1e6:.3g} MFLOP"
+def _rate(bytes_per_second: float) -> str:
+    return f"{bytes_per_second / 1e9:.1f} GB/s"

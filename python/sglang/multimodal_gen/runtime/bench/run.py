@@ -12,6 +12,7 @@ import msgspec
 
 from sglang.multimodal_gen.configs.declare import HIDDEN, parameters
 from sglang.multimodal_gen.errors import StorageError
+from sglang.multimodal_gen.runtime.bench.attention import measure_attention
 from sglang.multimodal_gen.runtime.bench.component import measure_component
 from sglang.multimodal_gen.runtime.bench.engine import measure_engine
 from sglang.multimodal_gen.runtime.bench.load.plot import draw
@@ -99,6 +100,8 @@ def _measure(name: str, options: Mapping[str, Any], args: ServerArgs) -> Result:
         return measure_engine(options, args)
     if name == "startup":
         return measure_startup(options, args)
+    if name == "attention":
+        return measure_attention(options, args)
     if name == "parallel":
         return measure_parallel(options, args)
     if name == "serve":

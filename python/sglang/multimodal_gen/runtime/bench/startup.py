@@ -15,31 +15,59 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from sglang.multimodal_gen.configs.declare import parameters
-from sglang.multimodal_gen.errors import BenchmarkFailed
+from sglang.multimodal_gen.configs.model_info import ComponentRead
+from sglang.multimodal_gen.errors import BenchmarkFailed, StorageError
 from sglang.multimodal_gen.runtime.bench.child import BenchChild, tell
 from sglang.multimodal_gen.runtime.bench.messages import StartupTask, StartupTimes
+from sglang.multimodal_gen.runtime.bench.page_cache import PageCacheRate, page_cache_rate, weight_files
+from sglang.multimodal_gen.runtime.bench.startup_timeline import Timeline
 from sglang.multimodal_gen.runtime.bench.statistics import Summary, summarise
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.server_args import ServerArgs, option_groups
 
 READY, FIRST_RESULT = "ready", "first result"
 _PROCESS = "sglang.multimodal_gen.runtime.bench.startup_process"
+_ANSWERS_TO_WORKER = "the engine's processes"
 _POLL_S = 0.01
 _STOP_GRACE_S = 20.0
 
 Moments = tuple[tuple[str, float], ...]
 """What happened, and when: seconds since the process's start."""
+_LOADING = "loading "
+
+
+class ReadResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Reading the weights of one component to the device. `rest_seconds` is the median of what loading it takes
+    besides: building the module, joining products, settling.
+
+    `page_cache_ratio` is its part of the rate at which several threads read the same files from the page cache; None of
+    weights that are mapped, and of files that are not on this machine.
+    """
+
+    num_bytes: int
+    seconds: Summary
+    bytes_per_second: float
+    rest_seconds: float | None
+    page_cache_ratio: float | None
+
+
+class Started(NamedTuple):
+    """One start."""
+
+    moments: Moments
+    reads: tuple[ComponentRead, ...] = ()
 
 
 class StartupResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="startup"):
     """`ready_seconds` counts from the process's start; `intervals` are what it is made of, and what follows it.
 
-    `dominant` is the longest interval before `ready`, `dominant_share` its part of the median.
+    `dominant` is the longest interval before `ready`, `dominant_share` its part of the median. `reads` are by
+    component, where weights were read to a GPU.
     """
 
     entry_point: str
@@ -48,18 +76,53 @@ class StartupResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     intervals: dict[str, Summary]
     dominant: str
     dominant_share: float
+    reads: dict[str, ReadResult] = {}
+    page_cache: PageCacheRate | None = None
 
 
 def measure_startup(options: Mapping[str, Any], args: ServerArgs) -> StartupResult:
     """The result of several starts. Raises ServingError when the model cannot be loaded."""
     start = _start_server if options["entry_point"] == "serve" else _start_generator
-    runs: list[Moments] = []
+    runs: list[Started] = []
     number = itertools.count(1)
     begin = time.monotonic()
     while len(runs) < options["warmup_runs"] + options["repeats"] or time.monotonic() - begin < options["min_seconds"]:
         tell(f"start {next(number)}")
         runs.append(start(args, options["num_inference_steps"]))
-    return summarise_runs(options["entry_point"], runs[options["warmup_runs"] :])
+    counted, files = runs[options["warmup_runs"] :], _files_of(args)
+    tell("reading the checkpoint from the page cache" if files else "no files of weights to compare with")
+    try:
+        rate = page_cache_rate(files) if files else None
+    except OSError as error:
+        raise StorageError(f"model_path: cannot read {error.filename}: {error.strerror}", param="model_path") from error
+    return with_reads(summarise_runs(options["entry_point"], [run.moments for run in counted]), counted, rate)
+
+
+def with_reads(result: StartupResult, runs: list[Started], rate: PageCacheRate | None) -> StartupResult:
+    """The same with what the workers said of reading weights."""
+    seconds: dict[str, list[float]] = {}
+    sizes: dict[str, int] = {}
+    for read in (read for run in runs for read in run.reads):
+        seconds.setdefault(read.component, []).append(read.seconds)
+        sizes[read.component] = read.num_bytes
+    reads = {}
+    for component, samples in seconds.items():
+        summary, loading = summarise(samples), result.intervals.get(f"{_LOADING}{component}")
+        achieved = sizes[component] / summary.median
+        reads[component] = ReadResult(
+            num_bytes=sizes[component],
+            seconds=summary,
+            bytes_per_second=achieved,
+            rest_seconds=None if loading is None else max(0.0, loading.median - summary.median),
+            page_cache_ratio=None if rate is None else achieved / rate.bytes_per_second,
+        )
+    return msgspec.structs.replace(result, reads=reads, page_cache=rate)
+
+
+def _files_of(args: ServerArgs) -> list[Path]:
+    """Of the model's weights, where it is a directory of this machine and its weights are read."""
+    model = args.model
+    return [] if model.random_weights else weight_files(Path(model.model_path))
 
 
 def summarise_runs(entry_point: str, runs: list[Moments]) -> StartupResult:
@@ -86,16 +149,16 @@ def _lengths(run: Moments) -> dict[str, float]:
     return {name: moment - begin for (name, moment), begin in zip(run, begins, strict=False)}
 
 
-def _start_generator(args: ServerArgs, num_inference_steps: int) -> Moments:
+def _start_generator(args: ServerArgs, num_inference_steps: int) -> Started:
     """A fresh interpreter that makes a DiffGenerator."""
     task = StartupTask(engine=EngineConfig.of_this_process(args, run_dir=""), num_inference_steps=num_inference_steps)
     begin = time.monotonic()
     with BenchChild(_PROCESS, task) as child:
         times = child.receive(StartupTimes)
-    return tuple((name, moment - begin) for name, moment in times.moments)
+    return Started(tuple((name, moment - begin) for name, moment in times.moments), times.reads)
 
 
-def _start_server(args: ServerArgs, num_inference_steps: int) -> Moments:
+def _start_server(args: ServerArgs, num_inference_steps: int) -> Started:
     """`sglang serve`, until /health says that it is ready; it is asked for no result."""
     args = dataclasses.replace(args, http=dataclasses.replace(args.http, port=_free_port(args.http.host)))
     with tempfile.TemporaryDirectory(prefix="sglang-bench-") as directory:
@@ -109,7 +172,8 @@ def _start_server(args: ServerArgs, num_inference_steps: int) -> Moments:
         )
         try:
             answers = _wait(process, lambda: _status(args, "/liveness") == http.client.OK)
-            ready = _wait(process, lambda: _is_ready(args))
+            timeline = Timeline(doing=_ANSWERS_TO_WORKER)
+            ready = _wait(process, lambda: _is_ready(args, timeline))
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -117,7 +181,9 @@ def _start_server(args: ServerArgs, num_inference_steps: int) -> Moments:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-    return ("the server answers", answers - begin), (READY, ready - begin)
+    told = [(name, moment) for name, moment in timeline.moments if moment < ready]
+    moments = (("the server answers", answers), *told, (timeline.doing, ready), (READY, ready))
+    return Started(tuple((name, moment - begin) for name, moment in moments))
 
 
 def _wait(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> float:
@@ -129,7 +195,7 @@ def _wait(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> fl
     return time.monotonic()
 
 
-def _is_ready(args: ServerArgs) -> bool:
+def _is_ready(args: ServerArgs, timeline: Timeline) -> bool:
     connection = http.client.HTTPConnection(args.http.host, args.http.port, timeout=5)
     with contextlib.closing(connection):
         connection.request("GET", "/health")
@@ -137,6 +203,9 @@ def _is_ready(args: ServerArgs) -> bool:
         body = json.loads(response.read())
     if body.get("state") == "failed":
         raise BenchmarkFailed(f"the server cannot load the model: {body['error']['message']}")
+    reason = str(body.get("reason", ""))
+    if reason.endswith(")"):  # what the worker does comes behind the reason
+        timeline.begins(reason[reason.rindex("(") + 1 : -1])
     return response.status == http.client.OK
 
 

@@ -68,3 +68,11 @@ def as_time(seconds: float) -> str:
 def as_size(num_bytes: float) -> str:
     """MiB, or GiB from one on."""
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def as_flops(flops: float) -> str:
+    """In the largest unit of which there is one."""
+    for unit, scale in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if flops >= scale:
+            return f"{flops / scale:.3g} {unit}"
+    return f"{flops / 1e6:.3g} MFLOP"

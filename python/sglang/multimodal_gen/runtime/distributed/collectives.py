@@ -43,6 +43,22 @@ def least(value: int, axis: ProcessAxis) -> int:
     return int(held)
 
 
+def handed_on(data: bytes, axis: ProcessAxis) -> bytes:
+    """What the axis' first rank has, on every rank; what the others give is not read. A rank that joined nobody, whose
+    axis only says where it would be, keeps its own."""
+    if axis.size == 1 or axis.group is None:
+        return data
+    length = torch.tensor([len(data)], dtype=torch.int64, device="cpu")
+    dist.broadcast(length, group_src=0, group=axis.group)
+    if axis.rank:
+        data = bytes(int(length))
+    if not data:
+        return data
+    held = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    dist.broadcast(held, group_src=0, group=axis.group)
+    return held.numpy().tobytes()
+
+
 def all_gather(tensor: Tensor, axis: ProcessAxis, *, dim: int) -> Tensor:
     """Equal shares side by side along `dim`, in the order of the ranks."""
     if axis.size == 1:

@@ -118,6 +118,11 @@ class BlockRunner:
         self._caches: Sequence[RowCache | None] | None = None
 
     @property
+    def shares_features(self) -> bool:
+        """Whether ranks add up features within a block."""
+        return self._axes[1].size > 1
+
+    @property
     def is_caching(self) -> bool:
         """Whether the present forward has rows with a cache: what it computes then depends on its data."""
         return self._caches is not None

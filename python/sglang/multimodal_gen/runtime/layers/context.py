@@ -17,6 +17,7 @@ from sglang.multimodal_gen.runtime.layers.attention.layouts import (
     ShardedSequence,
 )
 from sglang.multimodal_gen.runtime.layers.attention.registry import KERNELS
+from sglang.multimodal_gen.runtime.layers.attention.tabled import ChoiceMemory
 from sglang.multimodal_gen.runtime.layers.attention.traits import DeviceFacts, LayerNeeds
 from sglang.multimodal_gen.runtime.layers.lora import AdapterRows
 from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
@@ -38,21 +39,27 @@ class AttentionPlan:
 
     @classmethod
     def chosen(
-        cls, role: AttentionRole, options: AttentionOptions, *, facts: DeviceFacts, precision: str
+        cls,
+        role: AttentionRole,
+        options: AttentionOptions,
+        *,
+        facts: DeviceFacts,
+        precision: str,
+        memory: ChoiceMemory | None = None,
     ) -> AttentionPlan:
-        """The kernel that the options ask for, or the best one.
+        """The kernel that the options ask for, or the best one: by shape where the memory's table knows it.
 
         Raises: AttentionNotAvailable when device, precision or installation rule out what they ask for. What only the
             head size rules out is found when a layer is built.
         """
-        source = KernelSelector(role=role, facts=facts, wish=wish_for(role, options))
+        source = KernelSelector(role=role, facts=facts, wish=wish_for(role, options), memory=memory)
         source.choose(LayerNeeds(precision=precision))
         return cls(source=source, precision=precision)
 
     def takes_mask(self, head_dim: int) -> bool:
         """Whether the kernel that serves heads of this size would take a mask as well."""
         needs = LayerNeeds(precision=self.precision, head_dim=head_dim)
-        entry = KERNELS.get(self.source.kernel(needs).name)
+        entry = KERNELS.get(self.source.usual_name(needs))
         return entry is not None and entry.traits.takes_mask
 
     def build(self, head_dim: int, *, mask: bool = False) -> Attention:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -24,12 +25,17 @@ class Shard:
         """Of the tensor whose part has this shape."""
         return (*shape[: self.dim], sum(self.blocks), *shape[self.dim + 1 :])
 
+    def pieces(self) -> tuple[tuple[int, int], ...]:
+        """This rank's part of each block: where it begins along `dim` of the whole tensor, and how long it is."""
+        begins = accumulate(self.blocks, initial=0)
+        return tuple(
+            (begin + self.axis.rank * width // self.axis.size, width // self.axis.size)
+            for begin, width in zip(begins, self.blocks, strict=False)
+        )
+
     def cut(self, whole: Tensor) -> Tensor:
         """This rank's part, contiguous; a view where it can be."""
-        parts = [
-            block.narrow(self.dim, self.axis.rank * width // self.axis.size, width // self.axis.size)
-            for block, width in zip(whole.split(self.blocks, dim=self.dim), self.blocks, strict=True)
-        ]
+        parts = [whole.narrow(self.dim, begin, length) for begin, length in self.pieces()]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)).contiguous()
 
 

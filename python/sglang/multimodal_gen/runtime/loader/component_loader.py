@@ -6,6 +6,7 @@ so that a model never lies in memory twice.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sglang.multimodal_gen.configs.encoder_dealing import EncoderSize, deal_encoder
+from sglang.multimodal_gen.configs.model_info import ComponentRead
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.errors import CorruptCheckpoint, InvalidRequest, UnsupportedModel
 from sglang.multimodal_gen.registry import read_json_object
+from sglang.multimodal_gen.runtime.layers.compiled_blocks import use_compiled_blocks
 from sglang.multimodal_gen.runtime.layers.context import EncoderAxes, LayerContext
 from sglang.multimodal_gen.runtime.layers.forward_graphs import use_forward_graphs
 from sglang.multimodal_gen.runtime.layers.fused import join_projections
@@ -29,6 +32,7 @@ from sglang.multimodal_gen.runtime.loader.tokenizer import TextTokenizer, load_t
 from sglang.multimodal_gen.runtime.loader.weight_utils import StoredWeights, open_weights, tensors_of
 
 _SHOWN_KEYS = 8
+_NOT_COMPILED = "enable_torch_compile: no effect on a transformer whose weights come and go"
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 DtypeOf = Callable[[str], torch.dtype]
 
@@ -51,7 +55,10 @@ class ComponentSource(Protocol):
 
 
 class Checkpoint:
-    """The files in the directories."""
+    """The files in the directories. `reads` says what reading each took."""
+
+    def __init__(self) -> None:
+        self.reads: list[ComponentRead] = []
 
     def tensors_for(
         self, directory: Path, module: nn.Module, *, dtype_of: DtypeOf, device: torch.device
@@ -63,12 +70,17 @@ class Checkpoint:
         shard_of_key = {names[name]: shard for name, shard in shards.items()}
 
         def place(key: str, tensor: Tensor) -> Tensor:
-            if key in shard_of_key:
-                tensor = shard_of_key[key].cut(tensor)
-            return tensor.to(device, dtype_of_key[key]) if tensor.is_floating_point() else tensor.to(device)
+            """Of this rank's part, which is on the device."""
+            return tensor.to(dtype_of_key[key]) if tensor.is_floating_point() else tensor
 
-        tensors = stored.load(list(names.values()), place)
+        begin = time.perf_counter()
+        tensors = stored.load(list(names.values()), place, device=device, parts=shard_of_key)
+        self.note(directory.name, stored.num_bytes(list(names.values())), time.perf_counter() - begin)
         return {name: tensors[key] for name, key in names.items()}
+
+    def note(self, component: str, num_bytes: int, seconds: float) -> None:
+        """That a component's files were read, of which other ranks may have taken other parts."""
+        self.reads.append(ComponentRead(component=component, num_bytes=num_bytes, seconds=seconds))
 
     def tokenizer(self, directory: Path) -> TextTokenizer:
         """See ComponentSource. Raises CorruptCheckpoint without one."""
@@ -93,6 +105,7 @@ class LoadContext:
     encoder_parallel: str = "auto"
     cuda_graphs: bool = False
     on_host: Collection[str] = ()
+    compile_blocks: bool = False
     report: Callable[[str], None] = _tell_nobody
 
     def device_of(self, component: str) -> torch.device:
@@ -142,7 +155,10 @@ class NativeModule:
             context=self.layers_for(directory.name, config, context),
             source=context.source,
         )
-        if context.cuda_graphs and hasattr(module, "tokens") and directory.name not in context.on_host:
+        stays = directory.name not in context.on_host
+        if context.compile_blocks and hasattr(module, "block_runner"):
+            context.report(use_compiled_blocks(module) if stays else _NOT_COMPILED)
+        if context.cuda_graphs and hasattr(module, "tokens") and stays:
             use_forward_graphs(module)
         return module
 
@@ -306,6 +322,13 @@ def _dtype_for(name: str, kept: frozenset[str], dtype: torch.dtype) -> torch.dty
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
+
+
+def explain_reads(reads: Collection[ComponentRead]) -> Iterator[str]:
+    """Sentences on how fast weights came to the device."""
+    for read in reads:
+        rate = read.num_bytes / max(read.seconds, 1e-9)
+        yield f"{read.component}: {read.num_bytes / 1e9:.2f} GB read in {read.seconds:.2f} s, {rate / 1e9:.1f} GB/s"
 
 
 def weight_totals(modules: Collection[nn.Module]) -> tuple[int, int]:

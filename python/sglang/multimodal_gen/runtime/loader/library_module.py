@@ -6,6 +6,7 @@ Importing this module imports both libraries, which takes seconds: only pipeline
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ import diffusers
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from sglang.multimodal_gen.errors import CorruptCheckpoint, UnsupportedModel
 from sglang.multimodal_gen.runtime.loader.component_loader import Checkpoint, LoadContext, weight_totals
 from sglang.multimodal_gen.runtime.loader.library_sharding import deal_library_encoder, library_encoder_size
+from sglang.multimodal_gen.runtime.loader.parallel_reading import send_tensors
 from sglang.multimodal_gen.runtime.loader.weight_utils import open_weights
 from sglang.multimodal_gen.runtime.models.vaes.library_strips import deal_pictures
 
@@ -55,16 +57,19 @@ class LibraryModule:
         cls, dtype = getattr(self.library, class_name), context.dtype_of(directory.name)
         device = context.device_of(directory.name)
         shared = self.library is transformers and context.layers.parallel.world.size > 1
+        in_parts = self.library is transformers and (device.type == "cuda" or directory.name in context.on_host)
         if not isinstance(context.source, Checkpoint):
             module = self._used(self._filled(cls, directory, dtype, context, shared=shared))
-        elif shared:
+        elif shared or in_parts:
             # In the files' own dtype its tensors are the mapped files: a rank reads what it keeps.
             whole = self._stored(cls, directory, _dtype_of_most(directory))
             module, fp32_names = self._used(whole), _names_in_fp32(whole, dtype)
-            self._deal(module, directory, dtype, context)
-            for name, parameter in module.named_parameters():
-                wanted = torch.float32 if fp32_names.intersection(name.split(".")) else dtype
-                parameter.data = parameter.data.to(device, wanted)
+            if shared:
+                self._deal(module, directory, dtype, context)
+            begin = time.perf_counter()
+            _send(module, fp32_names, dtype, device)
+            num_bytes = sum(parameter.nbytes for parameter in module.parameters())
+            context.source.note(directory.name, num_bytes, time.perf_counter() - begin)
         else:
             module = self._used(self._stored(cls, directory, dtype))
         module = module.to(device).eval().requires_grad_(False)
@@ -116,6 +121,22 @@ class LibraryModule:
         tensors = context.source.tensors_for(directory, module, dtype_of=lambda _: dtype, device=device)
         module.load_state_dict(tensors, strict=False)
         return module
+
+
+def _send(module: nn.Module, fp32_names: frozenset[str], dtype: torch.dtype, device: torch.device) -> None:
+    """The module's parameters to the device, in fp32 those of which a part of the name says so, else in `dtype`."""
+    parameters = dict(module.named_parameters())
+
+    def place(name: str, tensor: Tensor) -> Tensor:
+        return tensor.to(torch.float32 if fp32_names.intersection(name.split(".")) else dtype)
+
+    held = {name: parameter.data for name, parameter in parameters.items()}
+    if device.type == "cpu":
+        sent = {name: place(name, tensor) for name, tensor in held.items()}  # mapped files stay what they are
+    else:
+        sent = send_tensors(held, place, device=device)
+    for name, parameter in parameters.items():
+        parameter.data = sent[name]
 
 
 def transformers_module(*class_names: str, optional_keys: tuple[str, ...] = (), part: str = "") -> LibraryModule:

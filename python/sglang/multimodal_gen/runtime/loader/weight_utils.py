@@ -7,35 +7,38 @@ its end kills the process.
 from __future__ import annotations
 
 import json
+import math
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sglang.multimodal_gen.errors import CorruptCheckpoint, PickleRefused
 from sglang.multimodal_gen.registry import read_json_object
+from sglang.multimodal_gen.runtime.layers.shards import Shard
+from sglang.multimodal_gen.runtime.loader.parallel_reading import DTYPES, Convert, read_tensors
 
 _PREFERRED = ("diffusion_pytorch_model", "model")
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
 _READABLE_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"})
 # The format's own limit for the header.
 _MAX_HEADER_BYTES = 100_000_000
-# Reading is bound by page faults and copies; more threads than this only fight for memory bandwidth.
-_MAX_THREADS = 4
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where a tensor lies and what its header says."""
+    """Where a tensor lies, `offset` bytes from the file's beginning, and what its header says."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -45,29 +48,27 @@ class StoredWeights:
     directory: Path
     tensors: Mapping[str, StoredTensor]
 
-    def load(self, names: Collection[str], convert: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
-        """The named tensors, each passed through `convert(name, tensor)` as soon as it is read; files in parallel.
+    def load(
+        self,
+        names: Collection[str],
+        convert: Convert,
+        *,
+        device: torch.device = _CPU,
+        parts: Mapping[str, Shard] = MappingProxyType({}),
+    ) -> dict[str, Tensor]:
+        """The named tensors, or this rank's parts of them, each passed through `convert(name, tensor)` on the device as
+        soon as it is there; see `parallel_reading`.
 
-        The tensor given to `convert` is a view of the mapped file: it costs memory only where it is touched.
+        On a CPU the tensor given to `convert` is a view of the mapped file: it costs memory only where it is touched.
 
         Raises: CorruptCheckpoint when a file cannot be read.
         """
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.tensors[name].file, []).append(name)
+        places = {name: self.tensors[name] for name in names}
+        return read_tensors(places, convert, device=device, parts=parts)
 
-        def load_file(item: tuple[Path, list[str]]) -> list[tuple[str, Tensor]]:
-            path, wanted = item
-            try:
-                with safe_open(path, framework="pt", device="cpu") as file:
-                    return [(name, convert(name, file.get_tensor(name))) for name in wanted]
-            except SafetensorError as error:
-                raise CorruptCheckpoint(f"{_shown(path)} is not a valid safetensors file: {error}") from error
-
-        if len(by_file) == 1:
-            return dict(load_file(next(iter(by_file.items()))))
-        with ThreadPoolExecutor(max_workers=_MAX_THREADS, thread_name_prefix="load") as pool:
-            return {name: tensor for part in pool.map(load_file, by_file.items()) for name, tensor in part}
+    def num_bytes(self, names: Collection[str]) -> int:
+        """Of the named tensors, as they are stored."""
+        return sum(math.prod(t.shape) * DTYPES[t.dtype].itemsize for t in map(self.tensors.__getitem__, names))
 
 
 def open_weights(directory: Path) -> StoredWeights:
@@ -151,7 +152,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
-            found = {name: _stored(path, entry) for name, entry in header.items()}
+            found = {name: _stored(path, entry, 8 + length) for name, entry in header.items()}
             end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
             raise CorruptCheckpoint(f"{_shown(path)} has a header that cannot be read: {error}") from error
@@ -169,11 +170,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _stored(path: Path, entry: Mapping[str, object]) -> StoredTensor:
+def _stored(path: Path, entry: Mapping[str, Any], begin: int) -> StoredTensor:
     shape = entry["shape"]
     if not isinstance(shape, list):
         raise ValueError("a shape is no list")
-    return StoredTensor(file=path, shape=tuple(shape), dtype=str(entry["dtype"]))
+    offset = begin + int(entry["data_offsets"][0])
+    return StoredTensor(file=path, shape=tuple(shape), dtype=str(entry["dtype"]), offset=offset)
 
 
 def _shown(path: Path) -> str:

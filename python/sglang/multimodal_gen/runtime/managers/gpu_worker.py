@@ -56,6 +56,7 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     encode,
 )
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
+from sglang.multimodal_gen.runtime.managers.warm_up import ID_PREFIX as WARM_UP_PREFIX
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging, fields, log_refusal
 from sglang.multimodal_gen.runtime.observability.private_texts import PRIVATE_TEXTS
 
@@ -183,6 +184,9 @@ class GPUWorker:
         self.frames.forget(request_id)
         if req is not None:
             self.pipeline.release(req)
+            self.pipeline.attention_tuner.request_ended(
+                was_warm_up=request_id.startswith(WARM_UP_PREFIX), others_run=bool(self.requests)
+            )
         self.states.forget(request_id)
         self.previews.release(request_id)
         self.profiler.release(request_id)
@@ -364,6 +368,10 @@ def _load(config: EngineConfig, report: Callable[[str], None]) -> Any:
             raise InvalidValue("gpu_ids", gpu_ids, "none; no CUDA device is visible")
         if device.type == "cpu":
             torch.set_num_threads(max(1, torch.get_num_threads() // parallel.num_gpus))
+        else:
+            report("starting the device")
+            torch.zeros(1, device=device).item()  # the first kernel comes with the context
+            report("preparing the model")
         if shape.num_ranks > 1:
             envs.meet_on_loopback()
         return join_replica(shape, config.rank, store=Path(config.rendezvous), device=device)

@@ -105,7 +105,11 @@ class Replicas:
             workers, active = WorkerGroup(config, replica=index), dict[str, RequestRecord]()
             dispatcher = Dispatcher(execution, workers, learned=learned, memory=memory)
             intake = Intake(admission, dispatcher.share, active, replica=index)
-            warm_up = WarmUp(config.args.warmup, id_prefix=f"{index}_" if index else "")
+            warm_up = WarmUp(
+                config.args.warmup,
+                id_prefix=f"{index}_" if index else "",
+                is_needed=config.args.execution.needs_warm_up,
+            )
             members.append(
                 Replica(
                     index=index, workers=workers, dispatcher=dispatcher, intake=intake, warm_up=warm_up, active=active

@@ -71,10 +71,12 @@ def input_shapes(limits: InputLimits, params: SamplingParams) -> InputShapes:
 @dataclass
 class WarmUp:
     """Which sizes are warm on one replica, and which warm-up requests are under way. `given_up`: one failed, so there
-    are no more. `id_prefix` tells its requests from other replicas'."""
+    are no more. `id_prefix` tells its requests from other replicas'; `is_needed` says that something, such as a
+    compiler, wants one."""
 
     args: WarmupArgs
     id_prefix: str = ""
+    is_needed: bool = False
     mode: Mode = "off"
     warm: set[Shape] = field(default_factory=set)
     under_way: dict[str, Shape] = field(default_factory=dict)
@@ -82,8 +84,9 @@ class WarmUp:
     _number: int = 0
 
     def choose_mode(self, *, serves_http: bool, device: str) -> Mode:
-        """The mode asked for; else a server on a GPU warms up before it takes requests, and nothing else does."""
-        by_default: Mode = "server" if serves_http and device.startswith("cuda") else "off"
+        """The mode asked for; else a server on a GPU warms up before it takes requests, and nothing else does unless
+        it is needed."""
+        by_default: Mode = "server" if self.is_needed or (serves_http and device.startswith("cuda")) else "off"
         self.mode = "off" if self.given_up else cast(Mode, self.args.warmup_mode or by_default)
         return self.mode
 
@@ -92,7 +95,8 @@ class WarmUp:
 
         Raises: InvalidRequest for a size that the model cannot do.
         """
-        own = model.defaults.filled_from(GENERAL_DEFAULTS)
+        # As a request that says nothing: defaults of a step cache that is off are no part of it.
+        own = SamplingParams().filled_from(model.defaults, GENERAL_DEFAULTS)
         asked = self.args.warmup_resolutions
         sizes = [(own.width, own.height)] if asked is None else [split_size(size) for size in asked]
         num_frames = self.args.warmup_num_frames or own.num_frames

@@ -9,6 +9,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,7 +20,7 @@ from torch import nn
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.memory_args import ALL_RESIDENT, MemoryArgs
 from sglang.multimodal_gen.configs.model_entry import ModelEntry
-from sglang.multimodal_gen.configs.model_info import ModelInfo, TaskLimits
+from sglang.multimodal_gen.configs.model_info import ComponentRead, ModelInfo, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.request_plan import Phase
@@ -44,10 +45,12 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
     Checkpoint,
     ComponentLoader,
     LoadContext,
+    explain_reads,
     weight_totals,
 )
 from sglang.multimodal_gen.runtime.loader.random_weights import RandomSource
 from sglang.multimodal_gen.runtime.pipelines_core.adapters import Adapters
+from sglang.multimodal_gen.runtime.pipelines_core.attention_choice import AttentionTuner, read_choices
 from sglang.multimodal_gen.runtime.pipelines_core.conditioning_cache import ConditioningCache
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.memory import (
@@ -128,6 +131,7 @@ class ComposedPipelineBase:
         entry: ModelEntry | None = None,
         weight_room: WeightRoom | None = None,
         load_seconds: float = 0.0,
+        reads: Sequence[ComponentRead] = (),
     ) -> None:
         """Raises UnsupportedModel or CorruptCheckpoint when the components do not fit together."""
         self.name = name
@@ -138,6 +142,7 @@ class ComposedPipelineBase:
         self.device = placement.device
         self.dtype = placement.dtype
         self.load_seconds = load_seconds
+        self.reads = tuple(reads)
         self.entry = entry
         self.conditioning_cache = ConditioningCache(0) if conditioning_cache is None else conditioning_cache
         self.modules: dict[str, nn.Module] = {n: c for n, c in components.items() if isinstance(c, nn.Module)}
@@ -145,6 +150,7 @@ class ComposedPipelineBase:
             setattr(self, component, value)
         self.weight_room = WeightRoom() if weight_room is None else weight_room
         self.adapters = Adapters.of(self.modules)
+        self.attention_tuner = AttentionTuner.of(list(self.modules.values()), self.device, parallel)
         self.check_components()
         self.stages = self.create_pipeline_stages()
         for stage in self.stages:
@@ -247,6 +253,13 @@ class ComposedPipelineBase:
         if execution.scheduler is not None:
             defaults = dataclasses.replace(defaults, scheduler=execution.scheduler)
         defaults = with_environment(defaults, envs.current())
+        # On a CPU weights are mapped, which takes no time until they are used.
+        is_read = placement.device.type != "cpu"
+        reads = context.source.reads if is_read and isinstance(context.source, Checkpoint) else []
+        for reason in explain_reads(reads):
+            report(reason)
+        if execution.enable_torch_compile and not any(hasattr(c, "block_runner") for c in components.values()):
+            report("enable_torch_compile: no effect, since no component is a transformer of ours")
         return cls(
             name=resolved.name,
             config=config,
@@ -258,6 +271,7 @@ class ComposedPipelineBase:
             entry=resolved.entry,
             weight_room=room,
             load_seconds=time.perf_counter() - start,
+            reads=reads,
         )
 
     @classmethod
@@ -275,18 +289,22 @@ class ComposedPipelineBase:
         for reason in placement.reasons:
             report(reason)
         facts, precision = device_facts(placement.device), placement.precision
+        autotune = execution.enable_attention_backend_autotune
+        memory = read_choices(placement.device, parallel, autotune=autotune, report=report)
+        plan = partial(AttentionPlan.chosen, options=execution, facts=facts, precision=precision, memory=memory)
         return LoadContext(
             device=placement.device,
             dtype=placement.dtype,
             layers=LayerContext.spread(
                 parallel,
-                self_attention=AttentionPlan.chosen("self", execution, facts=facts, precision=precision),
-                cross_attention=AttentionPlan.chosen("cross", execution, facts=facts, precision=precision),
+                self_attention=plan("self"),
+                cross_attention=plan("cross"),
             ),
             fp32_components=config.fp32_components,
             vae_dtype=placement.vae_dtype,
             source=RandomSource() if random_weights else Checkpoint(),
             encoder_parallel=execution.encoder_parallel,
+            compile_blocks=execution.enable_torch_compile,
             cuda_graphs=execution.cuda_graphs == "auto" and placement.device.type == "cuda",
             report=report,
         )
@@ -331,6 +349,7 @@ class ComposedPipelineBase:
             limits=self.limits(),
             defaults=self.defaults,
             gives_previews=self.gives_previews,
+            reads=self.reads,
         )
 
     # Running

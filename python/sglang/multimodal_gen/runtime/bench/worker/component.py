@@ -18,8 +18,8 @@ from sglang.multimodal_gen.runtime.bench.worker.memory import peak_bytes
 from sglang.multimodal_gen.runtime.bench.worker.model import find_model, work_size
 from sglang.multimodal_gen.runtime.bench.worker.reference_module import reference_module, require_reference
 from sglang.multimodal_gen.runtime.bench.worker.reporting import Parent, failures_told, take_task, watch_parent
-from sglang.multimodal_gen.runtime.bench.worker.timing import time_in_turns, timer_for
 from sglang.multimodal_gen.runtime.layers.attention.switch import explain_kernels
+from sglang.multimodal_gen.runtime.layers.device_timing import time_in_turns, timer_for
 from sglang.multimodal_gen.runtime.loader.component_loader import weight_totals
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
 from sglang.multimodal_gen.runtime.pipelines_core.memory import free_bytes, limit_memory

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sglang.multimodal_gen.configs.models.base import ModelConfig
-from sglang.multimodal_gen.runtime.bench.worker.timing import timer_for
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.device_timing import timer_for
 from sglang.multimodal_gen.runtime.loader.component_loader import without_memory
 
 # Large enough that a GPU or a few cores are busy, small enough that a core is done in a second.

@@ -6,7 +6,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from sglang.multimodal_gen.runtime.bench.messages import KernelTime
-from sglang.multimodal_gen.runtime.bench.worker.timing import Run
+from sglang.multimodal_gen.runtime.layers.device_timing import Run
 
 _SHOWN = 20
 _LONGEST_NAME = 100  # names of templates go on for lines

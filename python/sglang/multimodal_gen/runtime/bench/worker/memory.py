@@ -8,7 +8,7 @@ import gc
 
 import torch
 
-from sglang.multimodal_gen.runtime.bench.worker.timing import Run
+from sglang.multimodal_gen.runtime.layers.device_timing import Run
 from sglang.multimodal_gen.runtime.layers.forward_graphs import cuda_capture
 from sglang.multimodal_gen.runtime.pipelines_core.memory_meter import meter_for
 

@@ -22,9 +22,9 @@ from sglang.multimodal_gen.runtime.bench.messages import LayoutResult, ParallelR
 from sglang.multimodal_gen.runtime.bench.statistics import summarise
 from sglang.multimodal_gen.runtime.bench.worker.model import find_model, work_size
 from sglang.multimodal_gen.runtime.bench.worker.reporting import Parent, failures_told, take_task, watch_parent
-from sglang.multimodal_gen.runtime.bench.worker.timing import Run, timer_for
 from sglang.multimodal_gen.runtime.distributed.collectives import all_gather, least
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ParallelContext, join_replica
+from sglang.multimodal_gen.runtime.layers.device_timing import Run, timer_for
 from sglang.multimodal_gen.runtime.layers.forward_graphs import forget_graphs
 from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging

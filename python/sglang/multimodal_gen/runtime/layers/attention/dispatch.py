@@ -21,6 +21,7 @@ from sglang.multimodal_gen.runtime.layers.attention.registry import (
     members,
     preferred,
 )
+from sglang.multimodal_gen.runtime.layers.attention.tabled import ChoiceMemory, TabledKernel
 from sglang.multimodal_gen.runtime.layers.attention.traits import DeviceFacts, KernelTraits, LayerNeeds
 
 
@@ -78,14 +79,19 @@ class KernelSource(Protocol):
         """A kernel for a layer; a request's wish goes before the engine's."""
         ...
 
+    def usual_name(self, needs: LayerNeeds) -> str:
+        """The kernel that a layer has whatever the shapes of a call."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSelector:
-    """Chooses the kernels of one role, as the engine's options wish."""
+    """Chooses the kernels of one role, as the engine's options wish; where they do not, by shape from the memory."""
 
     role: AttentionRole
     facts: DeviceFacts
     wish: Wish | None = None
+    memory: ChoiceMemory | None = None
 
     def choose(self, needs: LayerNeeds, wish: Wish | None = None) -> KernelChoice:
         """See `choose_kernel`; without a wish of the request's own, the engine's counts."""
@@ -93,7 +99,36 @@ class KernelSelector:
 
     def kernel(self, needs: LayerNeeds, wish: Wish | None = None) -> AttentionKernel:
         """See `KernelSource`. Raises AttentionNotAvailable."""
-        return load_kernel(self.choose(needs, wish).name)
+        usual = load_kernel(self.choose(needs, wish).name)
+        if wish is not None or self.wish is not None or self.memory is None or not self.memory.is_of_use(needs):
+            return usual
+        return TabledKernel(usual, self.memory, needs, lambda name: self.is_admissible(name, needs))
+
+    def usual_name(self, needs: LayerNeeds) -> str:
+        """See `KernelSource`. Raises AttentionNotAvailable."""
+        return self.choose(needs).name
+
+    def is_admissible(self, name: str, needs: LayerNeeds) -> bool:
+        """Whether a table's word is enough for this kernel: it exists, is exact, and can serve the layer here."""
+        return name in KERNELS and not KERNELS[name].traits.lossy and obstacle(name, self.facts, needs) is None
+
+    def explain(self, needs: LayerNeeds) -> str:
+        """The choice and where it comes from, in words."""
+        choice = self.choose(needs)
+        if self.wish is not None or self.memory is None:
+            return f"{choice.name}: {choice.reason}"
+        chosen = {
+            str(entry.shape): name
+            for entry in self.memory.table.entries
+            if entry.shape.precision == needs.precision and entry.shape.head_dim == needs.head_dim
+            if (name := next((name for name in entry.kernels if self.is_admissible(name, needs)), choice.name))
+            != choice.name
+            and entry.shape.masked <= needs.mask
+        }
+        if not chosen:
+            return f"{choice.name}: {choice.reason}"
+        shapes = "; ".join(f"{name} for {shape}" for shape, name in chosen.items())
+        return f"{choice.name}: {choice.reason}; but by {self.memory.table.origin} {shapes}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +145,10 @@ class FixedKernel:
                 *wish, reason=f"the {self.role}-attention of this model is fixed", usable=[self.fixed.name]
             )
         return self.fixed
+
+    def usual_name(self, needs: LayerNeeds) -> str:
+        """See `KernelSource`."""
+        return self.fixed.name
 
 
 @dataclass(frozen=True, kw_only=True)

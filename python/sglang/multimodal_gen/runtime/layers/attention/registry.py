@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang.multimodal_gen.runtime.layers.attention.fp8 import FlashAttention3FP8
 from sglang.multimodal_gen.runtime.layers.attention.kernels import (
     AttentionKernel,
     TorchCudnnSDPA,
@@ -42,6 +43,7 @@ KERNELS: Mapping[str, KernelEntry] = types.MappingProxyType(
             FlashAttention2,
             FlashAttention3,
             FlashAttention4,
+            FlashAttention3FP8,
             SageAttention,
             TorchReference,
         )

@@ -12,6 +12,7 @@ from sglang.multimodal_gen.configs.attention import ATTENTION_ROLES, AttentionOp
 from sglang.multimodal_gen.runtime.layers.attention.attention import Attention
 from sglang.multimodal_gen.runtime.layers.attention.dispatch import KernelSelector
 from sglang.multimodal_gen.runtime.layers.attention.kernels import AttentionKernel
+from sglang.multimodal_gen.runtime.layers.attention.tabled import ChoiceMemory
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,15 @@ def explain_kernels(models: Iterable[nn.Module]) -> list[str]:
     sentences: dict[str, None] = {}
     for layer in _attention_layers(models):
         if isinstance(layer.source, KernelSelector):
-            choice = layer.source.choose(layer.needs)
-            sentences[f"{layer.source.role}-attention {choice.name}: {choice.reason}"] = None
+            sentences[f"{layer.source.role}-attention {layer.source.explain(layer.needs)}"] = None
     return list(sentences)
+
+
+def choice_memory_of(models: Iterable[nn.Module]) -> ChoiceMemory | None:
+    """That from which layers without a wish get their kernels; None where none has one."""
+    sources = (layer.source for layer in _attention_layers(models))
+    memories = (source.memory for source in sources if isinstance(source, KernelSelector) and source.wish is None)
+    return next((memory for memory in memories if memory is not None), None)
 
 
 def _attention_layers(models: Iterable[nn.Module]) -> list[Attention]:
