@@ -20,6 +20,7 @@ from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
 from sglang.multimodal_gen.configs.declare import HIDDEN, Parameter, arg, check_names, coerce, from_text, parameters
 from sglang.multimodal_gen.configs.lora_args import LoraArgs
+from sglang.multimodal_gen.configs.quantization_args import QuantizationArgs
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.configs.schedulers import SCHEDULER_NAMES
 from sglang.multimodal_gen.errors import FieldError, InvalidValue
@@ -91,7 +92,7 @@ def model_names(args: ModelArgs) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExecutionArgs:
+class ExecutionArgs(QuantizationArgs):
     """How the model computes."""
 
     device: str = arg(

@@ -23,6 +23,7 @@ from sglang.multimodal_gen.registry import read_json_object
 _PREFERRED = ("diffusion_pytorch_model", "model")
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
 _READABLE_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"})
+_QUANTIZED_DTYPES = frozenset({"F8_E4M3", "F8_E5M2"})
 # The format's own limit for the header.
 _MAX_HEADER_BYTES = 100_000_000
 # Reading is bound by page faults and copies; more threads than this only fight for memory bandwidth.
@@ -40,10 +41,11 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """All tensors of one component by name."""
+    """All tensors of one component by name, before which the files have `prefix`."""
 
     directory: Path
     tensors: Mapping[str, StoredTensor]
+    prefix: str = ""
 
     def load(self, names: Collection[str], convert: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
         """The named tensors, each passed through `convert(name, tensor)` as soon as it is read; files in parallel.
@@ -60,7 +62,7 @@ class StoredWeights:
             path, wanted = item
             try:
                 with safe_open(path, framework="pt", device="cpu") as file:
-                    return [(name, convert(name, file.get_tensor(name))) for name in wanted]
+                    return [(name, convert(name, file.get_tensor(self.prefix + name))) for name in wanted]
             except SafetensorError as error:
                 raise CorruptCheckpoint(f"{_shown(path)} is not a valid safetensors file: {error}") from error
 
@@ -70,8 +72,9 @@ class StoredWeights:
             return {name: tensor for part in pool.map(load_file, by_file.items()) for name, tensor in part}
 
 
-def open_weights(directory: Path) -> StoredWeights:
-    """The weights in a component's directory: one safetensors file, or shards with an index.
+def open_weights(directory: Path, *, quantized: bool = False) -> StoredWeights:
+    """The weights in a component's directory: one safetensors file, or shards with an index. In fp8 only with
+    `quantized`.
 
     Raises:
         PickleRefused: there are only pickled weights.
@@ -92,7 +95,7 @@ def open_weights(directory: Path) -> StoredWeights:
                 f"{'is' if len(missing) == 1 else 'are'} missing; download the checkpoint again"
             )
     for file in files:
-        tensors.update(read_header(file))
+        tensors.update(read_header(file, quantized=quantized))
     absent = [name for name, file in expected.items() if name not in tensors or tensors[name].file.name != file]
     if absent:
         raise CorruptCheckpoint(
@@ -140,8 +143,8 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """What the header lists, after the file's size was found to fit it."""
+def read_header(path: Path, *, quantized: bool = False) -> dict[str, StoredTensor]:
+    """What the header lists, after the file's size was found to fit it. Numbers in fp8 only with `quantized`."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         start = stream.read(8)
@@ -160,11 +163,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             f"{_shown(path)} has {size} bytes, but its header wants {end}; the file is "
             f"{'truncated' if size < end else 'damaged'}, download it again"
         )
-    unreadable = {tensor.dtype for tensor in found.values()} - _READABLE_DTYPES
+    readable = _READABLE_DTYPES | _QUANTIZED_DTYPES if quantized else _READABLE_DTYPES
+    unreadable = {tensor.dtype for tensor in found.values()} - readable
     if unreadable:
+        accepted = "F32, F16, BF16, F8_E4M3, F8_E5M2 and I8" if quantized else "F32, F16 and BF16"
         raise CorruptCheckpoint(
-            f"{_shown(path)} stores {', '.join(sorted(unreadable))}; quantised weights are not supported, "
-            "accepted are F32, F16 and BF16"
+            f"{_shown(path)} stores {', '.join(sorted(unreadable))}; accepted are {accepted} here, and quantised "
+            "weights of transformers that run natively alone"
         )
     return found
 

@@ -45,6 +45,12 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
     LoadContext,
     weight_totals,
 )
+from sglang.multimodal_gen.runtime.loader.quantization_wishes import (
+    check_wishes,
+    describe_quantization,
+    explain_quantization,
+    replaced_weights,
+)
 from sglang.multimodal_gen.runtime.loader.random_weights import RandomSource
 from sglang.multimodal_gen.runtime.pipelines_core.adapters import Adapters
 from sglang.multimodal_gen.runtime.pipelines_core.conditioning_cache import ConditioningCache
@@ -222,7 +228,7 @@ class ComposedPipelineBase:
             components = cls._load_components(resolved.local_path, context, report)
         for reason in explain_kernels(c for c in components.values() if isinstance(c, nn.Module)):
             report(reason)
-        for reason in explain_strips(components):
+        for reason in (*explain_strips(components), *explain_quantization(components, placement.device)):
             report(reason)
         defaults = resolved.defaults
         if execution.scheduler is not None:
@@ -252,6 +258,7 @@ class ComposedPipelineBase:
         report: Report = _ignore,
     ) -> LoadContext:
         """What each component is loaded with. Raises InvalidRequest for options that cannot be had here."""
+        check_wishes(execution, cls.components, random_weights=random_weights)
         for reason in placement.reasons:
             report(reason)
         facts, precision = device_facts(placement.device), placement.precision
@@ -265,9 +272,10 @@ class ComposedPipelineBase:
             ),
             fp32_components=config.fp32_components,
             vae_dtype=placement.vae_dtype,
-            source=RandomSource() if random_weights else Checkpoint(),
+            source=RandomSource() if random_weights else Checkpoint(replaced_weights(execution)),
             encoder_parallel=execution.encoder_parallel,
             cuda_graphs=execution.cuda_graphs == "auto" and placement.device.type == "cuda",
+            quantization=execution,
             report=report,
         )
 
@@ -311,6 +319,7 @@ class ComposedPipelineBase:
             limits=self.limits(),
             defaults=self.defaults,
             gives_previews=self.gives_previews,
+            quantization=describe_quantization(self.modules),
         )
 
     # Running
