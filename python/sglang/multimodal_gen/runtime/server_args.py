@@ -654,7 +654,14 @@ def _choose_degrees(
     path, model_id, backend, precision, encoders = (
         settings[name].value for name in ("model_path", "model_id", "backend", "precision", "encoder_parallel")
     )
-    model = ModelChoice(path=path, id=model_id, backend=backend, precision=precision, encoder_parallel=encoders)
+    model = ModelChoice(
+        path=path,
+        id=model_id,
+        backend=backend,
+        precision=precision,
+        encoder_parallel=encoders,
+        quantized=settings["quantization"].value is not None,
+    )
     choice = choose_degrees(model, num_gpus, given)
     chosen |= {name: Setting(value, "chosen") for name, value in choice.degrees.items()}
     reasons = (choice.reason,) if choice.reason else ()

@@ -22,8 +22,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Read a parsed `config.json`; keys that start with `_`, and how weights are quantised, are about the files, not
-        the model.
+        """Read a parsed `config.json`; keys that start with `_`, and that about quantisation, are about the files.
 
         Raises:
             InvalidRequest: a key that the architecture does not have, or a value of the wrong type.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang.multimodal_gen.configs.declare import CLI_ONLY, Parameter, arg, parameters
+from sglang.multimodal_gen.configs.quantization_args import QuantizationArgs
 from sglang.multimodal_gen.configs.sample.sampling_params import MAX_SEED, SamplingParams
 from sglang.multimodal_gen.runtime.bench.load.options import LoadArgs, check_load_options
 from sglang.multimodal_gen.runtime.bench.load.plan import BODY_OPTIONS
@@ -15,6 +16,7 @@ from sglang.multimodal_gen.runtime.server_args import server_options
 REFERENCES = ("diffusers",)
 _MODULE_OPTIONS = ("model_path", "model_id", "revision", "random_weights", "device", "precision", "vae_precision")
 _MODULE_OPTION_ENDING = "attention_backend"
+_QUANTIZATION_OPTIONS = tuple(parameters(QuantizationArgs))
 _REQUEST_OPTIONS_OF_ENGINE = ("scheduler",)
 """What the engine's requests are given, which means nothing without a model."""
 _SIZE = ("width", "height", "num_frames")
@@ -231,13 +233,17 @@ def _of_module(option: Parameter) -> bool:
     return option.name in _MODULE_OPTIONS or option.name.endswith(_MODULE_OPTION_ENDING)
 
 
+def _of_transformer(option: Parameter) -> bool:
+    return _of_module(option) or option.name in _QUANTIZATION_OPTIONS
+
+
 def _of_whole_engine(option: Parameter) -> bool:
     return option.declaration.group != "http" and option.name not in _NOT_OF_ITS_ENGINE
 
 
 def _of_engine_alone(option: Parameter) -> bool:
     of_model = option.declaration.group == "model" or option.name in _REQUEST_OPTIONS_OF_ENGINE
-    return _of_whole_engine(option) and not of_model and not _of_module(option)
+    return _of_whole_engine(option) and not of_model and not _of_transformer(option)
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -245,13 +251,13 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         summary="one forward of the transformer",
         own=ComponentArgs,
         of_requests=lambda option: option.name in (*_SIZE, "max_sequence_length"),
-        of_engine=_of_module,
+        of_engine=_of_transformer,
     ),
     "parallel": Benchmark(
         summary="one denoising step spread over several devices, layout by layout",
         own=SpreadArgs,
         of_requests=lambda option: option.name in (*_SIZE, "max_sequence_length"),
-        of_engine=_of_module,
+        of_engine=_of_transformer,
     ),
     "vae": Benchmark(
         summary="decoding or encoding one clip",

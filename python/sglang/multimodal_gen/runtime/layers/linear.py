@@ -74,7 +74,8 @@ class AdaptableLinear(nn.Linear):
             yield F.gelu(self(hidden_states), approximate="tanh")
             return
         biases = [None] * count if self.bias is None else self.bias.chunk(count)
-        for matrix, bias in zip(self.matrix.chunk(count), biases, strict=True):
+        matrices: Sequence[Matrix] = self.matrix.chunk(count)
+        for matrix, bias in zip(matrices, biases, strict=True):
             yield linear_gelu(hidden_states, matrix, bias)
 
 

@@ -264,7 +264,7 @@ def load_module(
         quantizer=quantizer,
     )
     if quantizer is not None:
-        tensors |= quantizer.install(module)
+        tensors |= quantizer.install()
     module.load_state_dict(tensors, strict=True, assign=True)
     unset = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     assert not unset, f"{cls.__name__}: buffers that no checkpoint holds must be computed where they are used: {unset}"

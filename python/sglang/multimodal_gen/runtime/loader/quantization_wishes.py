@@ -34,7 +34,8 @@ def check_wishes(
     named = [name for name, is_asked in asked.items() if is_asked]
     if not named:
         return
-    if not any(isinstance(load, NativeModule) and takes_quantization(load.module_class) for load in components.values()):
+    natives = [load.module_class for load in components.values() if isinstance(load, NativeModule)]
+    if not any(map(takes_quantization, natives)):
         raise QuantizationNotSupported(
             named[0], "this model has no transformer that runs natively; `sglang models` lists those that do"
         )
@@ -65,7 +66,7 @@ def describe_quantization(modules: Mapping[str, nn.Module]) -> QuantizedWeights 
         granularity=" and ".join("row" if each else "tensor" for each in sorted(by_row)),
         num_layers=len(quantized),
         num_kept=len(linears),
-        num_fp8_products=sum(layer.quantization is not None and layer.quantization.scales_inputs for layer in quantized),
+        num_fp8_products=sum(bool(layer.quantization and layer.quantization.scales_inputs) for layer in quantized),
         weight_bytes=sum(layer.weight.nbytes + layer.get_parameter(SCALE_NAME).nbytes for layer in quantized),
     )
 

@@ -35,7 +35,7 @@ def takes_quantization(cls: type[nn.Module]) -> bool:
 
 
 def quantizable_layers(module: nn.Module) -> dict[str, AdaptableLinear]:
-    """By name: all linear layers that are not within a name of the class's `keep_unquantized`, where `*` is any text."""
+    """By name: linear layers that are not within a name of the class's `keep_unquantized`, where `*` is any text."""
     kept: tuple[str, ...] = module.keep_unquantized  # type: ignore[assignment]
     return {
         name: layer
@@ -118,9 +118,14 @@ class LayerQuantizer:
         self._placed[layer] = _Placed(QuantizedTensors(values.contiguous(), scales.contiguous()), exact)
         return values
 
-    def install(self, module: nn.Module) -> dict[str, Tensor]:
+    def give_up(self, layer: str) -> QuantizedTensors | None:
+        """What was kept for a layer, which will not hold it; None for one that is not quantised."""
+        placed = self._placed.pop(layer, None)
+        return None if placed is None else placed.tensors
+
+    def install(self) -> dict[str, Tensor]:
         """Let the layers hold what was kept for them; their values and scales by name, for the module's state."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, placed in self._placed.items():
             values, scales = placed.tensors
             multiplies = computes_in_fp8(self._device) and fits_fp8(values) and not placed.exact

@@ -126,7 +126,7 @@ def _exact_layers(stored: StoredWeights, methods: Mapping[str, str]) -> Collecti
 
 
 def check_stored_method(directory: Path) -> None:
-    """Raises QuantizationNotReadable where `config.json` says that the weights are quantised in a way we do not read."""
+    """Raises QuantizationNotReadable where `config.json` says that weights are quantised in a way we do not read."""
     config = directory / "config.json"
     said = read_json_object(config).get(CONFIG_KEY) if config.is_file() else None
     if said is None:

@@ -32,7 +32,7 @@ from sglang.multimodal_gen.runtime.server_args import ResolvedServerArgs, resolv
 _OF_REQUESTS = (
     "width", "height", "num_frames", "guidance_scale", "true_cfg_scale", "negative_prompt", "max_sequence_length",
 )  # fmt: skip
-_OF_MODELS = ("model_path", "model_id", "backend", "precision")
+_OF_MODELS = ("model_path", "model_id", "backend", "precision", "quantization")
 _HEADER = (
     "",
     "layout",
@@ -165,6 +165,7 @@ def _plan(resolved: ResolvedServerArgs, flags: Mapping[str, Any]) -> ParallelPla
         },
         element_bytes=element_bytes(resolved.args.execution.precision),
         encoder_parallel=resolved.args.execution.encoder_parallel,
+        quantized=resolved.args.execution.quantization is not None,
     )
     params = build(SamplingParams, asked, what="parameter")
     return plan_layouts(outline, outline.work(params), wanted)

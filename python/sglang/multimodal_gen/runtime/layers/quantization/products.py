@@ -95,9 +95,7 @@ def multiply(hidden_states: Tensor, matrix: Matrix, bias: Tensor | None) -> Tens
     return F.linear(hidden_states, matrix, bias) if isinstance(matrix, Tensor) else matrix.linear(hidden_states, bias)
 
 
-def scaled_afterwards(
-    rows: QuantizedRows, weight: QuantizedTensors, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def scaled_afterwards(rows: QuantizedRows, weight: QuantizedTensors, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The product [N, O] of the values, and then both scales: where the chip or the dtype has no scales by row."""
     one = torch.ones((), device=rows.values.device)
     product = torch._scaled_mm(
@@ -107,9 +105,7 @@ def scaled_afterwards(
     return (product if bias is None else product.add_(bias)).to(dtype)
 
 
-def reference_product(
-    rows: QuantizedRows, weight: QuantizedTensors, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def reference_product(rows: QuantizedRows, weight: QuantizedTensors, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What either product in fp8 computes, in fp32: [N, O]."""
     product = (rows.values.float() * rows.scales) @ (weight.values.float() * weight.scales).t()
     return (product if bias is None else product + bias.float()).to(dtype)
