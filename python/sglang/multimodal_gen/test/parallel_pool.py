@@ -195,11 +195,19 @@ class Pool:
         ]
 
     def run(
-        self, directory: Path, shape: ReplicaShape, family: Family, scratch: Path, *, device: str = "cpu"
+        self,
+        directory: Path,
+        shape: ReplicaShape,
+        family: Family,
+        scratch: Path,
+        *,
+        device: str = "cpu",
+        execution: Mapping[str, Any] | None = None,
     ) -> list[Any]:
-        """What each rank of the shape saved of the family's requests, which share forwards."""
+        """What each rank of the shape saved of the family's requests, which share forwards; `execution` are options."""
         adapters = {name: str(path) for name, path in family.adapters.items()}
         work = {"wishes": list(family.wishes), "num_pictures": family.num_pictures, "codings": []}
+        work["execution"] = dict(execution or {})
         work |= {"adapters": adapters, "merged": dict(family.merged)}
         return self._run(directory, shape, scratch, device, work)
 

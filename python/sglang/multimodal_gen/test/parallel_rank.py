@@ -45,7 +45,7 @@ def run(rank: int, task: dict[str, Any]) -> None:
     try:
         pipeline = build_pipeline(
             task["directory"],
-            ExecutionArgs(device=task["device"], precision="fp32", encoder_parallel="on"),
+            ExecutionArgs(device=task["device"], precision="fp32", encoder_parallel="on", **task.get("execution", {})),
             local_rank=rank,
             num_gpus=shape.num_ranks,
             join=lambda device: join_replica(shape, rank, store=Path(task["store"]), device=device, timeout_s=60),

@@ -54,7 +54,7 @@ def replaced_weights(options: QuantizationArgs) -> dict[str, Path]:
 
 
 def describe_quantization(modules: Mapping[str, nn.Module]) -> QuantizedWeights | None:
-    """What of these modules is quantised, for people; None where nothing is."""
+    """What of the transformers among these is quantised, for people; None where nothing is."""
     linears = _linears(modules, quantized=False)
     quantized = _linears(modules, quantized=True)
     if not quantized:
@@ -89,6 +89,7 @@ def _linears(modules: Mapping[str, nn.Module], *, quantized: bool) -> list[Adapt
     return [
         layer
         for module in modules.values()
+        if takes_quantization(type(module))
         for layer in module.modules()
         if isinstance(layer, AdaptableLinear) and (layer.quantization is not None) == quantized
     ]
