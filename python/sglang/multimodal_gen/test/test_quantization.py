@@ -285,7 +285,7 @@ class Case:
     def __init__(self, name: str, directory: Path) -> None:
         self.name, self.family = name, FAMILIES[name]
         self.checkpoint = self.family.save(directory / name)
-        self.wish = self.family.wishes[0] | {"num_inference_steps": 2}
+        self.wish = self.family.wishes[0] | {"num_inference_steps": 2, "output_type": "latent"}
         self.plain = load(self.checkpoint)
         self.exact = latents(self.plain, self.wish)
 
@@ -341,7 +341,7 @@ def test_every_family_makes_nearly_the_same_by_products_in_fp8_also_as_graphs(
     tiny = case(name)
     pipeline = load(tiny.checkpoint, quantization="fp8")
     info = pipeline.model_info().quantization
-    assert info.num_fp8_products > 0
+    assert (info.num_fp8_products > 0) == (name != "ltx")  # whose tiny layers are of 40 features
     layers = quantized_layers(pipeline.transformer).values()
     assert info.num_fp8_products == sum(all(size % 16 == 0 for size in layer.weight.shape) for layer in layers)
     found = latents(pipeline, tiny.wish)
@@ -357,13 +357,10 @@ def test_layers_can_be_left_as_they_are(case: Callable[[str], Case]) -> None:
     """Also some of those whose products would be one."""
     tiny = case("flux")
     every = quantized_layers(load(tiny.checkpoint, quantization="fp8").transformer)
-    pipeline = load(
-        tiny.checkpoint, quantization="fp8", quantization_ignored_layers=("to_q", "transformer_blocks.0.ff")
-    )
-    layers = quantized_layers(pipeline.transformer)
-    assert layers.keys() < every.keys()
-    left = every.keys() - layers.keys()
-    assert left == {name for name in every if "to_q" in name or "transformer_blocks.0.ff" in name}
+    ignored = ("to_q", "transformer_blocks.0.ff")
+    pipeline = load(tiny.checkpoint, quantization="fp8", quantization_ignored_layers=ignored)
+    left = every.keys() - quantized_layers(pipeline.transformer).keys()
+    assert left == {name for name in every if any(text in name for text in ignored)} != set()
     found = latents(pipeline, tiny.wish)
     # Products of one and of several weights are summed in another order.
     assert relative_error(found, latents(tiny.emulated(pipeline), tiny.wish)) < 1e-5
