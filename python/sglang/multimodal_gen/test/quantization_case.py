@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.runtime.layers.fused import JoinedLinear
 from sglang.multimodal_gen.runtime.layers.linear import AdaptableLinear
 from sglang.multimodal_gen.runtime.layers.quantization.schemes import QuantizedTensors, Scheme
 from sglang.multimodal_gen.runtime.loader.quantized_layers import quantizable_layers
@@ -53,6 +54,18 @@ def set_weights(pipeline: Any, weights: Mapping[str, Tensor]) -> Any:
     """The pipeline, whose transformer's layers of these names have these weights now."""
     for name, weight in weights.items():
         pipeline.transformer.get_submodule(name).weight.data.copy_(weight)
+    return pipeline
+
+
+def realigned(pipeline: Any) -> Any:
+    """The pipeline, whose transformer's tensors begin where memory is allocated, not where they lie in mapped files:
+    the last bits of a processor's products depend on that."""
+    module = pipeline.transformer
+    joined = [j for m in module.modules() for j in vars(m).values() if isinstance(j, JoinedLinear)]
+    views = {id(p) for each in joined for layer in each.layers for p in layer.parameters(recurse=False)}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if id(tensor) not in views:
+            tensor.data = tensor.data.clone()
     return pipeline
 
 

@@ -20,6 +20,7 @@ from sglang.multimodal_gen.configs.model_outline import outline_of
 from sglang.multimodal_gen.configs.quantization_args import QuantizationArgs
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.errors import CorruptCheckpoint, InvalidValue, StorageError
+from sglang.multimodal_gen.errors_lora import InvalidLora
 from sglang.multimodal_gen.errors_quantization import (
     InvalidQuantizedWeights,
     OutputNotEmpty,
@@ -31,6 +32,7 @@ from sglang.multimodal_gen.registry import get_model_info
 from sglang.multimodal_gen.runtime.entrypoints.cli import quantize
 from sglang.multimodal_gen.runtime.layers.quantization.schemes import Scheme
 from sglang.multimodal_gen.runtime.loader.lora_files import LoraSource
+from sglang.multimodal_gen.runtime.loader.quantization_wishes import check_wishes
 from sglang.multimodal_gen.runtime.loader.quantized_checkpoint import as_os_error, write_quantized
 from sglang.multimodal_gen.runtime.pipelines.flux import FluxPipeline
 from sglang.multimodal_gen.runtime.pipelines.wan import WanPipeline
@@ -45,6 +47,7 @@ from sglang.multimodal_gen.test.quantization_case import (
     load,
     quantized_file,
     quantized_layers,
+    realigned,
     set_weights,
     stored_weights,
     with_transformer,
@@ -69,7 +72,7 @@ def plain(checkpoint: Path) -> Any:
 def multiplied_out(checkpoint: Path, tensors: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> Tensor:
     """What the checkpoint makes with these values times these scales, computed by hand."""
     weights = {name: tensors[f"{name}.weight"].float() * scale for name, scale in scales.items()}
-    return latents(set_weights(load(checkpoint), weights), WISH)
+    return latents(realigned(set_weights(load(checkpoint), weights)), WISH)
 
 
 def comfy_bytes(**said: Any) -> Tensor:
@@ -95,7 +98,7 @@ def test_scaled_files_of_comfyui_keep_their_values(prefix: str, checkpoint: Path
     for name, layer in layers.items():
         assert torch.equal(layer.weight.float(), tensors[f"{name}.weight"].float())
         assert layer.weight.dtype == torch.float8_e4m3fn
-    assert torch.equal(latents(pipeline, WISH), multiplied_out(checkpoint, tensors, scales))
+    assert torch.equal(latents(realigned(pipeline), WISH), multiplied_out(checkpoint, tensors, scales))
 
 
 def test_described_layers_of_comfyui_compute_as_they_say(
@@ -135,7 +138,7 @@ def test_a_file_in_which_everything_was_cast_is_read_as_it_is(checkpoint: Path, 
     tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in stored_weights(checkpoint).items()}
     pipeline = load(with_transformer(checkpoint, tmp_path / "model", tensors))
     by_hand = with_transformer(checkpoint, tmp_path / "plain", {n: t.float() for n, t in tensors.items()})
-    assert torch.equal(latents(pipeline, WISH), latents(load(by_hand), WISH))
+    assert torch.equal(latents(realigned(pipeline), WISH), latents(realigned(load(by_hand)), WISH))
     assert pipeline.transformer.x_embedder.weight.dtype == torch.float32
     assert quantized_layers(pipeline.transformer)
 
@@ -151,7 +154,7 @@ def test_scales_of_rows_and_int8_are_read(
     model = with_transformer(checkpoint, tmp_path / "model", written, quantization_config=modelopt)
     lines: list[str] = []
     pipeline = load(model, lines)
-    assert torch.equal(latents(pipeline, WISH), multiplied_out(checkpoint, tensors, scales))
+    assert torch.equal(latents(realigned(pipeline), WISH), multiplied_out(checkpoint, tensors, scales))
     assert any(f"quantization {method}, a scale for each row" in line for line in lines)
 
 
@@ -186,7 +189,7 @@ def test_the_rest_of_a_file_that_is_quantised_in_part_can_be_quantised(
     model = with_transformer(checkpoint, tmp_path / "model", only)
     assert quantized_layers(load(model).transformer).keys() == {name}
     pipeline = load(model, quantization="fp8")
-    assert torch.equal(latents(pipeline, WISH), multiplied_out(checkpoint, tensors, scales))
+    assert torch.equal(latents(realigned(pipeline), WISH), multiplied_out(checkpoint, tensors, scales))
 
 
 # --- what is refused ---
@@ -241,7 +244,7 @@ def test_methods_that_are_not_read_are_named(said: Any, checkpoint: Path, tmp_pa
 def test_formats_of_layers_that_are_not_read_are_named(checkpoint: Path, plain: Any, tmp_path: Path) -> None:
     tensors, _ = quantized_file(plain, checkpoint, ONE_FOR_ALL)
     tensors["transformer_blocks.0.attn.to_q.comfy_quant"] = comfy_bytes(format="nvfp4")
-    with pytest.raises(QuantizationNotReadable, match="to_q.comfy_quant is quantised by nvfp4"):
+    with pytest.raises(QuantizationNotReadable, match=r"to_q\.comfy_quant is quantised by nvfp4"):
         load(with_transformer(checkpoint, tmp_path / "model", tensors))
 
 
@@ -252,14 +255,21 @@ def test_a_quantised_file_is_not_quantised_in_another_way(checkpoint: Path, plai
         load(model, quantization="int8")
 
 
-def test_components_without_quantised_layers_refuse_fp8(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("component", ["text_encoder_2", "vae"])
+def test_components_without_quantised_layers_refuse_fp8(component: str, checkpoint: Path, tmp_path: Path) -> None:
+    """A library would read the numbers and leave their scales out."""
     model = with_transformer(checkpoint, tmp_path / "model", stored_weights(checkpoint))
-    [file] = (model / "text_encoder_2").glob("*.safetensors")
+    [file] = (model / component).glob("*.safetensors")
     save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(CorruptCheckpoint, match="stores F8_E4M3; accepted are F32, F16 and BF16 here"):
+        load(model)
+
+
+def test_adapters_in_fp8_are_refused(plain: Any, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter.safetensors"
     save_file({"transformer.x_embedder.lora_A.weight": torch.zeros(2, 16, dtype=torch.float8_e4m3fn)}, adapter)
-    with pytest.raises(CorruptCheckpoint, match="stores F8_E4M3; accepted are F32, F16 and BF16 here"):
-        load(checkpoint).adapters.read(LoraSource(path=str(adapter)))
+    with pytest.raises(InvalidLora, match="stores F8_E4M3"):
+        plain.adapters.read(LoraSource(path=str(adapter)))
 
 
 @pytest.mark.parametrize(
@@ -272,13 +282,13 @@ def test_components_without_quantised_layers_refuse_fp8(checkpoint: Path, tmp_pa
     ],
     ids=lambda options: next(iter(options)),
 )
-@pytest.mark.parametrize("model", ["diffusers", "null"])
-def test_models_without_a_native_transformer_refuse_the_options(
-    model: str, options: dict[str, Any], checkpoint: Path
-) -> None:
-    args = ModelArgs(model_path="null") if model == "null" else ModelArgs(model_path=str(checkpoint), backend=model)
+def test_models_without_a_native_transformer_refuse_the_options(options: dict[str, Any], checkpoint: Path) -> None:
+    args, execution = ModelArgs(model_path=str(checkpoint), backend="diffusers"), ExecutionArgs(device="cpu", **options)
     with pytest.raises(QuantizationNotSupported, match=f"{next(iter(options))}: this model has no transformer"):
-        build_pipeline(args, ExecutionArgs(device="cpu", **options))
+        build_pipeline(args, execution)
+    with pytest.raises(QuantizationNotSupported, match="no transformer that runs natively"):
+        check_wishes(execution, {"vae": WanPipeline.components["vae"]})
+    check_wishes(execution, WanPipeline.components)
 
 
 def test_other_weights_must_exist_and_be_read(checkpoint: Path, tmp_path: Path) -> None:
@@ -293,8 +303,8 @@ def test_other_weights_must_exist_and_be_read(checkpoint: Path, tmp_path: Path) 
 def test_a_directory_can_stand_in_for_the_transformers(checkpoint: Path, tmp_path: Path) -> None:
     changed = {name: tensor * 1.01 for name, tensor in stored_weights(checkpoint).items()}
     other = with_transformer(checkpoint, tmp_path / "other", changed)
-    found = latents(load(checkpoint, transformer_weights_path=str(other / "transformer")), WISH)
-    assert torch.equal(found, latents(load(other), WISH))
+    found = load(checkpoint, transformer_weights_path=str(other / "transformer"))
+    assert torch.equal(latents(realigned(found), WISH), latents(realigned(load(other)), WISH))
 
 
 # --- writing ---
@@ -333,7 +343,7 @@ def test_a_written_model_is_what_is_quantised_while_loading(
     ):
         assert (name, one.dtype) == (other_name, other.dtype)
         assert torch.equal(one.float(), other.float()), name
-    assert torch.equal(latents(found, WISH), latents(expected, WISH))
+    assert torch.equal(latents(realigned(found), WISH), latents(realigned(expected), WISH))
     said = json.loads((model / "transformer" / "config.json").read_text())["quantization_config"]
     assert (said["quant_method"], said["granularity"]) == (method, granularity)
     with pytest.raises(QuantizationConflict):
@@ -372,20 +382,23 @@ def test_the_command_writes_a_model_that_needs_no_options(
     assert main([*arguments, "--device", "cpu"]) == 0
     said = capsys.readouterr()
     assert "transformer: 22 layers quantised" in said.out
-    assert torch.equal(latents(load(output), WISH), latents(load(checkpoint, quantization="int8"), WISH))
+    assert torch.equal(
+        latents(realigned(load(output)), WISH), latents(realigned(load(checkpoint, quantization="int8")), WISH)
+    )
     assert [path.name for path in output.parent.iterdir()] == ["model"]
     assert main(arguments) == 2
     assert "output: model exists and is not empty" in capsys.readouterr().err
 
 
-def test_a_command_that_fails_leaves_nothing(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_not_finished_goes_away(tmp_path: Path) -> None:
     output = tmp_path / "new" / "model"
-    arguments = ["quantize", "--model-path", str(checkpoint), "--output", str(output), "--quantization", "fp8"]
-    assert main([*arguments, "--quantization-ignored-layers", "nothing_such"]) == 1
-    assert "no layer's name holds nothing_such" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt), quantize.Unfinished(output) as unfinished:
+        (unfinished.path / "transformer").mkdir()
+        raise KeyboardInterrupt
     assert list(output.parent.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="output: model cannot be written"):
+        quantize.Unfinished(tmp_path / "file" / "model")
 
 
 def test_the_command_says_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,7 @@ class QuantizeJob:
 
     def run(self) -> int:
         """Write it. Raises ServingError, and leaves nothing behind then."""
-        with _Unfinished(self.output) as unfinished:
+        with Unfinished(self.output) as unfinished:
             done = _written(self.args, unfinished.path)
             unfinished.publish()
         for each in done.components:
@@ -64,8 +64,8 @@ class QuantizeJob:
         return 0
 
 
-class _Unfinished:
-    """A directory beside the one that is wanted, which becomes that or goes away."""
+class Unfinished:
+    """A directory beside the one that is wanted, which becomes that or goes away. Raises StorageError."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
@@ -84,7 +84,7 @@ class _Unfinished:
         except OSError as error:
             raise storage_error(f"output: {self.output.name} cannot be written", error) from error
 
-    def __enter__(self) -> _Unfinished:
+    def __enter__(self) -> Unfinished:
         return self
 
     def __exit__(self, *_: object) -> None:
