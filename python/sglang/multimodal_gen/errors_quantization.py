@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sglang.multimodal_gen.errors import CorruptCheckpoint, InvalidRequest, ModelError, shown
+from sglang.multimodal_gen.errors import InvalidRequest, ModelError, shown
 
 _SHOWN_KEYS = 8
 
@@ -29,7 +29,7 @@ class QuantizationNotReadable(ModelError):
         )
 
 
-class InvalidQuantizedWeights(CorruptCheckpoint):
+class InvalidQuantizedWeights(ModelError):
     """Scales that are missing, of a shape that no scheme has, or no positive numbers; `keys` are theirs."""
 
     code = "invalid_quantized_weights"
