@@ -1,4 +1,4 @@
-"""The tables of docs/reference/errors.md: the classes of errors.py and the files beside it, and the codes that single parameters have."""
+"""The tables of docs/reference/errors.md: classes of errors.py and beside it, and codes of single parameters."""
 
 from __future__ import annotations
 
