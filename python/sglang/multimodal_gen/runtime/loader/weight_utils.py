@@ -163,6 +163,11 @@ def read_header(path: Path, *, quantized: bool = False) -> dict[str, StoredTenso
             f"{_shown(path)} has {size} bytes, but its header wants {end}; the file is "
             f"{'truncated' if size < end else 'damaged'}, download it again"
         )
+    _refuse_dtypes(path, found, quantized=quantized)
+    return found
+
+
+def _refuse_dtypes(path: Path, found: Mapping[str, StoredTensor], *, quantized: bool) -> None:
     readable = _READABLE_DTYPES | _QUANTIZED_DTYPES if quantized else _READABLE_DTYPES
     unreadable = {tensor.dtype for tensor in found.values()} - readable
     if unreadable:
@@ -171,13 +176,17 @@ def read_header(path: Path, *, quantized: bool = False) -> dict[str, StoredTenso
             f"{_shown(path)} stores {', '.join(sorted(unreadable))}; accepted are {accepted} here, and quantised "
             "weights of transformers that run natively alone"
         )
-    return found
 
 
 def refuse_fp8(directory: Path) -> None:
-    """For components whose library would read numbers in fp8 and leave their scales out. Raises CorruptCheckpoint."""
+    """For components whose library would read numbers in fp8 and leave their scales out. Raises CorruptCheckpoint;
+    what else is wrong with a file the library finds."""
     for file in sorted(directory.glob("*.safetensors")):
-        read_header(file)
+        try:
+            found = read_header(file, quantized=True)
+        except CorruptCheckpoint:
+            continue
+        _refuse_dtypes(file, found, quantized=False)
 
 
 def _stored(path: Path, entry: Mapping[str, object]) -> StoredTensor:
