@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.quantization_args import QuantizationArgs
+from sglang.multimodal_gen.errors import IncompatibleParameters
 from sglang.multimodal_gen.runtime.bench.messages import (
     ComponentResult,
     ComponentTask,
@@ -65,9 +66,15 @@ class ComponentBench:
         return load(self.model.directory / component, self.model.listed(component)[1], context)
 
     def reference(self) -> nn.Module | None:
-        """The module to compare with, where there is one."""
+        """The module to compare with, where there is one. Raises IncompatibleParameters for quantised weights."""
         if self.task.compare is None:
             return None
+        if describe_quantization({"": self.module}) is not None:
+            raise IncompatibleParameters(
+                f"compare: {self.task.compare} cannot have these quantised weights; leave it out, and the difference "
+                "from unquantised ones is measured",
+                param="compare",
+            )
         self.parent.tell(f"importing {self.task.compare}")
         require_reference()
         return reference_module(
