@@ -211,7 +211,9 @@ def _joined_scales(layers: Sequence[nn.Linear]) -> Tensor:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    joined = torch.cat([part.detach() for part in parts])
+    # Not every device joins eight-bit floats; bytes are joined everywhere.
+    as_bytes = [part.detach().view(torch.uint8) if part.itemsize == 1 else part.detach() for part in parts]
+    joined = torch.cat(as_bytes).view(parts[0].dtype)
     for part, own in zip(parts, joined.split([len(part) for part in parts]), strict=True):
         part.data = own
     return joined
