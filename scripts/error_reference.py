@@ -1,4 +1,4 @@
-"""The tables of docs/reference/errors.md: the classes of errors.py, and the codes that single parameters have."""
+"""The tables of docs/reference/errors.md: classes of errors.py and beside it, and codes of single parameters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
-from sglang.multimodal_gen import errors
+from sglang.multimodal_gen import errors, errors_lora, errors_quantization
 from sglang.multimodal_gen.errors import FieldError, InvalidRequest, ModelError, RemoteError, ServingError
 
 _PACKAGE = Path(errors.__file__).parent
@@ -16,7 +16,7 @@ _WITHOUT_A_CODE = (ServingError, FieldError, RemoteError)
 
 
 def class_rows() -> dict[str, list[list[str]]]:
-    """[code, HTTP status, try again, class, meaning] by heading, in the order of errors.py."""
+    """[code, HTTP status, try again, class, meaning] by heading, in the order of the files."""
     groups: dict[str, list[list[str]]] = {"The request": [], "The model": [], "The server": []}
     for error in _classes():
         heading = next(
@@ -33,12 +33,15 @@ def class_rows() -> dict[str, list[list[str]]]:
 
 
 def _classes() -> list[type[ServingError]]:
-    found = [
-        value
-        for value in vars(errors).values()
-        if isinstance(value, type) and issubclass(value, ServingError) and value not in _WITHOUT_A_CODE
-    ]
-    return sorted(found, key=lambda error: inspect.getsourcelines(error)[1])
+    found = []
+    for home in (errors, errors_lora, errors_quantization):
+        own = [
+            value
+            for value in vars(home).values()
+            if isinstance(value, type) and issubclass(value, ServingError) and value.__module__ == home.__name__
+        ]
+        found += sorted(own, key=lambda error: inspect.getsourcelines(error)[1])
+    return [error for error in found if error not in _WITHOUT_A_CODE]
 
 
 def _meaning(error: type) -> str:

@@ -20,6 +20,7 @@ from gpu_checks.engine import check_engine
 from gpu_checks.families import check_families
 from gpu_checks.kernels import check_kernels
 from gpu_checks.parity import check_checkpoint, make_checkpoints
+from gpu_checks.quantization import check_quantization
 from gpu_checks.ranks import check_ranks
 from gpu_checks.report import Report, describe_machine
 
@@ -38,6 +39,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
         if "kernels" in arguments.only:
             check_kernels(report, device)
+        if "quantization" in arguments.only:
+            check_quantization(report, device)
         if "parity" in arguments.only:
             for name, checkpoint in make_checkpoints(Path(directory)):
                 check_checkpoint(report, name, checkpoint, device)
@@ -55,7 +58,7 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parts = ("kernels", "parity", "families", "engine")
+    parts = ("kernels", "quantization", "parity", "families", "engine")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--num-gpus", type=int, default=1, help="also run every layout of so many GPUs")
     parser.add_argument("--only", nargs="*", choices=parts, default=parts, help="only these parts")

@@ -18,7 +18,7 @@ import yaml
 
 from server_process import ServerProcess
 from sglang.multimodal_gen.errors import ServingError
-from sglang.multimodal_gen.runtime.entrypoints.cli import bench, generate, plan, serve
+from sglang.multimodal_gen.runtime.entrypoints.cli import bench, generate, plan, quantize, serve
 from snippets import REPOSITORY, Snippet, all_snippets, command_lines, sessions, snippets_of
 
 SNIPPETS = all_snippets()
@@ -26,7 +26,7 @@ SESSIONS = sessions(SNIPPETS)
 RUNNING = {name: blocks for name, blocks in SESSIONS.items() if any(block.what == "run" for block in blocks)}
 CHECKED = [snippet for snippet in SNIPPETS if snippet.what == "check"]
 ON_SERVER = [snippet for snippet in SNIPPETS if snippet.what == "server"]
-COMMANDS = {"generate": generate, "serve": serve, "bench": bench, "plan": plan}
+COMMANDS = {"generate": generate, "serve": serve, "bench": bench, "plan": plan, "quantize": quantize}
 
 
 def identity(snippet: Snippet) -> str:

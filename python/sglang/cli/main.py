@@ -18,6 +18,7 @@ _COMMANDS = {
     "bench": "sglang.multimodal_gen.runtime.entrypoints.cli.bench",
     "models": "sglang.multimodal_gen.runtime.entrypoints.cli.models",
     "plan": "sglang.multimodal_gen.runtime.entrypoints.cli.plan",
+    "quantize": "sglang.multimodal_gen.runtime.entrypoints.cli.quantize",
 }
 _HELP = """\
 usage: sglang COMMAND [options]
@@ -30,6 +31,7 @@ commands:
   bench      measure how fast this machine runs a model, part by part, and what a server bears
   models     list the models that run natively, or show one of them
   plan       show what each layout of a model over several GPUs costs, and which is taken
+  quantize   write a model whose transformer is in eight bits
   version    print the version
 
 `sglang COMMAND --help` lists the options of a command.

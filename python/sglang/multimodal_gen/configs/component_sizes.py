@@ -12,6 +12,8 @@ from sglang.multimodal_gen.configs.published import SIZES_FILE
 from sglang.multimodal_gen.errors import CorruptCheckpoint
 
 _HEADER_LENGTH_BYTES = 8
+# They belong to weights that are counted.
+_SCALES = (".weight_scale", ".scale_weight", ".input_scale", ".scale_input")
 
 
 def component_parameters(hub_id: str | None, entry: ModelEntry) -> dict[str, int] | None:
@@ -41,7 +43,11 @@ def stored_parameters(path: Path) -> int:
     try:
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")))
-        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+        return sum(
+            math.prod(tensor["shape"])
+            for name, tensor in header.items()
+            if name != "__metadata__" and not name.endswith(_SCALES)
+        )
     except (ValueError, OSError, KeyError, AttributeError, TypeError, MemoryError, OverflowError) as error:
         raise CorruptCheckpoint(f"{path.parent.name}/{path.name} has no header that can be read: {error}") from error
 

@@ -22,6 +22,7 @@ from sglang.multimodal_gen.configs.cost_model import (
 )
 from sglang.multimodal_gen.configs.memory_args import MemoryArgs, Residency, share_of
 from sglang.multimodal_gen.configs.model_outline import ModelOutline
+from sglang.multimodal_gen.configs.quantization_args import QUANTIZED_BYTES
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.errors import InvalidValue
 
@@ -115,6 +116,7 @@ class MemoryWish:
     shape: ReplicaShape = field(default_factory=ReplicaShape)
     element_bytes: int = HALF_PRECISION_BYTES
     encoder_parallel: str = "auto"
+    quantized: bool = False
 
 
 def component_needs(outline: ModelOutline, wish: MemoryWish) -> tuple[ComponentNeed, ...]:
@@ -123,8 +125,9 @@ def component_needs(outline: ModelOutline, wish: MemoryWish) -> tuple[ComponentN
     for name in outline.parameters:
         width = outline.element_bytes(name, wish.element_bytes)
         if name in TRANSFORMERS:
+            matrix_width = QUANTIZED_BYTES if wish.quantized or outline.is_quantized else width
             blocks = [
-                (run.shared_weights / wish.shape.tp + run.sample_weights + run.other_parameters) * width
+                run.shared_weights / wish.shape.tp * matrix_width + (run.sample_weights + run.other_parameters) * width
                 for run in shape.runs
                 for _ in range(run.count)
             ]

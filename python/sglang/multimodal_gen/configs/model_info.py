@@ -225,6 +225,30 @@ class ComponentRead(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     seconds: float
 
 
+class QuantizedWeights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What of a model's weights this rank holds in eight bits: how many linear layers, how many are left as they were,
+    how many of the quantised ones compute in fp8, and the bytes of their values and scales."""
+
+    method: str
+    granularity: str
+    num_layers: int
+    num_kept: int
+    num_fp8_products: int
+    weight_bytes: int
+
+    def __str__(self) -> str:
+        total, gib = self.num_layers + self.num_kept, self.weight_bytes / 2**30
+        products = "products of dequantised weights"
+        if self.num_fp8_products == self.num_layers:
+            products = "products in fp8"
+        elif self.num_fp8_products:
+            products = f"products of {self.num_fp8_products} in fp8, of the others of dequantised weights"
+        return (
+            f"{self.method}, a scale for each {self.granularity}: {self.num_layers} of {total} linear layers in "
+            f"{gib:.2f} GiB, {products}"
+        )
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What only the checkpoint knows, told by a worker once it has loaded. `defaults` fill unset SamplingParams."""
 
@@ -242,6 +266,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     defaults: SamplingParams
     gives_previews: bool = True
     reads: tuple[ComponentRead, ...] = ()
+    quantization: QuantizedWeights | None = None
 
     def check_previews(self, number: int, *, param: str) -> None:
         """Raises UnsupportedParameter when previews are asked for, under the name `param`, that cannot be had."""

@@ -10,6 +10,7 @@ from sglang.multimodal_gen.configs.cost_model import HALF_PRECISION_BYTES, StepW
 from sglang.multimodal_gen.configs.encoder_outline import EncoderOutline, outline_encoder
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.published import published_directory, published_ids
+from sglang.multimodal_gen.configs.quantization_args import CONFIG_KEY, QUANTIZED_BYTES
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.configs.transformer_shape import TransformerShape
@@ -29,7 +30,8 @@ _AUTOENCODER = "vae"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOutline:
-    """`parameters` are by component, of those that the checkpoint has."""
+    """`parameters` are by component, of those that the checkpoint has; `is_quantized` where it says so of its
+    transformer's."""
 
     name: str
     shape: TransformerShape
@@ -37,6 +39,7 @@ class ModelOutline:
     encoders: tuple[EncoderOutline, ...]
     config: PipelineConfig
     defaults: SamplingParams
+    is_quantized: bool = False
 
     def work(self, params: SamplingParams | None = None) -> StepWork:
         """A step of one request; what `params` does not say is the model's default."""
@@ -55,16 +58,20 @@ class ModelOutline:
             text_tokens=text + self.shape.extra_text_tokens,
         )
 
-    def weights(self, *, element_bytes: int = HALF_PRECISION_BYTES) -> WeightBytes:
-        """What transformers and autoencoder take on a GPU in this precision."""
+    def weights(self, *, element_bytes: int = HALF_PRECISION_BYTES, quantized: bool = False) -> WeightBytes:
+        """What transformers and autoencoder take on a GPU in this precision; `quantized`: their blocks' matrices, which
+        are what ranks share, in eight bits."""
 
         def size(name: str) -> int:
             return self.parameters[name] * self.element_bytes(name, element_bytes)
 
         transformers = sum(size(name) for name in self.parameters if name in _TRANSFORMERS)
         share = self.shape.shared_parameters / self.shape.num_parameters
+        shared = share * transformers
+        if quantized or self.is_quantized:
+            shared *= QUANTIZED_BYTES / element_bytes
         return WeightBytes(
-            shared=share * transformers,
+            shared=shared,
             whole=(1 - share) * transformers,
             autoencoder=size(_AUTOENCODER) if _AUTOENCODER in self.parameters else 0,
         )
@@ -99,8 +106,9 @@ def outline_of(resolved: ResolvedModel) -> ModelOutline:
             "it loads; accepted here are an id that `sglang models` lists, a local directory of such a model, or demo",
             param="model_path",
         )
+    transformer = read_json_object(directory / "transformer" / "config.json")
     try:
-        shape = config.transformer.from_dict(read_json_object(directory / "transformer" / "config.json")).shape
+        shape = config.transformer.from_dict(transformer).shape
     except InvalidRequest as error:
         raise UnsupportedModel(f"transformer/config.json: {error.message}", param="model_path") from error
     sizes = _parameters(resolved, directory, shape)
@@ -113,6 +121,7 @@ def outline_of(resolved: ResolvedModel) -> ModelOutline:
         ),
         config=config,
         defaults=resolved.defaults,
+        is_quantized=CONFIG_KEY in transformer,
     )
 
 

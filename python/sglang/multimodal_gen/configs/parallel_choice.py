@@ -28,6 +28,7 @@ class ModelChoice:
     backend: str
     precision: str
     encoder_parallel: str = "auto"
+    quantized: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ def choose_degrees(model: ModelChoice, num_gpus: int, given: Mapping[str, int]) 
             fixed=fixed,
             element_bytes=element_bytes(model.precision),
             encoder_parallel=model.encoder_parallel,
+            quantized=model.quantized,
         ),
     )
     if plan.chosen is None:

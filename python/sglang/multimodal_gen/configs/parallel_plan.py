@@ -124,6 +124,7 @@ class PlanOptions:
     dp: int = 1
     fixed: Mapping[str, int] = field(default_factory=dict)
     element_bytes: int = HALF_PRECISION_BYTES
+    quantized: bool = False
     encoder_parallel: str = "auto"
 
 
@@ -162,7 +163,7 @@ def _planned(
         divided = ReplicaShape(ulysses=shape.ulysses, tp=shape.tp)
         heads = counted(outline.shape.num_heads, "attention head")
         return LayoutPlan(dp=dp, shape=shape, problem=f"{heads} do not divide by {divided}")
-    weights = outline.weights(element_bytes=options.element_bytes)
+    weights = outline.weights(element_bytes=options.element_bytes, quantized=options.quantized)
     memory = MemoryNeed(
         transformer=weights.transformer_on_each(shape),
         text_encoders=outline.encoder_bytes(shape, element_bytes=options.element_bytes, wish=options.encoder_parallel),

@@ -21,6 +21,7 @@ from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
 from sglang.multimodal_gen.configs.declare import HIDDEN, Parameter, arg, check_names, coerce, from_text, parameters
 from sglang.multimodal_gen.configs.lora_args import LoraArgs
 from sglang.multimodal_gen.configs.memory_args import MemoryArgs
+from sglang.multimodal_gen.configs.quantization_args import QuantizationArgs
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.configs.schedulers import SCHEDULER_NAMES
 from sglang.multimodal_gen.configs.speed_args import SpeedArgs
@@ -93,7 +94,7 @@ def model_names(args: ModelArgs) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExecutionArgs(SpeedArgs):
+class ExecutionArgs(SpeedArgs, QuantizationArgs):
     """How the model computes."""
 
     device: str = arg(
@@ -656,7 +657,14 @@ def _choose_degrees(
     path, model_id, backend, precision, encoders = (
         settings[name].value for name in ("model_path", "model_id", "backend", "precision", "encoder_parallel")
     )
-    model = ModelChoice(path=path, id=model_id, backend=backend, precision=precision, encoder_parallel=encoders)
+    model = ModelChoice(
+        path=path,
+        id=model_id,
+        backend=backend,
+        precision=precision,
+        encoder_parallel=encoders,
+        quantized=settings["quantization"].value is not None,
+    )
     choice = choose_degrees(model, num_gpus, given)
     chosen |= {name: Setting(value, "chosen") for name, value in choice.degrees.items()}
     reasons = (choice.reason,) if choice.reason else ()

@@ -24,7 +24,7 @@ _ABOUT_CODE = re.compile(r"\bcode\b")
 
 @dataclass(frozen=True)
 class ErrorClass:
-    """A class of errors.py or errors_lora.py. `code` is None when it inherits the code of its base."""
+    """A class of errors.py or of a file beside it. `code` is None when it inherits the code of its base."""
 
     name: str
     bases: tuple[str, ...]

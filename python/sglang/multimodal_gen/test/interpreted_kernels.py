@@ -1,7 +1,7 @@
 """Runs the Triton kernels with Triton's interpreter on the CPU and prints how far each is from its reference, as JSON.
 
 A program of its own, because Triton reads TRITON_INTERPRET when it is imported; `test_fused.py` starts it with `tokens`
-or `frames`: whose kernels to run.
+or `frames`: whose kernels to run. `test_quantization.py` starts it with `rows`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglang.multimodal_gen.runtime.layers import fused, fused_frames, triton_frame_kernels, triton_kernels
+from sglang.multimodal_gen.runtime.layers import (
+    fused,
+    fused_frames,
+    triton_frame_kernels,
+    triton_kernels,
+    triton_quantization,
+)
+from sglang.multimodal_gen.runtime.layers.quantization.rows import reference_rows
 
 # The interpreter is slow: each precision has a width, neither of them a power of two.
 DTYPES = {"fp32": (torch.float32, 40), "bf16": (torch.bfloat16, 72)}
@@ -174,6 +181,35 @@ def upsamplings(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
                 yield f"{case}, bias {bias is not None}", distance(found, reference)
 
 
+def quantized_rows(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
+    """Of `quantize_rows`: rows held at once and rows read in parts, slices of wider rows, zeros, and large numbers."""
+    for tokens, features, most in product((1, 3), (16, width, 200), (64, 16_384)):
+        wide = drawn(tokens, features + 8, dtype=dtype)
+        tiny, large = (torch.full((tokens, features), size, dtype=dtype) for size in (1e-30, 1e30))
+        for name, source in (
+            ("contiguous", wide[:, :features].contiguous()),
+            ("slice", wide[:, 8:]),
+            ("zeros", torch.zeros(tokens, features, dtype=dtype)),
+            ("tiny", tiny),
+            ("large", large),
+        ):
+            values, scales = triton_quantization.quantize_rows(source, most_features=most)
+            reference = reference_rows(source)
+            case = f"{name} {tokens, features}, {most} at once"
+            yield f"scales of {case}", 0.0 if torch.equal(scales, reference.scales) else torch.inf
+            same = same_fp8(values.float(), reference.values.float(), source.float() / scales)
+            yield f"values of {case}", 0.0 if same else torch.inf
+
+
+def same_fp8(found: Tensor, reference: Tensor, exact: Tensor) -> bool:
+    """Whether values are equal, but for what this interpreter's casts to fp8 get wrong, which GPUs do not: it loses a
+    carry into the exponent, cuts what is smaller than a normal number, and rounds a number in the middle up."""
+    middle = (found - exact).abs() == (reference - exact).abs()
+    halved = (reference.abs().frexp().mantissa == 0.5) & (found == reference / 2)
+    cut = (reference.abs() <= 2**-6) & ((found - reference).abs() <= 2**-9)
+    return bool(((found == reference) | halved | cut | middle).all())
+
+
 def clip(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal numbers [B, C, T, H, W] in channels-last order."""
     return drawn(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
@@ -183,7 +219,11 @@ def main() -> None:
     """Print the largest distance of each kernel and precision, with the case that it is of, and how many there were."""
     torch.manual_seed(0)
     worst = {}
-    kernels = {"tokens": (sum_norms, norm_rotations, gated_silus), "frames": (frame_norms, upsamplings)}[sys.argv[1]]
+    kernels = {
+        "tokens": (sum_norms, norm_rotations, gated_silus),
+        "frames": (frame_norms, upsamplings),
+        "rows": (quantized_rows,),
+    }[sys.argv[1]]
     for (name, drawn_as), cases in product(DTYPES.items(), kernels):
         found = list(cases(*drawn_as))
         case, far = max(found, key=lambda each: each[1])

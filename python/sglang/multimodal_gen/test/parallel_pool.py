@@ -195,12 +195,21 @@ class Pool:
         ]
 
     def run(
-        self, directory: Path, shape: ReplicaShape, family: Family, scratch: Path, *, device: str = "cpu", **memory: Any
+        self,
+        directory: Path,
+        shape: ReplicaShape,
+        family: Family,
+        scratch: Path,
+        *,
+        device: str = "cpu",
+        execution: Mapping[str, Any] | None = None,
+        **memory: Any,
     ) -> list[Any]:
-        """What each rank of the shape saved of the family's requests, which share forwards."""
+        """What each rank of the shape saved of the family's requests, which share forwards; `execution` are options."""
         adapters = {name: str(path) for name, path in family.adapters.items()}
         work = {"wishes": list(family.wishes), "num_pictures": family.num_pictures, "codings": []}
-        work |= {"memory": memory, "adapters": adapters, "merged": dict(family.merged)}
+        work |= {"memory": memory, "execution": dict(execution or {})}
+        work |= {"adapters": adapters, "merged": dict(family.merged)}
         return self._run(directory, shape, scratch, device, work)
 
     def code(

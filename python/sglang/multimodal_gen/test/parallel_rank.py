@@ -46,7 +46,7 @@ def run(rank: int, task: dict[str, Any]) -> None:
     try:
         pipeline = build_pipeline(
             task["directory"],
-            ExecutionArgs(device=task["device"], precision="fp32", encoder_parallel="on"),
+            ExecutionArgs(device=task["device"], precision="fp32", encoder_parallel="on", **task.get("execution", {})),
             memory=MemoryArgs(**task.get("memory", {})),
             local_rank=rank,
             num_gpus=shape.num_ranks,

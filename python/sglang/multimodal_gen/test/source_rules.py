@@ -28,7 +28,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("runtime.layers",),
     ("runtime.distributed",),
     ("configs", "registry", "runtime.server_args"),
-    ("runtime.observability", "runtime.postprocess", "envs", "errors", "errors_lora"),
+    ("runtime.observability", "runtime.postprocess", "envs", "errors", "errors_lora", "errors_quantization"),
 )
 # `sglang` itself imports nothing when it is imported; its two names load late.
 PACKAGES_WITHOUT_CODE = ("sglang", PACKAGE, "runtime")
@@ -46,7 +46,8 @@ WORKER_ROWS = (
 # Modules of higher rows that run in a worker, or in another child process that may use torch.
 WORKER_ONLY = (
     "runtime.managers.gpu_worker", "runtime.managers.preview_source", "runtime.managers.state_writer",
-    "runtime.managers.worker_profiling", "runtime.managers.worker_adapters", "runtime.bench.worker",
+    "runtime.managers.worker_profiling", "runtime.managers.worker_adapters", "runtime.managers.checkpoint_worker",
+    "runtime.bench.worker",
 )  # fmt: skip
 
 LATE_IN_ENTRY_POINTS = ("sglang", "sglang.cli", "runtime.entrypoints", "runtime.launch_server", "runtime.bench")
@@ -60,6 +61,7 @@ LATE: dict[tuple[str, str], str] = {
     ("runtime.server_args", "configs.parallel_choice"): "0.1 s of each command, which only several GPUs need",
     ("runtime.layers.fused", "runtime.layers.triton_kernels"): "Triton is there on GPUs only",
     ("runtime.layers.fused_frames", "runtime.layers.triton_frame_kernels"): "Triton is there on GPUs only",
+    ("runtime.layers.quantization.rows", "runtime.layers.triton_quantization"): "Triton is there on GPUs only",
     ("runtime.loader.tokenizer", "transformers"): "5 s that only a checkpoint without tokenizer.json needs",
 }
 IMPORT_BY_NAME = ("registry", "sglang", "sglang.cli.main", "runtime.layers.attention")

@@ -31,6 +31,9 @@ def assert_none(problems: list[str]) -> None:
     assert not problems, "\n" + "\n".join(problems)
 
 
+ERROR_HOMES = ("errors", "errors_lora", "errors_quantization")
+
+
 def test_every_module_has_a_row_and_imports_none_above_it(modules: dict[str, Module], imports: list[Import]) -> None:
     assert_none(source_rules.without_row(modules) + source_rules.upward(imports))
 
@@ -105,13 +108,13 @@ def tests() -> list[Module]:
 
 
 def test_every_error_class_is_made_somewhere(modules: dict[str, Module]) -> None:
-    classes = error_witnesses.error_classes(modules["errors"], modules["errors_lora"])
+    classes = error_witnesses.error_classes(*(modules[name] for name in ERROR_HOMES))
     assert len(classes) > 40
     assert error_witnesses.never_made(classes, modules.values()) == set()
 
 
 def test_every_error_class_is_seen_raised_in_a_test(modules: dict[str, Module], tests: list[Module]) -> None:
     """But those that only group others: they have subclasses, and nothing makes them."""
-    classes = error_witnesses.error_classes(modules["errors"], modules["errors_lora"])
+    classes = error_witnesses.error_classes(*(modules[name] for name in ERROR_HOMES))
     grouping = error_witnesses.abstract(classes, modules.values())
     assert sorted(classes.keys() - grouping - error_witnesses.witnessed(classes, tests)) == []

@@ -18,7 +18,7 @@ from sglang.cli.main import main
 from sglang.multimodal_gen.configs.models.dits.wan import WanTransformerConfig
 from sglang.multimodal_gen.configs.models.encoders import UMT5EncoderConfig
 from sglang.multimodal_gen.configs.published import published_directory
-from sglang.multimodal_gen.errors import BenchmarkFailed, MissingPackage, UnsupportedModel
+from sglang.multimodal_gen.errors import BenchmarkFailed, IncompatibleParameters, MissingPackage, UnsupportedModel
 from sglang.multimodal_gen.registry import read_json_object
 from sglang.multimodal_gen.runtime.bench import report
 from sglang.multimodal_gen.runtime.bench.child import BenchChild
@@ -276,6 +276,22 @@ def test_a_component_does_the_reference_s_work_and_the_report_agrees_with_itself
         assert side.flops_per_second == pytest.approx(result.flops / side.seconds.median)
         assert side.matmul_ratio == pytest.approx(side.flops_per_second / result.matmul_flops_per_second)
     assert result.weight_bytes == 4 * result.num_parameters
+
+
+def test_quantised_weights_are_measured_against_the_same_ones_as_they_were(
+    wan_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"random_weights": True, "quantization": "int8"}
+    result = run_component(wan_checkpoint("plain"), "dit", compare=None, options=options)
+    found = result.quantization
+    assert found is not None
+    assert 1e-4 < found.relative < 0.05
+    assert result.weight_bytes < found.unquantized_weight_bytes == 4 * result.num_parameters
+    assert len(found.unquantized_seconds.samples) == 2
+    report.show("dit", describe_machine(), result)
+    assert "against the same weights unquantised" in capsys.readouterr().out
+    with pytest.raises(IncompatibleParameters, match="compare: diffusers cannot have these quantised weights"):
+        run_component(wan_checkpoint("plain"), "dit", options=options)
 
 
 def test_the_error_of_half_precision_is_against_fp32_with_the_same_weights() -> None:

@@ -289,6 +289,19 @@ def test_every_family_makes_the_same(family: str, mode: str, checkpoints: Any, l
     assert_equal(latents_of(pipeline, wishes_of(family)), expected)
 
 
+@pytest.mark.parametrize("method", ["fp8", "int8"])
+@pytest.mark.parametrize("family", ["flux", "zimage"])
+def test_quantised_weights_come_with_their_scales(
+    family: str, method: str, checkpoints: Any, links: list[StandInLink]
+) -> None:
+    directory, expected = checkpoints(family)
+    execution = ExecutionArgs(device="cpu", precision="fp32", quantization=method)
+    resident = latents_of(build_pipeline(str(directory), execution), wishes_of(family))
+    pipeline = build_pipeline(str(directory), execution, memory=MODES["memory"])
+    assert_equal(latents_of(pipeline, wishes_of(family)), resident)
+    assert links[0].log and not torch.equal(resident[0], expected[0])
+
+
 def test_step_caches_and_a_lone_request_are_the_same(checkpoints: Any, links: list[StandInLink]) -> None:
     directory, _ = checkpoints("flux")
     wish = wish_of(

@@ -225,13 +225,17 @@ def test_many_keys_that_do_not_fit_are_counted_not_listed(checkpoint: Path) -> N
         load_transformer(checkpoint)
 
 
-def test_quantised_weights_are_refused(checkpoint: Path) -> None:
-    def quantise(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["proj_out.weight"] = tensors["proj_out.weight"].to(torch.float8_e4m3fn)
+def test_quantised_weights_are_refused_where_nothing_reads_them(checkpoint: Path) -> None:
+    """Of a transformer those in fp8 are read: test_quantized_checkpoints.py."""
 
-    edit_weights(checkpoint / "transformer", quantise)
+    def quantise(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(name for name, tensor in tensors.items() if tensor.ndim > 1)
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+    edit_weights(checkpoint / "vae", quantise)
+    context = LoadContext(device=torch.device("cpu"), dtype=torch.float32, layers=LayerContext())
     with pytest.raises(CorruptCheckpoint, match=r"F8_E4M3.*quantised"):
-        load_transformer(checkpoint)
+        WanPipeline.components["vae"](checkpoint / "vae", "AutoencoderKLWan", context)
 
 
 def test_encoder_loads_whether_the_shared_embedding_is_stored_once_or_twice(checkpoint: Path) -> None:

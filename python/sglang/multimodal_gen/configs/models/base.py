@@ -8,6 +8,7 @@ from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 from sglang.multimodal_gen.configs.models.lora_names import ForeignName
+from sglang.multimodal_gen.configs.quantization_args import CONFIG_KEY
 from sglang.multimodal_gen.configs.transformer_shape import TransformerShape
 from sglang.multimodal_gen.errors import InvalidRequest
 
@@ -21,7 +22,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Read a parsed `config.json`; keys that start with `_` are about the file, not the model.
+        """Read a parsed `config.json`; keys that start with `_`, and that about quantisation, are about the files.
 
         Raises:
             InvalidRequest: a key that the architecture does not have, or a value of the wrong type.
@@ -30,7 +31,7 @@ class ModelConfig:
         names = [field.name for field in fields(cls)]
         values: dict[str, Any] = {}
         for key, value in data.items():
-            if key.startswith("_") or key in cls.unused_keys:
+            if key.startswith("_") or key == CONFIG_KEY or key in cls.unused_keys:
                 continue
             if key not in names:
                 raise InvalidRequest(f"{cls.__name__} has no field {key!r}; it has {', '.join(names)}", param=key)

@@ -135,6 +135,15 @@ class OutputError(BenchMessage, frozen=True, kw_only=True):
     psnr_db: float | None
 
 
+class QuantizationError(BenchMessage, frozen=True, kw_only=True):
+    """What quantised weights cost and save, against the same ones as they were: the norm of the difference of one
+    forward's output over the norm, the seconds of a forward, and the bytes of all weights."""
+
+    relative: float
+    unquantized_seconds: Summary
+    unquantized_weight_bytes: int
+
+
 class Side(BenchMessage, frozen=True, kw_only=True):
     """One implementation's part of a comparison. `peak_bytes` is what a warm run takes above the weights; `error` is
     None where it was not measured."""
@@ -159,7 +168,7 @@ class ComponentResult(BenchMessage, frozen=True, kw_only=True, tag="component"):
 
     `matmul_flops_per_second` is the best rate of a large square product in the same precision, in the same run;
     `max_relative_difference` the largest difference of the outputs over the reference's largest value. `kernels`, if
-    asked for: those that took longest.
+    asked for: those that took longest. `quantization` is of weights that were quantised while they loaded.
     """
 
     component: str
@@ -182,6 +191,7 @@ class ComponentResult(BenchMessage, frozen=True, kw_only=True, tag="component"):
     max_relative_difference: float | None
     notes: tuple[str, ...]
     kernels: tuple[KernelTime, ...] = ()
+    quantization: QuantizationError | None = None
 
 
 class LayoutResult(BenchMessage, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ from typing import Any
 
 from sglang.multimodal_gen.configs.attention import ATTENTION_BACKENDS
 from sglang.multimodal_gen.configs.declare import CLI_ONLY, Parameter, arg, parameters
+from sglang.multimodal_gen.configs.quantization_args import QuantizationArgs
 from sglang.multimodal_gen.configs.sample.sampling_params import MAX_SEED, SamplingParams
 from sglang.multimodal_gen.errors import InvalidValue, MissingParameter
 from sglang.multimodal_gen.runtime.bench.load.options import LoadArgs, check_load_options
@@ -17,7 +18,7 @@ from sglang.multimodal_gen.runtime.server_args import server_options
 REFERENCES = ("diffusers",)
 _MODULE_OPTIONS = ("model_path", "model_id", "revision", "random_weights", "device", "precision", "vae_precision")
 _MODULE_OPTION_ENDING = "attention_backend"
-_TRANSFORMER_OPTIONS = ("enable_torch_compile",)
+_TRANSFORMER_OPTIONS = ("enable_torch_compile", *parameters(QuantizationArgs))
 _REQUEST_OPTIONS_OF_ENGINE = ("scheduler",)
 """What the engine's requests are given, which means nothing without a model."""
 _SIZE = ("width", "height", "num_frames")
@@ -307,13 +308,17 @@ def _of_component(option: Parameter) -> bool:
     return _of_module(option) or option.declaration.group == "memory"
 
 
+def _of_transformer(option: Parameter) -> bool:
+    return _of_component(option) or option.name in _TRANSFORMER_OPTIONS
+
+
 def _of_whole_engine(option: Parameter) -> bool:
     return option.declaration.group != "http" and option.name not in _NOT_OF_ITS_ENGINE
 
 
 def _of_engine_alone(option: Parameter) -> bool:
     of_model = option.declaration.group == "model" or option.name in _REQUEST_OPTIONS_OF_ENGINE
-    return _of_whole_engine(option) and not of_model and not _of_module(option)
+    return _of_whole_engine(option) and not of_model and not _of_transformer(option)
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -321,13 +326,13 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         summary="one forward of the transformer",
         own=ComponentArgs,
         of_requests=lambda option: option.name in (*_SIZE, "max_sequence_length"),
-        of_engine=lambda option: _of_component(option) or option.name in _TRANSFORMER_OPTIONS,
+        of_engine=_of_transformer,
     ),
     "parallel": Benchmark(
         summary="one denoising step spread over several devices, layout by layout",
         own=SpreadArgs,
         of_requests=lambda option: option.name in (*_SIZE, "max_sequence_length"),
-        of_engine=_of_module,
+        of_engine=_of_transformer,
     ),
     "vae": Benchmark(
         summary="decoding or encoding one clip",

@@ -86,6 +86,16 @@ def _component(name: str, result: ComponentResult) -> Iterator[Section]:
             for name, error in errors
         ]
         yield Section("difference from fp32", rows, ("", "relative", "PSNR"))
+    if (before := result.quantization) is not None:
+        faster = before.unquantized_seconds.median / result.ours.seconds.median
+        yield Section(
+            "against the same weights unquantised",
+            [
+                ("difference", f"{before.relative:.2e}"),
+                ("times as fast", f"{faster:.2f} (unquantised {as_time(before.unquantized_seconds.median)})"),
+                ("weights", f"{as_size(result.weight_bytes)} of {as_size(before.unquantized_weight_bytes)}"),
+            ],
+        )
     if result.ratio is not None and result.max_relative_difference is not None:
         yield Section(
             "sglang against it",

@@ -16,6 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.runtime.layers.quantization.products import (
+    SCALE_NAME,
+    Matrix,
+    Quantization,
+    multiply,
+)
 from sglang.multimodal_gen.runtime.layers.rotary import apply_rotary_emb
 
 
@@ -138,8 +144,11 @@ def _grouped(tokens: Tensor, num_groups: int) -> Tensor:
     return tokens.unflatten(1, (num_groups, -1))
 
 
-def linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """GELU, by its tanh form, of a linear layer: [..., I] -> [..., O]; on a GPU in the epilogue of the product."""
+def linear_gelu(hidden_states: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
+    """GELU, by its tanh form, of a linear layer: [..., I] -> [..., O]; on a GPU in the epilogue of the product, which
+    those in fp8 do not have."""
+    if not isinstance(weight, Tensor):
+        return F.gelu(weight.linear(hidden_states, bias), approximate="tanh")
     if _serves(hidden_states) and bias is not None and hidden_states.dtype != torch.float32:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         return torch._addmm_activation(bias, flat, weight.t(), use_gelu=True).view(*hidden_states.shape[:-1], -1)
@@ -160,20 +169,33 @@ class JoinedLinear:
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.layers = tuple(layers)
         self.sizes = [layer.out_features for layer in layers]
+        self.quantization = _quantization_of(layers[0])
+        self.scales = None if self.quantization is None else _joined_scales(layers)
         self.weight = _joined([layer.weight for layer in layers])
         biases = [layer.bias for layer in layers if layer.bias is not None]
         assert len(biases) in (0, len(layers)), "all of the layers have a bias, or none"
         self.bias = _joined(biases) if biases else None
 
+    @classmethod
+    def of(cls, layers: Sequence[nn.Linear]) -> JoinedLinear | None:
+        """Those of these layers; None where some are quantised and others not, or in other ways."""
+        kinds = {(layer.weight.dtype, _quantization_of(layer)) for layer in layers}
+        return cls(layers) if len(kinds) == 1 else None
+
+    @property
+    def matrix(self) -> Matrix:
+        """All of the weights as products take them."""
+        if self.quantization is None or self.scales is None:
+            return self.weight
+        return self.quantization.matrix(self.weight, self.scales)
+
     def held_tensors(self) -> Iterator[Tensor]:
         """See TensorHolder."""
-        yield self.weight
-        if self.bias is not None:
-            yield self.bias
+        yield from (tensor for tensor in (self.weight, self.scales, self.bias) if tensor is not None)
 
     def __call__(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """[..., I] -> each layer's output [..., O], a view."""
-        parts: tuple[Tensor, ...] = F.linear(hidden_states, self.weight, self.bias).split(self.sizes, dim=-1)
+        parts: tuple[Tensor, ...] = multiply(hidden_states, self.matrix, self.bias).split(self.sizes, dim=-1)
         tables = [getattr(layer, "adapters", None) for layer in self.layers]
         if not any(tables):
             return parts
@@ -182,8 +204,20 @@ class JoinedLinear:
         )
 
 
+def _quantization_of(layer: nn.Linear) -> Quantization | None:
+    return getattr(layer, "quantization", None)
+
+
+def _joined_scales(layers: Sequence[nn.Linear]) -> Tensor:
+    """[O of all, 1]; one of a whole weight is that of each of its rows."""
+    scales = [layer.get_parameter(SCALE_NAME).detach() for layer in layers]
+    return torch.cat([own.expand(layer.out_features, 1) for own, layer in zip(scales, layers, strict=True)])
+
+
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    joined = torch.cat([part.detach() for part in parts])
+    # Not every device joins eight-bit floats; bytes are joined everywhere.
+    as_bytes = [part.detach().view(torch.uint8) if part.itemsize == 1 else part.detach() for part in parts]
+    joined = torch.cat(as_bytes).view(parts[0].dtype)
     for part, own in zip(parts, joined.split([len(part) for part in parts]), strict=True):
         part.data = own
     return joined

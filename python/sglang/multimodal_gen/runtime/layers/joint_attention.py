@@ -72,7 +72,7 @@ class SelfAttention(nn.Module):
 
     def join_projections(self) -> None:
         """See `fused.join_projections`."""
-        self.joined = JoinedLinear([self.to_q, self.to_k, self.to_v])
+        self.joined = JoinedLinear.of([self.to_q, self.to_k, self.to_v])
 
     def projected(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """[B, S, D] -> queries, keys and values [B, S, N, E] as they come from one product."""
@@ -152,7 +152,7 @@ class JointAttention(SelfAttention):
     def join_projections(self) -> None:
         """See `fused.join_projections`."""
         super().join_projections()
-        self.joined_text = JoinedLinear([self.add_q_proj, self.add_k_proj, self.add_v_proj])
+        self.joined_text = JoinedLinear.of([self.add_q_proj, self.add_k_proj, self.add_v_proj])
 
     def projected_text(self, text: Tensor) -> tuple[Tensor, ...]:
         """[B, L, D] -> queries, keys and values [B, L, N, E]."""

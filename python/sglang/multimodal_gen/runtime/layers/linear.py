@@ -16,6 +16,13 @@ from sglang.multimodal_gen.runtime.distributed.collectives import Sum, all_reduc
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ALONE, ProcessAxis
 from sglang.multimodal_gen.runtime.layers.fused import linear_gelu
 from sglang.multimodal_gen.runtime.layers.lora import SlotTable
+from sglang.multimodal_gen.runtime.layers.quantization.products import (
+    SCALE_NAME,
+    Matrix,
+    Quantization,
+    computing_dtype,
+    multiply,
+)
 from sglang.multimodal_gen.runtime.layers.shards import Shard
 
 CHUNK_TOKENS = 2_048
@@ -24,12 +31,29 @@ _MOST_CHUNKS = 4
 
 
 class AdaptableLinear(nn.Linear):
-    """A linear layer to which adapters may add; `adapters` is None as long as none does: [B, ..., I] -> [B, ..., O]."""
+    """A linear layer to which adapters may add; `adapters` is None as long as none does: [B, ..., I] -> [B, ..., O].
+
+    With `quantization` the weight is in eight bits, and there is a parameter `weight_scale`, [O, 1] or [1, 1].
+    """
 
     adapters: SlotTable | None = None
+    quantization: Quantization | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.adapted(F.linear(hidden_states, self.weight, self.bias), hidden_states)
+        return self.adapted(multiply(hidden_states, self.matrix, self.bias), hidden_states)
+
+    @property
+    def matrix(self) -> Matrix:
+        """The weight as products take it; all of them go through here."""
+        if self.quantization is None:
+            return self.weight
+        return self.quantization.matrix(self.weight, self.get_parameter(SCALE_NAME))
+
+    def quantize(self, values: Tensor, scales: Tensor, quantization: Quantization) -> None:
+        """Hold these, values [O, I] and scales of this rank, in place of the weight."""
+        self.weight = nn.Parameter(values, requires_grad=False)
+        self.register_parameter(SCALE_NAME, nn.Parameter(scales, requires_grad=False))
+        self.quantization = quantization
 
     def adapted(self, outputs: Tensor, hidden_states: Tensor) -> Tensor:
         """The outputs for these inputs with what the rows' adapters add, in place."""
@@ -50,8 +74,9 @@ class AdaptableLinear(nn.Linear):
             yield F.gelu(self(hidden_states), approximate="tanh")
             return
         biases = [None] * count if self.bias is None else self.bias.chunk(count)
-        for weight, bias in zip(self.weight.chunk(count), biases, strict=True):
-            yield linear_gelu(hidden_states, weight, bias)
+        matrices: Sequence[Matrix] = self.matrix.chunk(count)
+        for matrix, bias in zip(matrices, biases, strict=True):
+            yield linear_gelu(hidden_states, matrix, bias)
 
 
 class ReplicatedLinear(AdaptableLinear):
@@ -104,12 +129,14 @@ class RowParallelLinear(AdaptableLinear):
         # The first rank adds the bias, so that the sum has it once.
         bias = self.bias if self.axis.rank == 0 else None
         trains = torch.is_grad_enabled() and any(each.requires_grad for each in (self.weight, *parts))
-        if trains or self.is_adapted or (self.axis.size == 1 and len(parts) == 1):
+        matrix, widths = self.matrix, [part.shape[-1] for part in parts]
+        apart = isinstance(matrix, Tensor) or matrix.takes_inputs(widths)
+        if trains or self.is_adapted or not apart or (self.axis.size == 1 and len(parts) == 1):
             whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-            return all_reduce(self.adapted(F.linear(whole, self.weight, bias), whole), self.axis)
-        weights = self.weight.split([part.shape[-1] for part in parts], dim=1)
+            return all_reduce(self.adapted(multiply(whole, matrix, bias), whole), self.axis)
+        weights = matrix.split(widths, dim=1) if isinstance(matrix, Tensor) else matrix.split(widths)
         inputs = [part.flatten(0, -2) for part in parts]
-        output = inputs[0].new_empty(inputs[0].shape[0], self.out_features)
+        output = inputs[0].new_empty(inputs[0].shape[0], self.out_features, dtype=computing_dtype(self))
         num_chunks = max(1, min(_MOST_CHUNKS, len(output) // CHUNK_TOKENS)) if self.axis.size > 1 else 1
         sums = []
         for chunk, *rows in zip(output.chunk(num_chunks), *(part.chunk(num_chunks) for part in inputs), strict=True):
@@ -121,10 +148,15 @@ class RowParallelLinear(AdaptableLinear):
         return output.view(*parts[0].shape[:-1], -1)
 
 
-def _multiply(parts: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None, *, out: Tensor) -> None:
+def _multiply(parts: Sequence[Tensor], weights: Sequence[Matrix], bias: Tensor | None, *, out: Tensor) -> None:
     """Sum over k of [N, I_k] times [O, I_k], plus the bias [O], into [N, O]."""
     for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
-        if number:
+        if not isinstance(weight, Tensor):
+            if number:
+                out.add_(weight.linear(part, None))
+            else:
+                weight.linear(part, bias, out=out)
+        elif number:
             out.addmm_(part, weight.t())
         elif bias is None:
             torch.mm(part, weight.t(), out=out)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.runtime.layers.quantization.products import computing_dtype
 from sglang.multimodal_gen.runtime.layers.shards import Shard, Sharded
 from sglang.multimodal_gen.runtime.layers.table_cache import row_index, table_cache
 
@@ -104,9 +105,10 @@ class SlotTable:
     """The adapters of one layer: down [N, R, I], up [N, R, O], bias [N, O] where any has one."""
 
     def __init__(self, layer: nn.Linear, rows: AdapterRows, num_slots: int, *, device: torch.device) -> None:
+        dtype = computing_dtype(layer)
         self.rows = rows
-        self.down = torch.zeros(num_slots, 0, layer.in_features, dtype=layer.weight.dtype, device=device)
-        self.up = torch.zeros(num_slots, 0, layer.out_features, dtype=layer.weight.dtype, device=device)
+        self.down = torch.zeros(num_slots, 0, layer.in_features, dtype=dtype, device=device)
+        self.up = torch.zeros(num_slots, 0, layer.out_features, dtype=dtype, device=device)
         self.bias: Tensor | None = None
         shard = _weight_shard(layer)
         # Of a layer whose ranks hold inputs, what each adds to the outputs is summed up.
@@ -173,7 +175,7 @@ def update_of(layer: nn.Linear, down: Tensor, up: Tensor, bias: Tensor | None) -
         bias = None if bias is None else shard.cut(bias)
     elif shard is not None:
         down = shard.cut(down)
-    dtype = layer.weight.dtype
+    dtype = computing_dtype(layer)
     return LayerUpdate(
         down.to(dtype).contiguous(), up.t().to(dtype).contiguous(), None if bias is None else bias.to(dtype)
     )

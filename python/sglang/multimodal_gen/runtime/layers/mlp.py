@@ -75,7 +75,7 @@ class SwiGLU(nn.Module):
 
     def join_projections(self) -> None:
         """See `fused.join_projections`."""
-        self.joined = JoinedLinear([self.w1, self.w3])
+        self.joined = JoinedLinear.of([self.w1, self.w3])
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.joined is None:

@@ -66,7 +66,7 @@ class WideNormSelfAttention(WideNormAttention):
 
     def join_projections(self) -> None:
         """See `fused.join_projections`."""
-        self.joined = JoinedLinear([self.to_q, self.to_k, self.to_v])
+        self.joined = JoinedLinear.of([self.to_q, self.to_k, self.to_v])
 
     def forward(self, hidden_states: Tensor, freqs_cis: Tensor) -> Tensor:
         """[B, S, D] and the rotary table [1 or B, S, 1 or N, E/2, 2] -> [B, S, D]."""

@@ -20,16 +20,20 @@ from torch.overrides import TorchFunctionMode
 from sglang.multimodal_gen.configs.encoder_dealing import EncoderSize, deal_encoder
 from sglang.multimodal_gen.configs.model_info import ComponentRead
 from sglang.multimodal_gen.configs.models.base import ModelConfig
+from sglang.multimodal_gen.configs.quantization_args import QuantizationArgs
 from sglang.multimodal_gen.errors import CorruptCheckpoint, InvalidRequest, UnsupportedModel
 from sglang.multimodal_gen.registry import read_json_object
 from sglang.multimodal_gen.runtime.layers.compiled_blocks import use_compiled_blocks
 from sglang.multimodal_gen.runtime.layers.context import EncoderAxes, LayerContext
 from sglang.multimodal_gen.runtime.layers.forward_graphs import use_forward_graphs
 from sglang.multimodal_gen.runtime.layers.fused import join_projections
+from sglang.multimodal_gen.runtime.layers.quantization.products import SCALE_NAME
 from sglang.multimodal_gen.runtime.layers.shards import Shard, shards_of
 from sglang.multimodal_gen.runtime.loader.image_processor import ImageProcessor, load_image_processor
+from sglang.multimodal_gen.runtime.loader.quantized_layers import LayerQuantizer, takes_quantization
+from sglang.multimodal_gen.runtime.loader.stored_quantization import check_stored_method, without_prefix
 from sglang.multimodal_gen.runtime.loader.tokenizer import TextTokenizer, load_tokenizer
-from sglang.multimodal_gen.runtime.loader.weight_utils import StoredWeights, open_weights, tensors_of
+from sglang.multimodal_gen.runtime.loader.weight_utils import StoredWeights, open_weights, read_header, tensors_of
 
 _SHOWN_KEYS = 8
 _NOT_COMPILED = "enable_torch_compile: no effect on a transformer whose weights come and go"
@@ -41,9 +45,16 @@ class ComponentSource(Protocol):
     """Where what fills a component comes from."""
 
     def tensors_for(
-        self, directory: Path, module: nn.Module, *, dtype_of: DtypeOf, device: torch.device
+        self,
+        directory: Path,
+        module: nn.Module,
+        *,
+        dtype_of: DtypeOf,
+        device: torch.device,
+        quantizer: LayerQuantizer | None = None,
     ) -> dict[str, Tensor]:
-        """One tensor for each name of the module's state, floating-point ones at `dtype_of(name)`, on the device.
+        """One tensor for each name of the module's state, floating-point ones at `dtype_of(name)`, on the device; those
+        that a quantizer takes as it places them.
 
         The module itself has shapes and no memory.
         """
@@ -54,33 +65,62 @@ class ComponentSource(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class Checkpoint:
-    """The files in the directories. `reads` says what reading each took."""
+    """The files in the directories. `replaced`: by name of a component, a file or directory in place of its own.
+    `reads` says what reading each took."""
 
-    def __init__(self) -> None:
-        self.reads: list[ComponentRead] = []
+    replaced: Mapping[str, Path] = field(default_factory=dict)
+    reads: list[ComponentRead] = field(default_factory=list)
 
     def tensors_for(
-        self, directory: Path, module: nn.Module, *, dtype_of: DtypeOf, device: torch.device
+        self,
+        directory: Path,
+        module: nn.Module,
+        *,
+        dtype_of: DtypeOf,
+        device: torch.device,
+        quantizer: LayerQuantizer | None = None,
     ) -> dict[str, Tensor]:
         """See ComponentSource. Raises CorruptCheckpoint naming all keys that do not fit, or what a file lacks."""
-        stored, shards = open_weights(directory), shards_of(module)
+        stored, shards = self._open(directory, quantized=quantizer is not None), shards_of(module)
+        if quantizer is not None:
+            stored = quantizer.take_apart(stored)
         names = _match_keys(module, stored, shards, aliases=getattr(module, "key_aliases", {}))
+        name_of_key = {key: name for name, key in names.items()}
         dtype_of_key = {key: dtype_of(name) for name, key in names.items()}
         shard_of_key = {names[name]: shard for name, shard in shards.items()}
+        quantized = {
+            key
+            for key, name in name_of_key.items()
+            if quantizer is not None and quantizer.takes(name, key, stored.tensors[key].dtype)
+        }
 
         def place(key: str, tensor: Tensor) -> Tensor:
-            """Of this rank's part, which is on the device."""
+            """Of this rank's part, or of the whole where a quantizer cuts it; the tensor is on the device."""
+            if key in quantized and quantizer is not None:
+                held = quantizer.placed(name_of_key[key], key, tensor, shard_of_key.get(key), dtype_of_key[key])
+                assert held is not None, "it takes it"
+                return held
             return tensor.to(dtype_of_key[key]) if tensor.is_floating_point() else tensor
 
         begin = time.perf_counter()
-        tensors = stored.load(list(names.values()), place, device=device, parts=shard_of_key)
+        parts = {key: shard for key, shard in shard_of_key.items() if key not in quantized}
+        tensors = stored.load(list(names.values()), place, device=device, parts=parts)
         self.note(directory.name, stored.num_bytes(list(names.values())), time.perf_counter() - begin)
         return {name: tensors[key] for name, key in names.items()}
 
     def note(self, component: str, num_bytes: int, seconds: float) -> None:
         """That a component's files were read, of which other ranks may have taken other parts."""
         self.reads.append(ComponentRead(component=component, num_bytes=num_bytes, seconds=seconds))
+
+    def _open(self, directory: Path, *, quantized: bool) -> StoredWeights:
+        other = self.replaced.get(directory.name)
+        if other is None:
+            return open_weights(directory, quantized=quantized)
+        if other.is_file():
+            return without_prefix(StoredWeights(other.parent, read_header(other, quantized=quantized)))
+        return without_prefix(open_weights(other, quantized=quantized))
 
     def tokenizer(self, directory: Path) -> TextTokenizer:
         """See ComponentSource. Raises CorruptCheckpoint without one."""
@@ -106,6 +146,7 @@ class LoadContext:
     cuda_graphs: bool = False
     on_host: Collection[str] = ()
     compile_blocks: bool = False
+    quantization: QuantizationArgs = field(default_factory=QuantizationArgs)
     report: Callable[[str], None] = _tell_nobody
 
     def device_of(self, component: str) -> torch.device:
@@ -143,6 +184,7 @@ class NativeModule:
             raise UnsupportedModel(
                 f"the checkpoint's {directory.name} is a {class_name}; supported is {self.module_class.__name__}"
             )
+        check_stored_method(directory)
         config, replica = self.config(directory), context.layers.parallel.shape
         if num_heads := getattr(config, "num_attention_heads", None):
             replica.check_heads(num_heads)
@@ -154,6 +196,8 @@ class NativeModule:
             device=context.device_of(directory.name),
             context=self.layers_for(directory.name, config, context),
             source=context.source,
+            quantization=context.quantization,
+            runs_on=context.device,
         )
         stays = directory.name not in context.on_host
         if context.compile_blocks and hasattr(module, "block_runner"):
@@ -225,20 +269,34 @@ def load_module(
     device: torch.device,
     context: LayerContext,
     source: ComponentSource | None = None,
+    quantization: QuantizationArgs | None = None,
+    runs_on: torch.device | None = None,
 ) -> ModuleT:
     """A `cls(config, context)` with the weights of `directory`, in evaluation mode and without gradients.
 
     The class may say `keep_in_fp32` (parts of dotted names whose parameters stay in fp32), `keep_in_fp32_with_fp16`
     (the same for fp16 only) and `key_aliases` (a second name under which files store a shared tensor -> its own name).
-    A method `settle_weights` is called once the weights are there.
+    A method `settle_weights` is called once the weights are there. Of a class with `keep_unquantized` (names of parts,
+    where `*` is any text) the other linear layers are quantised where the files or `quantization` say so. `runs_on`
+    is where it will compute, when that is not the device that it is loaded on.
 
     Raises: what the source (None: the checkpoint's files) raises when it has not all that the module needs.
     """
     module = without_memory(cls, config, context)
-    kept = _kept_in_fp32(cls, dtype)
+    kept, quantizer = _kept_in_fp32(cls, dtype), None
+    if takes_quantization(cls):
+        quantizer = LayerQuantizer(
+            module, quantization or QuantizationArgs(), dtype=dtype, device=device, runs_on=runs_on
+        )
     tensors = (source or Checkpoint()).tensors_for(
-        directory, module, dtype_of=lambda name: _dtype_for(name, kept, dtype), device=device
+        directory,
+        module,
+        dtype_of=lambda name: _dtype_for(name, kept, dtype),
+        device=device,
+        quantizer=quantizer,
     )
+    if quantizer is not None:
+        tensors |= quantizer.install()
     module.load_state_dict(tensors, strict=True, assign=True)
     unset = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     assert not unset, f"{cls.__name__}: buffers that no checkpoint holds must be computed where they are used: {unset}"
@@ -332,10 +390,13 @@ def explain_reads(reads: Collection[ComponentRead]) -> Iterator[str]:
 
 
 def weight_totals(modules: Collection[nn.Module]) -> tuple[int, int]:
-    """Number of parameters of the whole modules, and bytes of all tensors that this rank holds of them."""
+    """Number of parameters of the whole modules, and bytes of all tensors that this rank holds of them. Scales of
+    quantised weights count as bytes alone."""
     num_parameters = 0
     for module in modules:
         shards = shards_of(module)
         for name, parameter in module.named_parameters():
+            if name.endswith(f".{SCALE_NAME}"):
+                continue
             num_parameters += parameter.numel() * (shards[name].axis.size if name in shards else 1)
     return num_parameters, sum(tensor.nbytes for module in modules for tensor in tensors_of(module))

@@ -24,7 +24,7 @@ from sglang.multimodal_gen.errors import CorruptCheckpoint, UnsupportedModel
 from sglang.multimodal_gen.runtime.loader.component_loader import Checkpoint, LoadContext, weight_totals
 from sglang.multimodal_gen.runtime.loader.library_sharding import deal_library_encoder, library_encoder_size
 from sglang.multimodal_gen.runtime.loader.parallel_reading import send_tensors
-from sglang.multimodal_gen.runtime.loader.weight_utils import open_weights
+from sglang.multimodal_gen.runtime.loader.weight_utils import open_weights, refuse_fp8
 from sglang.multimodal_gen.runtime.models.vaes.library_strips import deal_pictures
 
 _SHOWN_KEYS = 8
@@ -91,6 +91,7 @@ class LibraryModule:
         """With the checkpoint's weights."""
         if not (directory / "config.json").is_file():
             raise CorruptCheckpoint(f"{directory.name}/config.json is missing; download or export the checkpoint again")
+        refuse_fp8(directory)
         try:
             module, found = cls.from_pretrained(
                 directory,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.layers.shards import shards_of
 from sglang.multimodal_gen.runtime.loader.component_loader import DtypeOf
+from sglang.multimodal_gen.runtime.loader.quantized_layers import LayerQuantizer
 from sglang.multimodal_gen.runtime.loader.tokenizer import TextTokenizer, TokenizedText, load_tokenizer
 
 # Drawn once and repeated: real models have billions of numbers, and drawing a billion takes ten seconds of a core. A
@@ -31,7 +32,13 @@ class RandomSource:
     seed: int = 0
 
     def tensors_for(
-        self, directory: Path, module: nn.Module, *, dtype_of: DtypeOf, device: torch.device
+        self,
+        directory: Path,
+        module: nn.Module,
+        *,
+        dtype_of: DtypeOf,
+        device: torch.device,
+        quantizer: LayerQuantizer | None = None,
     ) -> dict[str, Tensor]:
         """See ComponentSource."""
         pool = torch.randn(_POOL_SIZE, generator=torch.Generator("cpu").manual_seed(self.seed)).to(device)
@@ -40,6 +47,10 @@ class RandomSource:
             dtype, shard = dtype_of(name) if tensor.is_floating_point() else tensor.dtype, shards.get(name)
             whole = tensor if shard is None else tensor.new_empty(shard.whole_shape(tuple(tensor.shape)))
             filled = self._filled(name, whole, pool, dtype)
+            held = None if quantizer is None else quantizer.placed(name, name, filled, shard, dtype)
+            if held is not None:
+                tensors[name] = held
+                continue
             tensors[name] = filled if shard is None else shard.cut(filled).clone()
         return tensors
 

@@ -26,6 +26,7 @@ from sglang.multimodal_gen.runtime.loader.parallel_reading import DTYPES, Conver
 _PREFERRED = ("diffusion_pytorch_model", "model")
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
 _READABLE_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"})
+_QUANTIZED_DTYPES = frozenset({"F8_E4M3", "F8_E5M2"})
 # The format's own limit for the header.
 _MAX_HEADER_BYTES = 100_000_000
 _CPU = torch.device("cpu")
@@ -71,8 +72,9 @@ class StoredWeights:
         return sum(math.prod(t.shape) * DTYPES[t.dtype].itemsize for t in map(self.tensors.__getitem__, names))
 
 
-def open_weights(directory: Path) -> StoredWeights:
-    """The weights in a component's directory: one safetensors file, or shards with an index.
+def open_weights(directory: Path, *, quantized: bool = False) -> StoredWeights:
+    """The weights in a component's directory: one safetensors file, or shards with an index. In fp8 only with
+    `quantized`.
 
     Raises:
         PickleRefused: there are only pickled weights.
@@ -93,7 +95,7 @@ def open_weights(directory: Path) -> StoredWeights:
                 f"{'is' if len(missing) == 1 else 'are'} missing; download the checkpoint again"
             )
     for file in files:
-        tensors.update(read_header(file))
+        tensors.update(read_header(file, quantized=quantized))
     absent = [name for name, file in expected.items() if name not in tensors or tensors[name].file.name != file]
     if absent:
         raise CorruptCheckpoint(
@@ -141,8 +143,8 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """What the header lists, after the file's size was found to fit it."""
+def read_header(path: Path, *, quantized: bool = False) -> dict[str, StoredTensor]:
+    """What the header lists, after the file's size was found to fit it. Numbers in fp8 only with `quantized`."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         start = stream.read(8)
@@ -161,13 +163,30 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             f"{_shown(path)} has {size} bytes, but its header wants {end}; the file is "
             f"{'truncated' if size < end else 'damaged'}, download it again"
         )
-    unreadable = {tensor.dtype for tensor in found.values()} - _READABLE_DTYPES
-    if unreadable:
-        raise CorruptCheckpoint(
-            f"{_shown(path)} stores {', '.join(sorted(unreadable))}; quantised weights are not supported, "
-            "accepted are F32, F16 and BF16"
-        )
+    _refuse_dtypes(path, found, quantized=quantized)
     return found
+
+
+def _refuse_dtypes(path: Path, found: Mapping[str, StoredTensor], *, quantized: bool) -> None:
+    readable = _READABLE_DTYPES | _QUANTIZED_DTYPES if quantized else _READABLE_DTYPES
+    unreadable = {tensor.dtype for tensor in found.values()} - readable
+    if unreadable:
+        accepted = "F32, F16, BF16, F8_E4M3, F8_E5M2 and I8" if quantized else "F32, F16 and BF16"
+        raise CorruptCheckpoint(
+            f"{_shown(path)} stores {', '.join(sorted(unreadable))}; accepted are {accepted} here, and quantised "
+            "weights of transformers that run natively alone"
+        )
+
+
+def refuse_fp8(directory: Path) -> None:
+    """For components whose library would read numbers in fp8 and leave their scales out. Raises CorruptCheckpoint;
+    what else is wrong with a file the library finds."""
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            found = read_header(file, quantized=True)
+        except CorruptCheckpoint:
+            continue
+        _refuse_dtypes(file, found, quantized=False)
 
 
 def _stored(path: Path, entry: Mapping[str, Any], begin: int) -> StoredTensor:

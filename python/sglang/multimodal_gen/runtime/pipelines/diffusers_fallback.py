@@ -21,6 +21,7 @@ from sglang.multimodal_gen.configs.request_plan import Lane, Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import PARAMETERS_OF_SOME, SamplingParams
 from sglang.multimodal_gen.errors import InvalidState, InvalidValue, UnsupportedParameter
 from sglang.multimodal_gen.registry import ResolvedModel, load_config, read_model_index
+from sglang.multimodal_gen.runtime.loader.quantization_wishes import check_wishes
 from sglang.multimodal_gen.runtime.pipelines.diffusers_call import LibraryCall, SharedProcessors, private_copy
 from sglang.multimodal_gen.runtime.pipelines.diffusers_facts import CallSignature, limits_of, own_defaults
 from sglang.multimodal_gen.runtime.pipelines.diffusers_loading import find_class, load_library
@@ -129,6 +130,7 @@ def _refuse_options(execution: ExecutionArgs, random_weights: bool) -> None:
     """Raises UnsupportedParameter for options that the library would not hear of."""
     if random_weights:
         raise UnsupportedParameter("random_weights", "diffusers loads the checkpoint's own")
+    check_wishes(execution, {})
     for name in _ATTENTION_OPTIONS:
         if getattr(execution, name) is not None:
             raise UnsupportedParameter(name, "diffusers chooses the kernels of its pipelines")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.sample.lora_params import LoraUse
 from sglang.multimodal_gen.errors_lora import InvalidLora, LoraNotSupported, UnknownLora
+from sglang.multimodal_gen.errors_quantization import MergeNotPossible
 from sglang.multimodal_gen.runtime.layers.host_weights import compute_device
 from sglang.multimodal_gen.runtime.layers.linear import AdaptableLinear
 from sglang.multimodal_gen.runtime.layers.lora import (
@@ -242,13 +243,16 @@ class Adapters:
     def merge(self, uses: Sequence[AdapterUse]) -> None:
         """Make these part of the weights, and no others; computed in fp32 from the weights of the checkpoint.
 
-        Raises: InvalidLora, with the weights as they were, for a bias where the layer has none.
+        Raises, with the weights as they were: InvalidLora for a bias where the layer has none, MergeNotPossible for a
+            layer whose weights are quantised.
         """
         changed: dict[AdaptableLinear, list[tuple[LayerUpdate, float]]] = {}
         for use in uses:
             for component, updates in use.adapter.updates.items():
                 for name, update in updates.items():
                     layer = self._layer(component, name)
+                    if layer.quantization is not None:
+                        raise MergeNotPossible(name)
                     if update.bias is not None and layer.bias is None:
                         raise InvalidLora(f"it adds to the outputs of {name}, which has no bias to merge that into")
                     changed.setdefault(layer, []).append((update, use.scale))

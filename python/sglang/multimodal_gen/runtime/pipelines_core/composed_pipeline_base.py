@@ -48,6 +48,12 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
     explain_reads,
     weight_totals,
 )
+from sglang.multimodal_gen.runtime.loader.quantization_wishes import (
+    check_wishes,
+    describe_quantization,
+    explain_quantization,
+    replaced_weights,
+)
 from sglang.multimodal_gen.runtime.loader.random_weights import RandomSource
 from sglang.multimodal_gen.runtime.pipelines_core.adapters import Adapters
 from sglang.multimodal_gen.runtime.pipelines_core.attention_choice import AttentionTuner, read_choices
@@ -231,7 +237,14 @@ class ComposedPipelineBase:
         config = load_config(resolved.entry)
         parallel = join(placement.device)
         limit_memory(placement.device, memory.gpu_memory_limit)
-        plan = plan_for(resolved, memory, placement, parallel=parallel, encoder_parallel=execution.encoder_parallel)
+        plan = plan_for(
+            resolved,
+            memory,
+            placement,
+            parallel=parallel,
+            encoder_parallel=execution.encoder_parallel,
+            quantized=execution.quantization is not None,
+        )
         context = cls.load_context(
             config, placement, execution, parallel=parallel, random_weights=random_weights, report=report
         )
@@ -245,21 +258,11 @@ class ComposedPipelineBase:
             components = cls._load_components(resolved.local_path, context, report)
         modules = {name: module for name, module in components.items() if isinstance(module, nn.Module)}
         room = settle_weights(modules, plan, memory, placement.device)
-        for reason in explain_kernels(modules.values()):
-            report(reason)
-        for reason in explain_strips(components):
-            report(reason)
+        reads = cls._explain(components, modules, context)
         defaults = resolved.defaults
         if execution.scheduler is not None:
             defaults = dataclasses.replace(defaults, scheduler=execution.scheduler)
         defaults = with_environment(defaults, envs.current())
-        # On a CPU weights are mapped, which takes no time until they are used.
-        is_read = placement.device.type != "cpu"
-        reads = context.source.reads if is_read and isinstance(context.source, Checkpoint) else []
-        for reason in explain_reads(reads):
-            report(reason)
-        if execution.enable_torch_compile and not any(hasattr(c, "block_runner") for c in components.values()):
-            report("enable_torch_compile: no effect, since no component is a transformer of ours")
         return cls(
             name=resolved.name,
             config=config,
@@ -274,6 +277,25 @@ class ComposedPipelineBase:
             reads=reads,
         )
 
+    @staticmethod
+    def _explain(
+        components: Mapping[str, Any], modules: Mapping[str, nn.Module], context: LoadContext
+    ) -> Sequence[ComponentRead]:
+        """Report what was chosen for the components; what reading them took."""
+        # On a CPU weights are mapped, which takes no time until they are used.
+        on_cpu = context.device.type == "cpu"
+        reads = context.source.reads if isinstance(context.source, Checkpoint) and not on_cpu else []
+        for reason in (
+            *explain_kernels(modules.values()),
+            *explain_strips(components),
+            *explain_quantization(components, context.device),
+            *explain_reads(reads),
+        ):
+            context.report(reason)
+        if context.compile_blocks and not any(hasattr(module, "block_runner") for module in modules.values()):
+            context.report("enable_torch_compile: no effect, since no component is a transformer of ours")
+        return reads
+
     @classmethod
     def load_context(
         cls,
@@ -286,6 +308,7 @@ class ComposedPipelineBase:
         report: Report = _ignore,
     ) -> LoadContext:
         """What each component is loaded with. Raises InvalidRequest for options that cannot be had here."""
+        check_wishes(execution, cls.components, random_weights=random_weights)
         for reason in placement.reasons:
             report(reason)
         facts, precision = device_facts(placement.device), placement.precision
@@ -302,10 +325,11 @@ class ComposedPipelineBase:
             ),
             fp32_components=config.fp32_components,
             vae_dtype=placement.vae_dtype,
-            source=RandomSource() if random_weights else Checkpoint(),
+            source=RandomSource() if random_weights else Checkpoint(replaced_weights(execution)),
             encoder_parallel=execution.encoder_parallel,
             compile_blocks=execution.enable_torch_compile,
             cuda_graphs=execution.cuda_graphs == "auto" and placement.device.type == "cuda",
+            quantization=execution,
             report=report,
         )
 
@@ -350,6 +374,7 @@ class ComposedPipelineBase:
             defaults=self.defaults,
             gives_previews=self.gives_previews,
             reads=self.reads,
+            quantization=describe_quantization(self.modules),
         )
 
     # Running

@@ -45,6 +45,7 @@ def plan_for(
     *,
     parallel: ParallelContext,
     encoder_parallel: str = "auto",
+    quantized: bool = False,
 ) -> MemoryPlan | None:
     """Where the model's weights shall be; None where all are simply loaded.
 
@@ -69,6 +70,7 @@ def plan_for(
         shape=parallel.shape,
         element_bytes=placement.dtype.itemsize,
         encoder_parallel=encoder_parallel,
+        quantized=quantized,
     )
     return plan_memory(outline, outline.work(), wish)
 

@@ -9,7 +9,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sglang.multimodal_gen.runtime.bench.messages import ComponentResult, ComponentTask, OutputError, Side
+from sglang.multimodal_gen.configs.quantization_args import QuantizationArgs
+from sglang.multimodal_gen.errors import IncompatibleParameters
+from sglang.multimodal_gen.runtime.bench.messages import (
+    ComponentResult,
+    ComponentTask,
+    OutputError,
+    QuantizationError,
+    Side,
+)
 from sglang.multimodal_gen.runtime.bench.statistics import compare, summarise
 from sglang.multimodal_gen.runtime.bench.worker.exactness import exact_output, output_error
 from sglang.multimodal_gen.runtime.bench.worker.flops import matmul_rate
@@ -20,7 +28,8 @@ from sglang.multimodal_gen.runtime.bench.worker.reference_module import referenc
 from sglang.multimodal_gen.runtime.bench.worker.reporting import Parent, failures_told, take_task, watch_parent
 from sglang.multimodal_gen.runtime.layers.attention.switch import explain_kernels
 from sglang.multimodal_gen.runtime.layers.device_timing import time_in_turns, timer_for
-from sglang.multimodal_gen.runtime.loader.component_loader import weight_totals
+from sglang.multimodal_gen.runtime.loader.component_loader import LoadContext, weight_totals
+from sglang.multimodal_gen.runtime.loader.quantization_wishes import describe_quantization, explain_quantization
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
 from sglang.multimodal_gen.runtime.pipelines_core.memory import free_bytes, limit_memory
 from sglang.multimodal_gen.runtime.pipelines_core.memory_meter import meter_for
@@ -50,24 +59,35 @@ class ComponentBench:
         component = self.workload.component
         self.parent.tell(f"loading {component}")
         begin = time.perf_counter()
-        load, engine = self.model.native(component), self.task.engine.args
+        engine = self.task.engine.args
         limit_memory(self.device, engine.memory.gpu_memory_limit)
         plan = self.model.memory_plan(engine)
         context = self.context
         if plan is not None and loads_on_host(plan.modes[component], component):
             context = replace(context, on_host=frozenset({component}))
-        module = load(self.model.directory / component, self.model.listed(component)[1], context)
+        module = self._loaded(context)
         settle_weights({component: module}, plan, engine.memory, self.device)
         if plan is not None and plan.offloads:
             held = meter_for(self.device).allocated_bytes() / 2**30
             self.notes.append(f"{plan.reason}; {held:.2f} GiB of weights and slots are on the device")
-        self.notes.extend(explain_kernels([module]))
+        self.notes.extend((*explain_kernels([module]), *explain_quantization({component: module}, self.device)))
         return module, time.perf_counter() - begin
 
+    def _loaded(self, context: LoadContext) -> nn.Module:
+        component = self.workload.component
+        load = self.model.native(component)
+        return load(self.model.directory / component, self.model.listed(component)[1], context)
+
     def reference(self) -> nn.Module | None:
-        """The module to compare with, where there is one."""
+        """The module to compare with, where there is one. Raises IncompatibleParameters for quantised weights."""
         if self.task.compare is None:
             return None
+        if describe_quantization({"": self.module}) is not None:
+            raise IncompatibleParameters(
+                f"compare: {self.task.compare} cannot have these quantised weights; leave it out, and the difference "
+                "from unquantised ones is measured",
+                param="compare",
+            )
         self.parent.tell(f"importing {self.task.compare}")
         require_reference()
         return reference_module(
@@ -145,6 +165,27 @@ class ComponentBench:
             max_relative_difference=difference,
             notes=tuple(self.notes),
             kernels=busiest_kernels(self._forward, self.device) if self.task.profile else (),
+            quantization=self._quantization(),
+        )
+
+    def _quantization(self) -> QuantizationError | None:
+        """Of a module that was quantised while it loaded, beside the same one as it was."""
+        if self.context.quantization.quantization is None or not describe_quantization({"": self.module}):
+            return None
+        self.parent.tell("loading the same without quantisation")
+        plain = self._loaded(replace(self.context, quantization=QuantizationArgs()))
+        [seconds] = time_in_turns(
+            [lambda: self.workload.forward(plain, self.inputs, self.size)],
+            timer_for(self.device),
+            warmup_runs=self.task.warmup_runs,
+            repeats=self.task.repeats,
+            min_seconds=self.task.min_seconds,
+        )
+        exact = self.workload.forward(plain, self.inputs, self.size).float()
+        return QuantizationError(
+            relative=output_error(self._forward(), exact, of_pixels=False).relative,
+            unquantized_seconds=summarise(seconds),
+            unquantized_weight_bytes=weight_totals([plain])[1],
         )
 
     def _errors(self, sides: Sequence[Callable[[], Tensor]]) -> list[OutputError | None]:

@@ -37,7 +37,7 @@ from sglang.multimodal_gen.runtime.server_args import ResolvedServerArgs, resolv
 _OF_REQUESTS = (
     "width", "height", "num_frames", "guidance_scale", "true_cfg_scale", "negative_prompt", "max_sequence_length",
 )  # fmt: skip
-_OF_MODELS = ("model_path", "model_id", "backend", "precision")
+_OF_MODELS = ("model_path", "model_id", "backend", "precision", "quantization")
 _HEADER = (
     "",
     "layout",
@@ -178,6 +178,7 @@ def _plans(resolved: ResolvedServerArgs, flags: Mapping[str, Any]) -> tuple[Para
         },
         element_bytes=element_bytes(resolved.args.execution.precision),
         encoder_parallel=resolved.args.execution.encoder_parallel,
+        quantized=resolved.args.execution.quantization is not None,
     )
     work = outline.work(build(SamplingParams, asked, what="parameter"))
     plan, args = plan_layouts(outline, work, wanted), resolved.args.memory
@@ -189,6 +190,7 @@ def _plans(resolved: ResolvedServerArgs, flags: Mapping[str, Any]) -> tuple[Para
         shape=ReplicaShape() if plan.chosen is None else plan.chosen.shape,
         element_bytes=wanted.element_bytes,
         encoder_parallel=wanted.encoder_parallel,
+        quantized=wanted.quantized,
     )
     return plan, outlook(outline, work, wish)
 

@@ -54,6 +54,7 @@ class ModelApi:
                 "licence": model.licence,
                 "num_parameters": model.num_parameters,
                 "weight_bytes": model.weight_bytes,
+                "quantization": None if model.quantization is None else msgspec.to_builtins(model.quantization),
                 "limits": msgspec.to_builtins(model.limits),
                 "defaults": _public_defaults(model.defaults),
             }

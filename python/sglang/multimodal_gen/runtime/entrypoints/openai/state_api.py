@@ -146,6 +146,7 @@ class StateApi:
             "device": model.device,
             "num_parameters": model.num_parameters,
             "weight_bytes": model.weight_bytes,
+            "quantization": None if model.quantization is None else msgspec.to_builtins(model.quantization),
             "load_seconds": round(model.load_seconds, 3),
             "limits": msgspec.to_builtins(model.limits),
         }

@@ -7,7 +7,7 @@ Shapes: B batch, S image tokens (one per 2x2 latent cells), L text tokens, C tok
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,18 @@ _MLP_RATIO = 4
 
 class FluxTransformer2DModel(nn.Module):
     """Predicts the flow velocity of packed image latents."""
+
+    keep_unquantized: ClassVar[tuple[str, ...]] = (
+        "x_embedder",
+        "context_embedder",
+        "time_text_embed",
+        "*.norm",
+        "*.norm1",
+        "*.norm1_context",
+        "norm_out",
+        "proj_out",
+    )
+    """Linear layers within these names keep their weights; `*` is any text."""
 
     def __init__(self, config: FluxTransformerConfig, context: LayerContext | None = None) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,17 @@ class HunyuanVideoConditionEmbedding(TimestepTextEmbedding):
 
 class HunyuanVideoTransformer3DModel(nn.Module):
     """Predicts the flow velocity of video latents."""
+
+    keep_unquantized: ClassVar[tuple[str, ...]] = (
+        "context_embedder",
+        "time_text_embed",
+        "*.norm",
+        "*.norm1",
+        "*.norm1_context",
+        "norm_out",
+        "proj_out",
+    )
+    """Linear layers within these names keep their weights; `*` is any text."""
 
     def __init__(self, config: HunyuanVideoTransformerConfig, context: LayerContext | None = None) -> None:
         super().__init__()

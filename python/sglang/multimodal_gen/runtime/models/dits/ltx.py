@@ -10,7 +10,7 @@ channels, D hidden_size, N heads, E head_dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,9 @@ class LTXVideoTransformerBlock(nn.Module):
 
 class LTXVideoTransformer3DModel(nn.Module):
     """Predicts the flow velocity of packed video latents."""
+
+    keep_unquantized: ClassVar[tuple[str, ...]] = ("proj_in", "time_embed", "caption_projection", "proj_out")
+    """Linear layers within these names keep their weights; `*` is any text."""
 
     def __init__(self, config: LTXVideoTransformerConfig, context: LayerContext | None = None) -> None:
         super().__init__()

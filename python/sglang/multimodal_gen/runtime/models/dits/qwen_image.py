@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,17 @@ def _parted(modulation: Modulation, size: int | None) -> Modulation | PartedModu
 
 class QwenImageTransformer2DModel(nn.Module):
     """Predicts the flow velocity of packed image latents."""
+
+    keep_unquantized: ClassVar[tuple[str, ...]] = (
+        "img_in",
+        "txt_in",
+        "time_text_embed",
+        "*.img_mod",
+        "*.txt_mod",
+        "norm_out",
+        "proj_out",
+    )
+    """Linear layers within these names keep their weights; `*` is any text."""
 
     def __init__(self, config: QwenImageTransformerConfig, context: LayerContext | None = None) -> None:
         super().__init__()

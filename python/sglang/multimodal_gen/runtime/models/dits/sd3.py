@@ -10,7 +10,7 @@ D hidden_size.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +98,16 @@ class JointTransformerBlock(nn.Module):
 
 class SD3Transformer2DModel(nn.Module):
     """Predicts the flow velocity of image latents."""
+
+    keep_unquantized: ClassVar[tuple[str, ...]] = (
+        "context_embedder",
+        "time_text_embed",
+        "*.norm1",
+        "*.norm1_context",
+        "norm_out",
+        "proj_out",
+    )
+    """Linear layers within these names keep their weights; `*` is any text."""
 
     def __init__(self, config: SD3TransformerConfig, context: LayerContext | None = None) -> None:
         super().__init__()

@@ -151,6 +151,9 @@ class WanTransformer3DModel(nn.Module):
     keep_in_fp32: ClassVar[tuple[str, ...]] = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
     """A parameter stays in fp32 when one of these is a part of its dotted name."""
 
+    keep_unquantized: ClassVar[tuple[str, ...]] = ("condition_embedder", "proj_out")
+    """Linear layers within these names keep their weights; `*` is any text."""
+
     def __init__(self, config: WanTransformerConfig, context: LayerContext | None = None) -> None:
         super().__init__()
         context = LayerContext() if context is None else context

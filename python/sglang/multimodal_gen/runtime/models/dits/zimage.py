@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -186,6 +186,15 @@ class FinalLayer(nn.Module):
 
 class ZImageTransformer2DModel(nn.Module):
     """Predicts the velocity of image latents, from noise to data."""
+
+    keep_unquantized: ClassVar[tuple[str, ...]] = (
+        "all_x_embedder",
+        "all_final_layer",
+        "t_embedder",
+        "cap_embedder",
+        "*.adaLN_modulation",
+    )
+    """Linear layers within these names keep their weights; `*` is any text."""
 
     def __init__(self, config: ZImageTransformerConfig, context: LayerContext | None = None) -> None:
         super().__init__()
