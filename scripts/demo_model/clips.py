@@ -36,9 +36,11 @@ def render(
     *,
     num_frames: int = NUM_FRAMES,
     times: np.ndarray | None = None,
+    outline: float | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Draw scenes: [B, T, 128, 128, 3], sRGB in 0 … 1, float32. `times` picks other frames than a whole clip's."""
+    """Draw scenes: [B, T, 128, 128, 3], sRGB in 0 … 1, float32. `times` picks other frames than a whole clip's. With
+    `outline` only a line of that width in pixels is drawn, along the inner side of each object's edge."""
     times = frame_times(num_frames) if times is None else times
     motion = np.concatenate(
         (scenes.centres_at(times), scenes.radii_at(times)[..., None], scenes.angles_at(times)[..., None]), axis=-1
@@ -53,7 +55,10 @@ def render(
             continue
         index = torch.from_numpy(rows).to(device)
         kind = torch.from_numpy(scenes.shape[rows, slot])
-        alpha = (0.5 - _distance(tracks[index, slot], kind)).clamp_(0, 1).unsqueeze(-1)
+        distance = _distance(tracks[index, slot], kind)
+        if outline is not None:
+            distance = (distance + outline / 2).abs() - outline / 2
+        alpha = (0.5 - distance).clamp_(0, 1).unsqueeze(-1)
         frames[index] = torch.lerp(frames[index], colours[index, slot][:, None, None, None], alpha)
     return frames
 

@@ -40,6 +40,8 @@ GENERATION_CONFIG = "generation_config.json"
 """Optional file of a checkpoint: its own sampling defaults, as SamplingParams fields."""
 
 _ASSETS = Path(__file__).parent / "assets"
+EMBEDDED_ADAPTERS = {"demo-outline": _ASSETS / "demo_adapters" / "outline.safetensors"}
+"""LoRA adapters of the embedded model that ship with the package, by the names under which they are found."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 

@@ -18,7 +18,8 @@ class LoraArgs:
 
     lora_path: str | None = arg(
         None,
-        help="LoRA adapter to start with: a safetensors file, a directory or an `owner/name` of the hub.",
+        help="LoRA adapter to start with: a safetensors file, a directory, an `owner/name` of the hub, or "
+        "`demo-outline` for the embedded model.",
         group="lora",
         unset="none",
         exposed=LOCAL_ONLY,

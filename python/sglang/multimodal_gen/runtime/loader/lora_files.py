@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sglang.multimodal_gen.errors import ModelError, shown
 from sglang.multimodal_gen.errors_lora import InvalidLora
-from sglang.multimodal_gen.registry import read_json_object
+from sglang.multimodal_gen.registry import EMBEDDED_ADAPTERS, read_json_object
 from sglang.multimodal_gen.runtime.loader.lora_formats import (
     MAIN_COMPONENT,
     AdapterTensors,
@@ -31,8 +31,8 @@ _CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSource:
-    """Where an adapter lies: a file, a directory, or `owner/name` on the hub. `weight_name` is the file in there, where
-    there are several; `alpha` counts instead of what the file says."""
+    """Where an adapter lies: a file, a directory, `owner/name` on the hub, or an embedded one's name. `weight_name`
+    is the file in there, where there are several; `alpha` counts instead of what the file says."""
 
     path: str
     weight_name: str | None = None
@@ -60,7 +60,7 @@ def find_file(source: LoraSource) -> Path:
         raise InvalidLora(f"the weight name {shown(name)} is no name of a safetensors file")
     path = Path(source.path).expanduser()
     if not path.exists():
-        path = _downloaded(source.path, name)
+        path = EMBEDDED_ADAPTERS.get(source.path) or _downloaded(source.path, name)
     if path.is_dir():
         return _file_in(path, name)
     if path.suffix != ".safetensors":
