@@ -8,6 +8,7 @@ Outside its turn a layer's tensors are those on the host, so that whoever looks 
 from __future__ import annotations
 
 import itertools
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -82,11 +83,9 @@ class HostWeights:
             self.spans = spans
             self._masters = [tensor.data for tensor in self.tensors]
             return
-        packed = torch.empty(self.num_bytes, dtype=torch.uint8)
+        packed = _host_memory(self.num_bytes, pin=pin)
         for span in spans:
             packed[span.offset : span.offset + len(span.source)].copy_(span.source)
-        if pin:
-            _pin(packed)
         self.spans = [Span(packed, 0)]
         self._masters = self.views(packed)
         self.park()
@@ -177,11 +176,16 @@ def _place_of(tensor: Tensor, offset: int) -> Callable[[Tensor], Tensor]:
     return place
 
 
-def _pin(memory: Tensor) -> None:
-    """Let the device read this memory by itself. Not torch's pinned allocator, which rounds up to a power of two."""
+def _host_memory(num_bytes: int, *, pin: bool) -> Tensor:
+    """Bytes of the host; `pin`: which a GPU reads by itself. Not from torch's pinned allocator, which rounds up to a
+    power of two, and in pages of their own, since no page can be registered twice."""
+    if not pin or not num_bytes:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
     cudart: Any = torch.cuda.cudart()
-    if memory.numel():
-        torch.cuda.check_error(int(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
+    torch.cuda.check_error(cudart.cudaHostRegister(memory.data_ptr(), num_bytes, 0))
+    return memory
 
 
 class Link(Protocol):
@@ -250,9 +254,7 @@ class StagedLink:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
-        self._staging = [_Staging(torch.empty(staging_bytes, dtype=torch.uint8)) for _ in range(2)]
-        for staging in self._staging:
-            _pin(staging.memory)
+        self._staging = [_Staging(_host_memory(staging_bytes, pin=True)) for _ in range(2)]
 
     def send(self, weights: HostWeights, buffer: Tensor, after: Any) -> Future[Any]:
         """See Link."""
