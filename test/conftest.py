@@ -13,6 +13,16 @@ from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 from server_process import ServerProcess, running_server
 from studio_page import go
 
+# Files that take more than a minute. They go first: the one that is taken last is waited for alone.
+_LONG = frozenset(
+    ("test_parallel", "test_docs", "test_bench", "test_demo_model", "test_engine", "test_job_restart", "test_studio")
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files before others, each whole and in its own order."""
+    items.sort(key=lambda item: item.path.stem not in _LONG)
+
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
