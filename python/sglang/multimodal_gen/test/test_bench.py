@@ -129,10 +129,11 @@ def test_sides_run_in_turns_until_both_the_count_and_the_time_are_reached() -> N
 def test_a_run_s_peak_is_what_it_held_at_once() -> None:
     def run() -> None:
         for _ in range(3):
-            torch.ones(2**22)  # 16 MiB, freed before the next
+            # 64 MiB, freed before the next; up to 32 the C library may keep what was freed, and take more beside it.
+            torch.ones(2**24)
 
     peak = peak_bytes(run, CPU)
-    assert peak is not None and 15 << 20 < peak < 20 << 20
+    assert peak is not None and 63 << 20 < peak < 80 << 20
 
 
 def test_starts_are_cut_where_their_moments_lie_and_the_longest_interval_is_named() -> None:
