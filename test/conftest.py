@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from server_process import ServerProcess, running_server
 from studio_page import go
 
+# As long as other waits for the page: beside other tests a browser may take seconds for a picture.
+expect.set_options(timeout=20_000)
 # Files that take more than a minute. They go first: the one that is taken last is waited for alone.
 _LONG = frozenset(
     ("test_parallel", "test_docs", "test_bench", "test_demo_model", "test_engine", "test_job_restart", "test_studio")

@@ -78,6 +78,7 @@ def attach(page: Page) -> None:
 def stroke(page: Page, begin: tuple[float, float], end: tuple[float, float]) -> None:
     """Draw over the picture; places in shares of its sides."""
     canvas = page.get_by_role("application", name="Mask")
+    canvas.hover()  # waits until it lies still and nothing is in front of it: strokes beside it would paint nothing
     frame = canvas.bounding_box()
     assert frame is not None
     for index, (x, y) in enumerate((begin, end)):
