@@ -55,16 +55,13 @@ class ComponentNeed:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Where each component is, and what follows. `weight_bytes` is how much of the GPU weights may take; blocks of
-    transformers stay as far as that allows."""
+    """Where each component is, and what follows. `kept_bytes` are those of streamed transformers' blocks that stay."""
 
     gpu_bytes: float
     components: tuple[ComponentNeed, ...]
     modes: Mapping[str, Residency]
     num_slots: int
     activations: float
-    weight_bytes: float
-    resident_blocks: float | None
     kept_bytes: float
     step_seconds: float
     streamed_bytes: float
@@ -88,10 +85,12 @@ class MemoryPlan:
         """A step's time in that of one with all weights on the GPU."""
         return self.step_seconds / self.compute_seconds if self.compute_seconds else 1.0
 
-    def kept_of(self, need: ComponentNeed) -> float:
-        """Bytes of a streamed transformer's blocks that stay on the GPU."""
-        streamed = [each for each in self.components if each.is_transformer and self.modes[each.name] != "resident"]
-        return self.kept_bytes * sum(need.blocks) / sum(sum(each.blocks) for each in streamed)
+    @property
+    def kept_share(self) -> float:
+        """Of the bytes of streamed transformers' blocks, those that stay."""
+        streamed = [need for need in self.components if self.modes[need.name] == "layerwise-offload"]
+        in_blocks = sum(sum(need.blocks) for need in streamed if need.is_transformer)
+        return self.kept_bytes / in_blocks if in_blocks else 0.0
 
     @property
     def reason(self) -> str:
@@ -224,9 +223,9 @@ def _evaluated(
     # A forward of one row at a time takes less memory, and every block comes once for each.
     fits = always + together + CONTEXT_BYTES <= wish.gpu_bytes
     activations, num_forwards = (together, 1) if fits else (apart, work.rows)
-    weight_bytes = wish.gpu_bytes - CONTEXT_BYTES - max(activations, coding)
+    spare = wish.gpu_bytes - CONTEXT_BYTES - max(activations, coding) - always
     in_transformers = sum(sum(need.blocks) for need in streamed if need.is_transformer)
-    kept = _kept_bytes(wish.args, in_transformers, spare=weight_bytes - always, streamed=streamed)
+    kept = _kept_bytes(wish.args, in_transformers, spare=spare, streamed=streamed)
     compute = step_cost(outline.shape, work, wish.shape, wish.hardware).seconds
     # Of several transformers a step runs one.
     num_transformers = max(1, sum(need.is_transformer for need in streamed))
@@ -237,8 +236,6 @@ def _evaluated(
         modes=MappingProxyType(dict(modes)),
         num_slots=num_slots,
         activations=activations,
-        weight_bytes=weight_bytes,
-        resident_blocks=wish.args.dit_layerwise_resident_layers,
         kept_bytes=kept,
         step_seconds=max(compute, sent / wish.hardware.host_bandwidth),
         streamed_bytes=sent,
@@ -251,19 +248,19 @@ def _evaluated(
 
 def _num_slots(args: MemoryArgs, num_blocks: int, *, prefetch: int) -> int:
     """Blocks on the device at a time: the one that computes and those on their way."""
-    wanted = args.dit_offload_prefetch_size
-    return 1 + (max(1, share_of(wanted, num_blocks)) if wanted else prefetch)
+    asked = args.dit_offload_prefetch_size
+    return 1 + (max(1, share_of(asked, num_blocks)) if asked else prefetch)
 
 
 def _kept_bytes(args: MemoryArgs, in_transformers: float, *, spare: float, streamed: Sequence[ComponentNeed]) -> float:
     """Of the transformers' blocks, what stays on the GPU."""
-    wanted = args.dit_layerwise_resident_layers
-    if wanted is None:
+    asked = args.dit_layerwise_resident_layers
+    if asked is None:
         return 0.0 if args.performance_mode == "memory" else min(in_transformers, max(0.0, spare))
     kept = 0.0
     for need in streamed:
         if need.is_transformer and need.blocks:
-            kept += sum(need.blocks) * share_of(wanted, len(need.blocks)) / len(need.blocks)
+            kept += sum(need.blocks) * share_of(asked, len(need.blocks)) / len(need.blocks)
     return kept
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from sglang.multimodal_gen.runtime.models.vaes.tiling import Tiling
 from sglang.multimodal_gen.runtime.models.vaes.wan_vae import DecoderState
 from sglang.multimodal_gen.runtime.pipelines.wan import WanPipeline
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
-from sglang.multimodal_gen.runtime.pipelines_core.memory import longest_chunk
+from sglang.multimodal_gen.runtime.pipelines_core.memory import free_bytes, limit_memory, longest_chunk
 from sglang.multimodal_gen.runtime.pipelines_core.memory_meter import ProcessMeter
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
@@ -308,3 +309,24 @@ def test_decoding_that_runs_out_of_real_memory_goes_on_in_smaller_pieces(
     assert num_failures >= 1
     assert units > 1
     assert frames == 33
+
+
+def test_a_limit_of_a_gpu_bounds_what_is_free_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of 80 GiB of which others hold 30; this process has reserved 6, of which 2 are not in use."""
+    device, fractions = torch.device("cuda", 0), {"set": 1.0}
+    gib = 1 << 30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (44 * gib, 80 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 6 * gib)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 4 * gib)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * gib))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: fractions["set"])
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda fraction, _: fractions.update(set=fraction)
+    )
+    assert free_bytes(device) == 46 * gib
+    limit_memory(device, None)
+    assert free_bytes(device) == 46 * gib
+    limit_memory(device, 16.0)
+    assert free_bytes(device) == pytest.approx((16 - 6 + 2 - 0.75) * gib, abs=80)
+    limit_memory(device, 1000.0)
+    assert free_bytes(device) == 46 * gib

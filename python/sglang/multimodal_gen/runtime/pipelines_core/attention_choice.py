@@ -37,9 +37,10 @@ def read_choices(
 ) -> ChoiceMemory:
     """The first rank's table, on every rank, who all ask at once. What is wrong with it is reported."""
     entries: tuple[TableEntry, ...] = ()
-    path = table_path(envs.cache_root(), identity_of(device))
+    identity = identity_of(device)
+    path = table_path(envs.cache_root(), identity)
     if parallel.leads:
-        entries, problem = read_table(path, identity_of(device))
+        entries, problem = read_table(path, identity)
         if problem:
             report(problem)
     entries = _handed_on(entries, parallel)

@@ -72,7 +72,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.placement import Placement, pl
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
 from sglang.multimodal_gen.runtime.pipelines_core.residency import (
     WeightRoom,
-    loads_on_host,
+    components_on_host,
     plan_for,
     settle_weights,
 )
@@ -237,22 +237,14 @@ class ComposedPipelineBase:
         config = load_config(resolved.entry)
         parallel = join(placement.device)
         limit_memory(placement.device, memory.gpu_memory_limit)
-        plan = plan_for(
-            resolved,
-            memory,
-            placement,
-            parallel=parallel,
-            encoder_parallel=execution.encoder_parallel,
-            quantized=execution.quantization is not None,
-        )
+        plan = plan_for(resolved, memory, execution, placement, parallel)
         context = cls.load_context(
             config, placement, execution, parallel=parallel, random_weights=random_weights, report=report
         )
         components: dict[str, Any] = {}
         if plan is not None:
             report(plan.reason)
-            moved = [name for name, mode in plan.modes.items() if loads_on_host(mode, name)]
-            context = dataclasses.replace(context, on_host=frozenset(moved))
+            context = dataclasses.replace(context, on_host=components_on_host(plan))
         if cls.components:
             assert resolved.local_path is not None, "downloaded before loading"
             components = cls._load_components(resolved.local_path, context, report)

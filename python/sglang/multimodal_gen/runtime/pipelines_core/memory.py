@@ -29,27 +29,25 @@ _SIGNS = ("can't allocate memory", "could not create a primitive", "could not cr
 
 # Of a GPU, what a process takes beside what torch allocates.
 _CONTEXT_BYTES = 3 << 28
-_limits: dict[torch.device, int] = {}
 
 
 def limit_memory(device: torch.device, gib: float | None) -> None:
     """This process shall take no more of a GPU; what it takes outside of torch is counted too. On the CPU nothing."""
     if device.type != "cuda" or gib is None:
         return
-    _limits[device] = max(0, int(gib * (1 << 30)) - _CONTEXT_BYTES)
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, _limits[device] / total), device)
+    allowed = max(0.0, gib * (1 << 30) - _CONTEXT_BYTES)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
 
 
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be allocated on the device; on the CPU within the limits of the container."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+        free, total = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device)
         own = max(0, reserved - torch.cuda.memory_allocated(device) - cuda_capture.held_bytes)
-        if device in _limits:
-            free = min(free, max(0, _limits[device] - reserved))
-        return free + own
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return min(free, max(0, allowed - reserved)) + own
     available = _proc_bytes("meminfo", "MemAvailable")
     limit = _cgroup_headroom()
     return available if limit is None else min(available, limit)

@@ -32,6 +32,7 @@ from sglang.multimodal_gen.runtime.layers.host_weights import (
 )
 from sglang.multimodal_gen.runtime.pipelines_core.memory import free_bytes
 from sglang.multimodal_gen.runtime.pipelines_core.placement import Placement
+from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
 
 _AUTOENCODER = "vae"
 # Of the host's free memory, what weights may be copied into; else they stay in the files.
@@ -40,37 +41,35 @@ _HOST_SHARE = 0.85
 
 def plan_for(
     resolved: ResolvedModel,
-    args: MemoryArgs,
+    memory: MemoryArgs,
+    execution: ExecutionArgs,
     placement: Placement,
-    *,
     parallel: ParallelContext,
-    encoder_parallel: str = "auto",
-    quantized: bool = False,
 ) -> MemoryPlan | None:
     """Where the model's weights shall be; None where all are simply loaded.
 
     Raises: InvalidValue for options that this model or GPU cannot follow.
     """
     device = placement.device
-    if device.type == "cpu" and args == ALL_RESIDENT:
+    if device.type == "cpu" and memory == ALL_RESIDENT:
         return None
     try:
         outline = None if resolved.is_fallback else outline_of(resolved)
     except UnsupportedModel:
         outline = None
     if outline is None:
-        refuse_wishes(args, resolved.name)
+        refuse_wishes(memory, resolved.name)
         return None
     free = least(free_bytes(device), parallel.world)
-    limit = args.gpu_memory_limit
+    limit = memory.gpu_memory_limit
     wish = MemoryWish(
         gpu_bytes=free if limit is None else min(free, limit * GIB),
         hardware=_hardware(device),
-        args=args,
+        args=memory,
         shape=parallel.shape,
         element_bytes=placement.dtype.itemsize,
-        encoder_parallel=encoder_parallel,
-        quantized=quantized,
+        encoder_parallel=execution.encoder_parallel,
+        quantized=execution.quantization is not None,
     )
     return plan_memory(outline, outline.work(), wish)
 
@@ -92,30 +91,36 @@ def _hardware(device: torch.device) -> Hardware:
     return next((hardware for key, hardware in HARDWARE.items() if key in name), H100)
 
 
-def loads_on_host(mode: Residency, component: str) -> bool:
-    """Whether a component is loaded there at first. An autoencoder settles its weights by the device it runs on."""
-    return mode != "resident" and component != _AUTOENCODER
+def components_on_host(plan: MemoryPlan | None) -> frozenset[str]:
+    """Those that are loaded there at first. An autoencoder settles its weights by the device that it runs on."""
+    modes = {} if plan is None else plan.modes
+    return frozenset(name for name, mode in modes.items() if mode != "resident" and name != _AUTOENCODER)
 
 
 @dataclass(frozen=True)
 class StreamedBlocks:
-    """Those of a component that come one after the other, and the tensors of each that nothing else holds."""
+    """Those of a component that come one after the other, the tensors of each that nothing else holds, and their bytes;
+    the layers around them, and all other tensors."""
 
     component: str
     layers: list[nn.Module]
     tensors: list[list[Tensor]]
+    sizes: list[int]
+    around: list[nn.Module]
     outside: list[Tensor]
 
     @classmethod
     def of(cls, component: str, module: nn.Module) -> StreamedBlocks:
         layers = [block for blocks in _block_lists(module) for block in blocks]
         inside = {id(layer) for block in layers for layer in block.modules()}
-        outside = held_tensors(layer for layer in module.modules() if id(layer) not in inside)
+        around = [layer for layer in module.modules() if id(layer) not in inside]
+        outside = held_tensors(around)
         tensors = [held_tensors(block.modules()) for block in layers]
         count = Counter(id(tensor) for own in (*tensors, outside) for tensor in own)
         shared = {id(tensor): tensor for own in tensors for tensor in own if count[id(tensor)] > 1}
         alone = [[tensor for tensor in own if count[id(tensor)] == 1] for own in tensors]
-        return cls(component, layers, alone, list({id(each): each for each in (*outside, *shared.values())}.values()))
+        others = {id(each): each for each in (*outside, *shared.values())}
+        return cls(component, layers, alone, list(map(packed_bytes, alone)), around, list(others.values()))
 
 
 def _block_lists(module: nn.Module) -> list[nn.ModuleList]:
@@ -162,8 +167,7 @@ class _Settling:
         self.modules = modules
         self.streamed = [StreamedBlocks.of(name, modules[name]) for name in self._named("layerwise-offload")]
         self.moved = {name: held_tensors(modules[name].modules()) for name in self._named("component-offload")}
-        leaving = [own for blocks in self.streamed for own in blocks.tensors] + list(self.moved.values())
-        needed = sum(map(packed_bytes, leaving))
+        needed = sum(sum(blocks.sizes) for blocks in self.streamed) + sum(map(packed_bytes, self.moved.values()))
         self.keeps_files = not args.pin_cpu_memory or needed > _HOST_SHARE * free_bytes(torch.device("cpu"))
         self.link = self._link()
 
@@ -185,9 +189,7 @@ class _Settling:
             if blocks.component in TRANSFORMERS:
                 place_on(self.device, blocks.outside)
             else:  # the table of words alone is as large as several blocks
-                inside = {id(layer) for block in blocks.layers for layer in block.modules()}
-                layers = [layer for layer in self.modules[blocks.component].modules() if id(layer) not in inside]
-                self._move(found, blocks.component, blocks.outside, layers)
+                self._move(found, blocks.component, blocks.outside, blocks.around)
         for name in (*self.moved, *(blocks.component for blocks in self.streamed)):
             for layer in self.modules[name].modules():
                 layer.runs_on = self.device  # type: ignore[assignment]
@@ -209,48 +211,28 @@ class _Settling:
         return HostWeights(tensors, keeps_files=self.keeps_files and on_host, pin=pin)
 
     def _stream(self) -> None:
-        sizes = {blocks.component: list(map(packed_bytes, blocks.tensors)) for blocks in self.streamed}
-        largest = max((size for own in sizes.values() for size in own), default=0)
-        kept = self._kept(sizes, num_bytes=self.plan.num_slots * largest)
-        leaving = {
-            blocks.component: [n for n in range(len(blocks.layers)) if n not in kept[blocks.component]]
-            for blocks in self.streamed
-        }
+        leaving: list[tuple[StreamedBlocks, list[int]]] = []
         for blocks in self.streamed:
-            place_on(self.device, [each for n in kept[blocks.component] for each in blocks.tensors[n]])
-        number = min(self.plan.num_slots, sum(map(len, leaving.values())))
-        if not number:
+            kept = self._kept(blocks)
+            place_on(self.device, [each for n in kept for each in blocks.tensors[n]])
+            leaving.append((blocks, [n for n in range(len(blocks.layers)) if n not in kept]))
+        sizes = [blocks.sizes[n] for blocks, chosen in leaving for n in chosen]
+        if not sizes:
             return
-        slot_bytes = max(sizes[name][n] for name, own in leaving.items() for n in own)
-        pool = SlotPool(self.link, self.device, num_slots=number, slot_bytes=slot_bytes)
-        for blocks in self.streamed:
-            chosen = leaving[blocks.component]
+        number = min(self.plan.num_slots, len(sizes))
+        pool = SlotPool(self.link, self.device, num_slots=number, slot_bytes=max(sizes))
+        for blocks, chosen in leaving:
             pool.follow([blocks.layers[n] for n in chosen], [self._on_host(blocks.tensors[n]) for n in chosen])
 
-    def _kept(self, sizes: Mapping[str, list[int]], *, num_bytes: int) -> dict[str, list[int]]:
-        """Which blocks of each component stay on the device, beside slots of so many bytes."""
-        transformers = [name for name in sizes if name in TRANSFORMERS]
-        kept: dict[str, list[int]] = {name: [] for name in sizes}
-        policy, wanted = self.args.dit_layerwise_residency_policy, self.plan.resident_blocks
-        if wanted is None and self.args.performance_mode == "memory":
-            return kept
-        resident = [held_tensors(self.modules[name].modules()) for name in self._named("resident")]
-        resident += [blocks.outside for blocks in self.streamed if blocks.component in TRANSFORMERS]
-        moved = [tensors for name, tensors in self.moved.items() if name in TRANSFORMERS]
-        # Components that are not there, as in a benchmark of one alone, have their place all the same.
-        absent = [
-            need.num_bytes
-            for need in self.plan.components
-            if need.name not in self.modules and self.plan.modes[need.name] == "resident"
-        ]
-        used = sum(absent) + sum(map(packed_bytes, resident)) + max(map(packed_bytes, moved), default=0) + num_bytes
-        spare, total = self.plan.weight_bytes - used, sum(sum(sizes[name]) for name in transformers)
-        for name in transformers:
-            if wanted is not None:
-                kept[name] = spread([1] * len(sizes[name]), share_of(wanted, len(sizes[name])), policy=policy)
-            else:
-                kept[name] = spread(sizes[name], max(0.0, spare) * sum(sizes[name]) / total, policy=policy)
-        return kept
+    def _kept(self, blocks: StreamedBlocks) -> list[int]:
+        """Those that stay on the device: so many as are asked for, or the part of their bytes that the plan has room
+        for."""
+        if blocks.component not in TRANSFORMERS:
+            return []
+        policy, asked = self.args.dit_layerwise_residency_policy, self.args.dit_layerwise_resident_layers
+        if asked is not None:
+            return spread([1] * len(blocks.layers), share_of(asked, len(blocks.layers)), policy=policy)
+        return spread(blocks.sizes, self.plan.kept_share * sum(blocks.sizes), policy=policy)
 
 
 def settle_weights(

@@ -33,7 +33,7 @@ from sglang.multimodal_gen.runtime.loader.quantization_wishes import describe_qu
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
 from sglang.multimodal_gen.runtime.pipelines_core.memory import free_bytes, limit_memory
 from sglang.multimodal_gen.runtime.pipelines_core.memory_meter import meter_for
-from sglang.multimodal_gen.runtime.pipelines_core.residency import loads_on_host, settle_weights
+from sglang.multimodal_gen.runtime.pipelines_core.residency import components_on_host, settle_weights
 from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, VideoDecoding, VideoEncoding, Workload
 
 
@@ -62,10 +62,7 @@ class ComponentBench:
         engine = self.task.engine.args
         limit_memory(self.device, engine.memory.gpu_memory_limit)
         plan = self.model.memory_plan(engine)
-        context = self.context
-        if plan is not None and loads_on_host(plan.modes[component], component):
-            context = replace(context, on_host=frozenset({component}))
-        module = self._loaded(context)
+        module = self._loaded(replace(self.context, on_host=components_on_host(plan)))
         settle_weights({component: module}, plan, engine.memory, self.device)
         if plan is not None and plan.offloads:
             held = meter_for(self.device).allocated_bytes() / 2**30

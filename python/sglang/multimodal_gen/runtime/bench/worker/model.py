@@ -62,13 +62,7 @@ class BenchModel:
 
     def memory_plan(self, args: ServerArgs) -> MemoryPlan | None:
         """Where weights would be in an engine with these options. Raises InvalidValue for what cannot be."""
-        return plan_for(
-            self.resolved,
-            args.memory,
-            place(args.execution),
-            parallel=SINGLE,
-            quantized=args.execution.quantization is not None,
-        )
+        return plan_for(self.resolved, args.memory, args.execution, place(args.execution), SINGLE)
 
     def flops(self, workload: Workload, size: WorkSize) -> int:
         """Of one forward of ours."""

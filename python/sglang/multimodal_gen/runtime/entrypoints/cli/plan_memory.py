@@ -39,7 +39,7 @@ def sections(found: MemoryOutlook) -> list[Section]:
         mode = plan.modes[need.name]
         always = need.num_bytes if mode == "resident" else 0.0
         if mode == "layerwise-offload" and need.is_transformer:
-            always = need.outside + plan.kept_of(need)
+            always = need.outside + plan.kept_share * sum(need.blocks)
         rows.append((need.name, _gib(need.num_bytes), mode, _gib(always)))
     facts = [
         ("activations", _gib(plan.activations)),
