@@ -312,7 +312,7 @@ def assert_error(reply: httpx.Response, status: int, code: str, param: str | Non
     assert (error["code"], error["param"]) == (code, param), error["message"]
 
 
-def wait_for(condition: Callable[[], bool], *, seconds: float = 5.0) -> None:
+def wait_for(condition: Callable[[], bool], *, seconds: float = 20.0) -> None:
     """Poll until the condition holds."""
     deadline = time.monotonic() + seconds
     while not condition():
