@@ -49,10 +49,24 @@ class QuantizationArgs:
     transformer_weights_path: str | None = arg(
         None,
         help="Safetensors file, or directory of them, in place of the transformer's own weights, such as ones that are "
-        "quantised already; by the same names, which may begin with `model.diffusion_model.` or `diffusion_model.`.",
+        "quantised already, by the names of diffusers' checkpoints or of the model's first repository.",
         group="quantization",
         unset="the model's own",
         exposed=LOCAL_ONLY,
         max_length=4096,
         metavar="PATH",
     )
+    transformer_2_weights_path: str | None = arg(
+        None,
+        help="The same for the second transformer of a model that has two.",
+        group="quantization",
+        unset="the model's own",
+        exposed=LOCAL_ONLY,
+        max_length=4096,
+        metavar="PATH",
+    )
+
+    def weights_paths(self) -> dict[str, str]:
+        """By component what is read in place of its own files."""
+        paths = {"transformer": self.transformer_weights_path, "transformer_2": self.transformer_2_weights_path}
+        return {name: path for name, path in paths.items() if path is not None}

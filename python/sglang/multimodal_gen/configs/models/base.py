@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
-from sglang.multimodal_gen.configs.models.lora_names import ForeignName
+from sglang.multimodal_gen.configs.models.foreign_names import ForeignName
 from sglang.multimodal_gen.configs.quantization_args import CONFIG_KEY
 from sglang.multimodal_gen.configs.transformer_shape import TransformerShape
 from sglang.multimodal_gen.errors import InvalidRequest
@@ -47,8 +47,10 @@ class ModelConfig:
 class TransformerConfig(ModelConfig):
     """Base of the configs of diffusion transformers."""
 
-    lora_names: ClassVar[tuple[ForeignName, ...]] = ()
-    """What adapters call its layers besides their names in checkpoints."""
+    @property
+    def foreign_names(self) -> tuple[ForeignName, ...]:
+        """What other programs' files call its layers; of rules for the same layer the first holds."""
+        return ()
 
     @property
     def shape(self) -> TransformerShape:

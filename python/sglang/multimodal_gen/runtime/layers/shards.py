@@ -57,3 +57,9 @@ def shards_of(module: nn.Module) -> dict[str, Shard]:
         for name, shard in layer.shards().items()
         if shard.axis.size > 1
     }
+
+
+def whole_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of each tensor of the module's state, by dotted name, whatever part of it this rank holds."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    return shapes | {name: shard.whole_shape(shapes[name]) for name, shard in shards_of(module).items()}

@@ -28,10 +28,11 @@ from sglang.multimodal_gen.runtime.layers.context import EncoderAxes, LayerConte
 from sglang.multimodal_gen.runtime.layers.forward_graphs import use_forward_graphs
 from sglang.multimodal_gen.runtime.layers.fused import join_projections
 from sglang.multimodal_gen.runtime.layers.quantization.products import SCALE_NAME
-from sglang.multimodal_gen.runtime.layers.shards import Shard, shards_of
+from sglang.multimodal_gen.runtime.layers.shards import shards_of, whole_shapes
+from sglang.multimodal_gen.runtime.loader.foreign_keys import with_own_names
 from sglang.multimodal_gen.runtime.loader.image_processor import ImageProcessor, load_image_processor
 from sglang.multimodal_gen.runtime.loader.quantized_layers import LayerQuantizer, takes_quantization
-from sglang.multimodal_gen.runtime.loader.stored_quantization import check_stored_method, without_prefix
+from sglang.multimodal_gen.runtime.loader.stored_quantization import check_stored_method
 from sglang.multimodal_gen.runtime.loader.tokenizer import TextTokenizer, load_tokenizer
 from sglang.multimodal_gen.runtime.loader.weight_utils import StoredWeights, open_weights, read_header, tensors_of
 
@@ -83,10 +84,10 @@ class Checkpoint:
         quantizer: LayerQuantizer | None = None,
     ) -> dict[str, Tensor]:
         """See ComponentSource. Raises CorruptCheckpoint naming all keys that do not fit, or what a file lacks."""
-        stored, shards = self._open(directory, quantized=quantizer is not None), shards_of(module)
+        stored, shards = self._open(directory, module, quantized=quantizer is not None), shards_of(module)
         if quantizer is not None:
             stored = quantizer.take_apart(stored)
-        names = _match_keys(module, stored, shards, aliases=getattr(module, "key_aliases", {}))
+        names = _match_keys(module, stored, directory.name, aliases=getattr(module, "key_aliases", {}))
         name_of_key = {key: name for name, key in names.items()}
         dtype_of_key = {key: dtype_of(name) for name, key in names.items()}
         shard_of_key = {names[name]: shard for name, shard in shards.items()}
@@ -114,13 +115,13 @@ class Checkpoint:
         """That a component's files were read, of which other ranks may have taken other parts."""
         self.reads.append(ComponentRead(component=component, num_bytes=num_bytes, seconds=seconds))
 
-    def _open(self, directory: Path, *, quantized: bool) -> StoredWeights:
-        other = self.replaced.get(directory.name)
-        if other is None:
-            return open_weights(directory, quantized=quantized)
+    def _open(self, directory: Path, module: nn.Module, *, quantized: bool) -> StoredWeights:
+        other = self.replaced.get(directory.name, directory)
         if other.is_file():
-            return without_prefix(StoredWeights(other.parent, read_header(other, quantized=quantized)))
-        return without_prefix(open_weights(other, quantized=quantized))
+            stored = StoredWeights(other, read_header(other, quantized=quantized))
+        else:
+            stored = open_weights(other, quantized=quantized)
+        return with_own_names(stored, module)
 
     def tokenizer(self, directory: Path) -> TextTokenizer:
         """See ComponentSource. Raises CorruptCheckpoint without one."""
@@ -338,11 +339,10 @@ class _NoInitialisation(TorchFunctionMode):
 
 
 def _match_keys(
-    module: nn.Module, stored: StoredWeights, shards: Mapping[str, Shard], *, aliases: Mapping[str, str]
+    module: nn.Module, stored: StoredWeights, component: str, *, aliases: Mapping[str, str]
 ) -> dict[str, str]:
     """Name in the module -> key in the file, for every name; raises CorruptCheckpoint unless all fit."""
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    expected |= {name: shard.whole_shape(expected[name]) for name, shard in shards.items()}
+    expected = whole_shapes(module)
     names = {name: name for name in expected if name in stored.tensors}
     for alias, name in aliases.items():
         if alias in stored.tensors and name in expected:
@@ -361,8 +361,7 @@ def _match_keys(
     ]
     if problems:
         raise CorruptCheckpoint(
-            f"the weights in {stored.directory.name} do not fit {stored.directory.name}/config.json: "
-            + "; ".join(problems)
+            f"the weights in {stored.directory.name} do not fit {component}/config.json: " + "; ".join(problems)
         )
     return names
 

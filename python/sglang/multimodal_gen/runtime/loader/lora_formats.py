@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.base import TransformerConfig
-from sglang.multimodal_gen.configs.models.lora_names import ForeignName
+from sglang.multimodal_gen.configs.models.foreign_names import ForeignName
 from sglang.multimodal_gen.errors_lora import InvalidLora, LoraDoesNotFit
 from sglang.multimodal_gen.runtime.layers.shards import shards_of
 
@@ -151,7 +151,7 @@ class LayerNames:
         self._targets = {_flat(name): _Target(((name, out),), in_) for name, (out, in_) in self.sizes.items()}
         config = getattr(model, "config", None)
         self._reads_texts = not isinstance(config, TransformerConfig)
-        for rule in config.lora_names if isinstance(config, TransformerConfig) else ():
+        for rule in config.foreign_names if isinstance(config, TransformerConfig) else ():
             self._add(rule)
 
     def find(self, path: str) -> _Target | None:
@@ -165,6 +165,8 @@ class LayerNames:
         return found
 
     def _add(self, rule: ForeignName) -> None:
+        if not rule.own:
+            return
         first = re.compile(re.escape(rule.own[0]).replace(r"\{\}", r"(\d+)") + "$")
         for name in self.sizes:
             if found := first.match(name):

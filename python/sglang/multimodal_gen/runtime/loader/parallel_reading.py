@@ -25,7 +25,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sglang.multimodal_gen.errors import CorruptCheckpoint
-from sglang.multimodal_gen.runtime.layers.shards import Shard
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -66,6 +65,21 @@ class StoredPlace(Protocol):
     def offset(self) -> int: ...
 
 
+class Part(Protocol):
+    """What of a tensor is read, and in which order."""
+
+    @property
+    def dim(self) -> int: ...
+
+    def pieces(self) -> tuple[tuple[int, int], ...]:
+        """Where each begins along `dim` of the whole tensor, and how long it is."""
+        ...
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """The pieces side by side, contiguous."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     """How many threads read, and what each of their two buffers holds."""
@@ -79,11 +93,11 @@ def read_tensors(
     convert: Convert,
     *,
     device: torch.device,
-    parts: Mapping[str, Shard] = MappingProxyType({}),
+    parts: Mapping[str, Part] = MappingProxyType({}),
     reading: Reading | None = None,
     staged: bool | None = None,
 ) -> dict[str, Tensor]:
-    """Each tensor, or this rank's part of it, on the device and passed through `convert`, in the order given.
+    """Each tensor, or the part of it that is named, on the device and passed through `convert`, in the order given.
 
     Of a part along the first dimension no other bytes are read. `staged`: through buffers, as to a GPU; None: to a GPU.
 
@@ -133,7 +147,7 @@ def _shown(path: Path) -> str:
 def _mapped_tensors(
     places: Mapping[str, StoredPlace],
     convert: Convert,
-    parts: Mapping[str, Shard],
+    parts: Mapping[str, Part],
     device: torch.device,
     num_threads: int,
 ) -> dict[str, Tensor]:
@@ -141,8 +155,8 @@ def _mapped_tensors(
 
     def tensor(name: str) -> Tensor:
         place = places[name]
-        view, shard = _view(files[place.file], place), parts.get(name)
-        return convert(name, (view if shard is None else shard.cut(view)).to(device))
+        view, part = _view(files[place.file], place), parts.get(name)
+        return convert(name, (view if part is None else part.cut(view)).to(device))
 
     with ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="load") as pool:
         return dict(zip(places, pool.map(tensor, places), strict=True))
@@ -272,14 +286,14 @@ class _Job:
         name: str,
         place: StoredPlace,
         file: _Opened,
-        shard: Shard | None,
+        part: Part | None,
         device: torch.device,
         buffer_bytes: int,
     ) -> _Job:
-        """A stored tensor or this rank's part of it."""
+        """A stored tensor or a part of it."""
         dtype, shape = DTYPES[place.dtype], place.shape
-        dim, pieces = (0, ((0, shape[0] if shape else 1),)) if shard is None else (shard.dim, shard.pieces())
-        own_shape = shape if shard is None else (*shape[:dim], sum(length for _, length in pieces), *shape[dim + 1 :])
+        dim, pieces = (0, ((0, shape[0] if shape else 1),)) if part is None else (part.dim, part.pieces())
+        own_shape = shape if part is None else (*shape[:dim], sum(length for _, length in pieces), *shape[dim + 1 :])
         if dim == 0:
             row_bytes = math.prod(shape[1:]) * dtype.itemsize
             chunks: list[_Chunk] = list(_byte_chunks(file, place.offset, row_bytes, pieces, buffer_bytes))

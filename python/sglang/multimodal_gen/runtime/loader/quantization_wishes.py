@@ -18,8 +18,6 @@ from sglang.multimodal_gen.runtime.layers.quantization.products import SCALE_NAM
 from sglang.multimodal_gen.runtime.loader.component_loader import ComponentLoader, NativeModule
 from sglang.multimodal_gen.runtime.loader.quantized_layers import takes_quantization
 
-_REPLACED = "transformer"
-
 
 def check_wishes(
     options: QuantizationArgs, components: Mapping[str, ComponentLoader], *, random_weights: bool = False
@@ -29,7 +27,7 @@ def check_wishes(
         "quantization": options.quantization is not None,
         "quantization_granularity": options.quantization_granularity != DEFAULT_GRANULARITY,
         "quantization_ignored_layers": options.quantization_ignored_layers is not None,
-        "transformer_weights_path": options.transformer_weights_path is not None,
+        **{f"{name}_weights_path": True for name in options.weights_paths()},
     }
     named = [name for name, is_asked in asked.items() if is_asked]
     if not named:
@@ -39,18 +37,26 @@ def check_wishes(
         raise QuantizationNotSupported(
             named[0], "this model has no transformer that runs natively; `sglang models` lists those that do"
         )
-    if random_weights and asked["transformer_weights_path"]:
-        raise QuantizationNotSupported("transformer_weights_path", "with random_weights no file is read")
+    for name in options.weights_paths():
+        if name not in components:
+            check_is_read(options, name)
+        if random_weights:
+            raise QuantizationNotSupported(f"{name}_weights_path", "with random_weights no file is read")
+
+
+def check_is_read(options: QuantizationArgs, absent: str) -> None:
+    """Raises QuantizationNotSupported where weights are given for a component that a model does not have."""
+    if absent in options.weights_paths():
+        raise QuantizationNotSupported(f"{absent}_weights_path", f"this model has no {absent}")
 
 
 def replaced_weights(options: QuantizationArgs) -> dict[str, Path]:
     """By component what is read in place of its own files. Raises InvalidValue for a path that does not exist."""
-    if options.transformer_weights_path is None:
-        return {}
-    path = Path(options.transformer_weights_path).expanduser()
-    if not path.exists():
-        raise InvalidValue("transformer_weights_path", path.name, "a safetensors file or a directory that exists")
-    return {_REPLACED: path}
+    paths = {name: Path(path).expanduser() for name, path in options.weights_paths().items()}
+    for name, path in paths.items():
+        if not path.exists():
+            raise InvalidValue(f"{name}_weights_path", path.name, "a safetensors file or a directory that exists")
+    return paths
 
 
 def describe_quantization(modules: Mapping[str, nn.Module]) -> QuantizedWeights | None:

@@ -23,6 +23,7 @@ from sglang.multimodal_gen.registry import read_json_object
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.quantization.products import SCALE_NAME
 from sglang.multimodal_gen.runtime.loader.component_loader import NativeModule, without_memory
+from sglang.multimodal_gen.runtime.loader.foreign_keys import with_own_names
 from sglang.multimodal_gen.runtime.loader.quantized_layers import LayerQuantizer
 from sglang.multimodal_gen.runtime.loader.weight_utils import open_weights
 
@@ -152,7 +153,7 @@ def _write_component(
     tell(f"quantising {source.name}")
     module = without_memory(native.module_class, native.config(source), LayerContext())
     quantizer = LayerQuantizer(module, options, dtype=torch.bfloat16, device=device)
-    stored = quantizer.take_apart(open_weights(source, quantized=True))
+    stored = quantizer.take_apart(with_own_names(open_weights(source, quantized=True), module))
     shards, num_layers = _Shards(target, shard_bytes), 0
 
     def write(key: str, tensor: Tensor) -> Tensor:

@@ -30,7 +30,6 @@ _MARKER = "scaled_fp8"
 _MARKS_EXACT = 2
 _STORED = {"F8_E4M3": "fp8", "F8_E5M2": "fp8", "I8": "int8"}
 _COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 _ACCEPTED = "one scale for a weight, or one for each output row, all of them positive numbers"
 
 
@@ -42,16 +41,6 @@ class StoredQuantization:
     methods: Mapping[str, str] = field(default_factory=dict)
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     exact: Collection[str] = ()
-
-
-def without_prefix(stored: StoredWeights) -> StoredWeights:
-    """The same by the module's own names, where all keys begin with one that other programs write."""
-    for prefix in _PREFIXES:
-        if any(key.startswith(prefix) for key in stored.tensors):
-            own = {key.removeprefix(prefix): tensor for key, tensor in stored.tensors.items() if key.startswith(prefix)}
-            # What marks the file stands beside its tensors, or among them.
-            return replace(stored, tensors=own)
-    return stored
 
 
 def take_apart(stored: StoredWeights) -> tuple[StoredWeights, StoredQuantization]:

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from sglang.multimodal_gen.errors import CorruptCheckpoint, PickleRefused
 from sglang.multimodal_gen.registry import read_json_object
-from sglang.multimodal_gen.runtime.layers.shards import Shard
-from sglang.multimodal_gen.runtime.loader.parallel_reading import DTYPES, Convert, read_tensors
+from sglang.multimodal_gen.runtime.loader.parallel_reading import DTYPES, Convert, Part, read_tensors
 
 _PREFERRED = ("diffusion_pytorch_model", "model")
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
@@ -34,17 +33,34 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where a tensor lies, `offset` bytes from the file's beginning, and what its header says."""
+    """Where a tensor lies, `offset` bytes from the file's beginning, and what its header says. With `halves_swapped`
+    its second half of rows comes first."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
     offset: int
+    halves_swapped: bool = False
+
+
+@dataclass(frozen=True)
+class _SwappedHalves:
+    """All of a tensor of an even number of rows, the second half first."""
+
+    num_rows: int
+    dim: int = 0
+
+    def pieces(self) -> tuple[tuple[int, int], ...]:
+        half = self.num_rows // 2
+        return (half, half), (0, half)
+
+    def cut(self, whole: Tensor) -> Tensor:
+        return torch.cat([whole.narrow(0, begin, length) for begin, length in self.pieces()])
 
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """All tensors of one component by name."""
+    """All tensors of one component by name; `directory` may also be their only file."""
 
     directory: Path
     tensors: Mapping[str, StoredTensor]
@@ -55,7 +71,7 @@ class StoredWeights:
         convert: Convert,
         *,
         device: torch.device = _CPU,
-        parts: Mapping[str, Shard] = MappingProxyType({}),
+        parts: Mapping[str, Part] = MappingProxyType({}),
     ) -> dict[str, Tensor]:
         """The named tensors, or this rank's parts of them, each passed through `convert(name, tensor)` on the device as
         soon as it is there; see `parallel_reading`.
@@ -65,7 +81,9 @@ class StoredWeights:
         Raises: CorruptCheckpoint when a file cannot be read.
         """
         places = {name: self.tensors[name] for name in names}
-        return read_tensors(places, convert, device=device, parts=parts)
+        swapped = {name: _SwappedHalves(p.shape[0]) for name, p in places.items() if p.halves_swapped}
+        assert not swapped.keys() & parts.keys(), "no layer with swapped halves is cut"
+        return read_tensors(places, convert, device=device, parts={**parts, **swapped})
 
     def num_bytes(self, names: Collection[str]) -> int:
         """Of the named tensors, as they are stored."""

@@ -49,6 +49,7 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
     weight_totals,
 )
 from sglang.multimodal_gen.runtime.loader.quantization_wishes import (
+    check_is_read,
     check_wishes,
     describe_quantization,
     explain_quantization,
@@ -333,6 +334,7 @@ class ComposedPipelineBase:
         for name, load in cls.components.items():
             listed = index.get(name)
             if cls.leaves_out(name, index):
+                check_is_read(context.quantization, name)
                 components[name] = None
                 continue
             if not isinstance(listed, list) or len(listed) != 2 or not isinstance(listed[1], str):

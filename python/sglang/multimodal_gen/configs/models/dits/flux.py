@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from sglang.multimodal_gen.configs.models.base import TransformerConfig
-from sglang.multimodal_gen.configs.models.lora_names import ForeignName, foreign, swapped
+from sglang.multimodal_gen.configs.models.foreign_names import ForeignName, foreign, swapped
 from sglang.multimodal_gen.configs.transformer_shape import (
     TransformerShape,
     dual_stream_run,
@@ -17,7 +16,7 @@ from sglang.multimodal_gen.errors import InvalidRequest
 
 _BLOCK, _SINGLE = "transformer_blocks.{}.", "single_transformer_blocks.{}."
 _EMBED = "time_text_embed."
-LORA_NAMES = (
+FOREIGN_NAMES = (
     foreign("img_attn.qkv", "attn.to_q", "attn.to_k", "attn.to_v", inside="double_blocks.{}.", within=_BLOCK),
     foreign("img_attn.proj", "attn.to_out.0", inside="double_blocks.{}.", within=_BLOCK),
     foreign("img_mlp.0", "ff.net.0.proj", inside="double_blocks.{}.", within=_BLOCK),
@@ -38,6 +37,12 @@ LORA_NAMES = (
     foreign("linear1", "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", inside="single_blocks.{}.", within=_SINGLE),
     foreign("linear2", "proj_out", inside="single_blocks.{}.", within=_SINGLE),
     foreign("modulation.lin", "norm.linear", inside="single_blocks.{}.", within=_SINGLE),
+    foreign("img_attn.norm.query_norm.scale", "attn.norm_q.weight", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("img_attn.norm.key_norm.scale", "attn.norm_k.weight", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("txt_attn.norm.query_norm.scale", "attn.norm_added_q.weight", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("txt_attn.norm.key_norm.scale", "attn.norm_added_k.weight", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("norm.query_norm.scale", "attn.norm_q.weight", inside="single_blocks.{}.", within=_SINGLE),
+    foreign("norm.key_norm.scale", "attn.norm_k.weight", inside="single_blocks.{}.", within=_SINGLE),
     foreign("img_in", "x_embedder"),
     foreign("txt_in", "context_embedder"),
     foreign("time_in.in_layer", "timestep_embedder.linear_1", within=_EMBED),
@@ -66,8 +71,6 @@ LORA_NAMES = (
 @dataclass(frozen=True, kw_only=True)
 class FluxTransformerConfig(TransformerConfig):
     """FLUX.1 image transformer; the defaults are FLUX.1-schnell. Source: https://github.com/black-forest-labs/flux"""
-
-    lora_names: ClassVar[tuple[ForeignName, ...]] = LORA_NAMES
 
     patch_size: int = 1
     in_channels: int = 64
@@ -98,6 +101,11 @@ class FluxTransformerConfig(TransformerConfig):
     def num_output_channels(self) -> int:
         """Channels of a predicted token; published files may leave `out_channels` null."""
         return self.out_channels or self.in_channels
+
+    @property
+    def foreign_names(self) -> tuple[ForeignName, ...]:
+        """See TransformerConfig."""
+        return FOREIGN_NAMES
 
     @property
     def shape(self) -> TransformerShape:

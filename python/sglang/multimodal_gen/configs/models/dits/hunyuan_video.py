@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from sglang.multimodal_gen.configs.models.base import TransformerConfig
-from sglang.multimodal_gen.configs.models.lora_names import ForeignName, foreign, swapped
+from sglang.multimodal_gen.configs.models.foreign_names import ForeignName, foreign, swapped
 from sglang.multimodal_gen.configs.transformer_shape import (
     BlockRun,
     TransformerShape,
@@ -28,7 +27,7 @@ _BLOCK, _SINGLE = "transformer_blocks.{}.", "single_transformer_blocks.{}."
 _EMBED, _TEXT = "time_text_embed.", "context_embedder."
 _REFINER = "txt_in.individual_token_refiner.blocks.{}."
 _REFINED = "context_embedder.token_refiner.refiner_blocks.{}."
-LORA_NAMES = (
+FOREIGN_NAMES = (
     foreign("img_attn_qkv", "attn.to_q", "attn.to_k", "attn.to_v", inside="double_blocks.{}.", within=_BLOCK),
     foreign("img_attn_proj", "attn.to_out.0", inside="double_blocks.{}.", within=_BLOCK),
     foreign("img_mlp.fc1", "ff.net.0.proj", inside="double_blocks.{}.", within=_BLOCK),
@@ -49,6 +48,13 @@ LORA_NAMES = (
     foreign("linear1", "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", inside="single_blocks.{}.", within=_SINGLE),
     foreign("linear2", "proj_out", inside="single_blocks.{}.", within=_SINGLE),
     foreign("modulation.linear", "norm.linear", inside="single_blocks.{}.", within=_SINGLE),
+    foreign("img_attn_q_norm", "attn.norm_q", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("img_attn_k_norm", "attn.norm_k", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("txt_attn_q_norm", "attn.norm_added_q", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("txt_attn_k_norm", "attn.norm_added_k", inside="double_blocks.{}.", within=_BLOCK),
+    foreign("q_norm", "attn.norm_q", inside="single_blocks.{}.", within=_SINGLE),
+    foreign("k_norm", "attn.norm_k", inside="single_blocks.{}.", within=_SINGLE),
+    foreign("img_in.proj", "x_embedder.proj"),
     foreign("time_in.mlp.0", "timestep_embedder.linear_1", within=_EMBED),
     foreign("time_in.mlp.2", "timestep_embedder.linear_2", within=_EMBED),
     foreign("vector_in.in_layer", "text_embedder.linear_1", within=_EMBED),
@@ -62,6 +68,8 @@ LORA_NAMES = (
     foreign("txt_in.c_embedder.linear_2", "text_embedder.linear_2", within=_TEXT + _EMBED),
     foreign("self_attn_qkv", "attn.to_q", "attn.to_k", "attn.to_v", inside=_REFINER, within=_REFINED),
     foreign("self_attn_proj", "attn.to_out.0", inside=_REFINER, within=_REFINED),
+    foreign("norm1", "norm1", inside=_REFINER, within=_REFINED),
+    foreign("norm2", "norm2", inside=_REFINER, within=_REFINED),
     foreign("mlp.fc1", "ff.net.0.proj", inside=_REFINER, within=_REFINED),
     foreign("mlp.fc2", "ff.net.2", inside=_REFINER, within=_REFINED),
     foreign("adaLN_modulation.1", "norm_out.linear", inside=_REFINER, within=_REFINED),
@@ -74,8 +82,6 @@ LORA_NAMES = (
 @dataclass(frozen=True, kw_only=True)
 class HunyuanVideoTransformerConfig(TransformerConfig):
     """HunyuanVideo transformer; the defaults are the text-to-video model. Source: arXiv:2412.03603."""
-
-    lora_names: ClassVar[tuple[ForeignName, ...]] = LORA_NAMES
 
     in_channels: int = 16
     out_channels: int | None = 16
@@ -128,6 +134,11 @@ class HunyuanVideoTransformerConfig(TransformerConfig):
     def num_output_channels(self) -> int:
         """Channels of the predicted velocity; published files may leave `out_channels` null."""
         return self.out_channels or self.in_channels
+
+    @property
+    def foreign_names(self) -> tuple[ForeignName, ...]:
+        """See TransformerConfig."""
+        return FOREIGN_NAMES
 
     @property
     def shape(self) -> TransformerShape:

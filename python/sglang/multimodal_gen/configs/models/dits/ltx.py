@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from sglang.multimodal_gen.configs.models.base import TransformerConfig
-from sglang.multimodal_gen.configs.models.lora_names import ForeignName, foreign
+from sglang.multimodal_gen.configs.models.foreign_names import ForeignName, foreign
 from sglang.multimodal_gen.configs.transformer_shape import BlockRun, TransformerShape, time_embedding_parameters
 from sglang.multimodal_gen.errors import InvalidRequest
 
@@ -19,7 +18,13 @@ _IMPLEMENTED = {
 }
 
 
-LORA_NAMES = (
+_BLOCK = "transformer_blocks.{}."
+FOREIGN_NAMES = (
+    *(
+        foreign(f"{attention}.{theirs}", f"{attention}.{ours}", inside=_BLOCK, within=_BLOCK)
+        for attention in ("attn1", "attn2")
+        for theirs, ours in (("q_norm", "norm_q"), ("k_norm", "norm_k"))
+    ),
     foreign("patchify_proj", "proj_in"),
     foreign("adaln_single.linear", "time_embed.linear"),
     foreign("adaln_single.emb.timestep_embedder.linear_1", "time_embed.emb.timestep_embedder.linear_1"),
@@ -31,8 +36,6 @@ LORA_NAMES = (
 @dataclass(frozen=True, kw_only=True)
 class LTXVideoTransformerConfig(TransformerConfig):
     """LTX-Video transformer; the defaults are the 2B models. Source: arXiv:2501.00103."""
-
-    lora_names: ClassVar[tuple[ForeignName, ...]] = LORA_NAMES
 
     in_channels: int = 128
     out_channels: int | None = 128
@@ -65,6 +68,11 @@ class LTXVideoTransformerConfig(TransformerConfig):
     def num_output_channels(self) -> int:
         """Channels of a predicted token; published files may leave `out_channels` null."""
         return self.out_channels or self.in_channels
+
+    @property
+    def foreign_names(self) -> tuple[ForeignName, ...]:
+        """See TransformerConfig."""
+        return FOREIGN_NAMES
 
     @property
     def shape(self) -> TransformerShape:

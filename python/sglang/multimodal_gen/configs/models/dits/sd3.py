@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from sglang.multimodal_gen.configs.models.base import TransformerConfig
-from sglang.multimodal_gen.configs.models.lora_names import ForeignName, foreign, swapped
+from sglang.multimodal_gen.configs.models.foreign_names import ForeignName, foreign, swapped
 from sglang.multimodal_gen.configs.transformer_shape import (
     BlockRun,
     Segment,
@@ -21,7 +20,7 @@ CLIP_TOKENS = 77
 
 _BLOCK, _EMBED = "transformer_blocks.{}.", "time_text_embed."
 _IMAGE, _CONTEXT = "joint_blocks.{}.x_block.", "joint_blocks.{}.context_block."
-LORA_NAMES = (
+FOREIGN_NAMES = (
     foreign("attn.qkv", "attn.to_q", "attn.to_k", "attn.to_v", inside=_IMAGE, within=_BLOCK),
     foreign("attn.proj", "attn.to_out.0", inside=_IMAGE, within=_BLOCK),
     foreign("attn2.qkv", "attn2.to_q", "attn2.to_k", "attn2.to_v", inside=_IMAGE, within=_BLOCK),
@@ -34,6 +33,14 @@ LORA_NAMES = (
     foreign("mlp.fc1", "ff_context.net.0.proj", inside=_CONTEXT, within=_BLOCK),
     foreign("mlp.fc2", "ff_context.net.2", inside=_CONTEXT, within=_BLOCK),
     foreign("adaLN_modulation.1", "norm1_context.linear", inside=_CONTEXT, within=_BLOCK),
+    foreign("attn.ln_q", "attn.norm_q", inside=_IMAGE, within=_BLOCK),
+    foreign("attn.ln_k", "attn.norm_k", inside=_IMAGE, within=_BLOCK),
+    foreign("attn2.ln_q", "attn2.norm_q", inside=_IMAGE, within=_BLOCK),
+    foreign("attn2.ln_k", "attn2.norm_k", inside=_IMAGE, within=_BLOCK),
+    foreign("attn.ln_q", "attn.norm_added_q", inside=_CONTEXT, within=_BLOCK),
+    foreign("attn.ln_k", "attn.norm_added_k", inside=_CONTEXT, within=_BLOCK),
+    foreign("x_embedder.proj", "pos_embed.proj"),
+    foreign("pos_embed", "pos_embed.pos_embed"),
     foreign("t_embedder.mlp.0", "timestep_embedder.linear_1", within=_EMBED),
     foreign("t_embedder.mlp.2", "timestep_embedder.linear_2", within=_EMBED),
     foreign("y_embedder.mlp.0", "text_embedder.linear_1", within=_EMBED),
@@ -50,8 +57,6 @@ class SD3TransformerConfig(TransformerConfig):
 
     `sample_size` is the latent side that the position table was made for; the table itself is in the checkpoint.
     """
-
-    lora_names: ClassVar[tuple[ForeignName, ...]] = LORA_NAMES
 
     sample_size: int = 128
     patch_size: int = 2
@@ -88,6 +93,14 @@ class SD3TransformerConfig(TransformerConfig):
     def num_output_channels(self) -> int:
         """Channels of the predicted velocity; published files may leave `out_channels` null."""
         return self.out_channels or self.in_channels
+
+    @property
+    def foreign_names(self) -> tuple[ForeignName, ...]:
+        """See TransformerConfig."""
+        # The last block's texts go nowhere but into attention: their norm is one of scale and shift alone.
+        last = self.num_layers - 1
+        theirs = f"joint_blocks.{last}.context_block.adaLN_modulation.1"
+        return swapped(theirs, f"transformer_blocks.{last}.norm1_context.linear"), *FOREIGN_NAMES
 
     @property
     def shape(self) -> TransformerShape:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from sglang.multimodal_gen.configs.models.base import TransformerConfig
-from sglang.multimodal_gen.configs.models.lora_names import ForeignName, foreign
+from sglang.multimodal_gen.configs.models.foreign_names import ForeignName, foreign
 from sglang.multimodal_gen.configs.transformer_shape import BlockRun, TransformerShape, time_embedding_parameters
 from sglang.multimodal_gen.errors import InvalidRequest
 
 _BLOCK, _EMBED = "blocks.{}.", "condition_embedder."
-LORA_NAMES = (
+FOREIGN_NAMES = (
     *(
         foreign(f"{theirs}.{name}", f"{ours}.{own}", inside=_BLOCK, within=_BLOCK)
         for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
@@ -20,6 +19,14 @@ LORA_NAMES = (
     ),
     foreign("cross_attn.k_img", "attn2.add_k_proj", inside=_BLOCK, within=_BLOCK),
     foreign("cross_attn.v_img", "attn2.add_v_proj", inside=_BLOCK, within=_BLOCK),
+    *(
+        foreign(f"{theirs}.{name}", f"{ours}.{name}", inside=_BLOCK, within=_BLOCK)
+        for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for name in ("norm_q", "norm_k")
+    ),
+    foreign("cross_attn.norm_k_img", "attn2.norm_added_k", inside=_BLOCK, within=_BLOCK),
+    foreign("norm3", "norm2", inside=_BLOCK, within=_BLOCK),
+    foreign("modulation", "scale_shift_table", inside=_BLOCK, within=_BLOCK),
     foreign("ffn.0", "ffn.net.0.proj", inside=_BLOCK, within=_BLOCK),
     foreign("ffn.2", "ffn.net.2", inside=_BLOCK, within=_BLOCK),
     foreign("time_projection.1", "time_proj", within=_EMBED),
@@ -27,8 +34,12 @@ LORA_NAMES = (
     foreign("time_embedding.2", "time_embedder.linear_2", within=_EMBED),
     foreign("text_embedding.0", "text_embedder.linear_1", within=_EMBED),
     foreign("text_embedding.2", "text_embedder.linear_2", within=_EMBED),
+    foreign("img_emb.emb_pos", "image_embedder.pos_embed", within=_EMBED),
+    foreign("img_emb.proj.0", "image_embedder.norm1", within=_EMBED),
     foreign("img_emb.proj.1", "image_embedder.ff.net.0.proj", within=_EMBED),
     foreign("img_emb.proj.3", "image_embedder.ff.net.2", within=_EMBED),
+    foreign("img_emb.proj.4", "image_embedder.norm2", within=_EMBED),
+    foreign("head.modulation", "scale_shift_table"),
     foreign("head.head", "proj_out"),
 )
 """Of https://github.com/Wan-Video/Wan2.1."""
@@ -37,8 +48,6 @@ LORA_NAMES = (
 @dataclass(frozen=True, kw_only=True)
 class WanTransformerConfig(TransformerConfig):
     """Wan 2.1 and 2.2 video transformer; the defaults are Wan2.1-T2V-14B. Source: arXiv:2503.20314."""
-
-    lora_names: ClassVar[tuple[ForeignName, ...]] = LORA_NAMES
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_attention_heads: int = 40
@@ -73,6 +82,11 @@ class WanTransformerConfig(TransformerConfig):
     def num_output_channels(self) -> int:
         """Channels of the predicted velocity; published files may leave `out_channels` null."""
         return self.out_channels or self.in_channels
+
+    @property
+    def foreign_names(self) -> tuple[ForeignName, ...]:
+        """See TransformerConfig."""
+        return FOREIGN_NAMES
 
     @property
     def shape(self) -> TransformerShape:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from sglang.multimodal_gen.configs.models.base import TransformerConfig
-from sglang.multimodal_gen.configs.models.lora_names import ForeignName, foreign
+from sglang.multimodal_gen.configs.models.foreign_names import ForeignName, foreign
 from sglang.multimodal_gen.configs.transformer_shape import BlockRun, Segment, TransformerShape
 from sglang.multimodal_gen.errors import InvalidRequest
 
 _STACKS = ("layers.{}.attention.", "noise_refiner.{}.attention.", "context_refiner.{}.attention.")
-LORA_NAMES = (
+FOREIGN_NAMES = (
     *(foreign("qkv", "to_q", "to_k", "to_v", inside=stack, within=stack) for stack in _STACKS),
     *(foreign("out", "to_out.0", inside=stack, within=stack) for stack in _STACKS),
+    *(foreign("q_norm", "norm_q", inside=stack, within=stack) for stack in _STACKS),
+    *(foreign("k_norm", "norm_k", inside=stack, within=stack) for stack in _STACKS),
     foreign("x_embedder", "all_x_embedder.2-1"),
     foreign("final_layer.linear", "all_final_layer.2-1.linear"),
     foreign("final_layer.adaLN_modulation.1", "all_final_layer.2-1.adaLN_modulation.1"),
+    foreign("norm_final"),
 )
 """Of https://github.com/Tongyi-MAI/Z-Image."""
 
@@ -28,8 +30,6 @@ class ZImageTransformerConfig(TransformerConfig):
     `axes_dims` are the channels of each head that the three axes of a position rotate, `axes_lens` how many positions
     each axis has: captions lie along the first, images start behind them and extend along the other two.
     """
-
-    lora_names: ClassVar[tuple[ForeignName, ...]] = LORA_NAMES
 
     all_patch_size: tuple[int, ...] = (2,)
     all_f_patch_size: tuple[int, ...] = (1,)
@@ -93,6 +93,11 @@ class ZImageTransformerConfig(TransformerConfig):
     def ffn_dim(self) -> int:
         """Width of the gated feed-forward layer, rounded as the published weights are."""
         return int(self.dim / 3 * 8)
+
+    @property
+    def foreign_names(self) -> tuple[ForeignName, ...]:
+        """See TransformerConfig."""
+        return FOREIGN_NAMES
 
     @property
     def shape(self) -> TransformerShape:

@@ -1,4 +1,7 @@
-"""Under which names adapters in the wild know a model's linear layers, where these are not the checkpoint's own."""
+"""Under which names other programs' files know a model's layers, where these are not those of diffusers' checkpoints.
+
+Adapters go by those of linear layers, files of whole models by all of them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from typing import NamedTuple
 class ForeignName(NamedTuple):
     """A layer of the original code, with `{}` for a number, and the layers that it is in ours, its outputs in order.
 
-    Several of ours share the original's input. `halves_swapped`: the original's first half of outputs is our second.
+    Several of ours share the original's input; those that a model does not read are none of ours. `halves_swapped`:
+    the original's first half of outputs is our second. A name may also be that of a tensor, as its own are then.
     """
 
     name: str
