@@ -58,14 +58,14 @@ def set_weights(pipeline: Any, weights: Mapping[str, Tensor]) -> Any:
 
 
 def realigned(pipeline: Any) -> Any:
-    """The pipeline, whose transformer's tensors begin where memory is allocated, not where they lie in mapped files:
-    the last bits of a processor's products depend on that."""
-    module = pipeline.transformer
-    joined = [j for m in module.modules() for j in vars(m).values() if isinstance(j, JoinedLinear)]
-    views = {id(p) for each in joined for layer in each.layers for p in layer.parameters(recurse=False)}
-    for tensor in (*module.parameters(), *module.buffers()):
-        if id(tensor) not in views:
-            tensor.data = tensor.data.clone()
+    """The pipeline, whose tensors begin where memory is allocated, not where they lie in mapped files: the last bits of
+    a processor's products depend on that."""
+    for module in pipeline.modules.values():
+        joined = [j for m in module.modules() for j in vars(m).values() if isinstance(j, JoinedLinear)]
+        views = {id(p) for each in joined for layer in each.layers for p in layer.parameters(recurse=False)}
+        for tensor in (*module.parameters(), *module.buffers()):
+            if id(tensor) not in views:
+                tensor.data = tensor.data.clone()
     return pipeline
 
 

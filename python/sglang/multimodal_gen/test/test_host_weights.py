@@ -31,6 +31,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.residency import StreamedBlock
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
 from sglang.multimodal_gen.test.lora_case import load_adapters, save_adapters
 from sglang.multimodal_gen.test.pipeline_parity import run_together
+from sglang.multimodal_gen.test.quantization_case import realigned
 from sglang.multimodal_gen.test.tiny_families import FAMILIES, wish_of
 
 CPU = torch.device("cpu")
@@ -261,7 +262,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     def of(family: str) -> tuple[Path, list[Any]]:
         if family not in made:
             directory = FAMILIES[family][0](tmp_path_factory.mktemp(family))
-            made[family] = directory, latents_of(build_pipeline(str(directory), CPU_FP32), wishes_of(family))
+            pipeline = realigned(build_pipeline(str(directory), CPU_FP32))
+            made[family] = directory, latents_of(pipeline, wishes_of(family))
         return made[family]
 
     return of

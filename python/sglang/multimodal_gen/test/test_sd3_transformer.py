@@ -18,8 +18,8 @@ from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, WorkS
 from sglang.multimodal_gen.test.tiny_sd3 import TINY_DUAL_TRANSFORMER, TINY_TRANSFORMER, transformer_pair
 from sglang.multimodal_gen.test.tiny_wan import noise
 
-# fp32 on the CPU: the tolerance covers the order of summation, between values of a few units.
-FP32 = {"rtol": 1e-4, "atol": 3e-5}
+# fp32 on the CPU: the tolerance covers the order of summation, which processors choose, between values of up to 20.
+FP32 = {"rtol": 1e-4, "atol": 2e-4}
 
 NUM_PARAMETERS = {
     "3-medium-diffusers": 2_028_328_000,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +35,8 @@ _LIMITED_RANGE = 1
 _FULL_CHROMA_PERCENT = 90  # from here on JPEG keeps colour at full resolution
 # x264's output depends on the number of threads; left to itself it takes as many as the machine has processors.
 _CODEC_THREADS = 4
+# What x264 looks ahead with AVX-512 differs from run to run; with what such processors have besides it does not.
+_WITHOUT_AVX512 = {"x264-params": "asm=avx2,fma3,bmi1,bmi2,lzcnt"}
 # Without it the file carries FFmpeg's version, and WebM a random number.
 _REPRODUCIBLE = {"fflags": "+bitexact"}
 _FAST_START = {"movflags": "+faststart"}  # the index first: players start before the whole file is there
@@ -72,6 +75,7 @@ def open_encoder(path: str, chosen: OutputFormat, encoding: Encoding, *, metadat
     """
     if chosen.name == "mp4":
         options = {"crf": str(h264_crf(encoding.percent)), "preset": encoding.x264_preset}
+        options |= _WITHOUT_AVX512 if _has_avx512() else {}
         return YuvEncoder(path, MP4, fps=encoding.fps, codec_options=options, metadata=metadata)
     if chosen.name == "webm":
         options = {"crf": str(vp9_crf(encoding.percent)), **_FAST_VP9}
@@ -123,6 +127,14 @@ MP4 = Container(muxer="mp4", codec="libx264", options=_REPRODUCIBLE | _FAST_STAR
 WEBM = Container(muxer="webm", codec="libvpx-vp9", options=_REPRODUCIBLE)
 GIF = Container(muxer="gif", codec="gif", options=_REPRODUCIBLE | {"loop": "0"})
 _FAST_VP9 = {"b:v": "0", "deadline": "realtime", "cpu-used": "5", "row-mt": "1"}
+
+
+@cache
+def _has_avx512() -> bool:
+    try:
+        return " avx512f" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:  # not Linux
+        return False
 
 
 class _ContainerEncoder(FrameEncoder):
