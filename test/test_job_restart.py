@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import psutil
 import pytest
 
 from server_process import ServerProcess, running_server
+from sglang.multimodal_gen.registry import EMBEDDED_ADAPTERS
 
 STEPS = 24
 VIDEO = {"prompt": "a red circle moving right", "size": "64x64", "num_frames": 9, "num_inference_steps": STEPS}
@@ -111,6 +113,36 @@ def test_jobs_go_on_after_every_process_was_killed(tmp_path: Path, undisturbed: 
     steps_here = int(finished.split("finished: ")[1].split(" steps")[0])
     assert 0 < steps_here < STEPS, f"it began again instead of going on: {finished}"
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_job_keeps_the_adapters_that_were_set_when_it_came(tmp_path: Path) -> None:
+    """Neither what is set later nor the next server, which starts without any, changes them. An adapter whose file has
+    gone meanwhile is not there any more."""
+    gone = Path(shutil.copy(EMBEDDED_ADAPTERS["demo-outline"], tmp_path / "gone.safetensors"))
+    key = ("--admin-api-key", "a-key-of-the-administrator")
+    headers = {"Authorization": f"Bearer {key[1]}"}
+    with (
+        server_to_be_killed(tmp_path, "--batching-max-size", "1", *key) as (server, kill),
+        httpx.Client(base_url=server.url, headers=headers, timeout=60) as admin,
+    ):
+        wish = {"lora_nickname": "outline", "lora_path": "demo-outline", "strength": 0.8}
+        admin.post("/v1/set_lora", json=wish).raise_for_status()
+        with_adapter = create(server.url, seed=1)
+        admin.post("/v1/set_lora", json={"lora_nickname": "gone", "lora_path": str(gone)}).raise_for_status()
+        admin.post("/v1/set_lora", json={"lora_nickname": []}).raise_for_status()
+        without = create(server.url, seed=1)
+        wait_until(lambda: video(server.url, with_adapter)["progress"] >= 30, "a third of the first video")
+        kill()
+    gone.unlink()
+    with running_server(command(tmp_path, *key)) as server:
+        named = create(server.url, seed=1, lora=[{"name": "outline", "scale": 0.8}])
+        for video_id in (with_adapter, without, named):
+            wait_until(lambda video_id=video_id: video(server.url, video_id)["status"] == "completed", "the end")
+        assert content(server.url, with_adapter) == content(server.url, named)
+        assert content(server.url, without) != content(server.url, named)
+        listed = httpx.get(f"{server.url}/v1/list_loras", headers=headers, timeout=30).json()
+        assert listed["active"] == {}
+        assert [each["nickname"] for each in listed["loaded_adapters"]] == ["outline"]
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sglang.multimodal_gen.errors import InvalidValue, MissingParameter, RemoteError, UnsupportedParameter
+from sglang.multimodal_gen.errors import (
+    InvalidValue,
+    MissingParameter,
+    RemoteError,
+    UnsupportedParameter,
+)
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator, GenerationResult
 from sglang.multimodal_gen.runtime.managers.messages import Progress
 from sglang.multimodal_gen.test.lora_case import save_adapters
 from sglang.multimodal_gen.test.parallel_pool import FAMILIES
+from sglang.multimodal_gen.test.scripted_server import wait_for
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -186,6 +193,33 @@ def test_a_new_worker_has_what_was_loaded_and_merged(engine: DiffGenerator, file
     np.testing.assert_allclose(latents_of(engine, lora=["narrow:0.3"]), before, rtol=1e-3, atol=1e-4)
     assert engine.status().worker_pids != (pid,)
     assert active(engine) == {"wide": (0.7, "merged")}
+
+
+def test_a_new_scheduler_has_what_was_set_and_merged(checkpoint: Path, files: Mapping[str, Path]) -> None:
+    """Also what took the place of the adapter that the engine started with."""
+    options: dict[str, Any] = {"precision": "fp32", "lora_path": str(files["narrow"]), "lora_merge_mode": "merge"}
+    with DiffGenerator.from_pretrained(str(checkpoint), **options) as engine:
+        engine.set_lora("wide", str(files["wide"]), merge_mode="merge", strength=0.7)
+        engine.set_lora(["wide", "default"], strength=[0.4, 0.5])
+        set_now, before = active(engine), latents_of(engine)
+        assert set_now == {"wide": (0.4, "unmerged"), "default": (0.5, "unmerged")}
+        [pid] = engine.status().worker_pids
+        scheduler = psutil.Process(pid).parent()
+        assert scheduler is not None and "managers.scheduler" in " ".join(scheduler.cmdline())
+        scheduler.kill()
+        wait_for(lambda: has_another_worker(engine, pid), seconds=60)
+        assert active(engine) == set_now
+        np.testing.assert_allclose(latents_of(engine), before, rtol=1e-3, atol=1e-4)
+        engine.set_lora("other", str(files["narrow"]))
+        assert len(engine.list_loras()["loaded_adapters"]) == 3
+
+
+def has_another_worker(engine: DiffGenerator, pid: int) -> bool:
+    try:
+        status = engine.status()
+    except RemoteError:  # between the two schedulers
+        return False
+    return status.state.state == "ready" and bool(status.worker_pids) and pid not in status.worker_pids
 
 
 # --- what is refused, and changes nothing ---

@@ -15,6 +15,7 @@ from typing import Literal
 
 import msgspec
 
+from sglang.multimodal_gen.configs.sample.lora_params import LoraUse
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import ErrorInfo, InsufficientStorage, StorageError
 
@@ -46,8 +47,8 @@ class VideoJob(msgspec.Struct, frozen=True, kw_only=True):
 
     `file_name` is that of the result, `profile` that of its trace: bare names. `num_bytes` counts all files of the
     result, wherever they are. `has_inputs`: what the job starts from lies beside the database, `num_input_bytes` of it
-    until the job is final. `webhook` says whether somebody is still to be told of the end. `eta_s` and
-    `queue_position`, the jobs before it, are of the moment.
+    until the job is final. `lora`: the adapters that it was accepted with, None before. `webhook` says whether somebody
+    is still to be told of the end. `eta_s` and `queue_position`, the jobs before it, are of the moment.
     """
 
     id: str
@@ -77,6 +78,7 @@ class VideoJob(msgspec.Struct, frozen=True, kw_only=True):
     num_input_bytes: int = 0
     num_bytes: int = 0
     webhook: Webhook = "none"
+    lora: tuple[LoraUse, ...] | None = None
 
     @property
     def is_final(self) -> bool:

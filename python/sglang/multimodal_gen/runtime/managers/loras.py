@@ -7,7 +7,6 @@ those that come later wait. An adapter that is removed stays with the requests t
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +18,7 @@ from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import EngineStopped, ErrorInfo, MemoryReleased, ServingError
 from sglang.multimodal_gen.errors_lora import InvalidLora, LoraNameTaken, UnknownLora
 from sglang.multimodal_gen.runtime.managers.clients import Clients
+from sglang.multimodal_gen.runtime.managers.kept_loras import KeptAdapter, KeptLoras, LoraFile
 from sglang.multimodal_gen.runtime.managers.messages import (
     EngineState,
     ForgetLora,
@@ -42,6 +42,15 @@ class _Loaded:
 
     adapter_id: str
     wish: LoraWish
+
+    @classmethod
+    def of(cls, kept: KeptAdapter) -> _Loaded:
+        """What the scheduler before had."""
+        return cls(kept.adapter_id, kept.wish)
+
+    def kept(self) -> KeptAdapter:
+        """For the scheduler after this one."""
+        return KeptAdapter(adapter_id=self.adapter_id, wish=self.wish)
 
     def load(self, query_id: str) -> LoadLora:
         """What tells a worker to load it."""
@@ -95,6 +104,7 @@ class Loras:
         *,
         state: Callable[[], EngineState],
         num_arrived: Callable[[], int],
+        file: LoraFile,
     ) -> None:
         """`num_arrived`: the number of the request that came last."""
         self._replicas = replicas
@@ -102,9 +112,11 @@ class Loras:
         self._requests = requests
         self._state = state
         self._num_arrived = num_arrived
-        self._numbers = itertools.count(1)
+        self._file = file
+        self._number = 0
         self._loaded: dict[str, _Loaded] = {}
         self._dropped: list[_Loaded] = []
+        self._inherited: set[str] = set()
         self._uses: tuple[LoraUse, ...] = ()
         self._merged: tuple[_Merged, ...] = ()
         self._merged_at_launch = False
@@ -112,6 +124,8 @@ class Loras:
         self._operation: _Operation | None = None
         if args.lora_path is not None:
             self._take_launch(args, args.lora_path)
+        if (kept := file.read()) is not None:
+            self._take_kept(kept)
 
     def _take_launch(self, args: LoraArgs, path: str) -> None:
         wish = LoraWish(name=args.lora_nickname, path=path, weight_name=args.lora_weight_name, alpha=args.lora_alpha)
@@ -120,6 +134,29 @@ class Loras:
             self._merged, self._merged_at_launch = (_Merged(loaded, args.lora_scale),), True
         else:
             self._uses = (LoraUse(wish.name, args.lora_scale),)
+
+    def _take_kept(self, kept: KeptLoras) -> None:
+        """All that this server's scheduler before had; of another server's, what jobs of it may name."""
+        self._number = kept.number
+        loaded = {each.wish.name: _Loaded.of(each) for each in kept.loaded}
+        if kept.server == self._file.server:
+            self._loaded, self._uses = loaded, kept.uses
+            self._merged = tuple(_Merged(_Loaded.of(each), scale) for each, scale in kept.merged)
+        else:
+            others = {name: each for name, each in loaded.items() if each.adapter_id != LAUNCH_ID}
+            self._inherited = {_again(each) for each in others.values()}
+            self._loaded = others | self._loaded
+
+    def _keep(self) -> None:
+        self._file.write(
+            KeptLoras(
+                server=self._file.server,
+                number=self._number,
+                loaded=tuple(each.kept() for each in self._loaded.values()),
+                uses=self._uses,
+                merged=tuple((each.loaded.kept(), each.scale) for each in self._merged),
+            )
+        )
 
     # -- requests --
 
@@ -210,7 +247,8 @@ class Loras:
         for wish in request.adapters:
             known = self._loaded.get(wish.name)
             if known is None and wish.path is not None:
-                new.append(_Loaded(f"{wish.name}#{next(self._numbers)}", wish))
+                self._number += 1
+                new.append(_Loaded(f"{wish.name}#{self._number}", wish))
             elif known is None:
                 raise UnknownLora(wish.name, sorted(self._loaded))
             elif wish.path is not None and _source(known.wish) != _source(wish):
@@ -267,6 +305,7 @@ class Loras:
 
     def _finish(self, operation: _Operation) -> None:
         self._operation = None
+        self._keep()
         notes = "; ".join(f"{name}: {note}" for name, found in operation.notes.items() for note in found)
         self._reply(operation.client, operation.request, self._done_in_words(operation) + (notes and f" ({notes})"))
 
@@ -297,6 +336,7 @@ class Loras:
         if operation is None or (replica.index, message.query_id) not in operation.expected:
             if message.error is not None:
                 logger.error("an adapter cannot be loaded again: %s", message.error.message)
+                self._disinherit(message.query_id)
             return
         operation.expected.discard((replica.index, message.query_id))
         operation.error = operation.error or message.error
@@ -304,11 +344,17 @@ class Loras:
             operation.notes[message.query_id.partition("/")[2].partition("#")[0]] = message.notes
         self.advance()
 
+    def _disinherit(self, query_id: str) -> None:
+        """An adapter of the server before cannot be had any more: whoever names it is told that nobody knows it."""
+        if query_id in self._inherited:
+            self._loaded = {name: loaded for name, loaded in self._loaded.items() if _again(loaded) != query_id}
+            self._keep()
+
     def ready(self, replica: Replica) -> None:
         """Its workers are new: they load what the others have, and what an operation waits for."""
         operation = self._operation
         for loaded in (*self._loaded.values(), *self._dropped):
-            replica.workers.send(loaded.load(""))
+            replica.workers.send(loaded.load(_again(loaded)))
         for loaded in () if operation is None or operation.barrier is not None else operation.new:
             assert operation is not None, "its adapters are asked for"
             replica.workers.send(loaded.load(_query(operation.request, loaded.adapter_id)))
@@ -354,6 +400,11 @@ class Loras:
 
 def _query(request: LoraRequest, part: str) -> str:
     return f"{request.query_id}/{part}"
+
+
+def _again(loaded: _Loaded) -> str:
+    """As which a worker that is new answers for what the others have."""
+    return f"again/{loaded.adapter_id}"
 
 
 def _source(wish: LoraWish) -> tuple[object, ...]:

@@ -17,11 +17,12 @@ import msgspec
 
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.request_plan import Lane, Phase
+from sglang.multimodal_gen.configs.sample.lora_params import LoraUse
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import ErrorInfo
 from sglang.multimodal_gen.runtime.postprocess.object_store import StoredFile
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 HTTP_CLIENT_NAME = "http"
 
 
@@ -247,11 +248,13 @@ class LoraReply(Message, frozen=True, kw_only=True, tag="lora_reply"):
 
 class Queued(Message, frozen=True, kw_only=True, tag="queued"):
     """The request is accepted, or it waits again, or its place has changed: `position` others are expected to start
-    before it, and its result in `eta_s`, None before anything was measured."""
+    before it, and its result in `eta_s`, None before anything was measured. `lora`: the adapters that it gets, its own
+    or those that were set."""
 
     request_id: str
     position: int
     eta_s: float | None = None
+    lora: tuple[LoraUse, ...] = ()
 
 
 class Started(Message, frozen=True, kw_only=True, tag="started"):

@@ -31,6 +31,7 @@ from sglang.multimodal_gen.runtime.managers.control import Control
 from sglang.multimodal_gen.runtime.managers.deadlines import Deadlines
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.managers.engine_status import snapshot_of, status_of
+from sglang.multimodal_gen.runtime.managers.kept_loras import LoraFile
 from sglang.multimodal_gen.runtime.managers.loras import Loras
 from sglang.multimodal_gen.runtime.managers.messages import (
     Admit,
@@ -130,6 +131,7 @@ class Scheduler:
             self.requests,
             state=lambda: self.state,
             num_arrived=lambda: self.num_arrived,
+            file=LoraFile(config.state_dir().adapters, server=self.run_dir.base.name),
         )
         self.observer = RequestObserver(logger, self._snapshot, log_prompts=config.args.logging.log_prompts)
         limit = config.args.execution.preview_max_per_second
@@ -296,7 +298,8 @@ class Scheduler:
     def _tell_place(self, record: RequestRecord, place: Place) -> None:
         record.told_position, record.told_at = place.position, time.monotonic()
         eta_s = self.admission.eta_s(place.work)
-        self._tell(record, Queued(request_id=record.request_id, position=place.position, eta_s=eta_s))
+        uses = record.params.lora_uses
+        self._tell(record, Queued(request_id=record.request_id, position=place.position, eta_s=eta_s, lora=uses))
 
     def _enqueue(
         self,

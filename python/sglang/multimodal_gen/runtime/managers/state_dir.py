@@ -48,6 +48,11 @@ class StateDir:
         """The database of jobs."""
         return self._directory("") / "jobs.sqlite3"
 
+    @property
+    def adapters(self) -> Path:
+        """Which adapters are loaded and set."""
+        return self._directory("") / "adapters.json"
+
     def _directory(self, name: str) -> Path:
         path = self.base / name
         path.mkdir(parents=True, mode=0o700, exist_ok=True)

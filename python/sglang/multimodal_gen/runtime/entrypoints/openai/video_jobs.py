@@ -364,7 +364,11 @@ class VideoJobs:
 
     async def _again(self, job: VideoJob, due: float | None) -> AsyncIterator[RequestEvent]:
         inputs = await asyncio.to_thread(load_inputs, self._inputs_of(job.id)) if job.has_inputs else NO_INPUTS
-        return await self._submit(job, inputs, _rest_of(job.params, due))
+        params = _rest_of(job.params, due)
+        if job.lora is not None:
+            # Others may be set by now.
+            params = dataclasses.replace(params, lora=tuple(use.as_field() for use in job.lora))
+        return await self._submit(job, inputs, params)
 
     async def _follow(self, job_id: str, events: AsyncIterator[RequestEvent]) -> bool:
         """The events of one engine; whether the job is to be handed to the next one."""
@@ -388,7 +392,8 @@ class VideoJobs:
         running: dict[str, Any]
         match event:
             case Queued():
-                self._become(job_id, queue_position=event.position, eta_s=event.eta_s)
+                lora = event.lora if job.lora is None else job.lora
+                self._become(job_id, queue_position=event.position, eta_s=event.eta_s, lora=lora, kept=job.lora is None)
             case Started():
                 running = {"status": "in_progress", "notes": event.notes, "queue_position": None}
                 self._become(job_id, **running, started_at=job.started_at or int(time.time()), kept=True)
