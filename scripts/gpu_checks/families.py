@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,13 @@ from sglang.multimodal_gen.runtime.layers.forward_graphs import ForwardGraphs, g
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
-from sglang.multimodal_gen.test.pipeline_parity import LATENT_TOLERANCE, relative_error, run_together
+from sglang.multimodal_gen.test.pipeline_parity import (
+    LATENT_TOLERANCE,
+    admitted,
+    present_phase,
+    relative_error,
+    run_together,
+)
 from sglang.multimodal_gen.test.tiny_flux import TINY_FLUXES, save_tiny_flux
 from sglang.multimodal_gen.test.tiny_hunyuan_video import TINY_HUNYUAN_VIDEOS, save_tiny_hunyuan_video
 from sglang.multimodal_gen.test.tiny_ltx import TINY_LTXS, save_tiny_ltx
@@ -99,6 +106,10 @@ def check_families(report: Report, device: torch.device, directory: Path) -> Non
             good = error <= LATENT_TOLERANCE and level <= 1 and not any(failures)
             detail = f"latents {error:.1e} from the CPU, frames {level}/255, {num_graphs} CUDA graphs"
             result.expect(good, detail, latents=error, level=level, graphs=num_graphs)
+        with report.check(f"family {name} without waiting") as result:
+            assert path is not None, "no checkpoint"
+            asks = _what_asks(path, device, case)
+            result.expect(not asks, asks or "no step asks the device for what it has not computed yet")
         with report.check(f"family {name} on the host") as result:
             assert path is not None and exact, "no result in fp32"
             errors = [
@@ -124,6 +135,28 @@ def _run(
     modules = [module for module in pipeline.modules.values() if isinstance(module, nn.Module)]
     graphs = [found for module in modules if (found := graphs_of(module)) is not None]
     return [found.cpu() for found in latents if found is not None], [frames for _, frames in results], graphs
+
+
+def _what_asks(path: Path, device: torch.device, case: _Case) -> str:
+    """Where a step would make the host wait for the device, once what is kept between steps is there."""
+    pipeline = build_pipeline(str(path), ExecutionArgs(device=device.type, precision="fp32"))
+    [req] = admitted(pipeline, [(_values(pipeline, case) | _PROMPTS[0] | {"num_inference_steps": 6}, case.inputs)])
+    with torch.inference_mode():
+        while (phase := present_phase(req)) is not None and (phase.lane != "denoise" or req.done(phase.name) < 3):
+            pipeline.run_unit(phase.name, [req])
+        assert phase is not None, "it has more steps"
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            pipeline.run_unit(phase.name, [req])
+        except RuntimeError as error:
+            places = traceback.extract_tb(error.__traceback__)
+            own = [place for place in places if "multimodal_gen" in place.filename]
+            return f"{Path(own[-1].filename).name}:{own[-1].lineno}: {str(error).splitlines()[0]}"
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    return ""
 
 
 def _values(pipeline: Any, case: _Case) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +34,17 @@ from sglang.multimodal_gen.errors import (
 )
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator
 from sglang.multimodal_gen.runtime.entrypoints.generation_result import GenerationResult
-from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
-from sglang.multimodal_gen.runtime.managers.gpu_worker import Channel, GPUWorker, _error_info
 from sglang.multimodal_gen.runtime.managers.messages import (
     Admit,
-    Codec,
-    FromWorker,
     OutputChunk,
     Progress,
     Release,
     SaveState,
     StateSaved,
-    StopWorker,
     Tick,
     TickDone,
     Unit,
 )
-from sglang.multimodal_gen.runtime.managers.preview_source import PreviewSource
-from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
-from sglang.multimodal_gen.runtime.managers.state_writer import StateWriter
-from sglang.multimodal_gen.runtime.managers.worker_adapters import WorkerAdapters
-from sglang.multimodal_gen.runtime.managers.worker_profiling import WorkerProfiler
 from sglang.multimodal_gen.runtime.pipelines.diffusers_call import without_paths
 from sglang.multimodal_gen.runtime.pipelines.diffusers_facts import CallSignature, own_defaults
 from sglang.multimodal_gen.runtime.pipelines.diffusers_fallback import DiffusersPipeline
@@ -64,9 +53,10 @@ from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
 from sglang.multimodal_gen.runtime.pipelines_core.state_file import write_state
-from sglang.multimodal_gen.runtime.server_args import ExecutionArgs, ModelArgs, ServerArgs
+from sglang.multimodal_gen.runtime.server_args import ExecutionArgs, ModelArgs
 from sglang.multimodal_gen.test.media import disc, picture
 from sglang.multimodal_gen.test.scripted_server import wait_for
+from sglang.multimodal_gen.test.worker_case import InProcessWorker
 
 # The library's own: of names that it uses itself, and of how it calls numpy and torch.
 pytestmark = pytest.mark.filterwarnings(
@@ -717,39 +707,10 @@ def test_previews_are_refused_since_latents_are_laid_out_in_the_librarys_own_way
 # --- put aside ---
 
 
-class Worker:
-    """A worker in this process, spoken to through its pipe."""
-
-    def __init__(self, pipeline: DiffusersPipeline, directory: Path) -> None:
-        (directory / "run").mkdir()
-        args = ServerArgs.from_kwargs(model_path="demo", state_dir=str(directory / "state"))
-        config = EngineConfig.of_this_process(args, run_dir=str(directory / "run"))
-        self.run_dir = RunDir.at(config.run_dir)
-        self.connection, workers_end = Pipe()
-        self.channel = Channel(workers_end)
-        states, profiler = StateWriter(self.channel.send), WorkerProfiler(config.profile_dir(), cuda=False)
-        previews = PreviewSource(pipeline, self.run_dir, self.channel.send)
-        adapters = WorkerAdapters(pipeline.adapters, self.channel.send, error_info=_error_info)
-        self.worker = GPUWorker(
-            config, self.channel, pipeline, states=states, profiler=profiler, previews=previews, adapters=adapters
-        )
-
-    def take(self, *messages: Any, until: type) -> list[Any]:
-        """Its answers up to the first one of this type."""
-        for message in (*messages, StopWorker()):
-            self.channel.inbox.put(message)
-        with torch.inference_mode():
-            self.worker.run()
-        answers: list[Any] = []
-        while not (answers and isinstance(answers[-1], until)):
-            answers.append(Codec(FromWorker).decode(self.connection.recv_bytes()))
-        return answers
-
-
 def test_a_request_that_was_put_aside_starts_again(loaded: Callable[[str], DiffusersPipeline], tmp_path: Path) -> None:
     pipeline, wish = loaded("sdxl"), wish_for("sdxl")
     undisturbed, _ = generate(pipeline, wish)
-    worker, params = Worker(pipeline, tmp_path), SamplingParams.from_values(wish)
+    worker, params = InProcessWorker(pipeline, tmp_path), SamplingParams.from_values(wish)
     steps = [Tick(seq=n, epoch=0, denoise=(Unit("r", "denoise", n),)) for n in range(3)]
     save = SaveState(request_id="r", state_file="state-1")
     [*_, saved] = worker.take(Admit(request_id="r", params=params), *steps[:2], save, until=StateSaved)

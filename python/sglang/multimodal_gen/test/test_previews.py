@@ -8,7 +8,6 @@ import io
 import threading
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,10 @@ from sglang.multimodal_gen.errors import UnsupportedParameter
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator, GenerationEvent
 from sglang.multimodal_gen.runtime.entrypoints.generation_result import GenerationResult
 from sglang.multimodal_gen.runtime.managers import preview_renderer, previews
-from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.managers.fair_share import Account
-from sglang.multimodal_gen.runtime.managers.gpu_worker import Channel, GPUWorker, _error_info
 from sglang.multimodal_gen.runtime.managers.messages import (
     Admit,
     Admitted,
-    Codec,
-    FromWorker,
     Preview,
     PreviewLatents,
     PreviewRendered,
@@ -38,7 +33,6 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     Progress,
     Release,
     RenderPreview,
-    StopWorker,
     Tick,
     TickDone,
     Unit,
@@ -50,23 +44,20 @@ from sglang.multimodal_gen.runtime.managers.preview_source import PreviewSource
 from sglang.multimodal_gen.runtime.managers.previews import Previews, preview_steps
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.run_dir import OwnedRunDir, RunDir
-from sglang.multimodal_gen.runtime.managers.state_writer import StateWriter
 from sglang.multimodal_gen.runtime.managers.timing import UNLEARNED_DEADLINE_S, LearnedTimes
-from sglang.multimodal_gen.runtime.managers.worker_adapters import WorkerAdapters
-from sglang.multimodal_gen.runtime.managers.worker_profiling import WorkerProfiler
 from sglang.multimodal_gen.runtime.models.schedulers import build_sampler
 from sglang.multimodal_gen.runtime.models.schedulers.multistep import clean_sample
 from sglang.multimodal_gen.runtime.pipelines_core.previews import Previewer, fitted, small_version
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 from sglang.multimodal_gen.runtime.postprocess.previews import LONGEST_SIDE, colours, encode_clip
-from sglang.multimodal_gen.runtime.server_args import ServerArgs
 from sglang.multimodal_gen.test import null_family
 from sglang.multimodal_gen.test.media import picture
 from sglang.multimodal_gen.test.pipeline_parity import load, run
 from sglang.multimodal_gen.test.tiny_flux import TINY_FLUXES, save_tiny_flux
 from sglang.multimodal_gen.test.tiny_hunyuan_video import TINY_HUNYUAN_VIDEOS, save_tiny_hunyuan_video
 from sglang.multimodal_gen.test.tiny_ltx import TINY_LTXS, save_tiny_ltx
+from sglang.multimodal_gen.test.worker_case import InProcessWorker
 
 null_family.register()
 
@@ -183,26 +174,11 @@ def test_the_last_picture_on_the_way_is_the_result(tmp_path: Path) -> None:
     assert np.abs(shown.mean((0, 1)) - result.mean((0, 1))).max() < 3
 
 
-class Worker:
-    """A worker in this process, spoken to through its pipe; `fits` are the ticks whose previews took time."""
+class Worker(InProcessWorker):
+    """`fits` are the ticks whose previews took time."""
 
     def __init__(self, pipeline: Any, directory: Path) -> None:
-        (directory / "run").mkdir()
-        args = ServerArgs.from_kwargs(model_path="demo", state_dir=str(directory / "state"))
-        config = EngineConfig.of_this_process(args, run_dir=str(directory / "run"))
-        _, end = self._pipes = Pipe()
-        self.pipeline, self.channel = pipeline, Channel(end)
-        states, profiler = StateWriter(self.channel.send), WorkerProfiler(config.profile_dir(), cuda=False)
-        self.previews = PreviewSource(pipeline, RunDir.at(config.run_dir), lambda view: None)
-        self.worker = GPUWorker(
-            config,
-            self.channel,
-            pipeline,
-            states=states,
-            profiler=profiler,
-            previews=self.previews,
-            adapters=WorkerAdapters(pipeline.adapters, self.channel.send, error_info=_error_info),
-        )
+        super().__init__(pipeline, directory)
         self.fits: list[int] = []
         self._seq = 0
 
@@ -233,11 +209,8 @@ class Worker:
         return done
 
     def _answer(self, message: Any) -> Any:
-        for each in (message, StopWorker()):
-            self.channel.inbox.put(each)
-        with torch.inference_mode():
-            self.worker.run()
-        return Codec(FromWorker).decode(self._pipes[0].recv_bytes())
+        """The last one: of a tick, what previews there are comes before."""
+        return self.take(message, until=Admitted if isinstance(message, Admit) else TickDone)[-1]
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sglang.multimodal_gen.runtime.layers.quantization.products import computing_dtype
 from sglang.multimodal_gen.runtime.layers.shards import Shard, Sharded
 from sglang.multimodal_gen.runtime.layers.table_cache import row_index, table_cache
+from sglang.multimodal_gen.runtime.layers.uploads import uploaded
 
 EMPTY_SLOT = 0
 # Tables grow in steps, so that adapters of nearly the same rank do not each replace them.
@@ -45,9 +46,8 @@ def _row_uses(rows: tuple[tuple[SlotUse, ...], ...], device: torch.device) -> Ro
     padded = [[*uses, *[SlotUse(EMPTY_SLOT, 0.0)] * (longest - len(uses))] for uses in rows]
     # Tensors made under inference mode could never again take part in training.
     with torch.inference_mode(False):
-        slots = torch.tensor([[use.slot for use in uses] for uses in padded], device=device)
-        scales = torch.tensor([[use.scale for use in uses] for uses in padded], dtype=torch.float32, device=device)
-        return RowUses(slots, scales)
+        slots = uploaded([[use.slot for use in uses] for uses in padded], device, dtype=torch.long)
+        return RowUses(slots, uploaded([[use.scale for use in uses] for uses in padded], device))
 
 
 class AdapterRows:

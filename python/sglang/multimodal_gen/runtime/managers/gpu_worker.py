@@ -14,9 +14,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.lora_args import LAUNCH_ID
@@ -60,10 +61,15 @@ from sglang.multimodal_gen.runtime.managers.warm_up import ID_PREFIX as WARM_UP_
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging, fields, log_refusal
 from sglang.multimodal_gen.runtime.observability.private_texts import PRIVATE_TEXTS
 
+if TYPE_CHECKING:
+    from sglang.multimodal_gen.runtime.pipelines_core.device_clock import Mark
+
 # Started with -m, this module's own name is __main__, which is outside the package's logger.
 logger = logging.getLogger("sglang.multimodal_gen.runtime.managers.gpu_worker")
 
 _HEARTBEAT_S = 1.0
+_POLL_S = 0.0005
+"""How long after its end a tick may be answered: the next one is under way by then."""
 
 
 class Channel:
@@ -95,6 +101,41 @@ class Channel:
             time.sleep(_HEARTBEAT_S)
 
 
+@dataclass(frozen=True)
+class _StartedLane:
+    """A lane's units between two marks of the device."""
+
+    lane: Lane
+    begin: Mark
+    end: Mark
+    peak_bytes: int | None
+    cached: dict[str, CachedSteps]
+
+    def done(self) -> LaneDone:
+        """What the scheduler hears of it, when the device has reached its end."""
+        ms = self.end.ms_since(self.begin)
+        return LaneDone(lane=self.lane, ms=ms, peak_bytes=self.peak_bytes, cached=self.cached)
+
+
+@dataclass
+class _StartedTick:
+    """A tick that the device was given."""
+
+    tick: Tick
+    dropped: bool
+    lanes: list[_StartedLane] = field(default_factory=list)
+    failures: list[UnitFailure] = field(default_factory=list)
+    peak_bytes: int = 0
+    preview_s: float = 0.0
+
+    def is_done(self) -> bool:
+        """Whether the device has nothing of it left to do, or never will: waiting for it then says why."""
+        try:
+            return all(lane.end.is_reached() for lane in self.lanes)
+        except RuntimeError:
+            return True
+
+
 class GPUWorker:
     """Executes what the scheduler says, in the order of the pipe."""
 
@@ -121,14 +162,22 @@ class GPUWorker:
         self.requests: dict[str, Any] = {}
         self.min_epoch = 0
         self.leads = pipeline.parallel.leads
+        self._open: _StartedTick | None = None
 
     def run(self) -> None:
         """Until StopWorker."""
         while True:
-            message = self.channel.inbox.get()
+            message = self._next()
             if isinstance(message, Tick):
-                self.channel.send(self._tick(message))
-            elif isinstance(message, Admit):
+                started = self._tick(message)
+                self._answer()
+                self._open = started
+                if started.is_done():
+                    self._answer()
+                continue
+            if isinstance(message, FlushCache | LoadLora | ForgetLora | MergeLora | StopWorker):
+                self._answer()
+            if isinstance(message, Admit):
                 self.channel.send(self._admit(message))
             elif isinstance(message, SaveState):
                 self._save(message)
@@ -142,6 +191,39 @@ class GPUWorker:
                 self.adapters.take(message)
             elif isinstance(message, StopWorker):
                 return
+
+    def _next(self) -> ToWorker:
+        """The next message. The tick that is under way on the device is answered when it is done before one comes."""
+        while (started := self._open) is not None:
+            try:
+                return self.channel.inbox.get(timeout=_POLL_S)
+            except queue.Empty:
+                if started.is_done():
+                    self._answer()
+        return self.channel.inbox.get()
+
+    def _answer(self) -> None:
+        """Wait for the tick that is under way, if one is, and tell the scheduler."""
+        started, self._open = self._open, None
+        if started is None:
+            return
+        try:
+            for lane in started.lanes:
+                lane.end.wait()
+        except Exception as error:
+            self._leave_if_lost(error, [unit.request_id for unit in started.tick.units])
+            raise
+        self.channel.send(
+            TickDone(
+                seq=started.tick.seq,
+                epoch=started.tick.epoch,
+                dropped=started.dropped,
+                failures=tuple(started.failures),
+                lanes=tuple(lane.done() for lane in started.lanes),
+                peak_bytes=started.peak_bytes,
+                preview_ms=started.preview_s * 1000,
+            )
+        )
 
     def _admit(self, message: Admit) -> Message:
         PRIVATE_TEXTS.keep(message.request_id, message.params.private_texts())
@@ -192,52 +274,44 @@ class GPUWorker:
         self.profiler.release(request_id)
         PRIVATE_TEXTS.forget(request_id)
 
-    def _tick(self, tick: Tick) -> TickDone:
-        failures: list[UnitFailure] = []
-        done: list[LaneDone] = []
-        peak_bytes, preview_s = 0, 0.0
-        dropped = tick.epoch < self.min_epoch
+    def _tick(self, tick: Tick) -> _StartedTick:
+        """Give all of it to the device, which may be busy with the tick before."""
+        started = _StartedTick(tick, dropped=tick.epoch < self.min_epoch)
         for lane in LANES:
             units: tuple[Unit, ...] = getattr(tick, lane)
-            if units and not dropped:
+            if units and not started.dropped:
                 shown = tick.previews if lane == "denoise" and self.leads else ()
                 shown_requests = self.previews.want([self.requests[request_id] for request_id in shown])
-                lane_done, failed = self._run_lane(lane, units)
-                done.append(lane_done)
-                failures += failed
-                peak_bytes = max(peak_bytes, self.pipeline.meter.total_peak_bytes())
+                started_lane, failed = self._run_lane(lane, units)
+                started.lanes.append(started_lane)
+                started.failures += failed
+                started.peak_bytes = max(started.peak_bytes, self.pipeline.meter.total_peak_bytes())
                 # All that the worker holds, so that every rank finds the same.
                 others_wait = len(self.requests) > 1
-                preview_s += self.previews.take(
+                started.preview_s += self.previews.take(
                     shown_requests, failed=bool(failed), tick=tick.seq, others_wait=others_wait
                 )
-        if failures:
+        if started.failures:
             self.min_epoch = tick.epoch + 1
-        return TickDone(
-            seq=tick.seq,
-            epoch=tick.epoch,
-            dropped=dropped,
-            failures=tuple(failures),
-            lanes=tuple(done),
-            peak_bytes=peak_bytes,
-            preview_ms=preview_s * 1000,
-        )
+        return started
 
-    def _run_lane(self, lane: Lane, units: tuple[Unit, ...]) -> tuple[LaneDone, list[UnitFailure]]:
-        meter = self.pipeline.meter
+    def _run_lane(self, lane: Lane, units: tuple[Unit, ...]) -> tuple[_StartedLane, list[UnitFailure]]:
+        meter, clock = self.pipeline.meter, self.pipeline.clock
         recording = self.profiler.begin(units)
         meter.begin(self._kind_of(units))
-        begin = time.perf_counter()
+        begin = clock.mark()
         with self.profiler.named(units):
             failed = self._run_units(lane, units)
-        ms = (time.perf_counter() - begin) * 1000
+        end = clock.mark()
         # What is recorded takes memory as well, which says nothing of the next time.
         peak_bytes = None if failed or recording else meter.peak_bytes()
+        if recording:
+            end.wait()  # its kernels are in the trace
         profile = None if failed else self.profiler.end(units)
         if profile is not None:
             self.channel.send(profile)
         cached = self._cached_steps(units) if lane == "denoise" and not failed else {}
-        return LaneDone(lane=lane, ms=ms, peak_bytes=peak_bytes, cached=cached), failed
+        return _StartedLane(lane, begin, end, peak_bytes=peak_bytes, cached=cached), failed
 
     def _cached_steps(self, units: tuple[Unit, ...]) -> dict[str, CachedSteps]:
         """Of the requests that have a step cache."""
@@ -292,6 +366,7 @@ class GPUWorker:
         os._exit(1)  # at an orderly exit libraries would wait for the device
 
     def _failures(self, units: tuple[Unit, ...], info: ErrorInfo) -> list[UnitFailure]:
+        self._answer()  # nothing is given back that the tick before still uses
         out_of_memory = info.code == OutOfMemory.code
         if len(units) > 1:
             if out_of_memory:

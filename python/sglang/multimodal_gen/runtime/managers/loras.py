@@ -161,10 +161,11 @@ class Loras:
     # -- requests --
 
     def stamped(self, params: SamplingParams) -> SamplingParams:
-        """The parameters with the adapters that are set, where they name none."""
-        if params.lora is not None or not self._uses:
-            return params
-        return dataclasses.replace(params, lora=tuple(use.as_field() for use in self._uses))
+        """The parameters with the adapters that are set, where they name none. Whoever asks for none has the
+        parameters of a request for which none were set: what it makes is the same."""
+        if params.lora is None and self._uses:
+            return dataclasses.replace(params, lora=tuple(use.as_field() for use in self._uses))
+        return dataclasses.replace(params, lora=None) if params.lora == () else params
 
     def refusal(self, params: SamplingParams) -> ErrorInfo | None:
         """Why a request cannot have what it names."""

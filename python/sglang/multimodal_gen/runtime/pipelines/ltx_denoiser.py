@@ -66,7 +66,7 @@ class LTXDenoiser(Denoiser):
             for frame in given_frames(row.req):
                 frames[frame] = given_timestep(row.req, row.timestep)
             values.append(frames)
-        return torch.tensor(values, dtype=torch.float32, device=self.device)
+        return self.numbers(values)
 
     def rotary_table(self, req: Req, grid: tuple[int, int, int]) -> Tensor:
         """The table of a clip with the request's frame rate."""

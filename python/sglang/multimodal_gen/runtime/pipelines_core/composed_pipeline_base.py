@@ -59,6 +59,7 @@ from sglang.multimodal_gen.runtime.loader.random_weights import RandomSource
 from sglang.multimodal_gen.runtime.pipelines_core.adapters import Adapters
 from sglang.multimodal_gen.runtime.pipelines_core.attention_choice import AttentionTuner, read_choices
 from sglang.multimodal_gen.runtime.pipelines_core.conditioning_cache import ConditioningCache
+from sglang.multimodal_gen.runtime.pipelines_core.device_clock import DeviceClock
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.memory import (
     USABLE_SHARE,
@@ -166,6 +167,7 @@ class ComposedPipelineBase:
         assert len(set(names)) == len(names), f"stages of one pipeline need different names: {names}"
         self._stage_order = {name: index for index, name in enumerate(names)}
         self.meter = meter_for(self.device)
+        self.clock = DeviceClock(self.device)
         self._loaded_bytes = self.meter.allocated_bytes()
         self._budget, self._budget_time = 0, -math.inf
 
@@ -474,7 +476,8 @@ class ComposedPipelineBase:
     def run_unit(self, phase_name: str, requests: Sequence[Req]) -> list[OutputBatch]:
         """One unit of this phase for each request; the caller holds `torch.inference_mode()`.
 
-        All requests share the phase's batch key. On an exception none of them has moved on.
+        All requests share the phase's batch key. On an exception none of them has moved on. A GPU may still be at work
+        when this returns, see `clock`; the frames that it returns are there.
         """
         for req in requests:
             if req.done(phase_name) == 0:
@@ -483,8 +486,6 @@ class ComposedPipelineBase:
         self.weight_room.begin(next(phase.lane for phase in requests[0].phases if phase.name == phase_name))
         # Frames leave by one rank, whether others help to make them or not.
         outputs = stage.step(requests) or [] if self.parallel.leads or not stage.only_leader else []
-        if self.device.type == "cuda":  # else its time, and its failure, would be put down to a later unit
-            torch.cuda.current_stream(self.device).synchronize()
         for req in requests:
             req.units_done[phase_name] = req.done(phase_name) + 1
         return outputs

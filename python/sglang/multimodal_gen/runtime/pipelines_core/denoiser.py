@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sglang.multimodal_gen.runtime.cache.rules import CachedRow
 from sglang.multimodal_gen.runtime.layers.block_runner import BlockRunner
 from sglang.multimodal_gen.runtime.layers.host_weights import compute_device
+from sglang.multimodal_gen.runtime.layers.uploads import uploaded
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req, TextCondition
@@ -110,11 +111,11 @@ class Denoiser:
 
     def timesteps(self, rows: Sequence[Row]) -> Tensor:
         """[B] fp32."""
-        return torch.tensor([row.timestep for row in rows], dtype=torch.float32, device=self.device)
+        return self.numbers([row.timestep for row in rows])
 
-    def numbers(self, values: Sequence[float]) -> Tensor:
-        """One fp32 number for each row, on the device: [B]."""
-        return torch.tensor(values, dtype=torch.float32, device=self.device)
+    def numbers(self, values: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
+        """One fp32 number for each row, or several, on the device: [B] or [B, N]."""
+        return uploaded(values, self.device)
 
     @staticmethod
     def stacked_text(rows: Sequence[Row]) -> tuple[Tensor, list[int]]:

@@ -45,8 +45,9 @@ export class Gallery {
     this.render();
   }
 
+  /** What is new comes before those of the same second: the server's times have no fractions. */
   add(item) {
-    this._items.set(item.key, item);
+    this._items = new Map([[item.key, item], ...this._items]);
     this.render();
   }
 

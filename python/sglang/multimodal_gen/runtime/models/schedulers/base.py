@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sglang.multimodal_gen.errors import InvalidRequest, InvalidValue
+from sglang.multimodal_gen.runtime.layers.uploads import sent
 from sglang.multimodal_gen.runtime.models.schedulers.options import OptionRules
 
 StateDict = dict[str, Tensor | int | list[Tensor]]
@@ -242,6 +243,5 @@ def drawn_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
     Drawn where the generator is and with a batch axis, as a pipeline of one sample would.
     """
     assert generator is not None, "a sampler that draws noise was given no generator"
-    return torch.randn((1, *like.shape), generator=generator, device=generator.device, dtype=torch.float32)[0].to(
-        like.device
-    )
+    noise = torch.randn((1, *like.shape), generator=generator, device=generator.device, dtype=torch.float32)[0]
+    return sent(noise, like.device)

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sglang.multimodal_gen.runtime.layers.uploads import sent
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
@@ -40,7 +41,7 @@ class LatentPreparationStage(Stage):
         # With the batch axis, as diffusers draws: the shape is part of what a seed means.
         noise = torch.randn((1, *req.latent_shape), generator=generator, dtype=torch.float32)
         req.generator = generator
-        req.latents = self._started(req, noise[0].to(self.device))
+        req.latents = self._started(req, sent(noise[0], self.device))
 
     @staticmethod
     def _started(req: Req, noise: Tensor) -> Tensor:
