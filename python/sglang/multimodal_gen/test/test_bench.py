@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from sglang.multimodal_gen.errors import BenchmarkFailed, IncompatibleParameters
 from sglang.multimodal_gen.registry import read_json_object
 from sglang.multimodal_gen.runtime.bench import report
 from sglang.multimodal_gen.runtime.bench.child import BenchChild
+from sglang.multimodal_gen.runtime.bench.idle import idle_time
 from sglang.multimodal_gen.runtime.bench.machine import describe_machine
 from sglang.multimodal_gen.runtime.bench.messages import (
     ComponentResult,
@@ -464,7 +466,7 @@ def test_pipeline_compares_sharing_with_one_by_one_and_with_diffusers(
     data = report_of(
         capsys, "pipeline", "--model-path", str(wan_checkpoint("plain")), *SMALL, "--num-inference-steps", "4",
         "--random-weights", "--prompt", "a red circle", "--concurrency", "3", "--compare", "diffusers",
-        "--max-sequence-length", "16",
+        "--max-sequence-length", "16", "--profile",
     )  # fmt: skip
     result = data["result"]
     alone, together, reference = result["alone"], result["together"], result["reference"]
@@ -480,11 +482,38 @@ def test_pipeline_compares_sharing_with_one_by_one_and_with_diffusers(
     assert reference["max_frame_difference"] <= 1
     check_ratio(reference["ratio"], reference["ours_seconds"], reference["seconds"])
     check_summary(reference["step_ms"], num_samples=6)
+    assert 0 < result["idle"]["idle_seconds"] < result["idle"]["seconds"] < 4 * alone["seconds"]["p90"]
+    assert all(gap["after"].startswith("aten::") for gap in result["idle"]["gaps"]), "the CPU's operations"
     for phase, rate in result["rates"].items():
         assert rate["flops_per_second"] == pytest.approx(rate["flops"] / alone["stage_seconds"][phase]["median"])
         assert rate["matmul_ratio"] == pytest.approx(rate["flops_per_second"] / rate["matmul_flops_per_second"])
     config = WanTransformerConfig(**TINY_TRANSFORMER)
     assert result["rates"]["denoise"]["flops"] == 4 * 2 * dit_flops(config, (2, 4, 4), 16)
+
+
+def trace_of(path: Path, *works: tuple[str, str, float, float]) -> Path:
+    """A recording of works, each a kind, a name, a beginning and a length in microseconds."""
+    events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name"}]
+    events += [{"ph": "X", "cat": kind, "name": name, "ts": ts, "dur": dur} for kind, name, ts, dur in works]
+    with gzip.open(path, "wt") as stream:
+        json.dump({"traceEvents": events}, stream)
+    return path
+
+
+def test_a_device_is_idle_where_no_stream_has_work(tmp_path: Path) -> None:
+    """Works of several streams overlap, one may lie within another; what the host does is none of the device's."""
+    trace = trace_of(
+        tmp_path / "a.json.gz",
+        ("kernel", "second", 150.0, 100.0), ("kernel", "first", 100.0, 200.0), ("gpu_memcpy", "copy", 310.0, 20.0),
+        ("cpu_op", "aten::add", 0.0, 1000.0), ("kernel", "last", 400.0, 100.0), ("kernel", "none", 450.0, 0.0),
+    )  # fmt: skip
+    found = idle_time(trace)
+    assert found is not None
+    assert (found.seconds, found.idle_seconds) == pytest.approx((400e-6, 80e-6))
+    assert found.share == pytest.approx(0.2)
+    assert [(gap.after, gap.before) for gap in found.gaps] == [("copy", "last"), ("first", "copy")]
+    assert found.gaps[0].seconds == pytest.approx(70e-6)
+    assert idle_time(trace_of(tmp_path / "b.json.gz")) is None
 
 
 @pytest.mark.parametrize(("name", "value"), [("guidance_rescale", "0.5"), ("scheduler", "euler")])

@@ -155,6 +155,12 @@ class PipelineArgs(ComparedArgs):
         maximum=1024,
         exposed=CLI_ONLY,
     )
+    profile: bool = arg(
+        False,
+        help="Also record some steps of one more request, and say how long the GPU had nothing to do during them.",
+        group="bench",
+        exposed=CLI_ONLY,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,9 @@ import numpy as np
 
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, SamplingParams
-from sglang.multimodal_gen.errors import RemoteError, ServingError, UnsupportedModel, UnsupportedParameter
+from sglang.multimodal_gen.errors import InvalidValue, RemoteError, ServingError, UnsupportedModel, UnsupportedParameter
 from sglang.multimodal_gen.runtime.bench.child import BenchChild, tell
+from sglang.multimodal_gen.runtime.bench.idle import IdleTime, idle_time
 from sglang.multimodal_gen.runtime.bench.messages import (
     CostResult,
     CostTask,
@@ -42,8 +43,9 @@ from sglang.multimodal_gen.runtime.server_args import ServerArgs
 
 _REFERENCE = "sglang.multimodal_gen.runtime.bench.worker.reference_pipeline"
 _COST = "sglang.multimodal_gen.runtime.bench.worker.cost"
+_PROFILED_STEPS = 8
 _PROMPT = "a red circle moving to the right over a blue background"
-_NOT_OF_REQUESTS = ("warmup_runs", "repeats", "min_seconds", "json", "compare", "concurrency", "seed")
+_NOT_OF_REQUESTS = ("warmup_runs", "repeats", "min_seconds", "json", "compare", "concurrency", "seed", "profile")
 
 
 def measure_pipeline(options: Mapping[str, Any], args: ServerArgs) -> PipelineResult:
@@ -69,8 +71,9 @@ def measure_pipeline(options: Mapping[str, Any], args: ServerArgs) -> PipelineRe
         ready = None if reference is None else reference.receive(ReferenceReady)
         bench = PipelineBench(options, model, generator, reference, directory)
         turns = bench.turns()
+        idle = bench.idle() if options["profile"] else None
     cost = _cost(config, bench)
-    return bench.result(turns, ready, cost)
+    return bench.result(turns, ready, cost, idle)
 
 
 def _cost(config: EngineConfig, bench: PipelineBench) -> CostResult | None:
@@ -144,11 +147,11 @@ class PipelineBench:
             frame_difference=None if done is None else self._difference(alone[0].results[0], done),
         )
 
-    def _run(self, seeds: list[int]) -> Batch:
+    def _run(self, seeds: list[int], **changes: Any) -> Batch:
         """One request for each seed, all submitted at once."""
         begin = time.perf_counter()
         ends, results = [], []
-        for event in self.generator.stream({**self.request, "seed": seeds}):
+        for event in self.generator.stream({**self.request, "seed": seeds, **changes}):
             if isinstance(event.event, ServingError):
                 raise event.event
             if isinstance(event.event, Started):
@@ -174,7 +177,20 @@ class PipelineBench:
         Path(done.frames_file).unlink()
         return frame_difference(ours.frames, theirs)
 
-    def result(self, turns: list[Turn], ready: ReferenceReady | None, cost: CostResult | None) -> PipelineResult:
+    def idle(self) -> IdleTime | None:
+        """Of one more request, in steps after one that warms up the recorder."""
+        tell("recording some steps")
+        assert self.params.num_inference_steps is not None, "the model says how many where nobody else does"
+        steps = min(_PROFILED_STEPS, self.params.num_inference_steps - 1)
+        if steps < 1:
+            raise InvalidValue("num_inference_steps", 1, "2 and more with profile: the first one is not recorded")
+        batch = self._run([self.options["seed"]], profile=True, num_profiled_timesteps=steps)
+        path = batch.results[0].metrics.get("profile_path")
+        return None if path is None else idle_time(Path(path))
+
+    def result(
+        self, turns: list[Turn], ready: ReferenceReady | None, cost: CostResult | None, idle: IdleTime | None
+    ) -> PipelineResult:
         """What the repeats say together."""
         one_by_one = alone(turns)
         asked = msgspec.to_builtins(dataclasses.replace(self.params, output_path=None))  # which is gone
@@ -185,5 +201,6 @@ class PipelineBench:
             rates=phase_rates(one_by_one, cost, self.tokens),
             together=together(turns),
             reference=beside_reference(turns, ready),
+            idle=idle,
             notes=self.notes,
         )

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from sglang.multimodal_gen.configs.model_info import ModelInfo
+from sglang.multimodal_gen.runtime.bench.idle import IdleTime
 from sglang.multimodal_gen.runtime.bench.messages import CostResult, ReferenceDone, ReferenceReady
 from sglang.multimodal_gen.runtime.bench.statistics import Ratio, Summary, compare, summarise
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import GenerationResult
@@ -85,6 +86,7 @@ class PipelineResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     together: Together | None
     reference: Reference | None
     notes: tuple[str, ...]
+    idle: IdleTime | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

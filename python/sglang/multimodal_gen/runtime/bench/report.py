@@ -170,6 +170,7 @@ def _pipeline(result: PipelineResult) -> Iterator[Section]:
     rows.append(("step", *_summary(alone.step_ms, scale=1e-3), "", ""))
     yield Section("one request at a time", rows, ("", "median", "p10", "p90", "rate", "of matrix products"))
     yield from _together(result)
+    yield from _idle(result)
     if result.reference is not None:
         other = result.reference
         compared: list[Row] = [("sglang", *_summary(other.ours_seconds)), (other.pipeline, *_summary(other.seconds))]
@@ -184,6 +185,18 @@ def _pipeline(result: PipelineResult) -> Iterator[Section]:
                 ("mean difference", f"{other.mean_frame_difference:.4f} of 255"),
             ],
         )
+
+
+def _idle(result: PipelineResult) -> Iterator[Section]:
+    idle = result.idle
+    if idle is None:
+        return
+    work = "kernels" if result.model.device.startswith("cuda") else "operations"
+    rows: list[Row] = [
+        (f"between {work}", f"{as_time(idle.idle_seconds)} of {as_time(idle.seconds)}, {idle.share:.2%}")
+    ]
+    rows += [(as_time(gap.seconds), f"after {gap.after}, before {gap.before}") for gap in idle.gaps]
+    yield Section("nothing ran in recorded steps", rows)
 
 
 def _together(result: PipelineResult) -> Iterator[Section]:

@@ -305,11 +305,9 @@ class GPUWorker:
         end = clock.mark()
         # What is recorded takes memory as well, which says nothing of the next time.
         peak_bytes = None if failed or recording else meter.peak_bytes()
-        if recording:
+        if not failed and self.profiler.ends_with(units):
             end.wait()  # its kernels are in the trace
-        profile = None if failed else self.profiler.end(units)
-        if profile is not None:
-            self.channel.send(profile)
+            self.channel.send(self.profiler.end())
         cached = self._cached_steps(units) if lane == "denoise" and not failed else {}
         return _StartedLane(lane, begin, end, peak_bytes=peak_bytes, cached=cached), failed
 

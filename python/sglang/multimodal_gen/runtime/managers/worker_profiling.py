@@ -109,14 +109,19 @@ class WorkerProfiler:
         with profiler.record_function(f"{units[0].phase} {numbers}"):
             yield
 
-    def end(self, units: Sequence[Unit]) -> ProfileReady | None:
-        """Stop and write when the last of the profile's units has run. Not part of any unit's time."""
+    def ends_with(self, units: Sequence[Unit]) -> bool:
+        """Whether these are where what is recorded ends."""
         profile = self._profile
-        if profile is None or profile.recorder is None:
-            return None
-        if not any(u.request_id == profile.request_id and profile.number(u) >= profile.last for u in units):
-            return None
-        self._profile = None
+        return (
+            profile is not None
+            and profile.recorder is not None
+            and any(u.request_id == profile.request_id and profile.number(u) >= profile.last for u in units)
+        )
+
+    def end(self) -> ProfileReady:
+        """Stop and write, once the last of the profile's units has run. Not part of any unit's time."""
+        profile, self._profile = self._profile, None
+        assert profile is not None, "it is being recorded"
         profile.recorder.stop()
         try:
             path = self._write(profile)
