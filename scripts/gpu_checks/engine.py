@@ -9,6 +9,7 @@ import os
 import signal
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,11 @@ _KILL_AT = 7
 # A resumed request may have shared its forwards with others before, or not: sums in another order.
 _LEVELS = 2
 _PREVIEW_DISTANCE = 40.0
+# Texts, steps and frames of several requests at a time.
+_BESIDE = [
+    {"prompt": prompt, "seed": seed, "num_inference_steps": 3 + seed % 4, "return_frames": True}
+    for seed, prompt in enumerate(("a red circle", "a blue star", "a green square moving up", "a white ring") * 3)
+]
 
 
 def check_engine(report: Report, device: torch.device) -> None:
@@ -49,8 +55,12 @@ def check_engine(report: Report, device: torch.device) -> None:
             _check_cancel(result, generator)
         with report.check("engine profile") as result:
             _check_profile(result, generator, device)
+        alone = [_only(generator.generate(wish)) for wish in _BESIDE]
         with report.check("engine worker kill") as result:
             _check_kill(result, generator, first)
+    options |= {"enable_lane_overlap": True, "batching_max_size": 1}
+    with report.check("engine lanes") as result, DiffGenerator.from_pretrained("demo", **options) as generator:
+        _check_lanes(result, generator, alone)
 
 
 def _only(result: GenerationResult | list[GenerationResult]) -> GenerationResult:
@@ -126,6 +136,18 @@ def _check_profile(result: Result, generator: DiffGenerator, device: torch.devic
     kernels = sum(event.get("cat") == "kernel" for event in events)
     good = steps == ["denoise 1", "denoise 2"] and (kernels > 0) == (device.type == "cuda")
     result.expect(good, f"{len(events)} events of {steps}, {kernels} kernels, {peaks}", kernels=kernels)
+
+
+def _check_lanes(result: Result, generator: DiffGenerator, alone: list[GenerationResult]) -> None:
+    """Texts and frames that are computed beside the steps of others are those of requests alone, every time."""
+    levels = []
+    for _ in range(3):
+        with ThreadPoolExecutor(len(_BESIDE)) as pool:
+            together = list(pool.map(lambda wish: _only(generator.generate(wish)), _BESIDE))
+        for one, other in zip(together, alone, strict=True):
+            assert one.frames is not None and other.frames is not None
+            levels.append(int(np.abs(one.frames.astype(int) - other.frames.astype(int)).max()))
+    result.expect(max(levels) == 0, f"frames {max(levels)}/255 apart in {len(levels)} requests", level=max(levels))
 
 
 def _check_kill(result: Result, generator: DiffGenerator, undisturbed: GenerationResult) -> None:

@@ -8,6 +8,8 @@ import msgspec
 
 Lane = Literal["encode", "denoise", "decode"]
 LANES: tuple[Lane, ...] = ("encode", "denoise", "decode")
+LAUNCH_ORDER: tuple[Lane, ...] = ("denoise", "encode", "decode")
+"""In which a worker gives the lanes of a tick to its device: the others may run beside denoising."""
 
 
 class Phase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

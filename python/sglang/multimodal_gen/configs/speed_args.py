@@ -24,6 +24,13 @@ class SpeedArgs:
         group="execution",
     )
 
+    enable_lane_overlap: bool = arg(
+        False,
+        help="On one GPU, encode texts and decode frames beside the denoising of other requests, in a stream of their "
+        "own, where memory allows; not with weights on the host, nor while adapters are loaded.",
+        group="execution",
+    )
+
     @property
     def needs_warm_up(self) -> bool:
         """Whether something is measured or compiled with the first request, which should not be a client's."""

@@ -16,13 +16,19 @@ from torch import Tensor
 _Made = TypeVar("_Made")
 _P = ParamSpec("_P")
 _listening: list[list[object]] = []
+_num_made = 0
 
 
 class TableCache(Generic[_P, _Made]):
     """A function that remembers what it made lately."""
 
     def __init__(self, make: Callable[_P, _Made], maxsize: int) -> None:
-        self._cached = lru_cache(maxsize=maxsize)(make)
+        def counted(*args: _P.args, **kwargs: _P.kwargs) -> _Made:
+            global _num_made
+            _num_made += 1
+            return make(*args, **kwargs)
+
+        self._cached = lru_cache(maxsize=maxsize)(counted)
         self.cache_clear = self._cached.cache_clear
         update_wrapper(self, make)
 
@@ -51,7 +57,13 @@ def tables_kept() -> Iterator[list[object]]:
     try:
         yield kept
     finally:
-        _listening.remove(kept)
+        # By identity: lists of tensors cannot be compared.
+        del _listening[next(index for index, each in enumerate(_listening) if each is kept)]
+
+
+def num_tables_made() -> int:
+    """By all such functions so far, those that were there already not counted."""
+    return _num_made
 
 
 def row_index(rows: Iterable[int], device: torch.device) -> Tensor:

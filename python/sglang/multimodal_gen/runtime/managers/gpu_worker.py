@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.lora_args import LAUNCH_ID
-from sglang.multimodal_gen.configs.request_plan import LANES, Lane
+from sglang.multimodal_gen.configs.request_plan import LAUNCH_ORDER, Lane
 from sglang.multimodal_gen.errors import ErrorInfo, InternalError, InvalidState, InvalidValue, OutOfMemory, ServingError
 from sglang.multimodal_gen.runtime.managers.child_process import exit_with_parent, inherited_connection
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
@@ -119,7 +119,7 @@ class _StartedLane:
 
 @dataclass
 class _StartedTick:
-    """A tick that the device was given."""
+    """A tick that the device was given. `kept`: what it may still read, whatever becomes of the requests."""
 
     tick: Tick
     dropped: bool
@@ -127,6 +127,7 @@ class _StartedTick:
     failures: list[UnitFailure] = field(default_factory=list)
     peak_bytes: int = 0
     preview_s: float = 0.0
+    kept: list[Any] = field(default_factory=list)
 
     def is_done(self) -> bool:
         """Whether the device has nothing of it left to do, or never will: waiting for it then says why."""
@@ -175,7 +176,7 @@ class GPUWorker:
                 if started.is_done():
                     self._answer()
                 continue
-            if isinstance(message, FlushCache | LoadLora | ForgetLora | MergeLora | StopWorker):
+            if isinstance(message, FlushCache | ForgetLora | MergeLora | StopWorker):
                 self._answer()
             if isinstance(message, Admit):
                 self.channel.send(self._admit(message))
@@ -258,12 +259,14 @@ class GPUWorker:
     def _save(self, message: SaveState) -> None:
         req = self.requests.get(message.request_id)
         if req is not None and self.leads:
+            self.pipeline.lanes.join()
             path, identity = self.checkpoint_dir / message.state_file, self.pipeline.state_identity(req)
             self.states.put(message.request_id, path, self.pipeline.saved_state(req), identity=identity)
 
     def _release(self, request_id: str) -> None:
         req = self.requests.pop(request_id, None)
         self.frames.forget(request_id)
+        self.pipeline.lanes.forget(request_id)
         if req is not None:
             self.pipeline.release(req)
             self.pipeline.attention_tuner.request_ended(
@@ -277,23 +280,32 @@ class GPUWorker:
     def _tick(self, tick: Tick) -> _StartedTick:
         """Give all of it to the device, which may be busy with the tick before."""
         started = _StartedTick(tick, dropped=tick.epoch < self.min_epoch)
-        for lane in LANES:
-            units: tuple[Unit, ...] = getattr(tick, lane)
-            if units and not started.dropped:
-                shown = tick.previews if lane == "denoise" and self.leads else ()
-                shown_requests = self.previews.want([self.requests[request_id] for request_id in shown])
-                started_lane, failed = self._run_lane(lane, units)
-                started.lanes.append(started_lane)
-                started.failures += failed
-                started.peak_bytes = max(started.peak_bytes, self.pipeline.meter.total_peak_bytes())
-                # All that the worker holds, so that every rank finds the same.
-                others_wait = len(self.requests) > 1
-                started.preview_s += self.previews.take(
-                    shown_requests, failed=bool(failed), tick=tick.seq, others_wait=others_wait
-                )
+        if started.dropped:
+            return started
+        requests = [self.requests[unit.request_id] for unit in tick.units]
+        beside = self.pipeline.may_run_beside([(unit.phase, self.requests[unit.request_id]) for unit in tick.units])
+        with self.pipeline.lanes.tick(requests, beside=beside) as started.kept:
+            for lane in LAUNCH_ORDER:
+                units: tuple[Unit, ...] = getattr(tick, lane)
+                if units:
+                    self._start_lane(lane, units, started)
         if started.failures:
             self.min_epoch = tick.epoch + 1
         return started
+
+    def _start_lane(self, lane: Lane, units: tuple[Unit, ...], started: _StartedTick) -> None:
+        shown = started.tick.previews if lane == "denoise" and self.leads else ()
+        shown_requests = self.previews.want([self.requests[request_id] for request_id in shown])
+        with self.pipeline.lanes.lane(lane, [self.requests[unit.request_id] for unit in units]):
+            started_lane, failed = self._run_lane(lane, units)
+        started.lanes.append(started_lane)
+        started.failures += failed
+        started.peak_bytes = max(started.peak_bytes, self.pipeline.meter.total_peak_bytes())
+        # All that the worker holds, so that every rank finds the same.
+        others_wait = len(self.requests) > 1
+        started.preview_s += self.previews.take(
+            shown_requests, failed=bool(failed), tick=started.tick.seq, others_wait=others_wait
+        )
 
     def _run_lane(self, lane: Lane, units: tuple[Unit, ...]) -> tuple[_StartedLane, list[UnitFailure]]:
         meter, clock = self.pipeline.meter, self.pipeline.clock

@@ -61,6 +61,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.attention_choice import Attent
 from sglang.multimodal_gen.runtime.pipelines_core.conditioning_cache import ConditioningCache
 from sglang.multimodal_gen.runtime.pipelines_core.device_clock import DeviceClock
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
+from sglang.multimodal_gen.runtime.pipelines_core.lane_streams import CudaStreams, LaneStreams
 from sglang.multimodal_gen.runtime.pipelines_core.memory import (
     USABLE_SHARE,
     DecoderMemory,
@@ -168,6 +169,7 @@ class ComposedPipelineBase:
         self._stage_order = {name: index for index, name in enumerate(names)}
         self.meter = meter_for(self.device)
         self.clock = DeviceClock(self.device)
+        self.lanes = LaneStreams()
         self._loaded_bytes = self.meter.allocated_bytes()
         self._budget, self._budget_time = 0, -math.inf
 
@@ -258,7 +260,7 @@ class ComposedPipelineBase:
         if execution.scheduler is not None:
             defaults = dataclasses.replace(defaults, scheduler=execution.scheduler)
         defaults = with_environment(defaults, envs.current())
-        return cls(
+        pipeline = cls(
             name=resolved.name,
             config=config,
             defaults=defaults,
@@ -271,6 +273,30 @@ class ComposedPipelineBase:
             load_seconds=time.perf_counter() - start,
             reads=reads,
         )
+        if execution.enable_lane_overlap:
+            report(pipeline.overlap_lanes())
+        return pipeline
+
+    def overlap_lanes(self) -> str:
+        """Let texts and frames be computed beside the denoising of other requests; that they are, or why not."""
+        obstacles = {
+            "it takes a GPU": self.device.type != "cuda",
+            "ranks that talk to each other do so in one order": self.parallel.world.size > 1,
+            "weights come and go": self.weight_room.room is not None,
+        }
+        for obstacle, is_there in obstacles.items():
+            if is_there:
+                return f"enable_lane_overlap: no effect, since {obstacle}"
+        self.lanes = LaneStreams(CudaStreams(self.device))
+        return "enable_lane_overlap: texts and frames are computed beside the denoising of other requests"
+
+    def may_run_beside(self, units: Sequence[tuple[str, Req]]) -> bool:
+        """Whether what is encoded and decoded of these units of phases may run beside the denoising: there is room for
+        all at once, and no adapter whose tables they would share."""
+        if not self.lanes.are_two or self.adapters.loaded:
+            return False
+        peaks = [phase.peak_bytes for name, req in units for phase in req.phases if phase.name == name]
+        return sum(peaks) <= USABLE_SHARE * free_bytes(self.device)
 
     @staticmethod
     def _explain(
