@@ -16,11 +16,11 @@ from sglang.multimodal_gen.runtime.managers.batching import UnitCursor
 from sglang.multimodal_gen.runtime.managers.deadlines import Deadlines
 from sglang.multimodal_gen.runtime.managers.fair_share import FairShare, ShareClass
 from sglang.multimodal_gen.runtime.managers.intake import Intake
-from sglang.multimodal_gen.runtime.managers.messages import Admitted
 from sglang.multimodal_gen.runtime.managers.queue_news import QueueNews
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.timing import LearnedTimes
 from sglang.multimodal_gen.runtime.managers.waiting_queue import PATIENCE_S, WaitingQueue
+from sglang.multimodal_gen.runtime.managers.worker_messages import Admitted
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
 
 SHORT = SamplingParams(width=512, height=512, num_frames=1, num_inference_steps=4, fps=8, seed=1)

@@ -34,10 +34,10 @@ from sglang.multimodal_gen.errors import (
 )
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator
 from sglang.multimodal_gen.runtime.entrypoints.generation_result import GenerationResult
-from sglang.multimodal_gen.runtime.managers.messages import (
+from sglang.multimodal_gen.runtime.managers.messages import Progress
+from sglang.multimodal_gen.runtime.managers.worker_messages import (
     Admit,
     OutputChunk,
-    Progress,
     Release,
     SaveState,
     StateSaved,

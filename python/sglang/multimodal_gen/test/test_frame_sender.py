@@ -11,8 +11,9 @@ import torch
 
 from sglang.multimodal_gen.errors import InsufficientStorage
 from sglang.multimodal_gen.runtime.managers.frame_sender import FrameSender
-from sglang.multimodal_gen.runtime.managers.messages import MappedArray, Message, OutputChunk
+from sglang.multimodal_gen.runtime.managers.messages import MappedArray, Message
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
+from sglang.multimodal_gen.runtime.managers.worker_messages import OutputChunk
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch
 
 

@@ -23,9 +23,7 @@ from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.errors import NotAModel, QueueFull
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import JobSettings
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import BodyLimits
-from sglang.multimodal_gen.runtime.managers.messages import (
-    EngineState,
-)
+from sglang.multimodal_gen.runtime.managers.messages import EngineState
 from sglang.multimodal_gen.runtime.server_args import ModelArgs, model_names
 from sglang.multimodal_gen.test.scripted_server import (
     MODEL,

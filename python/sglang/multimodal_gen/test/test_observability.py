@@ -34,10 +34,11 @@ from sglang.multimodal_gen.runtime.entrypoints.request_builder import expand
 from sglang.multimodal_gen.runtime.managers.dispatcher import Dispatcher
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.managers.fair_share import Account
-from sglang.multimodal_gen.runtime.managers.messages import Admitted, Progress, Started
+from sglang.multimodal_gen.runtime.managers.messages import Progress, Started
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.timing import UNLEARNED_DEADLINE_S
 from sglang.multimodal_gen.runtime.managers.worker_group import WorkerGroup
+from sglang.multimodal_gen.runtime.managers.worker_messages import Admitted
 from sglang.multimodal_gen.runtime.managers.worker_profiling import WorkerProfiler
 from sglang.multimodal_gen.runtime.observability.logging_setup import JsonFormatter, TextFormatter, fields, log_refusal
 from sglang.multimodal_gen.runtime.observability.metrics import (

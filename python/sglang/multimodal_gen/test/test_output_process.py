@@ -19,14 +19,13 @@ from PIL import Image
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import IncompatibleParameters
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator, GenerationResult
-from sglang.multimodal_gen.runtime.managers.messages import (
-    Codec,
+from sglang.multimodal_gen.runtime.managers.messages import Codec, encode
+from sglang.multimodal_gen.runtime.managers.output_messages import (
     DropOutput,
     OpenOutput,
     OutputDone,
     OutputFrames,
     OutputHello,
-    encode,
 )
 from sglang.multimodal_gen.runtime.managers.output_process import OutputJob, OutputProcess
 from sglang.multimodal_gen.runtime.managers.run_dir import OwnedRunDir

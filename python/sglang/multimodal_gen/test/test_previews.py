@@ -23,28 +23,24 @@ from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGe
 from sglang.multimodal_gen.runtime.entrypoints.generation_result import GenerationResult
 from sglang.multimodal_gen.runtime.managers import preview_renderer, previews
 from sglang.multimodal_gen.runtime.managers.fair_share import Account
-from sglang.multimodal_gen.runtime.managers.messages import (
-    Admit,
-    Admitted,
-    Preview,
-    PreviewLatents,
-    PreviewRendered,
-    PreviewTaken,
-    Progress,
-    Release,
-    RenderPreview,
-    Tick,
-    TickDone,
-    Unit,
-    WatchRequest,
-)
+from sglang.multimodal_gen.runtime.managers.messages import Preview, PreviewTaken, Progress, WatchRequest
 from sglang.multimodal_gen.runtime.managers.output_link import Ledger, OutputLink
+from sglang.multimodal_gen.runtime.managers.output_messages import PreviewRendered, RenderPreview
 from sglang.multimodal_gen.runtime.managers.preview_renderer import PreviewRenderer
 from sglang.multimodal_gen.runtime.managers.preview_source import PreviewSource
 from sglang.multimodal_gen.runtime.managers.previews import Previews, preview_steps
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.run_dir import OwnedRunDir, RunDir
 from sglang.multimodal_gen.runtime.managers.timing import UNLEARNED_DEADLINE_S, LearnedTimes
+from sglang.multimodal_gen.runtime.managers.worker_messages import (
+    Admit,
+    Admitted,
+    PreviewLatents,
+    Release,
+    Tick,
+    TickDone,
+    Unit,
+)
 from sglang.multimodal_gen.runtime.models.schedulers import build_sampler
 from sglang.multimodal_gen.runtime.models.schedulers.multistep import clean_sample
 from sglang.multimodal_gen.runtime.pipelines_core.previews import Previewer, fitted, small_version

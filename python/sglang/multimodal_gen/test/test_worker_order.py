@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.runtime.managers.messages import (
+from sglang.multimodal_gen.runtime.managers.worker_messages import (
     Admit,
     CacheFlushed,
     FlushCache,

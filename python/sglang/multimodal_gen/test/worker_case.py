@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
-from sglang.multimodal_gen.runtime.managers.gpu_worker import Channel, GPUWorker, _error_info
-from sglang.multimodal_gen.runtime.managers.messages import Codec, FromWorker, StopWorker
+from sglang.multimodal_gen.runtime.managers.gpu_worker import GPUWorker, _error_info
+from sglang.multimodal_gen.runtime.managers.messages import Codec
 from sglang.multimodal_gen.runtime.managers.preview_source import PreviewSource
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 from sglang.multimodal_gen.runtime.managers.state_writer import StateWriter
 from sglang.multimodal_gen.runtime.managers.worker_adapters import WorkerAdapters
+from sglang.multimodal_gen.runtime.managers.worker_channel import Channel
+from sglang.multimodal_gen.runtime.managers.worker_messages import FromWorker, StopWorker
 from sglang.multimodal_gen.runtime.managers.worker_profiling import WorkerProfiler
 from sglang.multimodal_gen.runtime.server_args import ServerArgs
 

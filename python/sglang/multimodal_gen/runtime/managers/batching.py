@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from sglang.multimodal_gen.configs.request_plan import LANES, Lane, Phase
 from sglang.multimodal_gen.runtime.managers.fair_share import Account
 from sglang.multimodal_gen.runtime.managers.memory import LearnedMemory
-from sglang.multimodal_gen.runtime.managers.messages import Unit
 from sglang.multimodal_gen.runtime.managers.timing import LearnedTimes
+from sglang.multimodal_gen.runtime.managers.worker_messages import Unit
 
 # Decoding is heavy and gains nothing from batching on the sizes that matter, so one request's chunk is a tick's share.
 _LANE_LIMIT: dict[Lane, int] = {"decode": 1}

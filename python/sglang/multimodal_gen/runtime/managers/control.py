@@ -27,15 +27,10 @@ from sglang.multimodal_gen.errors import (
 )
 from sglang.multimodal_gen.runtime.managers.clients import Clients
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
-from sglang.multimodal_gen.runtime.managers.messages import (
-    CacheFlushed,
-    ControlReply,
-    ControlRequest,
-    EngineState,
-    FlushCache,
-)
+from sglang.multimodal_gen.runtime.managers.messages import ControlReply, ControlRequest, EngineState
 from sglang.multimodal_gen.runtime.managers.replica import Replicas
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
+from sglang.multimodal_gen.runtime.managers.worker_messages import CacheFlushed, FlushCache
 
 logger = logging.getLogger(__name__)
 

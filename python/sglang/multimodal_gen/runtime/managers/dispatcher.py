@@ -12,10 +12,10 @@ from sglang.multimodal_gen.errors import ErrorInfo
 from sglang.multimodal_gen.runtime.managers.batching import Limits, UnitCursor, plan
 from sglang.multimodal_gen.runtime.managers.fair_share import FairShare
 from sglang.multimodal_gen.runtime.managers.memory import Budget, LearnedMemory
-from sglang.multimodal_gen.runtime.managers.messages import LaneDone, Tick, TickDone, Unit, UnitFailure
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.timing import UNLEARNED_DEADLINE_S, LearnedTimes
 from sglang.multimodal_gen.runtime.managers.worker_group import WorkerGroup
+from sglang.multimodal_gen.runtime.managers.worker_messages import LaneDone, Tick, TickDone, Unit, UnitFailure
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
 
 # Requests that came later may pass one that waits for memory, but not for longer than this.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from sglang.multimodal_gen.runtime.managers.messages import Message, OutputChunk
+from sglang.multimodal_gen.runtime.managers.messages import Message
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
+from sglang.multimodal_gen.runtime.managers.worker_messages import OutputChunk
 
 if TYPE_CHECKING:
     from collections.abc import Callable

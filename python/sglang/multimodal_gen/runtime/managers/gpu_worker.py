@@ -1,140 +1,60 @@
 """The worker process of one rank: loads the pipeline, executes ticks, decides nothing.
 
 Run as `python -m sglang.multimodal_gen.runtime.managers.gpu_worker FD` by the scheduler. A reader thread owns the
-pipe: at its end of file the process leaves at once, also out of a kernel that never returns. A second thread tells the
-scheduler every second that the process lives.
+pipe: at its end of file the process leaves at once, also out of a kernel that never returns.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import queue
-import threading
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.lora_args import LAUNCH_ID
 from sglang.multimodal_gen.configs.request_plan import LAUNCH_ORDER, Lane
 from sglang.multimodal_gen.errors import ErrorInfo, InternalError, InvalidState, InvalidValue, OutOfMemory, ServingError
-from sglang.multimodal_gen.runtime.managers.child_process import exit_with_parent, inherited_connection
+from sglang.multimodal_gen.runtime.managers.child_process import inherited_connection
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.managers.frame_sender import FrameSender
-from sglang.multimodal_gen.runtime.managers.messages import (
+from sglang.multimodal_gen.runtime.managers.messages import CachedSteps, MediaInputs, Message
+from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
+from sglang.multimodal_gen.runtime.managers.started_tick import StartedLane, StartedTick
+from sglang.multimodal_gen.runtime.managers.warm_up import ID_PREFIX as WARM_UP_PREFIX
+from sglang.multimodal_gen.runtime.managers.worker_channel import Channel
+from sglang.multimodal_gen.runtime.managers.worker_messages import (
     Admit,
     AdmitFailed,
     Admitted,
-    CachedSteps,
     CacheFlushed,
-    Codec,
     FlushCache,
     ForgetLora,
-    Heartbeat,
-    LaneDone,
     LatentsReady,
     LoadFailed,
     Loading,
     LoadLora,
-    MediaInputs,
     MergeLora,
-    Message,
     ModelReady,
     RankLost,
     Release,
     SaveState,
     StopWorker,
     Tick,
-    TickDone,
     ToWorker,
     Unit,
     UnitFailure,
-    encode,
 )
-from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
-from sglang.multimodal_gen.runtime.managers.warm_up import ID_PREFIX as WARM_UP_PREFIX
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging, fields, log_refusal
 from sglang.multimodal_gen.runtime.observability.private_texts import PRIVATE_TEXTS
-
-if TYPE_CHECKING:
-    from sglang.multimodal_gen.runtime.pipelines_core.device_clock import Mark
 
 # Started with -m, this module's own name is __main__, which is outside the package's logger.
 logger = logging.getLogger("sglang.multimodal_gen.runtime.managers.gpu_worker")
 
-_HEARTBEAT_S = 1.0
 _POLL_S = 0.0005
 """How long after its end a tick may be answered: the next one is under way by then."""
-
-
-class Channel:
-    """The worker's end of the pipe: messages in by a thread, messages out from any thread."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.inbox: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
-        self._codec = Codec(ToWorker)
-        self._lock = threading.Lock()
-        self.allocated_bytes: Callable[[], int | None] = lambda: None
-
-    def start(self) -> None:
-        """Begin reading and beating."""
-        exit_with_parent(self.connection, self._receive, cleanup=lambda: None)
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
-
-    def send(self, message: Message) -> None:
-        """One message to the scheduler; when it is gone, the reader thread ends this process."""
-        with self._lock, contextlib.suppress(OSError):
-            self.connection.send_bytes(encode(message))
-
-    def _receive(self, payload: bytes) -> None:
-        self.inbox.put(cast(ToWorker, self._codec.decode(payload)))
-
-    def _beat(self) -> None:
-        while True:
-            self.send(Heartbeat(allocated_bytes=self.allocated_bytes()))
-            time.sleep(_HEARTBEAT_S)
-
-
-@dataclass(frozen=True)
-class _StartedLane:
-    """A lane's units between two marks of the device."""
-
-    lane: Lane
-    begin: Mark
-    end: Mark
-    peak_bytes: int | None
-    cached: dict[str, CachedSteps]
-
-    def done(self) -> LaneDone:
-        """What the scheduler hears of it, when the device has reached its end."""
-        ms = self.end.ms_since(self.begin)
-        return LaneDone(lane=self.lane, ms=ms, peak_bytes=self.peak_bytes, cached=self.cached)
-
-
-@dataclass
-class _StartedTick:
-    """A tick that the device was given. `kept`: what it may still read, whatever becomes of the requests."""
-
-    tick: Tick
-    dropped: bool
-    lanes: list[_StartedLane] = field(default_factory=list)
-    failures: list[UnitFailure] = field(default_factory=list)
-    peak_bytes: int = 0
-    preview_s: float = 0.0
-    kept: list[Any] = field(default_factory=list)
-
-    def is_done(self) -> bool:
-        """Whether the device has nothing of it left to do, or never will: waiting for it then says why."""
-        try:
-            return all(lane.end.is_reached() for lane in self.lanes)
-        except RuntimeError:
-            return True
 
 
 class GPUWorker:
@@ -163,7 +83,7 @@ class GPUWorker:
         self.requests: dict[str, Any] = {}
         self.min_epoch = 0
         self.leads = pipeline.parallel.leads
-        self._open: _StartedTick | None = None
+        self._open: StartedTick | None = None
 
     def run(self) -> None:
         """Until StopWorker."""
@@ -209,22 +129,11 @@ class GPUWorker:
         if started is None:
             return
         try:
-            for lane in started.lanes:
-                lane.end.wait()
+            done = started.done()
         except Exception as error:
             self._leave_if_lost(error, [unit.request_id for unit in started.tick.units])
             raise
-        self.channel.send(
-            TickDone(
-                seq=started.tick.seq,
-                epoch=started.tick.epoch,
-                dropped=started.dropped,
-                failures=tuple(started.failures),
-                lanes=tuple(lane.done() for lane in started.lanes),
-                peak_bytes=started.peak_bytes,
-                preview_ms=started.preview_s * 1000,
-            )
-        )
+        self.channel.send(done)
 
     def _admit(self, message: Admit) -> Message:
         PRIVATE_TEXTS.keep(message.request_id, message.params.private_texts())
@@ -277,9 +186,9 @@ class GPUWorker:
         self.profiler.release(request_id)
         PRIVATE_TEXTS.forget(request_id)
 
-    def _tick(self, tick: Tick) -> _StartedTick:
+    def _tick(self, tick: Tick) -> StartedTick:
         """Give all of it to the device, which may be busy with the tick before."""
-        started = _StartedTick(tick, dropped=tick.epoch < self.min_epoch)
+        started = StartedTick(tick, dropped=tick.epoch < self.min_epoch)
         if started.dropped:
             return started
         requests = [self.requests[unit.request_id] for unit in tick.units]
@@ -293,7 +202,7 @@ class GPUWorker:
             self.min_epoch = tick.epoch + 1
         return started
 
-    def _start_lane(self, lane: Lane, units: tuple[Unit, ...], started: _StartedTick) -> None:
+    def _start_lane(self, lane: Lane, units: tuple[Unit, ...], started: StartedTick) -> None:
         shown = started.tick.previews if lane == "denoise" and self.leads else ()
         shown_requests = self.previews.want([self.requests[request_id] for request_id in shown])
         with self.pipeline.lanes.lane(lane, [self.requests[unit.request_id] for unit in units]):
@@ -307,7 +216,7 @@ class GPUWorker:
             shown_requests, failed=bool(failed), tick=started.tick.seq, others_wait=others_wait
         )
 
-    def _run_lane(self, lane: Lane, units: tuple[Unit, ...]) -> tuple[_StartedLane, list[UnitFailure]]:
+    def _run_lane(self, lane: Lane, units: tuple[Unit, ...]) -> tuple[StartedLane, list[UnitFailure]]:
         meter, clock = self.pipeline.meter, self.pipeline.clock
         recording = self.profiler.begin(units)
         meter.begin(self._kind_of(units))
@@ -321,7 +230,7 @@ class GPUWorker:
             end.wait()  # its kernels are in the trace
             self.channel.send(self.profiler.end())
         cached = self._cached_steps(units) if lane == "denoise" and not failed else {}
-        return _StartedLane(lane, begin, end, peak_bytes=peak_bytes, cached=cached), failed
+        return StartedLane(lane, begin, end, peak_bytes=peak_bytes, cached=cached), failed
 
     def _cached_steps(self, units: tuple[Unit, ...]) -> dict[str, CachedSteps]:
         """Of the requests that have a step cache."""

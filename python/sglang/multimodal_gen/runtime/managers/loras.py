@@ -19,19 +19,10 @@ from sglang.multimodal_gen.errors import EngineStopped, ErrorInfo, MemoryRelease
 from sglang.multimodal_gen.errors_lora import InvalidLora, LoraNameTaken, UnknownLora
 from sglang.multimodal_gen.runtime.managers.clients import Clients
 from sglang.multimodal_gen.runtime.managers.kept_loras import KeptAdapter, KeptLoras, LoraFile
-from sglang.multimodal_gen.runtime.managers.messages import (
-    EngineState,
-    ForgetLora,
-    LoadLora,
-    LoraDone,
-    LoraReply,
-    LoraRequest,
-    LoraStatus,
-    LoraWish,
-    MergeLora,
-)
+from sglang.multimodal_gen.runtime.managers.messages import EngineState, LoraReply, LoraRequest, LoraStatus, LoraWish
 from sglang.multimodal_gen.runtime.managers.replica import Replica, Replicas
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
+from sglang.multimodal_gen.runtime.managers.worker_messages import ForgetLora, LoadLora, LoraDone, MergeLora
 
 logger = logging.getLogger(__name__)
 

@@ -11,15 +11,8 @@ from typing import cast
 import zmq
 
 from sglang.multimodal_gen.errors import StorageError
-from sglang.multimodal_gen.runtime.managers.messages import (
-    MappedArray,
-    MediaInputs,
-    Message,
-    OutputDone,
-    RemoveOutput,
-    ToOutput,
-    encode,
-)
+from sglang.multimodal_gen.runtime.managers.messages import MappedArray, MediaInputs, Message, encode
+from sglang.multimodal_gen.runtime.managers.output_messages import OutputDone, RemoveOutput, ToOutput
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 
 # Files that may have been mapped before anybody looks whether they were.

@@ -24,12 +24,9 @@ from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.errors import InternalError, ServingError
 from sglang.multimodal_gen.runtime.managers.child_process import exit_with_parent, inherited_connection
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
-from sglang.multimodal_gen.runtime.managers.messages import (
-    PROTOCOL_VERSION,
-    Codec,
+from sglang.multimodal_gen.runtime.managers.messages import PROTOCOL_VERSION, Codec, MappedArray, Message, encode
+from sglang.multimodal_gen.runtime.managers.output_messages import (
     DropOutput,
-    MappedArray,
-    Message,
     OpenOutput,
     OutputDone,
     OutputFailed,
@@ -38,7 +35,6 @@ from sglang.multimodal_gen.runtime.managers.messages import (
     RemoveOutput,
     RenderPreview,
     ToOutput,
-    encode,
 )
 from sglang.multimodal_gen.runtime.managers.preview_renderer import PreviewRenderer
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir

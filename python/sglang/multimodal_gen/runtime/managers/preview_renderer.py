@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from sglang.multimodal_gen.errors import ServingError
-from sglang.multimodal_gen.runtime.managers.messages import PreviewRendered, RenderPreview
+from sglang.multimodal_gen.runtime.managers.output_messages import PreviewRendered, RenderPreview
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 from sglang.multimodal_gen.runtime.observability.logging_setup import fields
 from sglang.multimodal_gen.runtime.postprocess.formats import choose_format, quality_percent

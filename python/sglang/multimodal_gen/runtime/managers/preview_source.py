@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sglang.multimodal_gen.errors import StorageError
-from sglang.multimodal_gen.runtime.managers.messages import PreviewLatents
 from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
+from sglang.multimodal_gen.runtime.managers.worker_messages import PreviewLatents
 from sglang.multimodal_gen.runtime.observability.logging_setup import fields
 from sglang.multimodal_gen.runtime.pipelines_core.previews import Previewer, View
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req

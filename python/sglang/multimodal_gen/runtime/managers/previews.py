@@ -8,17 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from sglang.multimodal_gen.runtime.managers.messages import (
-    Preview,
-    PreviewLatents,
-    PreviewRendered,
-    PreviewTaken,
-    RenderPreview,
-    Unit,
-    WatchRequest,
-)
+from sglang.multimodal_gen.runtime.managers.messages import Preview, PreviewTaken, WatchRequest
 from sglang.multimodal_gen.runtime.managers.output_link import Ledger, OutputLink
+from sglang.multimodal_gen.runtime.managers.output_messages import PreviewRendered, RenderPreview
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
+from sglang.multimodal_gen.runtime.managers.worker_messages import PreviewLatents, Unit
 
 Requests = Mapping[str, RequestRecord]
 

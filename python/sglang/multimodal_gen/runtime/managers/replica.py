@@ -12,12 +12,12 @@ from sglang.multimodal_gen.runtime.managers.dispatcher import Dispatcher
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.managers.intake import Intake
 from sglang.multimodal_gen.runtime.managers.memory import LearnedMemory
-from sglang.multimodal_gen.runtime.managers.messages import ToWorker
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
 from sglang.multimodal_gen.runtime.managers.timing import LearnedTimes
 from sglang.multimodal_gen.runtime.managers.waiting_queue import WaitingQueue
 from sglang.multimodal_gen.runtime.managers.warm_up import WarmUp
 from sglang.multimodal_gen.runtime.managers.worker_group import WorkerGroup
+from sglang.multimodal_gen.runtime.managers.worker_messages import ToWorker
 
 # Inputs are resized and a state is read from a slow disk; several ranks agree about memory.
 SILENCE_ADMITTING_S = 120.0

@@ -13,18 +13,10 @@ from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import DeadlineExceeded, ErrorInfo, PoisonRequest, WorkerLost
 from sglang.multimodal_gen.runtime.managers.batching import UnitCursor
 from sglang.multimodal_gen.runtime.managers.fair_share import Account, ShareClass
-from sglang.multimodal_gen.runtime.managers.messages import (
-    Admitted,
-    CachedSteps,
-    Finished,
-    MappedArray,
-    OpenOutput,
-    OutputDone,
-    Progress,
-    Started,
-    Unit,
-)
+from sglang.multimodal_gen.runtime.managers.messages import CachedSteps, Finished, MappedArray, Progress, Started
+from sglang.multimodal_gen.runtime.managers.output_messages import OpenOutput, OutputDone
 from sglang.multimodal_gen.runtime.managers.timing import LearnedTimes
+from sglang.multimodal_gen.runtime.managers.worker_messages import Admitted, Unit
 
 
 @dataclass(kw_only=True)

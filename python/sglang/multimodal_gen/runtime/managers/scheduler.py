@@ -34,52 +34,37 @@ from sglang.multimodal_gen.runtime.managers.engine_status import snapshot_of, st
 from sglang.multimodal_gen.runtime.managers.kept_loras import LoraFile
 from sglang.multimodal_gen.runtime.managers.loras import Loras
 from sglang.multimodal_gen.runtime.managers.messages import (
-    Admit,
-    AdmitFailed,
-    Admitted,
-    CacheFlushed,
     Cancelled,
     CancelRequest,
     ClientLost,
     Codec,
     ControlRequest,
-    DropOutput,
     EngineState,
     Failed,
-    FromOutput,
     GenerateRequest,
-    Heartbeat,
     Hello,
-    LatentsReady,
-    LoadFailed,
-    Loading,
-    LoraDone,
     LoraRequest,
     MediaInputs,
     MetricsReply,
     MetricsRequest,
-    ModelReady,
-    OutputChunk,
-    OutputDone,
-    OutputFailed,
-    OutputFrames,
-    OutputHello,
-    PreviewLatents,
-    PreviewRendered,
     PreviewTaken,
-    ProfileReady,
     Queued,
-    RankLost,
-    Release,
     RequestEvent,
-    StateSaved,
     StatusRequest,
     StopEngine,
-    TickDone,
     ToScheduler,
     WatchRequest,
 )
 from sglang.multimodal_gen.runtime.managers.output_link import Ledger, OutputLink
+from sglang.multimodal_gen.runtime.managers.output_messages import (
+    DropOutput,
+    FromOutput,
+    OutputDone,
+    OutputFailed,
+    OutputFrames,
+    OutputHello,
+    PreviewRendered,
+)
 from sglang.multimodal_gen.runtime.managers.previews import Previews
 from sglang.multimodal_gen.runtime.managers.queue_news import QueueNews
 from sglang.multimodal_gen.runtime.managers.replica import Replica, Replicas
@@ -90,6 +75,25 @@ from sglang.multimodal_gen.runtime.managers.state_keeper import StateKeeper
 from sglang.multimodal_gen.runtime.managers.supervisor_link import SupervisorLink
 from sglang.multimodal_gen.runtime.managers.waiting_queue import Place, WaitingQueue
 from sglang.multimodal_gen.runtime.managers.warm_up import InputShapes, input_shapes, shape_of
+from sglang.multimodal_gen.runtime.managers.worker_messages import (
+    Admit,
+    AdmitFailed,
+    Admitted,
+    CacheFlushed,
+    Heartbeat,
+    LatentsReady,
+    LoadFailed,
+    Loading,
+    LoraDone,
+    ModelReady,
+    OutputChunk,
+    PreviewLatents,
+    ProfileReady,
+    RankLost,
+    Release,
+    StateSaved,
+    TickDone,
+)
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging, fields
 from sglang.multimodal_gen.runtime.observability.metrics import EngineSnapshot
 from sglang.multimodal_gen.runtime.server_args import model_names

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from sglang.multimodal_gen.runtime.managers.messages import SaveState, StateSaved, StopEngine
+from sglang.multimodal_gen.runtime.managers.messages import StopEngine
 from sglang.multimodal_gen.runtime.managers.replica import Replica, Replicas
 from sglang.multimodal_gen.runtime.managers.request_record import RequestRecord
+from sglang.multimodal_gen.runtime.managers.worker_messages import SaveState, StateSaved
 from sglang.multimodal_gen.runtime.observability.logging_setup import fields
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sglang.multimodal_gen.errors import StorageError
-from sglang.multimodal_gen.runtime.managers.messages import StateSaved
+from sglang.multimodal_gen.runtime.managers.worker_messages import StateSaved
 from sglang.multimodal_gen.runtime.pipelines_core.state_file import write_state
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from sglang.multimodal_gen.errors import ErrorInfo
 from sglang.multimodal_gen.runtime.loader.lora_files import LoraSource
-from sglang.multimodal_gen.runtime.managers.messages import ForgetLora, LoadLora, LoraDone, MergeLora, Message
+from sglang.multimodal_gen.runtime.managers.messages import Message
+from sglang.multimodal_gen.runtime.managers.worker_messages import ForgetLora, LoadLora, LoraDone, MergeLora
 from sglang.multimodal_gen.runtime.pipelines_core.adapters import Adapter, Adapters
 
 

@@ -12,21 +12,19 @@ import msgspec
 
 from sglang.multimodal_gen.runtime.managers.child_process import ChildProcess
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
-from sglang.multimodal_gen.runtime.managers.messages import (
+from sglang.multimodal_gen.runtime.managers.messages import Codec, Message, encode
+from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
+from sglang.multimodal_gen.runtime.managers.worker_messages import (
     AdmitFailed,
     Admitted,
-    Codec,
     FromWorker,
     LoraDone,
-    Message,
     ModelReady,
     RankLost,
     StopWorker,
     Tick,
     ToWorker,
-    encode,
 )
-from sglang.multimodal_gen.runtime.managers.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from torch import profiler
 from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import PROFILED_TIMESTEPS, SamplingParams
 from sglang.multimodal_gen.errors import ProfilerBusy, StorageError
-from sglang.multimodal_gen.runtime.managers.messages import ProfileReady, Unit
+from sglang.multimodal_gen.runtime.managers.worker_messages import ProfileReady, Unit
 from sglang.multimodal_gen.runtime.observability.logging_setup import fields
 
 logger = logging.getLogger(__name__)
