@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
-from sglang.multimodal_gen import errors, errors_lora, errors_quantization
+from sglang.multimodal_gen import errors, errors_http, errors_lora, errors_media, errors_quantization
 from sglang.multimodal_gen.errors import FieldError, InvalidRequest, ModelError, RemoteError, ServingError
 
 _PACKAGE = Path(errors.__file__).parent
@@ -34,7 +34,7 @@ def class_rows() -> dict[str, list[list[str]]]:
 
 def _classes() -> list[type[ServingError]]:
     found = []
-    for home in (errors, errors_lora, errors_quantization):
+    for home in (errors, errors_http, errors_media, errors_lora, errors_quantization):
         own = [
             value
             for value in vars(home).values()

@@ -17,9 +17,9 @@ from sglang.multimodal_gen.errors import (
     RequestTooLarge,
     SizeNotDivisible,
     SizeTooLarge,
-    TooManyImages,
     UnsupportedParameter,
 )
+from sglang.multimodal_gen.errors_media import TooManyImages
 
 
 @dataclass(frozen=True, kw_only=True)

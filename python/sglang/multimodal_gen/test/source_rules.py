@@ -28,7 +28,16 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("runtime.layers",),
     ("runtime.distributed",),
     ("configs", "registry", "runtime.server_args"),
-    ("runtime.observability", "runtime.postprocess", "envs", "errors", "errors_lora", "errors_quantization"),
+    (
+        "runtime.observability",
+        "runtime.postprocess",
+        "envs",
+        "errors",
+        "errors_http",
+        "errors_media",
+        "errors_lora",
+        "errors_quantization",
+    ),
 )
 # `sglang` itself imports nothing when it is imported; its two names load late.
 PACKAGES_WITHOUT_CODE = ("sglang", PACKAGE, "runtime")

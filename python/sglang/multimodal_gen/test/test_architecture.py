@@ -31,7 +31,7 @@ def assert_none(problems: list[str]) -> None:
     assert not problems, "\n" + "\n".join(problems)
 
 
-ERROR_HOMES = ("errors", "errors_lora", "errors_quantization")
+ERROR_HOMES = ("errors", "errors_http", "errors_media", "errors_lora", "errors_quantization")
 
 
 def test_every_module_has_a_row_and_imports_none_above_it(modules: dict[str, Module], imports: list[Import]) -> None:

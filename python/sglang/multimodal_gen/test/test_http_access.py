@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from sglang.multimodal_gen.errors import InvalidKeyFile, InvalidValue, OperationInProgress
+from sglang.multimodal_gen.errors import InvalidValue, OperationInProgress
+from sglang.multimodal_gen.errors_http import InvalidKeyFile
 from sglang.multimodal_gen.runtime.entrypoints.cli import serve as serve_command
 from sglang.multimodal_gen.runtime.entrypoints.http_main import _settings
 from sglang.multimodal_gen.runtime.entrypoints.openai.gate import (

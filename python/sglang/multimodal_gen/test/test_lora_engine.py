@@ -17,12 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sglang.multimodal_gen.errors import (
-    InvalidValue,
-    MissingParameter,
-    RemoteError,
-    UnsupportedParameter,
-)
+from sglang.multimodal_gen.errors import InvalidValue, MissingParameter, RemoteError, UnsupportedParameter
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator, GenerationResult
 from sglang.multimodal_gen.runtime.managers.messages import Progress
 from sglang.multimodal_gen.test.lora_case import save_adapters

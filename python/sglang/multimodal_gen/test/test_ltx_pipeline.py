@@ -27,10 +27,10 @@ from sglang.multimodal_gen.errors import (
     InvalidValue,
     MissingParameter,
     SizeNotDivisible,
-    TooManyImages,
     UnsupportedModel,
     UnsupportedParameter,
 )
+from sglang.multimodal_gen.errors_media import TooManyImages
 from sglang.multimodal_gen.registry import get_model_info, load_config
 from sglang.multimodal_gen.runtime.models.vaes.tiling import Tiling
 from sglang.multimodal_gen.runtime.pipelines.ltx_conditioning import LTXAutoencoder, LTXClip

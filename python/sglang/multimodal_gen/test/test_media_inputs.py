@@ -17,16 +17,13 @@ import pytest
 from PIL import Image
 
 from sglang.multimodal_gen.configs.model_info import GivenInputs, InputLimits, SizeFromImage
-from sglang.multimodal_gen.errors import (
-    IncompatibleParameters,
+from sglang.multimodal_gen.errors import IncompatibleParameters, MissingParameter, ServingError, UnsupportedParameter
+from sglang.multimodal_gen.errors_media import (
     InvalidImage,
     InvalidMask,
     InvalidVideo,
-    MissingParameter,
-    ServingError,
     TooManyImages,
     TooManyPixels,
-    UnsupportedParameter,
     VideoTooLong,
 )
 from sglang.multimodal_gen.runtime.entrypoints import media_decoding

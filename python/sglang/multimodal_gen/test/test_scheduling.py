@@ -15,13 +15,7 @@ import pytest
 import zmq
 
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.errors import (
-    DeadlineExceeded,
-    PoisonRequest,
-    RemoteError,
-    RequestTooLarge,
-    ServingError,
-)
+from sglang.multimodal_gen.errors import DeadlineExceeded, PoisonRequest, RemoteError, RequestTooLarge, ServingError
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import (
     DiffGenerator,
     GenerationEvent,

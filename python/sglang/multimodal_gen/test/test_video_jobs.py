@@ -19,7 +19,8 @@ import openai
 import pytest
 
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.errors import InsufficientStorage, InvalidValue, StateDirInUse, StorageError, VideoNotFound
+from sglang.multimodal_gen.errors import InsufficientStorage, InvalidValue, StateDirInUse, StorageError
+from sglang.multimodal_gen.errors_http import VideoNotFound
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import Clip, DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai import job_shelf
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import JobSettings

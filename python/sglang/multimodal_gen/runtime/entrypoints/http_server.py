@@ -20,18 +20,20 @@ from starlette.routing import Match
 
 from sglang.multimodal_gen.configs.declare import check_names
 from sglang.multimodal_gen.errors import (
-    AdminRequired,
-    ImageNotFound,
-    MethodNotAllowed,
-    ModelNotFound,
     NotReady,
-    RouteNotFound,
     ServingError,
     StorageError,
     StorageUnavailable,
     UnknownParameter,
-    VideoNotFound,
     shown,
+)
+from sglang.multimodal_gen.errors_http import (
+    AdminRequired,
+    ImageNotFound,
+    MethodNotAllowed,
+    ModelNotFound,
+    RouteNotFound,
+    VideoNotFound,
 )
 from sglang.multimodal_gen.runtime.entrypoints.lora_wishes import (
     MergeLoraFields,

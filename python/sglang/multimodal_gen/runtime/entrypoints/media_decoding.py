@@ -20,11 +20,11 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from sglang.multimodal_gen.errors import (
+from sglang.multimodal_gen.errors import ServingError
+from sglang.multimodal_gen.errors_media import (
     ImageTooLarge,
     InvalidImage,
     InvalidVideo,
-    ServingError,
     TooManyPixels,
     VideoTooLarge,
     VideoTooLong,

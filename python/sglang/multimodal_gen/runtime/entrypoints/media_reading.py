@@ -13,14 +13,8 @@ from PIL import Image
 
 from sglang.multimodal_gen.configs.declare import coerce, parameters
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.errors import (
-    FieldError,
-    InvalidImage,
-    InvalidMask,
-    InvalidRequest,
-    InvalidVideo,
-    shown,
-)
+from sglang.multimodal_gen.errors import FieldError, InvalidRequest, shown
+from sglang.multimodal_gen.errors_media import InvalidImage, InvalidMask, InvalidVideo
 from sglang.multimodal_gen.runtime.entrypoints.media_decoding import (
     OpenedImage,
     Origin,

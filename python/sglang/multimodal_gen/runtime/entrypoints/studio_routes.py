@@ -11,7 +11,8 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from sglang.multimodal_gen.errors import RouteNotFound, shown
+from sglang.multimodal_gen.errors import shown
+from sglang.multimodal_gen.errors_http import RouteNotFound
 
 STUDIO_DIRECTORY = Path(__file__).with_name("studio")
 _MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}

@@ -17,13 +17,7 @@ import zmq
 
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.errors import (
-    EngineStopped,
-    ErrorInfo,
-    InvalidRequest,
-    ModelError,
-    StorageError,
-)
+from sglang.multimodal_gen.errors import EngineStopped, ErrorInfo, InvalidRequest, ModelError, StorageError
 from sglang.multimodal_gen.runtime.managers.admission import with_cost_limit
 from sglang.multimodal_gen.runtime.managers.child_process import inherited_connection
 from sglang.multimodal_gen.runtime.managers.clients import Clients

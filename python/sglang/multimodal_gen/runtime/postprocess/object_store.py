@@ -24,12 +24,7 @@ from sglang.multimodal_gen.envs import (
     STORAGE_TYPE,
     StoreSettings,
 )
-from sglang.multimodal_gen.errors import (
-    InvalidValue,
-    MissingPackage,
-    StorageError,
-    StorageUnavailable,
-)
+from sglang.multimodal_gen.errors import InvalidValue, MissingPackage, StorageError, StorageUnavailable
 from sglang.multimodal_gen.runtime.postprocess.formats import media_type
 
 _MAX_RETRIES = 6

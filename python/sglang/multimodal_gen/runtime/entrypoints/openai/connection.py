@@ -11,7 +11,8 @@ from typing import ClassVar
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from sglang.multimodal_gen.errors import BadHttp, ServingError, TooManyConnections
+from sglang.multimodal_gen.errors import ServingError
+from sglang.multimodal_gen.errors_http import BadHttp, TooManyConnections
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import error_response
 
 _LINGER_S = 2.0

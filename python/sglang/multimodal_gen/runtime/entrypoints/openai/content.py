@@ -10,7 +10,7 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 
-from sglang.multimodal_gen.errors import RangeNotSatisfiable
+from sglang.multimodal_gen.errors_http import RangeNotSatisfiable
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse, error_response
 from sglang.multimodal_gen.runtime.postprocess.formats import MEDIA_TYPES
 from sglang.multimodal_gen.runtime.postprocess.object_store import ObjectStore

@@ -9,14 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.errors import (
-    EngineStopped,
-    ErrorInfo,
-    MemoryReleased,
-    ModelNotFound,
-    NotReady,
-    RemoteError,
-)
+from sglang.multimodal_gen.errors import EngineStopped, ErrorInfo, MemoryReleased, NotReady, RemoteError
+from sglang.multimodal_gen.errors_http import ModelNotFound
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import BodyLimits
 from sglang.multimodal_gen.runtime.entrypoints.openai.webhooks import WebhookTarget

@@ -20,7 +20,6 @@ from sglang.multimodal_gen.configs.sample.sampling_params import (
     SamplingParams,
 )
 from sglang.multimodal_gen.errors import (
-    AdminRequired,
     IncompatibleParameters,
     InvalidType,
     InvalidValue,
@@ -29,6 +28,7 @@ from sglang.multimodal_gen.errors import (
     UnknownParameter,
     UnsupportedParameter,
 )
+from sglang.multimodal_gen.errors_http import AdminRequired
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import Body
 from sglang.multimodal_gen.runtime.entrypoints.openai.uploads import FileField
 

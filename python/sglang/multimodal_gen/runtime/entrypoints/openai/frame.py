@@ -13,7 +13,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sglang.multimodal_gen.errors import BadHttp, InternalError, ServingError
+from sglang.multimodal_gen.errors import InternalError, ServingError
+from sglang.multimodal_gen.errors_http import BadHttp
 from sglang.multimodal_gen.runtime.entrypoints.openai.lifecycle import Lifecycle
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import error_response
 from sglang.multimodal_gen.runtime.observability.logging_setup import fields

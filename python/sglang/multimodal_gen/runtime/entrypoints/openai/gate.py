@@ -10,14 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sglang.multimodal_gen.errors import (
+from sglang.multimodal_gen.errors import ServingError
+from sglang.multimodal_gen.errors_http import (
     AdminRequired,
     HeadTooLarge,
     HostNotAllowed,
     InvalidApiKey,
     OriginNotAllowed,
     ServerDraining,
-    ServingError,
 )
 from sglang.multimodal_gen.runtime.entrypoints.openai.admin import set_caller
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import HttpSettings

@@ -15,7 +15,8 @@ from starlette.requests import Request
 
 from sglang.multimodal_gen.configs.declare import parameters
 from sglang.multimodal_gen.configs.sample.scheduling_params import SchedulingParams
-from sglang.multimodal_gen.errors import IdempotencyMismatch, InvalidRequest
+from sglang.multimodal_gen.errors import InvalidRequest
+from sglang.multimodal_gen.errors_http import IdempotencyMismatch
 from sglang.multimodal_gen.runtime.entrypoints.openai.admin import caller_of
 from sglang.multimodal_gen.runtime.entrypoints.openai.request_body import Body
 from sglang.multimodal_gen.runtime.managers.job_store import KeptReply

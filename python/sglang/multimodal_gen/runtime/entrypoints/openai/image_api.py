@@ -18,13 +18,8 @@ from starlette.responses import Response
 from sglang.multimodal_gen.configs.declare import Surface
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.errors import (
-    ImageNotFound,
-    IncompatibleParameters,
-    InvalidValue,
-    MissingParameter,
-    NotOffered,
-)
+from sglang.multimodal_gen.errors import IncompatibleParameters, InvalidValue, MissingParameter
+from sglang.multimodal_gen.errors_http import ImageNotFound, NotOffered
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.admin import surface_of
 from sglang.multimodal_gen.runtime.entrypoints.openai.content import content_response

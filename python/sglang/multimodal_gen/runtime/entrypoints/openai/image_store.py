@@ -10,7 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang.multimodal_gen.errors import ImageNotFound, storage_error
+from sglang.multimodal_gen.errors import storage_error
+from sglang.multimodal_gen.errors_http import ImageNotFound
 
 _ID = re.compile(r"img_[0-9a-f]{32}")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sglang.multimodal_gen.errors import InvalidKeyFile
+from sglang.multimodal_gen.errors_http import InvalidKeyFile
 from sglang.multimodal_gen.runtime.server_args import key_problem
 
 Role = Literal["admin", "user"]

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from sglang.multimodal_gen.configs.declare import parameters
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.errors import ModelNotFound
+from sglang.multimodal_gen.errors_http import ModelNotFound
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, HttpSettings
 from sglang.multimodal_gen.runtime.entrypoints.openai.replies import JsonResponse
 

@@ -8,25 +8,27 @@ from typing import Any
 from sglang.multimodal_gen.configs.declare import Parameter, parameters
 from sglang.multimodal_gen.configs.sample.sampling_params import PARAMETERS_OF_SOME
 from sglang.multimodal_gen.errors import (
-    AdminRequired,
-    BadHttp,
-    BodyTimeout,
-    BodyTooLarge,
     DeadlineExceeded,
-    HeadTooLarge,
-    HostNotAllowed,
     InternalError,
-    InvalidApiKey,
     InvalidValue,
-    ModelNotFound,
     NotReady,
     OperationInProgress,
     OutOfMemory,
     QueueFull,
-    RangeNotSatisfiable,
     RequestCancelled,
     ServingError,
     StorageError,
+)
+from sglang.multimodal_gen.errors_http import (
+    AdminRequired,
+    BadHttp,
+    BodyTimeout,
+    BodyTooLarge,
+    HeadTooLarge,
+    HostNotAllowed,
+    InvalidApiKey,
+    ModelNotFound,
+    RangeNotSatisfiable,
     TooManyConnections,
     UnsupportedMediaType,
 )

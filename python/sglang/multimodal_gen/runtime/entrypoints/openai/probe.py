@@ -8,7 +8,7 @@ import secrets
 
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-from sglang.multimodal_gen.errors import ProbeTimedOut
+from sglang.multimodal_gen.errors_http import ProbeTimedOut
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import NO_INPUTS, Clip, DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine
 from sglang.multimodal_gen.runtime.entrypoints.request_builder import expand

@@ -15,17 +15,19 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from sglang.multimodal_gen.errors import (
-    BodyTimeout,
-    BodyTooLarge,
     DuplicateParameter,
-    InvalidJson,
-    InvalidMultipart,
     InvalidRequest,
     InvalidType,
     InvalidUnicode,
     StorageError,
-    UnsupportedMediaType,
     shown,
+)
+from sglang.multimodal_gen.errors_http import (
+    BodyTimeout,
+    BodyTooLarge,
+    InvalidJson,
+    InvalidMultipart,
+    UnsupportedMediaType,
 )
 from sglang.multimodal_gen.runtime.entrypoints.openai.uploads import FileField, Upload, Uploads
 

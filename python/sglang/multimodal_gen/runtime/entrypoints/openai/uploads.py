@@ -13,18 +13,20 @@ from typing import Any, BinaryIO, Literal, cast
 
 from sglang.multimodal_gen.errors import (
     DuplicateParameter,
-    ImageTooLarge,
     IncompatibleParameters,
-    InvalidImage,
-    InvalidMask,
     InvalidRequest,
     InvalidType,
+    UnsupportedParameter,
+    storage_error,
+)
+from sglang.multimodal_gen.errors_media import (
+    ImageTooLarge,
+    InvalidImage,
+    InvalidMask,
     InvalidVideo,
     TooManyImages,
-    UnsupportedParameter,
     UrlNotAllowed,
     VideoTooLarge,
-    storage_error,
 )
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import MAX_IMAGE_BYTES, MAX_MASK_BYTES, MAX_VIDEO_BYTES
 

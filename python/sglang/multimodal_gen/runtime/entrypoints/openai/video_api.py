@@ -20,15 +20,8 @@ from starlette.responses import Response
 from sglang.multimodal_gen.configs.declare import Surface, arg, from_text, parameters
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, SamplingParams
-from sglang.multimodal_gen.errors import (
-    DuplicateParameter,
-    IncompatibleParameters,
-    InvalidValue,
-    NotOffered,
-    VideoFailed,
-    VideoNotFound,
-    VideoNotReady,
-)
+from sglang.multimodal_gen.errors import DuplicateParameter, IncompatibleParameters, InvalidValue
+from sglang.multimodal_gen.errors_http import NotOffered, VideoFailed, VideoNotFound, VideoNotReady
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.admin import caller_of, surface_of
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, HttpSettings, require_model

@@ -26,9 +26,9 @@ from sglang.multimodal_gen.errors import (
     QueueFull,
     RequestCancelled,
     ServingError,
-    VideoNotFound,
     storage_error,
 )
+from sglang.multimodal_gen.errors_http import VideoNotFound
 from sglang.multimodal_gen.runtime.entrypoints.engine_client import raise_if_terminal
 from sglang.multimodal_gen.runtime.entrypoints.media_inputs import NO_INPUTS, DecodedInputs
 from sglang.multimodal_gen.runtime.entrypoints.openai.engine import Engine, JobSettings
