@@ -97,25 +97,29 @@ def everything_open(page: Page) -> Iterator[str]:
     attach(page)
     yield "a result"
     page.get_by_role("button", name="Draw mask").click()
-    yield "mask"
-    page.keyboard.press("Escape")
+    yield from _until_escape(page, "mask")
     page.get_by_role("button", name="Show as code").click()
-    yield "code"
-    page.keyboard.press("Escape")
+    yield from _until_escape(page, "code")
     for index in (0, 1):
         page.locator(".card .pick").nth(index).click()
     yield "two chosen"
     page.locator("#compare-go").click()
     expect(page.locator("#compare-dialog img")).to_have_count(2)
-    yield "compare"
-    page.keyboard.press("Escape")
+    yield from _until_escape(page, "compare")
     page.get_by_role("button", name="API key").click()
-    yield "key"
-    page.keyboard.press("Escape")
+    yield from _until_escape(page, "key")
     page.locator("#stage").get_by_role("button", name="Delete").click()
-    yield "confirm"
-    page.keyboard.press("Escape")
+    yield from _until_escape(page, "confirm")
     box(page, "Steps").fill("0")
     page.keyboard.press("Control+Enter")
     expect(page.get_by_text("accepted is an integer").first).to_be_visible()
     yield "error"
+
+
+def _until_escape(page: Page, name: str) -> Iterator[str]:
+    """A dialog from when it is there to when it has gone: a key that comes too early closes nothing."""
+    dialog = page.locator(f"#{name}-dialog")
+    expect(dialog).to_be_visible()
+    yield name
+    page.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()

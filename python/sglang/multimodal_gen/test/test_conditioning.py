@@ -13,9 +13,10 @@ from sglang.multimodal_gen.errors import UnsupportedParameter
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.conditioning_cache import ConditioningCache
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import ClassifierFreeGuidance, renormed
+from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import TextCondition
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
-from sglang.multimodal_gen.test.pipeline_parity import run
+from sglang.multimodal_gen.test.pipeline_parity import run, run_together
 
 VALUES = {"prompt": "a red circle", "width": 48, "height": 32, "num_frames": 1, "num_inference_steps": 2, "seed": 1}
 
@@ -60,6 +61,22 @@ def test_a_prompt_seen_before_is_not_encoded_again(
     assert first.latents is not None and again.latents is not None and second.latents is not None
     assert torch.equal(first.latents, again.latents)
     assert not torch.equal(first.latents, second.latents)
+
+
+def test_a_deterministic_engine_encodes_each_text_alone(
+    wan_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept of a text would otherwise tell, by its last bits, beside which others it was first read."""
+    pipeline = build_pipeline(str(wan_checkpoint("plain")), ExecutionArgs(device="cpu", deterministic=True))
+    calls: list[tuple[int, ...]] = []
+    forward = pipeline.text_encoder.forward
+    monkeypatch.setattr(
+        pipeline.text_encoder, "forward", lambda ids, *rest: calls.append(tuple(ids.shape)) or forward(ids, *rest)
+    )
+    with torch.inference_mode():
+        run_together(pipeline, [(VALUES, EMPTY), (VALUES | {"prompt": "a red circle over two long lines"}, EMPTY)])
+    assert len(calls) == 3, "two prompts and the negative one that they share"
+    assert {rows for rows, _ in calls} == {1} and len({length for _, length in calls}) == 3
 
 
 def test_guidance_stops_outside_its_interval(wan_checkpoint: Callable[[str], Path]) -> None:

@@ -273,6 +273,8 @@ class ComposedPipelineBase:
             load_seconds=time.perf_counter() - start,
             reads=reads,
         )
+        for stage in pipeline.stages:
+            stage.deterministic = execution.deterministic
         if execution.enable_lane_overlap:
             report(pipeline.overlap_lanes())
         return pipeline

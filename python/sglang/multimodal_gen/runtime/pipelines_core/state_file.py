@@ -64,7 +64,9 @@ def read_state(path: Path, *, identity: str, device: torch.device) -> dict[str, 
                 raise InvalidState("the saved state has another format than this version writes")
             if metadata.get("identity") != identity:
                 raise InvalidState("the saved state belongs to another request or model")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            # Copies: the last bits of a processor's products depend on where a tensor begins, and in a file that is
+            # anywhere.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
             tree = _tree_of(json.loads(metadata["shape"]), tensors)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise InvalidState("the saved state cannot be read: the file is missing or damaged") from error

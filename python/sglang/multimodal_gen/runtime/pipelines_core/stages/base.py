@@ -29,6 +29,8 @@ class Stage:
     """Whether its steps can be skipped."""
     adapters: Adapters = Adapters({})
     """What requests may have beside the weights; said by the pipeline as well."""
+    deterministic: bool = False
+    """Whether nothing that a request gets may tell which others there are or were, not by the last bit; likewise."""
     only_leader: bool = False
     """Whether one rank runs the steps and the others wait for nothing."""
     reads: ClassVar[tuple[str, ...]] = ()

@@ -97,6 +97,7 @@ class TextEncodingStage(Stage):
         found = {prompt: text for prompt, key in keys.items() if (text := self.cache.get(key)) is not None}
         missing = [prompt for prompt in wanted if prompt not in found]
         rows = min((req.max_text_rows for req in requests if req.max_text_rows is not None), default=len(wanted))
+        rows = 1 if self.deterministic else rows  # else the cache tells in which company a text was encoded first
         for start in range(0, len(missing), rows):
             group = missing[start : start + rows]
             found |= zip(group, self.encoder.encode(group), strict=True)
