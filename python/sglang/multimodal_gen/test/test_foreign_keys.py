@@ -115,7 +115,9 @@ def test_scales_of_joined_layers_are_those_of_each(
         # One number for a tensor is the same for all layers in it.
         written[f"{layer}.weight_scale"] = scale[0, 0] if granularity == "tensor" else scale
         written[f"{layer}.input_scale"] = torch.ones(())
-        written[f"{layer}.comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+        # As long as the tensor has rows: it is the description of all of it.
+        said = b'{"format": "float8_e4m3fn"}'.ljust(scale.shape[0])
+        written[f"{layer}.comfy_quant"] = torch.tensor(list(said), dtype=torch.uint8)
     save_file(written, tmp_path / "flux.safetensors")
     layers = quantized_layers(load(checkpoint, transformer_weights_path=str(tmp_path / "flux.safetensors")).transformer)
     assert layers.keys() == scales.keys()

@@ -20,6 +20,8 @@ from sglang.multimodal_gen.runtime.layers.shards import whole_shapes
 from sglang.multimodal_gen.runtime.loader.parallel_reading import DTYPES
 from sglang.multimodal_gen.runtime.loader.weight_utils import StoredTensor, StoredWeights
 
+# Bytes of a text, whatever their number.
+_DESCRIPTION = ".comfy_quant"
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 
@@ -83,11 +85,13 @@ def _parts(stored: StoredWeights, key: str, rule: ForeignName, rows: Mapping[str
     tensor, total = stored.tensors[key], sum(rows.values())
     if not rows:
         return {}
+    if key.endswith(_DESCRIPTION):
+        return dict.fromkeys(rule.own, tensor)
     if len(rows) == 1:
         halved = rule.halves_swapped and tensor.shape[:1] == (total,)
         return dict.fromkeys(rule.own, replace(tensor, halves_swapped=halved))
     if tensor.shape[:1] != (total,):
-        if math.prod(tensor.shape) == 1 or key.endswith(".comfy_quant"):
+        if math.prod(tensor.shape) == 1:
             return dict.fromkeys(rule.own, tensor)
         raise CorruptCheckpoint(
             f"{stored.directory.name}: {key} is {list(tensor.shape)}, but {', '.join(rows)} have {total} rows together"
