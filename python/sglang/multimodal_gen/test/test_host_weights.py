@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.memory_args import MemoryArgs
-from sglang.multimodal_gen.errors import InvalidValue, RemoteError
+from sglang.multimodal_gen.errors import InsufficientMemory, InvalidValue, RemoteError
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator, GenerationResult
 from sglang.multimodal_gen.runtime.layers.fused import JoinedLinear
 from sglang.multimodal_gen.runtime.layers.host_weights import (
@@ -30,7 +31,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY
 from sglang.multimodal_gen.runtime.pipelines_core.residency import StreamedBlocks, refuse_wishes
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
 from sglang.multimodal_gen.test.lora_case import load_adapters, save_adapters
-from sglang.multimodal_gen.test.pipeline_parity import run_together
+from sglang.multimodal_gen.test.pipeline_parity import admitted, run_together
 from sglang.multimodal_gen.test.quantization_case import realigned
 from sglang.multimodal_gen.test.tiny_families import FAMILIES, wish_of
 
@@ -289,6 +290,23 @@ def test_every_family_makes_the_same(family: str, mode: str, checkpoints: Any, l
     pipeline.reclaim()
     assert pipeline.weight_room.present_bytes == 0
     assert_equal(latents_of(pipeline, wishes_of(family)), expected)
+
+
+def test_a_request_that_is_too_large_hears_of_blocks_that_could_make_room(
+    checkpoints: Any, links: list[StandInLink], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, _ = checkpoints("flux")
+    pipeline = build_pipeline(str(directory), CPU_FP32, memory=MODES["some blocks"])
+    [req] = admitted(pipeline, [(wish_of("flux"), EMPTY)])
+    needed = max(phase.peak_bytes + phase.held_bytes for phase in req.phases)
+    kept = pipeline.weight_room.kept_bytes
+    assert kept in StreamedBlocks.of("transformer", pipeline.transformer).sizes, "one block stays"
+    for missing, can_help in ((kept, True), (kept + 1, False)):
+        monkeypatch.setattr(pipeline, "budget_bytes", lambda missing=missing: needed - missing)
+        monkeypatch.setattr(pipeline, "_budget_time", -math.inf)
+        with pytest.raises(InsufficientMemory) as caught:
+            admitted(pipeline, [(wish_of("flux"), EMPTY)])
+        assert ("--performance-mode memory would leave" in caught.value.message) is can_help
 
 
 @pytest.mark.parametrize("method", ["fp8", "int8"])

@@ -499,7 +499,8 @@ class ComposedPipelineBase:
         free = self._budget
         if needed > free:
             size = f"{req.params.width}x{req.params.height} with {req.params.num_frames} frames"
-            raise InsufficientMemory(needed_bytes=needed, free_bytes=free, size=size)
+            kept = self.weight_room.kept_bytes
+            raise InsufficientMemory(needed_bytes=needed, free_bytes=free, size=size, movable_bytes=kept)
 
     def run_unit(self, phase_name: str, requests: Sequence[Req]) -> list[OutputBatch]:
         """One unit of this phase for each request; the caller holds `torch.inference_mode()`.

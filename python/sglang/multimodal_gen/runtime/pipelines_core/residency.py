@@ -133,11 +133,13 @@ def _block_lists(module: nn.Module) -> list[nn.ModuleList]:
 @dataclass
 class WeightRoom:
     """What weights take on the device beside those that stay there: bytes of the largest component that comes when a
-    step is denoised, and of the largest that comes for anything else."""
+    step is denoised, and of the largest that comes for anything else. `kept_bytes`: of blocks that stay there though
+    they could come as others do."""
 
     room: MovingRoom | None = None
     denoising_bytes: int = 0
     other_bytes: int = 0
+    kept_bytes: int = 0
 
     @property
     def present_bytes(self) -> int:
@@ -181,8 +183,7 @@ class _Settling:
 
     def run(self) -> WeightRoom:
         """Nothing of the components' forwards has run."""
-        self._stream()
-        found = WeightRoom()
+        found = WeightRoom(kept_bytes=self._stream())
         for name, tensors in self.moved.items():
             self._move(found, name, tensors, self.modules[name].modules())
         for blocks in self.streamed:
@@ -210,19 +211,22 @@ class _Settling:
         pin = self.device.type == "cuda" and not self.keeps_files
         return HostWeights(tensors, keeps_files=self.keeps_files and on_host, pin=pin)
 
-    def _stream(self) -> None:
+    def _stream(self) -> int:
+        """Let blocks come; the bytes of those that stay."""
         leaving: list[tuple[StreamedBlocks, list[int]]] = []
         for blocks in self.streamed:
             kept = self._kept(blocks)
             place_on(self.device, [each for n in kept for each in blocks.tensors[n]])
             leaving.append((blocks, [n for n in range(len(blocks.layers)) if n not in kept]))
         sizes = [blocks.sizes[n] for blocks, chosen in leaving for n in chosen]
+        kept_bytes = sum(sum(blocks.sizes) for blocks in self.streamed) - sum(sizes)
         if not sizes:
-            return
+            return kept_bytes
         number = min(self.plan.num_slots, len(sizes))
         pool = SlotPool(self.link, self.device, num_slots=number, slot_bytes=max(sizes))
         for blocks, chosen in leaving:
             pool.follow([blocks.layers[n] for n in chosen], [self._on_host(blocks.tensors[n]) for n in chosen])
+        return kept_bytes
 
     def _kept(self, blocks: StreamedBlocks) -> list[int]:
         """Those that stay on the device: so many as are asked for, or the part of their bytes that the plan has room
