@@ -179,16 +179,17 @@ class RequestTooLarge(InvalidRequest):
 
 
 class InsufficientMemory(InvalidRequest):
-    """The request needs more memory than the machine has free. `movable_bytes`: of weights that a server which is
-    started otherwise would have elsewhere."""
+    """The request needs more memory than the machine has free."""
 
     code = "insufficient_memory"
 
     def __init__(self, *, needed_bytes: int, free_bytes: int, size: str, movable_bytes: int = 0) -> None:
+        """`movable_bytes`: of weights that a server which is started otherwise would have elsewhere."""
         self.needed_bytes, self.free_bytes = needed_bytes, free_bytes
         remedy = "use a smaller size or fewer frames"
         if free_bytes < needed_bytes <= free_bytes + movable_bytes:
-            remedy += f"; --performance-mode memory would leave {movable_bytes / 2**30:.1f} GiB more, and steps slower"
+            gain = f"{movable_bytes / 2**30:.1f} GiB"
+            remedy += f", or start the server with --performance-mode memory: {gain} more for requests, slower steps"
         super().__init__(
             f"size: {size} needs about {needed_bytes / 2**30:.1f} GiB, but {free_bytes / 2**30:.1f} GiB are free; "
             + remedy,

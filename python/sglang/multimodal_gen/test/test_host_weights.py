@@ -306,7 +306,7 @@ def test_a_request_that_is_too_large_hears_of_blocks_that_could_make_room(
         monkeypatch.setattr(pipeline, "_budget_time", -math.inf)
         with pytest.raises(InsufficientMemory) as caught:
             admitted(pipeline, [(wish_of("flux"), EMPTY)])
-        assert ("--performance-mode memory would leave" in caught.value.message) is can_help
+        assert ("--performance-mode memory" in caught.value.message) is can_help
 
 
 @pytest.mark.parametrize("method", ["fp8", "int8"])
