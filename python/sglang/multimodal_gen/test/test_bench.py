@@ -460,13 +460,13 @@ def test_parallel_times_decoding_once_for_each_number_of_ranks(
 
 
 def test_pipeline_compares_sharing_with_one_by_one_and_with_diffusers(
-    capsys: Capture, wan_checkpoint: Callable[[str], Path]
+    capsys: Capture, wan_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """With random weights, so that the reference's pipeline is put together from ours."""
     data = report_of(
         capsys, "pipeline", "--model-path", str(wan_checkpoint("plain")), *SMALL, "--num-inference-steps", "4",
         "--random-weights", "--prompt", "a red circle", "--concurrency", "3", "--compare", "diffusers",
-        "--max-sequence-length", "16", "--profile",
+        "--max-sequence-length", "16", "--profile", "--profile-dir", str(tmp_path),
     )  # fmt: skip
     result = data["result"]
     alone, together, reference = result["alone"], result["together"], result["reference"]
@@ -483,12 +483,18 @@ def test_pipeline_compares_sharing_with_one_by_one_and_with_diffusers(
     check_ratio(reference["ratio"], reference["ours_seconds"], reference["seconds"])
     check_summary(reference["step_ms"], num_samples=6)
     assert 0 < result["idle"]["idle_seconds"] < result["idle"]["seconds"] < 4 * alone["seconds"]["p90"]
+    assert Path(result["idle"]["trace"]).is_file()
     assert all(gap["after"].startswith("aten::") for gap in result["idle"]["gaps"]), "the CPU's operations"
     for phase, rate in result["rates"].items():
         assert rate["flops_per_second"] == pytest.approx(rate["flops"] / alone["stage_seconds"][phase]["median"])
         assert rate["matmul_ratio"] == pytest.approx(rate["flops_per_second"] / rate["matmul_flops_per_second"])
     config = WanTransformerConfig(**TINY_TRANSFORMER)
     assert result["rates"]["denoise"]["flops"] == 4 * 2 * dit_flops(config, (2, 4, 4), 16)
+
+
+def test_one_step_is_too_few_to_record(capsys: Capture) -> None:
+    assert main(["bench", "pipeline", "--profile", "--num-inference-steps", "1", "--repeats", "1"]) == 1
+    assert "num_inference_steps: 1; accepted is 2 and more with profile" in capsys.readouterr().err
 
 
 def trace_of(path: Path, *works: tuple[str, str, float, float]) -> Path:

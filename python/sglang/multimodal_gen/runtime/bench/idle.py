@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from sglang.multimodal_gen.runtime.bench.messages import LONGEST_KERNEL_NAME
+
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _ON_HOST = ("cpu_op",)
 _NUM_GAPS = 5
-_LONGEST_NAME = 100  # names of templates go on for lines
 
 
 class Gap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -26,8 +27,9 @@ class Gap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 class IdleTime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Between the first and the last kernel of a recorded part of a request; on the CPU, between torch's operations.
-    `gaps`: the longest ones."""
+    `gaps`: the longest ones. `trace`: the recording, which stays."""
 
+    trace: str
     seconds: float
     idle_seconds: float
     gaps: tuple[Gap, ...]
@@ -55,9 +57,12 @@ def idle_time(trace: Path) -> IdleTime | None:
     for work in works:
         if work.begin > last.end:
             seconds = (work.begin - last.end) / 1e6
-            gaps.append(Gap(seconds=seconds, after=last.name[:_LONGEST_NAME], before=work.name[:_LONGEST_NAME]))
+            gaps.append(
+                Gap(seconds=seconds, after=last.name[:LONGEST_KERNEL_NAME], before=work.name[:LONGEST_KERNEL_NAME])
+            )
         last = max(last, work, key=lambda each: each.end)
     return IdleTime(
+        trace=str(trace),
         seconds=(last.end - works[0].begin) / 1e6,
         idle_seconds=sum(gap.seconds for gap in gaps),
         gaps=tuple(sorted(gaps, key=lambda gap: -gap.seconds)[:_NUM_GAPS]),

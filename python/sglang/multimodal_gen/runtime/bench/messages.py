@@ -155,6 +155,10 @@ class Side(BenchMessage, frozen=True, kw_only=True):
     error: OutputError | None = None
 
 
+LONGEST_KERNEL_NAME = 100
+"""Names of templates go on for lines."""
+
+
 class KernelTime(BenchMessage, frozen=True, kw_only=True):
     """All calls of one kernel in a run of ours, or on the CPU of one operation."""
 

@@ -120,6 +120,8 @@ class PipelineBench:
         else:
             self.request |= {"return_frames": True}
         self.params = SamplingParams.from_values(self.request).filled_from(model.defaults, GENERAL_DEFAULTS)
+        if options["profile"] and self._num_steps() < 2:
+            raise InvalidValue("num_inference_steps", 1, "2 and more with profile: the first one is not recorded")
         self.tokens: dict[str, float] = {}
         self.notes: tuple[str, ...] = ()
 
@@ -177,13 +179,14 @@ class PipelineBench:
         Path(done.frames_file).unlink()
         return frame_difference(ours.frames, theirs)
 
+    def _num_steps(self) -> int:
+        assert self.params.num_inference_steps is not None, "the model says how many where nobody else does"
+        return self.params.num_inference_steps
+
     def idle(self) -> IdleTime | None:
         """Of one more request, in steps after one that warms up the recorder."""
         tell("recording some steps")
-        assert self.params.num_inference_steps is not None, "the model says how many where nobody else does"
-        steps = min(_PROFILED_STEPS, self.params.num_inference_steps - 1)
-        if steps < 1:
-            raise InvalidValue("num_inference_steps", 1, "2 and more with profile: the first one is not recorded")
+        steps = min(_PROFILED_STEPS, self._num_steps() - 1)
         batch = self._run([self.options["seed"]], profile=True, num_profiled_timesteps=steps)
         path = batch.results[0].metrics.get("profile_path")
         return None if path is None else idle_time(Path(path))

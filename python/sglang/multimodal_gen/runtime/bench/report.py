@@ -196,6 +196,7 @@ def _idle(result: PipelineResult) -> Iterator[Section]:
         (f"between {work}", f"{as_time(idle.idle_seconds)} of {as_time(idle.seconds)}, {idle.share:.2%}")
     ]
     rows += [(as_time(gap.seconds), f"after {gap.after}, before {gap.before}") for gap in idle.gaps]
+    rows.append(("trace", idle.trace))
     yield Section("nothing ran in recorded steps", rows)
 
 

@@ -16,7 +16,7 @@ import sglang
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.errors import InvalidValue, StorageError
 from sglang.multimodal_gen.runtime.entrypoints.generation_result import GenerationResult
-from sglang.multimodal_gen.runtime.postprocess.pending_file import PendingFile
+from sglang.multimodal_gen.runtime.postprocess.pending_file import write_whole
 
 
 def prepare_perf_dump(path: str) -> None:
@@ -43,12 +43,7 @@ def write_perf_dump(path: str, result: GenerationResult, *, request_id: str, mod
     file = Path(path).expanduser().absolute()
     text = json.dumps(perf_record(result, request_id=request_id, model=model), indent=2, ensure_ascii=False)
     try:
-        pending = PendingFile(file.parent, name=file.name)
-        try:
-            Path(pending.path).write_text(text + "\n", encoding="utf-8")
-            pending.publish(file.name, overwrite=True)
-        finally:
-            pending.discard()
+        write_whole(file, f"{text}\n".encode())
     except OSError as error:
         raise StorageError(f"perf_dump_path: {path} cannot be written ({error.strerror})") from error
 

@@ -192,7 +192,9 @@ class GPUWorker:
         if started.dropped:
             return started
         requests = [self.requests[unit.request_id] for unit in tick.units]
-        beside = self.pipeline.may_run_beside([(unit.phase, self.requests[unit.request_id]) for unit in tick.units])
+        beside = self.pipeline.may_run_beside(
+            [(unit.phase, req) for unit, req in zip(tick.units, requests, strict=True)]
+        )
         with self.pipeline.lanes.tick(requests, beside=beside) as started.kept:
             for lane in LAUNCH_ORDER:
                 units: tuple[Unit, ...] = getattr(tick, lane)

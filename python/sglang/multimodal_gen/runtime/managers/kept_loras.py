@@ -7,13 +7,13 @@ merged, and finds the adapters that jobs of before name.
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 import msgspec
 
 from sglang.multimodal_gen.configs.sample.lora_params import LoraUse
 from sglang.multimodal_gen.runtime.managers.messages import LoraWish
+from sglang.multimodal_gen.runtime.postprocess.pending_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +59,7 @@ class LoraFile:
 
     def write(self, kept: KeptLoras) -> None:
         """Keep it; where that fails, a scheduler after this one has the adapters of the launch alone."""
-        part = self._path.with_suffix(".part")
         try:
-            with part.open("wb") as stream:
-                stream.write(msgspec.json.encode(kept))
-                stream.flush()
-                os.fsync(stream.fileno())
-            part.replace(self._path)
+            write_whole(self._path, msgspec.json.encode(kept))
         except OSError as error:
             logger.warning("which adapters are loaded cannot be kept on disk (%s)", error.strerror)

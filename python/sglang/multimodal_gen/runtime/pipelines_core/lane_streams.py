@@ -119,8 +119,8 @@ class LaneStreams:
         events = [event for req in requests if (event := self._pending.pop(req.request_id, None)) is not None]
         if self._left_tables:
             self.join()
-        elif events:
-            self._streams.main_waits(events[-1] if len(events) == 1 else self._last)
+        for event in events:
+            self._streams.main_waits(event)
         yield
 
     @contextmanager
@@ -136,7 +136,6 @@ class LaneStreams:
         finally:
             self._last = self._streams.side_event()
             self._left_tables |= num_tables_made() != made
-            self._num_tables = num_tables_made()
             self._pending |= {req.request_id: self._last for req in requests}
 
     def join(self) -> None:

@@ -6,7 +6,6 @@ The tree's shape stands as JSON in the file's header, its tensors are the file's
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sglang.multimodal_gen.errors import InvalidState
-from sglang.multimodal_gen.runtime.postprocess.pending_file import PendingFile
+from sglang.multimodal_gen.runtime.postprocess.pending_file import write_whole
 
 _FORMAT = "sglang-request-state-1"
 
@@ -40,16 +39,7 @@ def write_state(path: Path, tree: Mapping[str, Any], *, identity: str) -> None:
     """
     tensors: dict[str, Tensor] = {}
     shape = json.dumps(_shape_of(tree, tensors))
-    data = save(tensors, metadata={"format": _FORMAT, "identity": identity, "shape": shape})
-    pending = PendingFile(path.parent, name=path.name)
-    try:
-        with Path(pending.path).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        pending.publish(path.name, overwrite=True)
-    finally:
-        pending.discard()
+    write_whole(path, save(tensors, metadata={"format": _FORMAT, "identity": identity, "shape": shape}))
 
 
 def read_state(path: Path, *, identity: str, device: torch.device) -> dict[str, Any]:

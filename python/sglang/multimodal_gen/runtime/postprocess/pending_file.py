@@ -107,3 +107,19 @@ class PendingFile:
                 if (self.directory / name).exists():
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name) from None
                 os.replace(self._part, name, src_dir_fd=directory, dst_dir_fd=directory)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Put these bytes in the place of what the file held, or leave that; they are on the disk when this returns.
+
+    Raises: OSError.
+    """
+    pending = PendingFile(path.parent, name=path.name)
+    try:
+        with Path(pending.path).open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        pending.publish(path.name, overwrite=True)
+    finally:
+        pending.discard()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from sglang.multimodal_gen.runtime.bench.messages import KernelTime
+from sglang.multimodal_gen.runtime.bench.messages import LONGEST_KERNEL_NAME, KernelTime
 from sglang.multimodal_gen.runtime.layers.device_timing import Run
 
 _SHOWN = 20
-_LONGEST_NAME = 100  # names of templates go on for lines
 
 
 def busiest_kernels(run: Run, device: torch.device) -> tuple[KernelTime, ...]:
@@ -26,7 +25,7 @@ def busiest_kernels(run: Run, device: torch.device) -> tuple[KernelTime, ...]:
     times = [event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events]
     ranked = sorted(zip(times, events, strict=True), key=lambda each: -each[0])
     return tuple(
-        KernelTime(name=event.key[:_LONGEST_NAME], calls=event.count, seconds=microseconds / 1e6)
+        KernelTime(name=event.key[:LONGEST_KERNEL_NAME], calls=event.count, seconds=microseconds / 1e6)
         for microseconds, event in ranked[:_SHOWN]
         if microseconds > 0
     )

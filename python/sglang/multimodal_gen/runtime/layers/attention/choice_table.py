@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sglang.multimodal_gen.runtime.layers.attention.registry import KERNELS
+from sglang.multimodal_gen.runtime.postprocess.pending_file import write_whole
 
 SCHEMA_VERSION = 1
 WORTHWHILE = 0.03
@@ -161,14 +160,7 @@ def write_table(path: Path, identity: Mapping[str, str], entries: Sequence[Table
     """At once or not at all: another process reads the old file or the new one. Raises OSError."""
     content = TableFile(schema_version=SCHEMA_VERSION, identity=dict(identity), entries=tuple(entries))
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(msgspec.json.format(msgspec.json.encode(content), indent=1))
-        Path(name).replace(path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole(path, msgspec.json.format(msgspec.json.encode(content), indent=1))
 
 
 def merge_into_table(path: Path, identity: Mapping[str, str], entries: Sequence[TableEntry]) -> None:
