@@ -494,7 +494,7 @@ def test_pipeline_compares_sharing_with_one_by_one_and_with_diffusers(
 
 def test_one_step_is_too_few_to_record(capsys: Capture) -> None:
     assert main(["bench", "pipeline", "--profile", "--num-inference-steps", "1", "--repeats", "1"]) == 1
-    assert "num_inference_steps: 1; accepted is 2 and more with profile" in capsys.readouterr().err
+    assert "num_inference_steps: got 1, accepted is 2 and more with profile" in capsys.readouterr().err
 
 
 def trace_of(path: Path, *works: tuple[str, str, float, float]) -> Path:
