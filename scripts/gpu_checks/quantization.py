@@ -14,7 +14,7 @@ from sglang.multimodal_gen.runtime.layers.quantization.products import (
     reference_product,
 )
 from sglang.multimodal_gen.runtime.layers.quantization.rows import quantize_rows, reference_rows
-from sglang.multimodal_gen.runtime.layers.quantization.schemes import QuantizedTensors, Scheme
+from sglang.multimodal_gen.runtime.layers.quantization.schemes import Scheme
 
 # Tokens, features in, features out: a large block, few tokens of a text, an odd number, one.
 _SHAPES = ((4608, 3072, 12_288), (77, 3072, 3072), (1001, 1536, 8960), (1, 64, 48))
@@ -59,21 +59,19 @@ def _product_error(
 ) -> float:
     weight = Scheme("fp8", granularity).quantize(_drawn(outputs, features, device=device))
     source, bias = (_drawn(*size, device=device, dtype=dtype) for size in ((tokens, features), (outputs,)))
-    found = QuantizedWeight(weight).linear(source, bias)
+    found = QuantizedWeight(weight).linear(source, bias=bias)
     return _relative(found, reference_product(reference_rows(source), weight, bias, torch.float32))
 
 
 def _parts_error(device: torch.device) -> float:
+    """Of an input in two parts, of which the second takes GELU on the way."""
     layer = RowParallelLinear(sum(_PARTS), _PARTS[0], blocks=_PARTS).to(device, torch.bfloat16).requires_grad_(False)
     weight = Scheme("fp8").quantize(layer.weight)
     layer.quantize(*weight, Quantization(torch.bfloat16, scales_inputs=True))
     parts = [_drawn(2, 512, width, device=device, dtype=torch.bfloat16) for width in _PARTS]
-    expected = layer.bias.float()
-    for part, values in zip(parts, weight.values.split(_PARTS, dim=1), strict=True):
-        rows = reference_rows(part.flatten(0, 1))
-        own = QuantizedTensors(values, weight.scales)
-        expected = expected + reference_product(rows, own, None, torch.float32).view(2, 512, -1)
-    return _relative(layer.of_parts(*parts), expected)
+    rows = reference_rows(*(part.flatten(0, 1) for part in parts), gelu_from=1)
+    expected = reference_product(rows, weight, layer.bias, torch.float32).view(2, 512, -1)
+    return _relative(layer.of_parts(*parts, gelu_from=1), expected)
 
 
 def _relative(found: Tensor, exact: Tensor) -> float:

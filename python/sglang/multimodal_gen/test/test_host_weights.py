@@ -394,3 +394,42 @@ def test_a_pipeline_that_diffusers_runs_takes_no_such_wish(options: dict[str, An
     with pytest.raises(InvalidValue, match=f"{name}: .* whose weights all stay on the device"):
         refuse_wishes(MemoryArgs(**options), "a model")
     refuse_wishes(MemoryArgs(performance_mode="speed", gpu_memory_limit=20.0), "a model")
+
+
+class StandInRuntime:
+    """What a GPU's runtime knows of pinned memory: no byte is registered twice, and none that is unmapped stays."""
+
+    def __init__(self) -> None:
+        self.registered: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:  # noqa: N802 (the runtime's names)
+        """0, or the error that says that some of it is registered."""
+        if any(address < begin + size and begin < address + num_bytes for begin, size in self.registered.items()):
+            return 712
+        self.registered[address] = num_bytes
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        """0."""
+        del self.registered[address]
+        return 0
+
+
+def test_memory_that_was_pinned_is_released_before_others_get_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = StandInRuntime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None if code == 0 else pytest.fail(f"error {code}"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    layer = nn.Linear(64, 48)
+    exact = layer.weight.detach().clone()
+    for _ in range(5):
+        with torch.inference_mode():
+            weights = HostWeights([parameter.detach() for parameter in layer.parameters()], pin=True)
+        assert len(runtime.registered) == 1
+        view = weights.views(weights.spans[0].source)[0]
+        assert torch.equal(view, exact)
+        assert not view.is_inference()
+        del weights
+        assert len(runtime.registered) == 1, "a tensor still lies in it"
+        del view
+        assert not runtime.registered

@@ -148,7 +148,7 @@ def linear_gelu(hidden_states: Tensor, weight: Matrix, bias: Tensor | None) -> T
     """GELU, by its tanh form, of a linear layer: [..., I] -> [..., O]; on a GPU in the epilogue of the product, which
     those in fp8 do not have."""
     if not isinstance(weight, Tensor):
-        return F.gelu(weight.linear(hidden_states, bias), approximate="tanh")
+        return F.gelu(weight.linear(hidden_states, bias=bias), approximate="tanh")
     if _serves(hidden_states) and bias is not None and hidden_states.dtype != torch.float32:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         return torch._addmm_activation(bias, flat, weight.t(), use_gelu=True).view(*hidden_states.shape[:-1], -1)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import itertools
 import mmap
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -181,11 +182,30 @@ def _host_memory(num_bytes: int, *, pin: bool) -> Tensor:
     power of two, and in pages of their own, since no page can be registered twice."""
     if not pin or not num_bytes:
         return torch.empty(num_bytes, dtype=torch.uint8)
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory = torch.frombuffer(pages, dtype=torch.uint8)
-    cudart: Any = torch.cuda.cudart()
-    torch.cuda.check_error(cudart.cudaHostRegister(memory.data_ptr(), num_bytes, 0))
-    return memory
+    with torch.inference_mode(False):
+        return torch.frombuffer(_PinnedPages(num_bytes), dtype=torch.uint8)
+
+
+class _PinnedPages(mmap.mmap):
+    """Pages of the host that a GPU reads by itself, for as long as a tensor lies in them."""
+
+    def __new__(cls, num_bytes: int) -> Self:
+        pages = super().__new__(cls, -1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.cudart = torch.cuda.cudart()
+        pages.address = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
+        torch.cuda.check_error(pages.cudart.cudaHostRegister(pages.address, num_bytes, 0))
+        pages.registered = True
+        return pages
+
+    cudart: Any
+    address: int
+    registered = False
+
+    def __del__(self) -> None:
+        # Before they are unmapped: the next pages may get their address, and none can be registered twice.
+        if self.registered and not sys.is_finalizing():
+            torch.cuda.synchronize()
+            self.cudart.cudaHostUnregister(self.address)
 
 
 class Link(Protocol):
@@ -260,6 +280,7 @@ class StagedLink:
         """See Link."""
         return self._thread.submit(self._copy, weights, buffer, after)
 
+    @torch.inference_mode()  # which is each thread's own: without it, tensors made under it could not be written
     def _copy(self, weights: HostWeights, buffer: Tensor, after: Any) -> Any:
         self._stream.wait_event(after)
         for begin, spans in weights.parts(len(self._staging[0].memory)):

@@ -64,19 +64,26 @@ class AdaptableLinear(nn.Linear):
         """Whether rows of the present forward have adapters for it."""
         return self.adapters is not None and self.adapters.rows.uses is not None
 
+    @property
+    def fuses_gelu(self) -> bool:
+        """Whether inputs are quantised one by one, which can take their GELU on the way."""
+        return self.quantization is not None and self.quantization.scales_inputs and not self.is_adapted
+
     def gelu(self, hidden_states: Tensor) -> Tensor:
         """Tanh-GELU of the outputs; in the product's epilogue where nothing has to be added before it."""
-        return next(self.gelu_parts(hidden_states, 1))
+        return next(self.output_parts(hidden_states, 1, gelu=True))
 
-    def gelu_parts(self, hidden_states: Tensor, count: int) -> Iterator[Tensor]:
-        """The same as at most so many tensors that would stand side by side, each computed when it is asked for."""
+    def output_parts(self, hidden_states: Tensor, count: int, *, gelu: bool) -> Iterator[Tensor]:
+        """The outputs, or their tanh-GELU, as at most so many tensors that would stand side by side, each computed when
+        it is asked for; as one where rows have adapters."""
         if self.is_adapted:
-            yield F.gelu(self(hidden_states), approximate="tanh")
+            outputs = self(hidden_states)
+            yield F.gelu(outputs, approximate="tanh") if gelu else outputs
             return
         biases = [None] * count if self.bias is None else self.bias.chunk(count)
         matrices: Sequence[Matrix] = self.matrix.chunk(count)
         for matrix, bias in zip(matrices, biases, strict=True):
-            yield linear_gelu(hidden_states, matrix, bias)
+            yield linear_gelu(hidden_states, matrix, bias) if gelu else multiply(hidden_states, matrix, bias)
 
 
 class ReplicatedLinear(AdaptableLinear):
@@ -124,23 +131,28 @@ class RowParallelLinear(AdaptableLinear):
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.of_parts(hidden_states)
 
-    def of_parts(self, *parts: Tensor) -> Tensor:
-        """The same, of an input that lies in several tensors which would stand side by side: [..., I_k/P] each."""
+    def of_parts(self, *parts: Tensor, gelu_from: int | None = None) -> Tensor:
+        """The same, of an input that lies in several tensors which would stand side by side: [..., I_k/P] each.
+
+        `gelu_from`: of the tanh-GELU of those from this one on, for a layer that `fuses_gelu`.
+        """
+        assert gelu_from is None or self.fuses_gelu, "the caller has asked"
         # The first rank adds the bias, so that the sum has it once.
         bias = self.bias if self.axis.rank == 0 else None
         trains = torch.is_grad_enabled() and any(each.requires_grad for each in (self.weight, *parts))
-        matrix, widths = self.matrix, [part.shape[-1] for part in parts]
-        apart = isinstance(matrix, Tensor) or matrix.takes_inputs(widths)
-        if trains or self.is_adapted or not apart or (self.axis.size == 1 and len(parts) == 1):
+        matrix = self.matrix
+        if trains or self.is_adapted or (self.axis.size == 1 and len(parts) == 1 and isinstance(matrix, Tensor)):
             whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
             return all_reduce(self.adapted(multiply(whole, matrix, bias), whole), self.axis)
-        weights = matrix.split(widths, dim=1) if isinstance(matrix, Tensor) else matrix.split(widths)
         inputs = [part.flatten(0, -2) for part in parts]
         output = inputs[0].new_empty(inputs[0].shape[0], self.out_features, dtype=computing_dtype(self))
         num_chunks = max(1, min(_MOST_CHUNKS, len(output) // CHUNK_TOKENS)) if self.axis.size > 1 else 1
         sums = []
         for chunk, *rows in zip(output.chunk(num_chunks), *(part.chunk(num_chunks) for part in inputs), strict=True):
-            _multiply(rows, weights, bias, out=chunk)
+            if isinstance(matrix, Tensor):
+                _multiply(rows, matrix, bias, out=chunk)
+            else:
+                matrix.linear(*rows, bias=bias, gelu_from=gelu_from, out=chunk)
             # While the ranks' sums of these tokens are on their way, those of the next are computed.
             sums.append(Sum(chunk, self.axis))
         for each in sums:
@@ -148,17 +160,14 @@ class RowParallelLinear(AdaptableLinear):
         return output.view(*parts[0].shape[:-1], -1)
 
 
-def _multiply(parts: Sequence[Tensor], weights: Sequence[Matrix], bias: Tensor | None, *, out: Tensor) -> None:
-    """Sum over k of [N, I_k] times [O, I_k], plus the bias [O], into [N, O]."""
-    for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
-        if not isinstance(weight, Tensor):
-            if number:
-                out.add_(weight.linear(part, None))
-            else:
-                weight.linear(part, bias, out=out)
-        elif number:
-            out.addmm_(part, weight.t())
+def _multiply(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
+    """Sum over k of [N, I_k] times the columns of [O, I] for it, plus the bias [O], into [N, O]."""
+    for number, (part, own) in enumerate(
+        zip(parts, weight.split([part.shape[-1] for part in parts], dim=1), strict=True)
+    ):
+        if number:
+            out.addmm_(part, own.t())
         elif bias is None:
-            torch.mm(part, weight.t(), out=out)
+            torch.mm(part, own.t(), out=out)
         else:
-            torch.addmm(bias, part, weight.t(), out=out)
+            torch.addmm(bias, part, own.t(), out=out)

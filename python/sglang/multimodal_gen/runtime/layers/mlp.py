@@ -60,6 +60,10 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        first, _, last = self.net
+        assert isinstance(last, RowParallelLinear), "as it was made"
+        if isinstance(first, GELUProjection) and first.approximate == "tanh" and last.fuses_gelu:
+            return last.of_parts(first.proj(hidden_states), gelu_from=0)
         return self.net(hidden_states)
 
 

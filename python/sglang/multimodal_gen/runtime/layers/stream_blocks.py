@@ -138,8 +138,9 @@ class SingleStreamBlock(nn.Module):
         normed = modulation.normed(hidden_states)
         sent = self.attn.project(normed, freqs_cis)
         # With exchanges a part of the MLP for each of them, to be computed meanwhile.
-        parts = self.proj_mlp.gelu_parts(normed, self.num_mlp_parts)
+        later = self.proj_out.fuses_gelu
+        parts = self.proj_mlp.output_parts(normed, self.num_mlp_parts, gelu=not later)
         mlp = [next(parts)]
         attended = self.attn.begin_attending(*sent, mask)
-        update = self.proj_out.of_parts(arrived(attended).flatten(2), *mlp, *parts)
+        update = self.proj_out.of_parts(arrived(attended).flatten(2), *mlp, *parts, gelu_from=1 if later else None)
         return modulation.add_gated(hidden_states, update)

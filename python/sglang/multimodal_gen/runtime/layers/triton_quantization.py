@@ -1,9 +1,11 @@
 """The Triton kernel that quantises activations: each row is read, its largest number found, and its values written.
 
-Its reference, and the choice between the two, are in `quantization/rows.py`. Shapes: N tokens, K features.
+Its reference, and the choice between the two, are in `quantization/rows.py`. Shapes: N tokens, K features of all parts.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -11,60 +13,98 @@ import triton.language as tl
 from torch import Tensor
 
 _LARGEST = tl.constexpr(448.0)
-# A row of so many features is held at once; of a longer one, which no model has yet, parts are read twice.
-_MOST_FEATURES = 16_384
+_MOST_PARTS = 3
+# A row is held at once; longer ones would not fit into registers. No model has any.
+_MOST_FEATURES = 65_536
+
+
+@triton.jit
+def _read(source, columns, WIDTH: tl.constexpr, GELU: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A part of the row in fp32, and zeros behind it; the sigmoid is another way to write the tanh form of GELU."""
+    wide = tl.load(source + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    if GELU:
+        wide *= tl.sigmoid(1.5957691216057308 * (wide + 0.044715 * wide * wide * wide))
+    return wide
+
+
+@triton.jit
+def _write(target, columns, wide, scale, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    held = tl.minimum(tl.maximum(tl.div_rn(wide, scale), -_LARGEST), _LARGEST)
+    tl.store(target + columns, held.to(tl.float8e4nv), mask=columns < WIDTH)
 
 
 @triton.jit
 def _quantize_rows_kernel(  # type: ignore[no-untyped-def]
-    tokens,
+    first,
+    second,
+    third,
     values,
     scales,
-    token_stride,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    first_stride,
+    second_stride,
+    third_stride,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    THIRD: tl.constexpr,
+    FIRST_BLOCK: tl.constexpr,
+    SECOND_BLOCK: tl.constexpr,
+    THIRD_BLOCK: tl.constexpr,
+    GELU_FROM: tl.constexpr,
 ):
     """One row: its largest number by amount over that of fp8 is the scale, and the row over the scale its values."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    source = tokens + row * token_stride
-    target = values + row * WIDTH
-    if WIDTH <= BLOCK:
-        wide = tl.load(source + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-        largest = tl.max(tl.abs(wide), axis=0)
-        scale = tl.where(largest == 0.0, 1.0, tl.div_rn(largest, _LARGEST))
-        held = tl.minimum(tl.maximum(tl.div_rn(wide, scale), -_LARGEST), _LARGEST)
-        tl.store(target + columns, held.to(tl.float8e4nv), mask=columns < WIDTH)
-    else:
-        found = tl.zeros([BLOCK], dtype=tl.float32)
-        for start in range(0, WIDTH, BLOCK):
-            inside = start + columns < WIDTH
-            found = tl.maximum(found, tl.abs(tl.load(source + start + columns, mask=inside, other=0.0).to(tl.float32)))
-        largest = tl.max(found, axis=0)
-        scale = tl.where(largest == 0.0, 1.0, tl.div_rn(largest, _LARGEST))
-        for start in range(0, WIDTH, BLOCK):
-            inside = start + columns < WIDTH
-            wide = tl.load(source + start + columns, mask=inside, other=0.0).to(tl.float32)
-            held = tl.minimum(tl.maximum(tl.div_rn(wide, scale), -_LARGEST), _LARGEST)
-            tl.store(target + start + columns, held.to(tl.float8e4nv), mask=inside)
+    target = values + row * (FIRST + SECOND + THIRD)
+    here = tl.arange(0, FIRST_BLOCK)
+    wide = _read(first + row * first_stride, here, FIRST, GELU_FROM <= 0)
+    largest = tl.max(tl.abs(wide), axis=0)
+    if SECOND > 0:
+        there = tl.arange(0, SECOND_BLOCK)
+        second_wide = _read(second + row * second_stride, there, SECOND, GELU_FROM <= 1)
+        largest = tl.maximum(largest, tl.max(tl.abs(second_wide), axis=0))
+    if THIRD > 0:
+        yonder = tl.arange(0, THIRD_BLOCK)
+        third_wide = _read(third + row * third_stride, yonder, THIRD, GELU_FROM <= 2)
+        largest = tl.maximum(largest, tl.max(tl.abs(third_wide), axis=0))
+    scale = tl.where(largest == 0.0, 1.0, tl.div_rn(largest, _LARGEST))
+    _write(target, here, wide, scale, FIRST)
+    if SECOND > 0:
+        _write(target + FIRST, there, second_wide, scale, SECOND)
+    if THIRD > 0:
+        _write(target + FIRST + SECOND, yonder, third_wide, scale, THIRD)
     tl.store(scales + row, scale)
 
 
-def quantize_rows(tokens: Tensor, *, most_features: int = _MOST_FEATURES) -> tuple[Tensor, Tensor]:
-    """[N, K], features side by side -> values [N, K] in fp8 and scales [N, 1] in fp32; see `rows.quantize_rows`."""
-    assert tokens.ndim == 2, "tokens of all rows one after the other"
-    assert tokens.stride(1) == 1, "features lie side by side"
-    num_tokens, width = tokens.shape
-    values = torch.empty(num_tokens, width, dtype=torch.float8_e4m3fn, device=tokens.device)
-    scales = torch.empty(num_tokens, 1, dtype=torch.float32, device=tokens.device)
-    block = min(triton.next_power_of_2(width), most_features)
+def serves(parts: Sequence[Tensor]) -> bool:
+    """Whether the kernel is for so many parts of these widths."""
+    return len(parts) <= _MOST_PARTS and sum(_block(part.shape[1]) for part in parts) <= _MOST_FEATURES
+
+
+def quantize_rows(parts: Sequence[Tensor], *, gelu_from: int) -> tuple[Tensor, Tensor]:
+    """Parts [N, K_i], features side by side -> values [N, K] in fp8 and scales [N, 1] in fp32; see
+    `rows.quantize_rows`."""
+    assert serves(parts), "the kernel is for these parts"
+    assert all(part.ndim == 2 and part.stride(1) == 1 for part in parts), "tokens in rows, features side by side"
+    num_tokens, widths = len(parts[0]), [part.shape[1] for part in parts]
+    values = torch.empty(num_tokens, sum(widths), dtype=torch.float8_e4m3fn, device=parts[0].device)
+    scales = torch.empty(num_tokens, 1, dtype=torch.float32, device=parts[0].device)
+    absent = _MOST_PARTS - len(parts)
+    blocks = [_block(width) for width in widths]
     _quantize_rows_kernel[(num_tokens,)](
-        tokens,
+        *parts,
+        *(parts[0],) * absent,
         values,
         scales,
-        tokens.stride(0),
-        WIDTH=width,
-        BLOCK=block,
-        num_warps=4 if block <= 4096 else 8,
+        *(part.stride(0) for part in parts),
+        *(0,) * absent,
+        *widths,
+        *(0,) * absent,
+        *blocks,
+        *(1,) * absent,
+        GELU_FROM=gelu_from,
+        num_warps=next((warps for warps, most in ((4, 4096), (8, 16_384)) if sum(blocks) <= most), 16),
     )
     return values, scales
+
+
+def _block(width: int) -> int:
+    return int(triton.next_power_of_2(width))

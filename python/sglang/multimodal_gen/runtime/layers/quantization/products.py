@@ -8,7 +8,6 @@ Shapes: `...` any, N tokens, I in_features, O out_features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -48,9 +47,15 @@ class QuantizedWeight:
 
     tensors: QuantizedTensors
 
-    def linear(self, hidden_states: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
-        """[..., I] -> [..., O] in the inputs' dtype; in `out` [N, O] where given."""
-        rows = quantize_rows(hidden_states.reshape(-1, hidden_states.shape[-1]))
+    def linear(
+        self, *parts: Tensor, bias: Tensor | None, gelu_from: int | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """[..., I_k], which would stand side by side, -> [..., O] in the inputs' dtype; in `out` [N, O] where given.
+
+        `gelu_from`: the tanh-GELU of the parts from this one on.
+        """
+        rows = quantize_rows(*(part.reshape(-1, part.shape[-1]) for part in parts), gelu_from=gelu_from)
+        hidden_states = parts[0]
         dtype = hidden_states.dtype
         if dtype == torch.bfloat16 and _has_row_scales(hidden_states.device):
             scales = self.tensors.scales.expand(self.tensors.values.shape[0], 1)
@@ -76,15 +81,6 @@ class QuantizedWeight:
         of_parts = scales.chunk(count) if self.tensors.by_row else [scales] * len(parts)
         return [QuantizedWeight(QuantizedTensors(*part)) for part in zip(parts, of_parts, strict=True)]
 
-    def takes_inputs(self, sizes: Sequence[int]) -> bool:
-        """Whether inputs of these widths can be multiplied apart."""
-        return all(size % _FP8_MULTIPLE == 0 for size in sizes)
-
-    def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
-        """Parts for inputs of these widths."""
-        parts = self.tensors.values.split(list(sizes), dim=1)
-        return [QuantizedWeight(QuantizedTensors(part, self.tensors.scales)) for part in parts]
-
 
 Matrix = Tensor | QuantizedWeight
 """A weight [O, I] as products take it."""
@@ -92,7 +88,9 @@ Matrix = Tensor | QuantizedWeight
 
 def multiply(hidden_states: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     """A linear layer's product: [..., I] -> [..., O]."""
-    return F.linear(hidden_states, matrix, bias) if isinstance(matrix, Tensor) else matrix.linear(hidden_states, bias)
+    return (
+        F.linear(hidden_states, matrix, bias) if isinstance(matrix, Tensor) else matrix.linear(hidden_states, bias=bias)
+    )
 
 
 def scaled_afterwards(rows: QuantizedRows, weight: QuantizedTensors, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

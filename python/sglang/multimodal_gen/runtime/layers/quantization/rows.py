@@ -1,6 +1,6 @@
 """Activations to fp8 with a scale for each token, while the model runs: one pass over them on a GPU.
 
-Shapes: N tokens, K features.
+Shapes: N tokens, K features of all parts.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sglang.multimodal_gen.runtime.layers.quantization.schemes import FP8, scaled
@@ -31,14 +32,20 @@ def _kernels() -> Any:
     return triton_quantization
 
 
-def quantize_rows(tokens: Tensor) -> QuantizedRows:
-    """[N, K] of any floating dtype; the largest number of each row becomes the largest of fp8."""
-    if tokens.is_cuda and not torch.compiler.is_compiling() and _kernels() is not None:
-        return QuantizedRows(*_kernels().quantize_rows(tokens))
-    return reference_rows(tokens)
+def quantize_rows(*parts: Tensor, gelu_from: int | None = None) -> QuantizedRows:
+    """Parts [N, K_i] of any floating dtype, side by side; the largest number of each row becomes the largest of fp8.
+
+    `gelu_from`: from this part on, of which it is the tanh-GELU.
+    """
+    if parts[0].is_cuda and not torch.compiler.is_compiling() and _kernels() is not None and _kernels().serves(parts):
+        return QuantizedRows(*_kernels().quantize_rows(parts, gelu_from=len(parts) if gelu_from is None else gelu_from))
+    return reference_rows(*parts, gelu_from=gelu_from)
 
 
-def reference_rows(tokens: Tensor) -> QuantizedRows:
+def reference_rows(*parts: Tensor, gelu_from: int | None = None) -> QuantizedRows:
     """What the kernel computes, in several passes."""
-    wide = tokens.float()
-    return QuantizedRows(*scaled(wide, wide.abs().amax(dim=1, keepdim=True), FP8))
+    plain = len(parts) if gelu_from is None else gelu_from
+    wide = [part.float() for part in parts]
+    wide = [part if number < plain else F.gelu(part, approximate="tanh") for number, part in enumerate(wide)]
+    row = torch.cat(wide, dim=1) if len(wide) > 1 else wide[0]
+    return QuantizedRows(*scaled(row, row.abs().amax(dim=1, keepdim=True), FP8))

@@ -65,7 +65,8 @@ class Scheme:
 def scaled(wide: Tensor, largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """fp32 numbers over scales that put `largest` at the end of the range: values and scales. Zeros have scale one."""
     limit = LARGEST[dtype]
-    scales = torch.where(largest == 0, 1.0, largest / limit)
+    # Over a tensor: GPUs multiply with the reciprocal of a number, which rounds twice.
+    scales = torch.where(largest == 0, 1.0, largest / torch.full_like(largest, limit))
     values = wide / scales
     if dtype == torch.int8:
         values.round_()
