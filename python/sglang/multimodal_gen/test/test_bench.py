@@ -11,6 +11,8 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import numpy as np
 import pytest
 import torch
 from msgspec import structs
@@ -19,9 +21,10 @@ from sglang.cli.main import main
 from sglang.multimodal_gen.configs.models.dits.wan import WanTransformerConfig
 from sglang.multimodal_gen.configs.models.encoders import UMT5EncoderConfig
 from sglang.multimodal_gen.configs.published import published_directory
+from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, SamplingParams
 from sglang.multimodal_gen.errors import BenchmarkFailed, IncompatibleParameters, MissingPackage, UnsupportedModel
 from sglang.multimodal_gen.registry import read_json_object
-from sglang.multimodal_gen.runtime.bench import report
+from sglang.multimodal_gen.runtime.bench import pipeline, report
 from sglang.multimodal_gen.runtime.bench.child import BenchChild
 from sglang.multimodal_gen.runtime.bench.idle import idle_time
 from sglang.multimodal_gen.runtime.bench.machine import describe_machine
@@ -29,6 +32,7 @@ from sglang.multimodal_gen.runtime.bench.messages import (
     ComponentResult,
     ComponentTask,
     OutputError,
+    ReferenceCall,
     StartupTask,
     StartupTimes,
 )
@@ -42,6 +46,7 @@ from sglang.multimodal_gen.runtime.bench.worker.exactness import exact_output, o
 from sglang.multimodal_gen.runtime.bench.worker.flops import count_flops
 from sglang.multimodal_gen.runtime.bench.worker.memory import peak_bytes
 from sglang.multimodal_gen.runtime.bench.worker.reference_module import require_reference
+from sglang.multimodal_gen.runtime.bench.worker.reference_pipeline import ReferenceRunner
 from sglang.multimodal_gen.runtime.bench.worker.reporting import Parent
 from sglang.multimodal_gen.runtime.entrypoints.cli import bench
 from sglang.multimodal_gen.runtime.entrypoints.cli.options import OptionParser
@@ -50,9 +55,14 @@ from sglang.multimodal_gen.runtime.layers.device_timing import time_in_turns
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.models.dits.wan import WanTransformer3DModel
 from sglang.multimodal_gen.runtime.models.encoders.umt5 import UMT5EncoderModel
+from sglang.multimodal_gen.runtime.pipelines_core import find_pipeline
+from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY
 from sglang.multimodal_gen.runtime.pipelines_core.workload import VideoDecoding, WorkSize
-from sglang.multimodal_gen.runtime.server_args import ServerArgs
+from sglang.multimodal_gen.runtime.server_args import ModelArgs, ServerArgs
+from sglang.multimodal_gen.test import one_prompt_reference
+from sglang.multimodal_gen.test.pipeline_parity import load, run_together
 from sglang.multimodal_gen.test.test_cli import loaded_after, sentence_of
+from sglang.multimodal_gen.test.tiny_families import FAMILIES, wish_of
 from sglang.multimodal_gen.test.tiny_wan import TINY_TRANSFORMER, TINY_VAE, noise, vae_pair
 
 Capture = pytest.CaptureFixture[str]
@@ -482,6 +492,14 @@ def test_pipeline_compares_sharing_with_one_by_one_and_with_diffusers(
     assert reference["max_frame_difference"] <= 1
     check_ratio(reference["ratio"], reference["ours_seconds"], reference["seconds"])
     check_summary(reference["step_ms"], num_samples=6)
+    assert reference["outputs_per_second"] == pytest.approx(1 / reference["seconds"]["median"])
+    batch = reference["batch"]
+    assert (batch["size"], batch["ours_seconds"]) == (3, together["seconds"])
+    assert batch["max_frame_difference"] <= 1
+    check_summary(batch["seconds"], num_samples=2)
+    check_ratio(batch["ratio"], batch["ours_seconds"], batch["seconds"])
+    check_summary(batch["step_ms"], num_samples=6)
+    assert batch["outputs_per_second"] == pytest.approx(3 / batch["seconds"]["median"])
     assert 0 < result["idle"]["idle_seconds"] < result["idle"]["seconds"] < 4 * alone["seconds"]["p90"]
     assert Path(result["idle"]["trace"]).is_file()
     assert all(gap["after"].startswith("aten::") for gap in result["idle"]["gaps"]), "the CPU's operations"
@@ -490,6 +508,45 @@ def test_pipeline_compares_sharing_with_one_by_one_and_with_diffusers(
         assert rate["matmul_ratio"] == pytest.approx(rate["flops_per_second"] / rate["matmul_flops_per_second"])
     config = WanTransformerConfig(**TINY_TRANSFORMER)
     assert result["rates"]["denoise"]["flops"] == 4 * 2 * dit_flops(config, (2, 4, 4), 16)
+
+
+def test_a_reference_that_takes_one_prompt_at_a_time_is_noted_and_asked_once(
+    capsys: Capture, wan_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_REFERENCE", one_prompt_reference.__name__)
+    arguments = (
+        "pipeline", "--model-path", str(wan_checkpoint("plain")), *SMALL, "--num-inference-steps", "2",
+        "--concurrency", "2", "--compare", "diffusers", "--max-sequence-length", "16", "--json", "pipeline.json",
+    )  # fmt: skip
+    assert main(["bench", *arguments]) == 0, capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "2 together" in out and "Traceback" not in err
+    result = json.loads(Path("pipeline.json").read_text())["result"]
+    refusal = "diffusers' WanPipeline did not make 2 outputs in one call (ValueError: batch size 1 alone, got 2)"
+    assert result["notes"].count(refusal) == 1 and refusal in out
+    assert result["together"]["concurrency"] == 2
+    assert result["reference"]["batch"] is None and result["reference"]["max_frame_difference"] <= 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pipeline_of_diffusers_makes_at_once_what_ours_makes_of_the_same_seeds(family: str, tmp_path: Path) -> None:
+    """Twice: a call that wrote into its prompts would make other outputs the second time."""
+    save, _ = FAMILIES[family]
+    directory = save(tmp_path / "model")
+    reference = diffusers.DiffusionPipeline.from_pretrained(directory)
+    reference.set_progress_bar_config(disable=True)
+    runner = ReferenceRunner(reference, CPU, str(tmp_path))
+    resolved, _ = find_pipeline(ModelArgs(model_path=str(directory)))
+    params = SamplingParams.from_values(wish_of(family)).filled_from(resolved.defaults, GENERAL_DEFAULTS)
+    seeds = (3, 4)
+    together = run_together(load(directory), [(replace(params, seed=seed), EMPTY) for seed in seeds])
+    ours = np.stack([frames for _, frames in together]).astype(int)
+    assert np.abs(ours[0] - ours[1]).max() > 10, "of different noise"
+    for _ in range(2):
+        done = runner.run(ReferenceCall(params=params, seeds=seeds))
+        assert done.refusal is None
+        # A value that lies on the border between two steps of 1/255 may be rounded either way.
+        assert np.abs(np.load(done.frames_file) - ours).max() <= 1
 
 
 def test_one_step_is_too_few_to_record(capsys: Capture) -> None:

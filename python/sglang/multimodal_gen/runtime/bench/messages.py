@@ -100,9 +100,10 @@ class ReferenceTask(BenchMessage, frozen=True, kw_only=True):
 
 
 class ReferenceCall(BenchMessage, frozen=True, kw_only=True):
-    """Generate one output. `params` is complete."""
+    """Generate an output for each of the seeds, all in one call. `params` is complete but for the seed."""
 
     params: SamplingParams
+    seeds: tuple[int, ...]
 
 
 class StartupTask(BenchMessage, frozen=True, kw_only=True):
@@ -286,11 +287,15 @@ class ReferenceReady(BenchMessage, frozen=True, kw_only=True, tag="reference_rea
 
 
 class ReferenceDone(BenchMessage, frozen=True, kw_only=True, tag="reference_done"):
-    """One output is made; its frames, uint8 [T, H, W, 3], lie in a NumPy file that the reader removes."""
+    """The outputs N are made; their frames, uint8 [N, T, H, W, 3], lie in a NumPy file that the reader removes.
 
-    seconds: float
-    step_ms: tuple[float, ...]
-    frames_file: str
+    `refusal` says why a call of several outputs gave none; all else is empty then.
+    """
+
+    seconds: float = 0.0
+    step_ms: tuple[float, ...] = ()
+    frames_file: str = ""
+    refusal: str | None = None
 
 
 class StartupTimes(BenchMessage, frozen=True, kw_only=True, tag="startup"):

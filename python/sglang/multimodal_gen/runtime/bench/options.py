@@ -149,7 +149,8 @@ class PipelineArgs(ComparedArgs):
     )  # fmt: skip
     concurrency: int = arg(
         1,
-        help="Requests at a time. With more than 1, their shared steps are compared with one after another.",
+        help="Requests at a time. With more than 1, their shared steps are compared with one after another, and with "
+        "--compare with one call for as many outputs.",
         group="bench",
         minimum=1,
         maximum=1024,

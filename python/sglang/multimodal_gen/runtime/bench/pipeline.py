@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ from sglang.multimodal_gen.runtime.bench.messages import (
 )
 from sglang.multimodal_gen.runtime.bench.pipeline_result import (
     Batch,
+    Compared,
     PipelineResult,
     Turn,
     alone,
     beside_reference,
     frame_difference,
+    largest_difference,
     phase_rates,
     together,
 )
@@ -124,6 +126,7 @@ class PipelineBench:
             raise InvalidValue("num_inference_steps", 1, "2 and more with profile: the first one is not recorded")
         self.tokens: dict[str, float] = {}
         self.notes: tuple[str, ...] = ()
+        self.refused_batch = False
 
     def turns(self) -> list[Turn]:
         """Every repeat after the warm-up."""
@@ -141,12 +144,13 @@ class PipelineBench:
         first, concurrency = self.options["seed"], self.options["concurrency"]
         seeds = list(range(first, first + concurrency))
         alone = tuple(self._run([seed]) for seed in seeds)
-        done = None if self.reference is None else self._run_reference(first)
+        reference = self._run_reference(alone[0])
+        together = self._run(seeds) if concurrency > 1 else None
         return Turn(
             alone=alone,
-            together=self._run(seeds) if concurrency > 1 else None,
-            reference=done,
-            frame_difference=None if done is None else self._difference(alone[0].results[0], done),
+            together=together,
+            reference=reference,
+            reference_batch=None if together is None or self.refused_batch else self._run_reference(together),
         )
 
     def _run(self, seeds: list[int], **changes: Any) -> Batch:
@@ -168,16 +172,19 @@ class PipelineBench:
         # A phase's cost counts the tokens of all rows of one unit.
         self.tokens = {phase.name: phase.units * phase.cost for phase in started.phases if phase.lane == "denoise"}
 
-    def _run_reference(self, seed: int) -> ReferenceDone:
-        assert self.reference is not None, "there is something to compare with"
-        self.reference.send(ReferenceCall(params=dataclasses.replace(self.params, seed=seed)))
-        return self.reference.receive(ReferenceDone)
-
-    def _difference(self, ours: GenerationResult, done: ReferenceDone) -> tuple[int, float]:
-        assert ours.frames is not None, "frames were asked for"
-        theirs = np.load(done.frames_file)
-        Path(done.frames_file).unlink()
-        return frame_difference(ours.frames, theirs)
+    def _run_reference(self, batch: Batch) -> Compared | None:
+        """The same seeds in one call of the reference. None without one, and of a batch that it does not make, which
+        is noted and not tried again."""
+        if self.reference is None:
+            return None
+        ours = sorted(batch.results, key=lambda result: result.seed)
+        self.reference.send(ReferenceCall(params=self.params, seeds=tuple(result.seed for result in ours)))
+        done = self.reference.receive(ReferenceDone)
+        if done.refusal is not None:
+            self.refused_batch = True
+            self.notes = (*self.notes, done.refusal)
+            return None
+        return Compared(done=done, frame_difference=_difference(ours, Path(done.frames_file)))
 
     def _num_steps(self) -> int:
         assert self.params.num_inference_steps is not None, "the model says how many where nobody else does"
@@ -207,3 +214,14 @@ class PipelineBench:
             idle=idle,
             notes=self.notes,
         )
+
+
+def _difference(ours: Sequence[GenerationResult], frames_file: Path) -> tuple[int, float]:
+    """The largest of all outputs, each beside the reference's in the same place."""
+    theirs = np.load(frames_file)
+    frames_file.unlink()
+    differences = []
+    for result, frames in zip(ours, theirs, strict=True):
+        assert result.frames is not None, "frames were asked for"
+        differences.append(frame_difference(result.frames, frames))
+    return largest_difference(differences)

@@ -57,10 +57,29 @@ class Together(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     peak_memory_bytes: int
 
 
+class ReferenceBatch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`size` outputs in one call of the reference, in turns with as many requests of ours together, whose seconds in
+    the same turns are `ours_seconds`.
+
+    `ratio` is the batch's time over ours. Each output is compared with ours of the same seed; differences are the
+    largest of all.
+    """
+
+    size: int
+    seconds: Summary
+    ours_seconds: Summary
+    ratio: Ratio
+    step_ms: Summary | None
+    outputs_per_second: float
+    max_frame_difference: int
+    mean_frame_difference: float
+
+
 class Reference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The same requests through the reference, in turns with ours: `ours_seconds` are those of the same turns.
 
-    Differences are of the frames, in steps of 8-bit values; `ratio` is the reference's time over ours.
+    Differences are of the frames, in steps of 8-bit values; `ratio` is the reference's time over ours. `batch` is None
+    where one request runs at a time, or where a note says why the reference made none.
     """
 
     pipeline: str
@@ -69,8 +88,10 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ours_seconds: Summary
     ratio: Ratio
     step_ms: Summary | None
+    outputs_per_second: float
     max_frame_difference: int
     mean_frame_difference: float
+    batch: ReferenceBatch | None
 
 
 class PipelineResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="pipeline"):
@@ -114,13 +135,21 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A call of the reference, and how far its frames are from ours at most: the largest and the mean difference."""
+
+    done: ReferenceDone
+    frame_difference: tuple[int, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One repeat: the same requests one by one, together, and the first of them through the reference."""
+    """One repeat: the same requests one by one and together; the first of them, and all, in a call of the reference."""
 
     alone: tuple[Batch, ...]
     together: Batch | None
-    reference: ReferenceDone | None
-    frame_difference: tuple[int, float] | None
+    reference: Compared | None
+    reference_batch: Compared | None
 
 
 def alone(turns: Sequence[Turn]) -> Alone:
@@ -172,21 +201,54 @@ def beside_reference(turns: Sequence[Turn], ready: ReferenceReady | None) -> Ref
     """None where nothing was compared."""
     if ready is None:
         return None
-    done = [turn.reference for turn in turns if turn.reference is not None]
+    compared = [turn.reference for turn in turns if turn.reference is not None]
     ours = summarise([turn.alone[0].seconds for turn in turns])
-    theirs = summarise([reference.seconds for reference in done])
-    steps = [step for reference in done for step in reference.step_ms]
-    differences = [turn.frame_difference for turn in turns if turn.frame_difference is not None]
+    theirs = summarise([each.done.seconds for each in compared])
+    largest, mean = largest_difference([each.frame_difference for each in compared])
     return Reference(
         pipeline=ready.pipeline,
         load_seconds=ready.load_seconds,
         seconds=theirs,
         ours_seconds=ours,
         ratio=compare(ours, theirs),
-        step_ms=summarise(steps) if steps else None,
-        max_frame_difference=max(largest for largest, _ in differences),
-        mean_frame_difference=max(mean for _, mean in differences),
+        step_ms=_step_ms(compared),
+        outputs_per_second=1 / theirs.median,
+        max_frame_difference=largest,
+        mean_frame_difference=mean,
+        batch=_beside_batch(turns),
     )
+
+
+def _beside_batch(turns: Sequence[Turn]) -> ReferenceBatch | None:
+    """None unless every turn has one: a reference may run out of memory in any."""
+    pairs = [
+        (turn.together, turn.reference_batch)
+        for turn in turns
+        if turn.together is not None and turn.reference_batch is not None
+    ]
+    if len(pairs) < len(turns):
+        return None
+    compared = [each for _, each in pairs]
+    size = len(pairs[0][0].results)
+    ours = summarise([shared.seconds for shared, _ in pairs])
+    theirs = summarise([each.done.seconds for each in compared])
+    largest, mean = largest_difference([each.frame_difference for each in compared])
+    return ReferenceBatch(
+        size=size,
+        seconds=theirs,
+        ours_seconds=ours,
+        ratio=compare(ours, theirs),
+        step_ms=_step_ms(compared),
+        outputs_per_second=size / theirs.median,
+        max_frame_difference=largest,
+        mean_frame_difference=mean,
+    )
+
+
+def _step_ms(compared: Sequence[Compared]) -> Summary | None:
+    """None of calls of a single step."""
+    steps = [step for each in compared for step in each.done.step_ms]
+    return summarise(steps) if steps else None
 
 
 def phase_rates(measured: Alone, cost: CostResult | None, tokens: Mapping[str, float]) -> dict[str, PhaseRate]:
@@ -213,6 +275,11 @@ def frame_difference(ours: np.ndarray, reference: np.ndarray) -> tuple[int, floa
     """The largest and the mean difference of frames, both uint8 [T, H, W, 3], in steps of their values."""
     difference = np.abs(ours.astype(np.int16) - reference.astype(np.int16))
     return int(difference.max()), float(difference.mean())
+
+
+def largest_difference(differences: Sequence[tuple[int, float]]) -> tuple[int, float]:
+    """Of what `frame_difference` gave: the largest and the largest mean."""
+    return max(largest for largest, _ in differences), max(mean for _, mean in differences)
 
 
 def _peak_bytes(results: Iterable[GenerationResult]) -> int:

@@ -16,7 +16,13 @@ from sglang.multimodal_gen.runtime.bench.messages import (
     ParallelResult,
     Side,
 )
-from sglang.multimodal_gen.runtime.bench.pipeline_result import PipelineResult
+from sglang.multimodal_gen.runtime.bench.pipeline_result import (
+    Alone,
+    PipelineResult,
+    Reference,
+    ReferenceBatch,
+    Together,
+)
 from sglang.multimodal_gen.runtime.bench.startup import StartupResult
 from sglang.multimodal_gen.runtime.bench.statistics import Ratio, Summary
 from sglang.multimodal_gen.runtime.bench.tables import Row, Section, as_flops, as_size, as_time, show_sections
@@ -157,7 +163,7 @@ def _pipeline(result: PipelineResult) -> Iterator[Section]:
             ("parameters", _parameters(model.num_parameters, model.weight_bytes, model.load_seconds)),
             ("request", f"{request['width']}x{request['height']}, {request['num_frames']} frames, "
                         f"{request['num_inference_steps']} steps, guidance {request['guidance_scale']:g}"),
-            ("throughput", f"{alone.requests_per_second:.3g} requests/s"),
+            ("throughput", f"{alone.requests_per_second:.3g} outputs/s"),
             ("peak memory", as_size(alone.peak_memory_bytes)),
             *(("note", note) for note in result.notes),
         ],
@@ -172,19 +178,36 @@ def _pipeline(result: PipelineResult) -> Iterator[Section]:
     yield from _together(result)
     yield from _idle(result)
     if result.reference is not None:
-        other = result.reference
-        compared: list[Row] = [("sglang", *_summary(other.ours_seconds)), (other.pipeline, *_summary(other.seconds))]
-        if other.step_ms is not None:
-            compared.append(("  step", *_summary(other.step_ms, scale=1e-3)))
-        yield Section(f"beside {other.pipeline}", compared, ("", "median", "p10", "p90"))
-        yield Section(
-            "sglang against it",
-            [
-                ("times as fast", _ratio(other.ratio)),
-                ("largest difference", f"{other.max_frame_difference} of 255"),
-                ("mean difference", f"{other.mean_frame_difference:.4f} of 255"),
-            ],
-        )
+        name, batch = result.reference.pipeline, result.reference.batch
+        yield from _beside(f"beside {name}", name, result.reference)
+        if batch is not None:
+            yield from _beside(f"{batch.size} outputs together, beside one call of {name}", name, batch)
+        yield _outputs_per_second(result.alone, result.together, result.reference)
+
+
+def _beside(title: str, name: str, other: Reference | ReferenceBatch) -> Iterator[Section]:
+    compared: list[Row] = [("sglang", *_summary(other.ours_seconds)), (name, *_summary(other.seconds))]
+    if other.step_ms is not None:
+        compared.append(("  step", *_summary(other.step_ms, scale=1e-3)))
+    yield Section(title, compared, ("", "median", "p10", "p90"))
+    yield Section(
+        "sglang against it",
+        [
+            ("times as fast", _ratio(other.ratio)),
+            ("largest difference", f"{other.max_frame_difference} of 255"),
+            ("mean difference", f"{other.mean_frame_difference:.4f} of 255"),
+        ],
+    )
+
+
+def _outputs_per_second(alone: Alone, shared: Together | None, other: Reference) -> Section:
+    ours, theirs = [f"{alone.requests_per_second:.3g}"], [f"{other.outputs_per_second:.3g}"]
+    header = ["", "one by one"]
+    if shared is not None:
+        header.append(f"{shared.concurrency} together")
+        ours.append(f"{shared.requests_per_second:.3g}")
+        theirs.append("none" if other.batch is None else f"{other.batch.outputs_per_second:.3g}")
+    return Section("outputs/s", [("sglang", *ours), (other.pipeline, *theirs)], tuple(header))
 
 
 def _idle(result: PipelineResult) -> Iterator[Section]:
@@ -209,7 +232,7 @@ def _together(result: PipelineResult) -> Iterator[Section]:
         [
             ("all", *_pair(shared.seconds, shared.seconds_one_by_one, shared.ratio)),
             ("  denoising", *_pair(shared.denoise_seconds, shared.denoise_seconds_one_by_one, shared.denoise_ratio)),
-            ("requests/s", f"{shared.requests_per_second:.3g}", f"{result.alone.requests_per_second:.3g}", ""),
+            ("outputs/s", f"{shared.requests_per_second:.3g}", f"{result.alone.requests_per_second:.3g}", ""),
             ("one request", as_time(shared.request_seconds.median), as_time(result.alone.seconds.median), ""),
             ("peak memory", as_size(shared.peak_memory_bytes), as_size(result.alone.peak_memory_bytes), ""),
             ("requests in a step", f"{shared.mean_batch_size:.2f}", "1", ""),

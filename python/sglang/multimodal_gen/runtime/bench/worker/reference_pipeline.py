@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import queue
 import tempfile
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.registry import load_object, read_json_object, read_model_index
 from sglang.multimodal_gen.runtime.bench.messages import ReferenceCall, ReferenceDone, ReferenceReady, ReferenceTask
 from sglang.multimodal_gen.runtime.bench.worker.model import BenchModel, find_model
@@ -32,10 +32,15 @@ _DENOISING_WORKLOAD = "dit"
 # SamplingParams that a call of diffusers' takes under the same name.
 _ARGUMENTS = (
     "prompt", "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale",
-    "guidance_scale_2", "cfg_normalization", "cfg_truncation", "max_sequence_length", "clip_skip", "mu",
-    "skip_guidance_layers", "skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop",
+    "true_cfg_scale", "guidance_scale_2", "cfg_normalization", "cfg_truncation", "max_sequence_length", "clip_skip",
+    "mu", "skip_guidance_layers", "skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop",
 )  # fmt: skip
 _SHIFTS = ("flow_shift", "shift")
+# Of these a call takes one for each output.
+_TEXTS = ("prompt", "negative_prompt")
+# What a call raises that takes one prompt and not several, or whose batch does not fit into the memory.
+_REFUSALS = (AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+_MAX_REASON_CHARACTERS = 300
 
 
 class TransformersTokenizer:
@@ -103,25 +108,47 @@ class ReferenceRunner:
         self.scheduler_config = dict(pipeline.scheduler.config)
         self._accepted = inspect.signature(pipeline.__call__).parameters
 
-    def run(self, params: SamplingParams) -> ReferenceDone:
-        """Generate one output."""
-        self._set_shift(params.flow_shift)
-        steps = StepClock(self.device)
-        arguments = {name: getattr(params, name) for name in _ARGUMENTS if name in self._accepted}
-        assert isinstance(params.seed, int), "each output has one seed"
-        begin = time.perf_counter()
-        output = self.pipeline(
-            **{name: value for name, value in arguments.items() if value is not None},
-            generator=torch.Generator("cpu").manual_seed(params.seed),
-            output_type="np",
-            callback_on_step_end=steps.step_ended,
+    def run(self, call: ReferenceCall) -> ReferenceDone:
+        """Generate the outputs. What the pipeline makes one by one and not at once is told; all else is raised."""
+        if len(call.seeds) == 1:
+            return self._generate(call)
+        try:
+            return self._generate(call)
+        except _REFUSALS as error:
+            text = textwrap.shorten(str(error), _MAX_REASON_CHARACTERS, placeholder=" …")
+            reason = f"{type(error).__name__}: {text}".removesuffix(": ")
+        # What the call held is free only now; no later one needs as much, and the engine may be on the same device.
+        torch.cuda.empty_cache()
+        return ReferenceDone(
+            refusal=f"diffusers' {type(self.pipeline).__name__} did not make {len(call.seeds)} outputs in one call "
+            f"({reason})"
         )
-        frames = np.asarray((output.frames if hasattr(output, "frames") else output.images)[0])
+
+    def _generate(self, call: ReferenceCall) -> ReferenceDone:
+        self._set_shift(call.params.flow_shift)
+        steps = StepClock(self.device)
+        arguments = self._arguments(call)
+        begin = time.perf_counter()
+        output = self.pipeline(**arguments, output_type="np", callback_on_step_end=steps.step_ended)
+        frames = np.asarray(output.frames if hasattr(output, "frames") else output.images)
         pixels = np.rint(frames * 255).astype(np.uint8)
         seconds = time.perf_counter() - begin
+        if len(pixels) != len(call.seeds):
+            raise ValueError(f"it gave {len(pixels)}")
         with tempfile.NamedTemporaryFile(dir=self.directory, suffix=".npy", delete=False) as file:
-            np.save(file, pixels if pixels.ndim == 4 else pixels[None])
+            np.save(file, pixels if pixels.ndim == 5 else pixels[:, None])
         return ReferenceDone(seconds=seconds, step_ms=steps.milliseconds(), frames_file=str(Path(file.name)))
+
+    def _arguments(self, call: ReferenceCall) -> dict[str, Any]:
+        """A generator for each output, so that each begins with the noise that it has alone."""
+        values = {name: getattr(call.params, name) for name in _ARGUMENTS if name in self._accepted}
+        arguments = {name: value for name, value in values.items() if value is not None}
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in call.seeds]
+        if len(generators) == 1:
+            return arguments | {"generator": generators[0]}
+        # New lists for each call: some pipelines write into them.
+        texts = {name: [arguments[name]] * len(generators) for name in _TEXTS if name in arguments}
+        return arguments | texts | {"generator": generators}
 
     def _set_shift(self, shift: float | None) -> None:
         changes = {} if shift is None else {name: shift for name in _SHIFTS if name in self.scheduler_config}
@@ -166,7 +193,7 @@ def _serve(task: ReferenceTask, parent: Parent, calls: queue.SimpleQueue[Referen
     )
     runner = ReferenceRunner(pipeline, context.device, task.directory)
     while True:
-        parent.send(runner.run(calls.get().params))
+        parent.send(runner.run(calls.get()))
 
 
 def main() -> None:
