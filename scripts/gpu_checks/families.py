@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gpu_checks.report import Report
 from sglang.multimodal_gen.configs.memory_args import ALL_RESIDENT, MemoryArgs
 from sglang.multimodal_gen.runtime.layers.forward_graphs import ForwardGraphs, graphs_of
-from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
+from sglang.multimodal_gen.runtime.pipelines_core import ComposedPipelineBase, build_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
 from sglang.multimodal_gen.test.pipeline_parity import (
@@ -128,7 +128,7 @@ def _run(
     path: Path, device: str, precision: str, case: _Case, memory: MemoryArgs = ALL_RESIDENT
 ) -> tuple[list[Tensor], list[np.ndarray], list[ForwardGraphs]]:
     """Latents and frames of each request, and the graphs that each transformer ran by."""
-    pipeline = build_pipeline(str(path), ExecutionArgs(device=device, precision=precision), memory=memory)
+    pipeline = _built(path, ExecutionArgs(device=device, precision=precision), memory)
     wishes = [(_values(pipeline, case) | prompt, case.inputs) for prompt in _PROMPTS]
     results = run_together(pipeline, wishes)
     latents = [req.latents for req, _ in results]
@@ -137,9 +137,15 @@ def _run(
     return [found.cpu() for found in latents if found is not None], [frames for _, frames in results], graphs
 
 
+@torch.inference_mode(False)
+def _built(path: Path, execution: ExecutionArgs, memory: MemoryArgs = ALL_RESIDENT) -> ComposedPipelineBase:
+    """As a worker does it: tensors made under inference mode could not change places."""
+    return build_pipeline(str(path), execution, memory=memory)
+
+
 def _what_asks(path: Path, device: torch.device, case: _Case) -> str:
     """Where a step would make the host wait for the device, once what is kept between steps is there."""
-    pipeline = build_pipeline(str(path), ExecutionArgs(device=device.type, precision="fp32"))
+    pipeline = _built(path, ExecutionArgs(device=device.type, precision="fp32"))
     [req] = admitted(pipeline, [(_values(pipeline, case) | _PROMPTS[0] | {"num_inference_steps": 6}, case.inputs)])
     with torch.inference_mode():
         while (phase := present_phase(req)) is not None and (phase.lane != "denoise" or req.done(phase.name) < 3):

@@ -116,6 +116,8 @@ class MemoryWish:
     element_bytes: int = HALF_PRECISION_BYTES
     encoder_parallel: str = "auto"
     quantized: bool = False
+    size: str = "its default size"
+    """What requests it is made for, in words."""
 
 
 def component_needs(outline: ModelOutline, wish: MemoryWish) -> tuple[ComponentNeed, ...]:
@@ -166,7 +168,7 @@ def plan_memory(outline: ModelOutline, work: StepWork, wish: MemoryWish) -> Memo
         raise InvalidValue(
             "gpu_memory_limit",
             wish.args.gpu_memory_limit,
-            f"at least {least:g} GiB, the least that {outline.name} needs at its default size with these options",
+            f"at least {least:g} GiB, the least that {outline.name} needs at {wish.size} with these options",
         )
     return chosen
 

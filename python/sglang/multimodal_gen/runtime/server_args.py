@@ -23,6 +23,7 @@ from sglang.multimodal_gen.configs.lora_args import LoraArgs
 from sglang.multimodal_gen.configs.memory_args import MemoryArgs
 from sglang.multimodal_gen.configs.quantization_args import QuantizationArgs
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.configs.schedulers import SCHEDULER_NAMES
 from sglang.multimodal_gen.configs.speed_args import SpeedArgs
 from sglang.multimodal_gen.errors import FieldError, InvalidValue
@@ -250,7 +251,7 @@ class WarmupArgs:
     )
     warmup_resolutions: tuple[str, ...] | None = arg(
         None,
-        help="Sizes that `server` warms up.",
+        help="Sizes that `server` warms up, and for the largest of which memory is planned.",
         group="warmup",
         unset="the model's own size",
         metavar="WxH",
@@ -258,13 +259,22 @@ class WarmupArgs:
     )
     warmup_num_frames: int | None = arg(
         None,
-        help="Frames that `server` warms up.",
+        help="Frames that `server` warms up, and for which memory is planned.",
         group="warmup",
         unset="the model's own number",
         minimum=1,
         maximum=100_000,
     )
     warmup_steps: int = arg(1, help="Denoising steps of a warm-up.", group="warmup", minimum=1, maximum=1000)
+
+    @property
+    def largest(self) -> SamplingParams | None:
+        """The size with the most pixels of those asked for; what is not said is the model's own. None for nothing."""
+        if self.warmup_resolutions is None and self.warmup_num_frames is None:
+            return None
+        sizes = [split_size(size) for size in self.warmup_resolutions or ()]
+        width, height = max(sizes, key=math.prod, default=(None, None))
+        return SamplingParams(width=width, height=height, num_frames=self.warmup_num_frames)
 
 
 @dataclass(frozen=True, kw_only=True)

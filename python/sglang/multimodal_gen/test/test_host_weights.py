@@ -380,6 +380,11 @@ def test_an_engine_serves_with_its_weights_on_the_host(checkpoints: Any) -> None
     ("options", "message"),
     [
         ({"gpu_memory_limit": 1.0}, r"gpu_memory_limit: got 1.0, accepted is at least \d"),
+        ({"gpu_memory_limit": 1.0}, "the least that demo needs at its default size with"),
+        (
+            {"gpu_memory_limit": 1.0, "warmup_resolutions": ["32x96", "64x64"], "warmup_num_frames": 5},
+            "the least that demo needs at 64x64, 5 frames with",
+        ),
         ({"component_residency": ["vea=resident"]}, "component_residency: got vea, accepted is one of dit"),
     ],
 )

@@ -12,7 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LARGEST = tl.constexpr(448.0)
+from sglang.multimodal_gen.runtime.layers.quantization.rows import SMALLEST_ROW
+from sglang.multimodal_gen.runtime.layers.quantization.schemes import FP8, LARGEST
+
+_LARGEST, _SMALLEST_ROW = tl.constexpr(LARGEST[FP8]), tl.constexpr(SMALLEST_ROW)
 _MOST_PARTS = 3
 # A row is held at once; longer ones would not fit into registers. No model has any.
 _MOST_FEATURES = 65_536
@@ -28,8 +31,8 @@ def _read(source, columns, WIDTH: tl.constexpr, GELU: tl.constexpr):  # type: ig
 
 
 @triton.jit
-def _write(target, columns, wide, scale, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    held = tl.minimum(tl.maximum(tl.div_rn(wide, scale), -_LARGEST), _LARGEST)
+def _write(target, columns, wide, inverse, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    held = tl.minimum(tl.maximum(wide * inverse, -_LARGEST), _LARGEST)
     tl.store(target + columns, held.to(tl.float8e4nv), mask=columns < WIDTH)
 
 
@@ -51,7 +54,7 @@ def _quantize_rows_kernel(  # type: ignore[no-untyped-def]
     THIRD_BLOCK: tl.constexpr,
     GELU_FROM: tl.constexpr,
 ):
-    """One row: its largest number by amount over that of fp8 is the scale, and the row over the scale its values."""
+    """One row: its largest number by amount over that of fp8 is the scale; values are the row times its reciprocal."""
     row = tl.program_id(0).to(tl.int64)
     target = values + row * (FIRST + SECOND + THIRD)
     here = tl.arange(0, FIRST_BLOCK)
@@ -65,12 +68,13 @@ def _quantize_rows_kernel(  # type: ignore[no-untyped-def]
         yonder = tl.arange(0, THIRD_BLOCK)
         third_wide = _read(third + row * third_stride, yonder, THIRD, GELU_FROM <= 2)
         largest = tl.maximum(largest, tl.max(tl.abs(third_wide), axis=0))
-    scale = tl.where(largest == 0.0, 1.0, tl.div_rn(largest, _LARGEST))
-    _write(target, here, wide, scale, FIRST)
+    scale = tl.div_rn(tl.maximum(largest, _SMALLEST_ROW), _LARGEST)
+    inverse = tl.div_rn(1.0, scale)
+    _write(target, here, wide, inverse, FIRST)
     if SECOND > 0:
-        _write(target + FIRST, there, second_wide, scale, SECOND)
+        _write(target + FIRST, there, second_wide, inverse, SECOND)
     if THIRD > 0:
-        _write(target + FIRST + SECOND, yonder, third_wide, scale, THIRD)
+        _write(target + FIRST + SECOND, yonder, third_wide, inverse, THIRD)
     tl.store(scales + row, scale)
 
 

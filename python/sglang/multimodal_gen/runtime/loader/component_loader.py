@@ -320,6 +320,18 @@ def built_without_memory() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def built_uninitialised(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Layers that are made meanwhile lie on the device, in this dtype, and hold whatever was there."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device, _NoInitialisation():
+            yield
+    finally:
+        torch.set_default_dtype(usual)
+
+
 class _NoInitialisation(TorchFunctionMode):
     """Leaves new parameters as they are.
 
@@ -330,7 +342,7 @@ class _NoInitialisation(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
+        if getattr(func, "__module__", None) in ("torch.nn.init", "transformers.initialization"):
             return args[0] if args else kwargs["tensor"]
         if func is torch.randn:
             # A table that a constructor draws itself is small enough to be drawn.

@@ -21,7 +21,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.errors import CorruptCheckpoint, UnsupportedModel
-from sglang.multimodal_gen.runtime.loader.component_loader import Checkpoint, LoadContext, weight_totals
+from sglang.multimodal_gen.runtime.loader.component_loader import (
+    Checkpoint,
+    LoadContext,
+    built_uninitialised,
+    weight_totals,
+)
 from sglang.multimodal_gen.runtime.loader.library_sharding import deal_library_encoder, library_encoder_size
 from sglang.multimodal_gen.runtime.loader.parallel_reading import send_tensors
 from sglang.multimodal_gen.runtime.loader.weight_utils import open_weights, refuse_fp8
@@ -110,13 +115,14 @@ class LibraryModule:
         self, cls: Any, directory: Path, dtype: torch.dtype, context: LoadContext, *, shared: bool
     ) -> nn.Module:
         """With what the source gives in place of weights; only the config is read."""
-        if self.library is transformers:
-            module = cls(cls.config_class.from_pretrained(directory, local_files_only=True))
-        else:
-            module = cls.from_config(cls.load_config(directory, local_files_only=True))
+        device = context.device_of(directory.name)
+        with built_uninitialised(device, dtype):  # the libraries draw billions of numbers on one core
+            if self.library is transformers:
+                module = cls(cls.config_class.from_pretrained(directory, local_files_only=True))
+            else:
+                module = cls.from_config(cls.load_config(directory, local_files_only=True))
         if shared:
             self._deal(self._used(module), directory, dtype, context)
-        device = context.device_of(directory.name)
         module = module.to(device, dtype)
         # Tied weights are one tensor under several names: the last one filled stays.
         tensors = context.source.tensors_for(directory, module, dtype_of=lambda _: dtype, device=device)

@@ -380,6 +380,7 @@ def _load(config: EngineConfig, report: Callable[[str], None]) -> Any:
         local_rank=config.worker_index if gpu_ids is None else gpu_ids[config.worker_index],
         num_gpus=parallel.num_gpus,
         join=join,
+        sized=config.args.warmup.largest,
         report=report,
     )
 

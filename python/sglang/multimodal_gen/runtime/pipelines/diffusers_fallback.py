@@ -66,6 +66,7 @@ class DiffusersPipeline(ComposedPipelineBase):
         local_rank: int = 0,
         num_gpus: int = 1,
         join: Join = alone,
+        sized: SamplingParams | None = None,
         random_weights: bool = False,
         report: Report = lambda _: None,
     ) -> Self:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.errors import IncompatibleParameters, InvalidValue
+from sglang.multimodal_gen.runtime.layers.uploads import sent, uploaded
 from sglang.multimodal_gen.runtime.models.vaes.library_vae import LibraryAutoencoder, WholeClip
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory
@@ -305,9 +306,8 @@ def with_given_frames(req: Req, latents: Tensor) -> Tensor:
     given = req.conditioning.get(HELD, req.conditioning.get(GIVEN))
     if given is None:
         return latents
-    latents = latents.clone()
-    latents[:, given_frames(req)] = given.to(latents.dtype)
-    return latents
+    places = uploaded(given_frames(req), latents.device, dtype=torch.long)
+    return latents.index_copy(1, places, given.to(latents.dtype))
 
 
 def after_step(req: Req, latents: Tensor) -> Tensor:
@@ -337,6 +337,6 @@ def add_noise_to_given_frames(req: Req) -> None:
     clip = torch.randn((1, req.latents[0].numel(), shape[0]), generator=req.generator, dtype=torch.float32)
     req.conditioning[_HELD_AT] = torch.tensor(state.step_index)
     if strength(req) > _FULL_STRENGTH:
-        noise = clip[0].T.reshape(shape)[:, given_frames(req)].to(given.device)
+        noise = sent(clip[0].T.reshape(shape)[:, given_frames(req)], given.device)
         req.conditioning[HELD] = given + scale * noise * (state.timestep / 1000.0) ** 2
         req.latents = with_given_frames(req, req.latents)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sglang.multimodal_gen.configs.memory_args import MemoryArgs
 from sglang.multimodal_gen.configs.published import published_directory
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import UnsupportedModel
 from sglang.multimodal_gen.registry import ResolvedModel, get_model_info, load_object, with_checkpoint
 from sglang.multimodal_gen.runtime.loader.hub import ensure_local
@@ -28,12 +29,13 @@ def build_pipeline(
     local_rank: int = 0,
     num_gpus: int = 1,
     join: Join = alone,
+    sized: SamplingParams | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> ComposedPipelineBase:
     """The loaded pipeline of a model path, downloaded first when it is a hub id.
 
     `report` hears what is being done and each choice that was made for the user. `join` meets the other ranks of the
-    replica, once the device is known.
+    replica, once the device is known. `sized`: the largest requests to leave room for, if not of the model's own size.
 
     Raises: ModelError or InvalidRequest with one sentence on what cannot be found, read or done.
     """
@@ -49,6 +51,7 @@ def build_pipeline(
         local_rank=local_rank,
         num_gpus=num_gpus,
         join=join,
+        sized=sized,
         random_weights=random_weights,
         report=report,
     )

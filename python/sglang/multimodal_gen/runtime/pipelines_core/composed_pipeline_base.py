@@ -227,6 +227,7 @@ class ComposedPipelineBase:
         local_rank: int = 0,
         num_gpus: int = 1,
         join: Join = alone,
+        sized: SamplingParams | None = None,
         random_weights: bool = False,
         report: Report = _ignore,
     ) -> Self:
@@ -242,7 +243,7 @@ class ComposedPipelineBase:
         config = load_config(resolved.entry)
         parallel = join(placement.device)
         limit_memory(placement.device, memory.gpu_memory_limit)
-        plan = plan_for(resolved, memory, execution, placement, parallel)
+        plan = plan_for(resolved, memory, execution, placement, parallel, sized)
         context = cls.load_context(
             config, placement, execution, parallel=parallel, random_weights=random_weights, report=report
         )

@@ -14,6 +14,7 @@ from sglang.multimodal_gen.configs.memory_args import ALL_RESIDENT, MemoryArgs, 
 from sglang.multimodal_gen.configs.memory_plan import GIB, TRANSFORMERS, MemoryPlan, MemoryWish, plan_memory, spread
 from sglang.multimodal_gen.configs.model_outline import outline_of
 from sglang.multimodal_gen.configs.request_plan import Lane
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import InvalidValue, UnsupportedModel
 from sglang.multimodal_gen.registry import ResolvedModel
 from sglang.multimodal_gen.runtime.distributed.collectives import least
@@ -45,8 +46,10 @@ def plan_for(
     execution: ExecutionArgs,
     placement: Placement,
     parallel: ParallelContext,
+    sized: SamplingParams | None = None,
 ) -> MemoryPlan | None:
-    """Where the model's weights shall be; None where all are simply loaded.
+    """Where the model's weights shall be for requests of the size of `sized`, or of the model's own; None where all are
+    simply loaded.
 
     Raises: InvalidValue for options that this model or GPU cannot follow.
     """
@@ -70,8 +73,14 @@ def plan_for(
         element_bytes=placement.dtype.itemsize,
         encoder_parallel=execution.encoder_parallel,
         quantized=execution.quantization is not None,
+        size="its default size" if sized is None else _size(sized.filled_from(outline.defaults)),
     )
-    return plan_memory(outline, outline.work(), wish)
+    return plan_memory(outline, outline.work(sized), wish)
+
+
+def _size(params: SamplingParams) -> str:
+    frames = f", {params.num_frames} frames" if (params.num_frames or 1) > 1 else ""
+    return f"{params.width}x{params.height}{frames}"
 
 
 def refuse_wishes(args: MemoryArgs, name: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.quantization_args import QuantizationArgs
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import IncompatibleParameters
 from sglang.multimodal_gen.runtime.bench.messages import (
     ComponentResult,
@@ -61,7 +62,8 @@ class ComponentBench:
         begin = time.perf_counter()
         engine = self.task.engine.args
         limit_memory(self.device, engine.memory.gpu_memory_limit)
-        plan = self.model.memory_plan(engine)
+        asked = SamplingParams(width=self.task.width, height=self.task.height, num_frames=self.task.num_frames)
+        plan = self.model.memory_plan(engine, asked)
         module = self._loaded(replace(self.context, on_host=components_on_host(plan)))
         settle_weights({component: module}, plan, engine.memory, self.device)
         if plan is not None and plan.offloads:

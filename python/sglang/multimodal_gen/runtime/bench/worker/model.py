@@ -60,9 +60,10 @@ class BenchModel:
             report=report,
         )
 
-    def memory_plan(self, args: ServerArgs) -> MemoryPlan | None:
-        """Where weights would be in an engine with these options. Raises InvalidValue for what cannot be."""
-        return plan_for(self.resolved, args.memory, args.execution, place(args.execution), SINGLE)
+    def memory_plan(self, args: ServerArgs, sized: SamplingParams) -> MemoryPlan | None:
+        """Where weights would be in an engine with these options for requests of this size. Raises InvalidValue for
+        what cannot be."""
+        return plan_for(self.resolved, args.memory, args.execution, place(args.execution), SINGLE, sized)
 
     def flops(self, workload: Workload, size: WorkSize) -> int:
         """Of one forward of ours."""

@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sglang.multimodal_gen.runtime.layers.quantization.schemes import FP8, scaled
+from sglang.multimodal_gen.runtime.layers.quantization.schemes import FP8, LARGEST
+
+SMALLEST_ROW = 1e-30
+"""Rows of smaller numbers are zeros: the reciprocals of their scales would be infinite."""
 
 
 class QuantizedRows(NamedTuple):
@@ -48,4 +51,8 @@ def reference_rows(*parts: Tensor, gelu_from: int | None = None) -> QuantizedRow
     wide = [part.float() for part in parts]
     wide = [part if number < plain else F.gelu(part, approximate="tanh") for number, part in enumerate(wide)]
     row = torch.cat(wide, dim=1) if len(wide) > 1 else wide[0]
-    return QuantizedRows(*scaled(row, row.abs().amax(dim=1, keepdim=True), FP8))
+    largest, limit = row.abs().amax(dim=1, keepdim=True), LARGEST[FP8]
+    # Over a tensor: GPUs multiply with the reciprocal of a number, which rounds twice.
+    scales = largest.clamp_min(SMALLEST_ROW) / torch.full_like(largest, limit)
+    # Multiplied with one reciprocal for each row: dividing each number takes a GPU twice as long as all the rest.
+    return QuantizedRows((row * scales.reciprocal()).clamp_(-limit, limit).to(FP8), scales)
