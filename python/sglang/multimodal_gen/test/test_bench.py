@@ -397,7 +397,12 @@ def test_help_of_a_benchmark_loads_nothing_heavy() -> None:
             "unknown benchmark 'ditt', accepted is one of dit, parallel, vae, encoder, attention, pipeline, engine, "
             "startup, serve",
         ),
-        ("bench dit --compare torch", "--compare: got torch, accepted is one of diffusers"),
+        ("bench dit --compare torch", "--compare: got torch, accepted is one of diffusers, diffusers-compiled"),
+        (
+            "bench encoder --compare diffusers-compiled",
+            "--compare: got diffusers-compiled, accepted is one of diffusers",
+        ),
+        ("bench pipeline --compare diffusers-compiled", "--compare: got diffusers-compiled, accepted is one of d"),
         ("bench dit --batching-max-size 2", "unknown flag --batching-max-size"),
         ("bench vae --direction up", "--direction: got up, accepted is one of decode, encode"),
         ("bench engine --model-path demo", "unknown flag --model-path"),

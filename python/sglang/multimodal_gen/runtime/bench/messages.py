@@ -168,12 +168,31 @@ class KernelTime(BenchMessage, frozen=True, kw_only=True):
     seconds: float
 
 
+class GpuState(BenchMessage, frozen=True, kw_only=True):
+    """What nvidia-smi said of a GPU while timed runs and their warm-ups went on: clocks in MHz, power in W, temperature
+    in °C. Medians unless the name says otherwise; None what it does not say of this GPU. `clock_reasons` are all those
+    that it gave for clocks below the highest.
+    """
+
+    num_samples: int
+    sm_clock_mhz: float
+    lowest_sm_clock_mhz: float
+    highest_sm_clock_mhz: float
+    memory_clock_mhz: float | None
+    power_w: float | None
+    highest_power_w: float | None
+    highest_temperature_c: float | None
+    clock_reasons: tuple[str, ...]
+
+
 class ComponentResult(BenchMessage, frozen=True, kw_only=True, tag="component"):
     """What was measured of a module. FLOPs count 2 for a multiply-add, of matrix products and convolutions alone.
 
     `matmul_flops_per_second` is the best rate of a large square product in the same precision, in the same run;
     `max_relative_difference` the largest difference of the outputs over the reference's largest value. `kernels`, if
-    asked for: those that took longest. `quantization` is of weights that were quantised while they loaded.
+    asked for: those that took longest. `quantization` is of weights that were quantised while they loaded. The fields
+    `compiled_…` are of the reference's module through torch's compiler, in the same turns. `gpu_state` is None on a CPU
+    and where nobody could be asked.
     """
 
     component: str
@@ -197,6 +216,10 @@ class ComponentResult(BenchMessage, frozen=True, kw_only=True, tag="component"):
     notes: tuple[str, ...]
     kernels: tuple[KernelTime, ...] = ()
     quantization: QuantizationError | None = None
+    compiled_reference: Side | None = None
+    compiled_ratio: Ratio | None = None
+    compiled_max_relative_difference: float | None = None
+    gpu_state: GpuState | None = None
 
 
 class LayoutResult(BenchMessage, frozen=True, kw_only=True):

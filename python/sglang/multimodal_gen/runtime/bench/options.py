@@ -15,7 +15,8 @@ from sglang.multimodal_gen.runtime.bench.load.options import LoadArgs, check_loa
 from sglang.multimodal_gen.runtime.bench.load.plan import BODY_OPTIONS
 from sglang.multimodal_gen.runtime.server_args import server_options
 
-REFERENCES = ("diffusers",)
+DIFFUSERS, DIFFUSERS_COMPILED = "diffusers", "diffusers-compiled"
+"""What `compare` may name."""
 _MODULE_OPTIONS = ("model_path", "model_id", "revision", "random_weights", "device", "precision", "vae_precision")
 _MODULE_OPTION_ENDING = "attention_backend"
 _TRANSFORMER_OPTIONS = ("enable_torch_compile", *parameters(QuantizationArgs))
@@ -61,18 +62,23 @@ class TimingArgs(JsonArgs, RepeatArgs):
     """How often what is measured runs, and where the result goes."""
 
 
+def _compare(*references: str, more: str = "") -> Any:
+    """The option that names one of these."""
+    return arg(
+        None,
+        help=f"Run the same work through this library, in turns with ours.{more}",
+        group="bench",
+        unset="nothing",
+        choices=references,
+        exposed=CLI_ONLY,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ComparedArgs(TimingArgs):
     """What can be compared with another implementation."""
 
-    compare: str | None = arg(
-        None,
-        help="Run the same work through this library, in turns with ours.",
-        group="bench",
-        unset="nothing",
-        choices=REFERENCES,
-        exposed=CLI_ONLY,
-    )
+    compare: str | None = _compare(DIFFUSERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +93,17 @@ class ComponentArgs(ComparedArgs):
         help="Also say which kernels, or on the CPU operations, a run of ours spends its time in.",
         group="bench",
         exposed=CLI_ONLY,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerArgs(ComponentArgs):
+    """The transformer, whose blocks the other library can compile."""
+
+    compare: str | None = _compare(
+        DIFFUSERS,
+        DIFFUSERS_COMPILED,
+        more=f" `{DIFFUSERS_COMPILED}`: as it is and, beside that, with its blocks through torch's compiler.",
     )
 
 
@@ -331,7 +348,7 @@ def _of_engine_alone(option: Parameter) -> bool:
 BENCHMARKS: Mapping[str, Benchmark] = {
     "dit": Benchmark(
         summary="one forward of the transformer",
-        own=ComponentArgs,
+        own=TransformerArgs,
         of_requests=lambda option: option.name in (*_SIZE, "max_sequence_length"),
         of_engine=_of_transformer,
     ),

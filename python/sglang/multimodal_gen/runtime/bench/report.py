@@ -12,6 +12,7 @@ from sglang.multimodal_gen.runtime.bench.machine import Machine
 from sglang.multimodal_gen.runtime.bench.messages import (
     AttentionResult,
     ComponentResult,
+    GpuState,
     LayoutResult,
     ParallelResult,
     Side,
@@ -28,6 +29,7 @@ from sglang.multimodal_gen.runtime.bench.statistics import Ratio, Summary
 from sglang.multimodal_gen.runtime.bench.tables import Row, Section, as_flops, as_size, as_time, show_sections
 
 _SHORTEST_SHOWN_S = 0.0005
+_COMPILED = "diffusers compiled"
 
 Result = ComponentResult | AttentionResult | ParallelResult | PipelineResult | EngineResult | StartupResult | LoadResult
 
@@ -77,39 +79,81 @@ def _component(name: str, result: ComponentResult) -> Iterator[Section]:
             ("inputs", shapes),
             ("work", as_flops(result.flops)),
             ("matrix products", as_flops(result.matmul_flops_per_second) + "/s"),
+            *_gpu_state(result.gpu_state),
             *(("note", note) for note in result.notes),
         ],
     )
     sides = [("sglang", result.ours)]
     if result.reference is not None:
         sides.append((result.reference_module or "", result.reference))
+    if result.compiled_reference is not None:
+        sides.append((_COMPILED, result.compiled_reference))
     header = ("", "median", "p10", "p90", "runs", "rate", "of matrix products", "peak memory")
     yield Section("time of a run", [_side(name, side) for name, side in sides], header)
-    errors = [(name, side.error) for name, side in sides if side.error is not None]
-    if errors:
-        rows = [
-            (name, f"{error.relative:.2e}", "" if error.psnr_db is None else f"{error.psnr_db:.1f} dB")
-            for name, error in errors
-        ]
-        yield Section("difference from fp32", rows, ("", "relative", "PSNR"))
-    if (before := result.quantization) is not None:
-        faster = before.unquantized_seconds.median / result.ours.seconds.median
-        yield Section(
-            "against the same weights unquantised",
-            [
-                ("difference", f"{before.relative:.2e}"),
-                ("times as fast", f"{faster:.2f} (unquantised {as_time(before.unquantized_seconds.median)})"),
-                ("weights", f"{as_size(result.weight_bytes)} of {as_size(before.unquantized_weight_bytes)}"),
-            ],
-        )
-    if result.ratio is not None and result.max_relative_difference is not None:
-        yield Section(
-            "sglang against it",
-            [("times as fast", _ratio(result.ratio)), ("largest difference", f"{result.max_relative_difference:.2e}")],
-        )
+    yield from _errors(sides)
+    yield from _unquantized(result)
+    yield from _against(result)
     if result.kernels:
         kernels = [(each.name, as_time(each.seconds), str(each.calls)) for each in result.kernels]
         yield Section("where a run of ours spends its time", kernels, ("", "time", "calls"))
+
+
+def _gpu_state(state: GpuState | None) -> Iterator[Row]:
+    if state is None:
+        return
+    clocks = f"{state.sm_clock_mhz:.0f} MHz ({state.lowest_sm_clock_mhz:.0f} to {state.highest_sm_clock_mhz:.0f})"
+    if state.memory_clock_mhz is not None:
+        clocks += f", memory {state.memory_clock_mhz:.0f} MHz"
+    if state.clock_reasons:
+        clocks += f"; lowered by: {', '.join(state.clock_reasons)}"
+    yield "clocks", clocks
+    power = []
+    if state.power_w is not None:
+        power.append(f"{state.power_w:.0f} W, at most {state.highest_power_w:.0f} W")
+    if state.highest_temperature_c is not None:
+        power.append(f"at most {state.highest_temperature_c:.0f} °C")
+    yield "power", "; ".join((*power, f"{state.num_samples} samples"))
+
+
+def _errors(sides: Sequence[tuple[str, Side]]) -> Iterator[Section]:
+    errors = [(name, side.error) for name, side in sides if side.error is not None]
+    if not errors:
+        return
+    if all(error.psnr_db is None for _, error in errors):  # no pixels
+        yield Section("difference from fp32", [(name, f"{error.relative:.2e}") for name, error in errors])
+        return
+    rows = [
+        (name, f"{error.relative:.2e}", "" if error.psnr_db is None else f"{error.psnr_db:.1f} dB")
+        for name, error in errors
+    ]
+    yield Section("difference from fp32", rows, ("", "relative", "PSNR"))
+
+
+def _unquantized(result: ComponentResult) -> Iterator[Section]:
+    before = result.quantization
+    if before is None:
+        return
+    faster = before.unquantized_seconds.median / result.ours.seconds.median
+    yield Section(
+        "against the same weights unquantised",
+        [
+            ("difference", f"{before.relative:.2e}"),
+            ("times as fast", f"{faster:.2f} (unquantised {as_time(before.unquantized_seconds.median)})"),
+            ("weights", f"{as_size(result.weight_bytes)} of {as_size(before.unquantized_weight_bytes)}"),
+        ],
+    )
+
+
+def _against(result: ComponentResult) -> Iterator[Section]:
+    if result.ratio is None or result.max_relative_difference is None:
+        return
+    faster, difference = [_ratio(result.ratio)], [f"{result.max_relative_difference:.2e}"]
+    title, header = "sglang against it", Row()
+    if result.compiled_ratio is not None:
+        faster.append(_ratio(result.compiled_ratio))
+        difference.append(f"{result.compiled_max_relative_difference:.2e}")
+        title, header = "sglang against them", ("", result.reference_module or "", _COMPILED)
+    yield Section(title, [("times as fast", *faster), ("largest difference", *difference)], header)
 
 
 def _parallel(result: ParallelResult) -> Iterator[Section]:

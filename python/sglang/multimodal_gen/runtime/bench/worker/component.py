@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.configs.memory_plan import TRANSFORMERS
 from sglang.multimodal_gen.configs.quantization_args import QuantizationArgs
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import IncompatibleParameters
 from sglang.multimodal_gen.runtime.bench.messages import (
     ComponentResult,
     ComponentTask,
+    GpuState,
     OutputError,
     QuantizationError,
     Side,
 )
-from sglang.multimodal_gen.runtime.bench.statistics import compare, summarise
-from sglang.multimodal_gen.runtime.bench.worker.exactness import exact_output, output_error
+from sglang.multimodal_gen.runtime.bench.options import DIFFUSERS, DIFFUSERS_COMPILED
+from sglang.multimodal_gen.runtime.bench.statistics import Ratio, compare, summarise
+from sglang.multimodal_gen.runtime.bench.worker.compiled_reference import compile_reference, compiler_failures_told
+from sglang.multimodal_gen.runtime.bench.worker.exactness import (
+    SameWeights,
+    exact_output,
+    output_error,
+    output_in_fp32,
+)
 from sglang.multimodal_gen.runtime.bench.worker.flops import matmul_rate
+from sglang.multimodal_gen.runtime.bench.worker.gpu_state import GpuWatch, gpu_uuid
 from sglang.multimodal_gen.runtime.bench.worker.kernels import busiest_kernels
 from sglang.multimodal_gen.runtime.bench.worker.memory import peak_bytes
 from sglang.multimodal_gen.runtime.bench.worker.model import find_model, work_size
 from sglang.multimodal_gen.runtime.bench.worker.reference_module import reference_module, require_reference
 from sglang.multimodal_gen.runtime.bench.worker.reporting import Parent, failures_told, take_task, watch_parent
 from sglang.multimodal_gen.runtime.layers.attention.switch import explain_kernels
+from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.device_timing import time_in_turns, timer_for
 from sglang.multimodal_gen.runtime.loader.component_loader import LoadContext, weight_totals
 from sglang.multimodal_gen.runtime.loader.quantization_wishes import describe_quantization, explain_quantization
@@ -77,46 +89,62 @@ class ComponentBench:
         load = self.model.native(component)
         return load(self.model.directory / component, self.model.listed(component)[1], context)
 
-    def reference(self) -> nn.Module | None:
-        """The module to compare with, where there is one. Raises IncompatibleParameters for quantised weights."""
+    def references(self) -> list[nn.Module]:
+        """The modules to compare with, the compiled one behind the one that it is of.
+
+        Raises: IncompatibleParameters for quantised weights, or when the compiler fails.
+        """
         if self.task.compare is None:
-            return None
+            return []
         if describe_quantization({"": self.module}) is not None:
             raise IncompatibleParameters(
                 f"compare: {self.task.compare} cannot have these quantised weights; leave it out, and the difference "
                 "from unquantised ones is measured",
                 param="compare",
             )
-        self.parent.tell(f"importing {self.task.compare}")
+        self.parent.tell(f"importing {DIFFUSERS}")
         require_reference()
-        return reference_module(
-            self.model.directory / self.workload.component,
-            self.model.listed(self.workload.component),
-            self.module,
-        )
+        modules = [self._reference()]
+        if self.task.compare == DIFFUSERS_COMPILED:
+            modules.append(self._compiled(self._reference()))
+        return modules
+
+    def _reference(self) -> nn.Module:
+        component = self.workload.component
+        return reference_module(self.model.directory / component, self.model.listed(component), self.module)
+
+    def _compiled(self, module: nn.Module) -> nn.Module:
+        """The module once its first forward, which takes as long as the compiler does, is over."""
+        names = compile_reference(module)
+        self.parent.tell(f"compiling {names} of {DIFFUSERS}, which may take minutes")
+        begin = time.perf_counter()
+        with compiler_failures_told(names):
+            self.workload.reference_forward(module, self.inputs)
+        self.notes.append(f"the first forward of compiled {names} took {time.perf_counter() - begin:.1f} s")
+        return module
 
     def result(self) -> ComponentResult:
         """Measure everything."""
-        reference = self.reference()
+        references = self.references()
         self.parent.tell("counting FLOPs")
         flops, rate = self.model.flops(self.workload, self.size), self._matmul_rate()
-        sides: list[Callable[[], Tensor]] = [self._forward]
-        output, difference = self._forward(), None
-        if reference is not None:
-            sides.append(lambda: self.workload.reference_forward(reference, self.inputs))
-            difference = relative_difference(output, self.workload.reference_forward(reference, self.inputs))
+        others = [partial(self.workload.reference_forward, module, self.inputs) for module in references]
+        sides: list[Callable[[], Tensor]] = [self._forward, *others]
+        output = self._forward()
+        differences = [relative_difference(output, other()) for other in others]
         output_shape = tuple(output.shape)
         del output  # so that the peak of a run is a run's alone
-        errors = self._errors(sides)
         self.parent.tell(f"timing {type(self.module).__name__}")
-        samples = time_in_turns(
-            sides,
-            timer_for(self.device),
-            warmup_runs=self.task.warmup_runs,
-            repeats=self.task.repeats,
-            min_seconds=self.task.min_seconds,
-        )
+        with GpuWatch(gpu_uuid(self.device)) as watch:
+            samples = time_in_turns(
+                sides,
+                timer_for(self.device),
+                warmup_runs=self.task.warmup_runs,
+                repeats=self.task.repeats,
+                min_seconds=self.task.min_seconds,
+            )
         peaks = [peak_bytes(side, self.device) for side in sides]
+        errors = self._errors(sides, run_bytes=peaks[0] or 0)
         rate = max(rate, self._matmul_rate())
         measured = [
             Side(
@@ -128,19 +156,25 @@ class ComponentBench:
             )
             for own, peak, error in zip(samples, peaks, errors, strict=True)
         ]
-        return self._result(flops, rate, output_shape, measured, reference, difference)
+        ours, *theirs = measured
+        compared = [
+            _Compared(type(module).__name__, side, compare(ours.seconds, side.seconds), difference)
+            for module, side, difference in zip(references, theirs, differences, strict=True)
+        ]
+        return self._result(flops, rate, output_shape, ours, compared, watch.state())
 
     def _result(
         self,
         flops: int,
         rate: float,
         output_shape: tuple[int, ...],
-        measured: list[Side],
-        reference: nn.Module | None,
-        difference: float | None,
+        ours: Side,
+        compared: Sequence[_Compared],
+        gpu_state: GpuState | None,
     ) -> ComponentResult:
         num_parameters, weight_bytes = weight_totals([self.module])
-        other = None if reference is None else measured[1]
+        plain, compiled = (compared[place] if place < len(compared) else None for place in range(2))
+        library, _ = self.model.listed(self.workload.component)
         return ComponentResult(
             component=self.workload.component,
             module=type(self.module).__name__,
@@ -155,16 +189,18 @@ class ComponentBench:
             output_shape=output_shape,
             flops=flops,
             matmul_flops_per_second=rate,
-            ours=measured[0],
-            reference=other,
-            reference_module=None
-            if reference is None
-            else f"{self.model.listed(self.workload.component)[0]}.{type(reference).__name__}",
-            ratio=None if other is None else compare(measured[0].seconds, other.seconds),
-            max_relative_difference=difference,
+            ours=ours,
+            reference=None if plain is None else plain.side,
+            reference_module=None if plain is None else f"{library}.{plain.module}",
+            ratio=None if plain is None else plain.ratio,
+            max_relative_difference=None if plain is None else plain.difference,
             notes=tuple(self.notes),
             kernels=busiest_kernels(self._forward, self.device) if self.task.profile else (),
             quantization=self._quantization(),
+            compiled_reference=None if compiled is None else compiled.side,
+            compiled_ratio=None if compiled is None else compiled.ratio,
+            compiled_max_relative_difference=None if compiled is None else compiled.difference,
+            gpu_state=gpu_state,
         )
 
     def _quantization(self) -> QuantizationError | None:
@@ -187,16 +223,45 @@ class ComponentBench:
             unquantized_weight_bytes=weight_totals([plain])[1],
         )
 
-    def _errors(self, sides: Sequence[Callable[[], Tensor]]) -> list[OutputError | None]:
-        """Of each side, for an autoencoder that does not compute in fp32 throughout."""
-        of_pixels = isinstance(self.workload, VideoDecoding)
-        if not (of_pixels or isinstance(self.workload, VideoEncoding)):
-            return [None for _ in sides]
-        if self.dtype == torch.float32 and self.device.type == "cpu":
-            return [None for _ in sides]
-        self.parent.tell("computing in fp32")
-        exact = exact_output(self.workload, self.module, self.inputs, self.size)
-        return [output_error(side(), exact, of_pixels=of_pixels) for side in sides]
+    def _errors(self, sides: Sequence[Callable[[], Tensor]], *, run_bytes: int) -> list[OutputError | None]:
+        """Of each side against fp32: for an autoencoder that does not compute in it throughout, and for a transformer
+        that is compared, where the memory suffices for it. `run_bytes` are what a run of ours takes."""
+        of_pixels, exact = isinstance(self.workload, VideoDecoding), None
+        if of_pixels or isinstance(self.workload, VideoEncoding):
+            if self.dtype != torch.float32 or self.device.type != "cpu":
+                self.parent.tell("computing in fp32")
+                exact = exact_output(self.workload, self.module, self.inputs, self.size)
+        elif self.workload.component in TRANSFORMERS and len(sides) > 1 and self.dtype != torch.float32:
+            exact = self._exact_if_it_fits(run_bytes)
+        return [None if exact is None else output_error(side(), exact, of_pixels=of_pixels) for side in sides]
+
+    def _exact_if_it_fits(self, run_bytes: int) -> Tensor | None:
+        """The transformer's output in fp32; None, and a note, without room for its weights and a run in fp32."""
+        num_parameters, _ = weight_totals([self.module])
+        wide = torch.float32.itemsize
+        needed = wide * num_parameters + run_bytes * wide // self.dtype.itemsize
+        if needed <= free_bytes(self.device):
+            self.parent.tell("computing in fp32")
+            try:
+                return output_in_fp32(self.workload, self._in_fp32(), self.inputs, self.size)
+            except torch.OutOfMemoryError:  # by an estimate that was too low; what was timed is not lost for it
+                pass
+        self.notes.append(f"not compared with fp32, which takes {needed / 2**30:.2f} GiB or more besides")
+        return None
+
+    def _in_fp32(self) -> nn.Module:
+        """The module with the same weights, loaded again: its kernels are chosen for its precision. On the device,
+        wherever the weights of the other are."""
+        return self._loaded(
+            replace(
+                self.context,
+                dtype=torch.float32,
+                layers=LayerContext(),
+                source=SameWeights(self.module),
+                cuda_graphs=False,
+                compile_blocks=False,
+            )
+        )
 
     def _forward(self) -> Tensor:
         return self.workload.forward(self.module, self.inputs, self.size)
@@ -204,6 +269,16 @@ class ComponentBench:
     def _matmul_rate(self) -> float:
         self.parent.tell("measuring how fast matrices multiply")
         return matmul_rate(self.device, self.dtype)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """A class of modules of which one was timed beside ours, and the largest difference of their outputs."""
+
+    module: str
+    side: Side
+    ratio: Ratio
+    difference: float
 
 
 def relative_difference(ours: Tensor, reference: Tensor) -> float:
