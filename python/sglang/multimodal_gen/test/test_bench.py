@@ -573,13 +573,15 @@ def test_a_device_is_idle_where_no_stream_has_work(tmp_path: Path) -> None:
     trace = trace_of(
         tmp_path / "a.json.gz",
         ("kernel", "second", 150.0, 100.0), ("kernel", "first", 100.0, 200.0), ("gpu_memcpy", "copy", 310.0, 20.0),
-        ("cpu_op", "aten::add", 0.0, 1000.0), ("kernel", "last", 400.0, 100.0), ("kernel", "none", 450.0, 0.0),
+        ("cpu_op", "aten::add", 0.0, 1000.0), ("kernel", "last", 400.0, 50.0), ("kernel", "none", 450.0, 0.0),
+        ("kernel", "right behind it", 452.0, 48.0),
     )  # fmt: skip
     found = idle_time(trace)
     assert found is not None
-    assert (found.seconds, found.idle_seconds) == pytest.approx((400e-6, 80e-6))
-    assert found.share == pytest.approx(0.2)
-    assert [(gap.after, gap.before) for gap in found.gaps] == [("copy", "last"), ("first", "copy")]
+    assert (found.seconds, found.idle_seconds) == pytest.approx((400e-6, 82e-6))
+    assert (found.waiting_seconds, found.waiting_share) == pytest.approx((80e-6, 0.2))
+    between = [("copy", "last"), ("first", "copy"), ("last", "right behind it")]
+    assert [(gap.after, gap.before) for gap in found.gaps] == between
     assert found.gaps[0].seconds == pytest.approx(70e-6)
     assert idle_time(trace_of(tmp_path / "b.json.gz")) is None
 

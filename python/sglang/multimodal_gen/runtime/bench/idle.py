@@ -17,6 +17,10 @@ _ON_HOST = ("cpu_op",)
 _NUM_GAPS = 5
 
 
+# From the end of one kernel to the begin of the next that was given before, a GPU takes one to three microseconds.
+_WAIT_S = 10e-6
+
+
 class Gap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Nothing ran for `seconds`, after the kernel or operation `after` and before the one `before`."""
 
@@ -27,17 +31,24 @@ class Gap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 class IdleTime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Between the first and the last kernel of a recorded part of a request; on the CPU, between torch's operations.
+    `waiting_seconds` are of gaps that are longer than the device takes to begin the next kernel of those that it has.
     `gaps`: the longest ones. `trace`: the recording, which stays."""
 
     trace: str
     seconds: float
     idle_seconds: float
+    waiting_seconds: float
     gaps: tuple[Gap, ...]
 
     @property
     def share(self) -> float:
         """Of the time, in which nothing ran."""
         return self.idle_seconds / self.seconds
+
+    @property
+    def waiting_share(self) -> float:
+        """Of the time, in which the device had nothing to run."""
+        return self.waiting_seconds / self.seconds
 
 
 class _Work(NamedTuple):
@@ -65,6 +76,7 @@ def idle_time(trace: Path) -> IdleTime | None:
         trace=str(trace),
         seconds=(last.end - works[0].begin) / 1e6,
         idle_seconds=sum(gap.seconds for gap in gaps),
+        waiting_seconds=sum(gap.seconds for gap in gaps if gap.seconds >= _WAIT_S),
         gaps=tuple(sorted(gaps, key=lambda gap: -gap.seconds)[:_NUM_GAPS]),
     )
 

@@ -260,7 +260,8 @@ def _idle(result: PipelineResult) -> Iterator[Section]:
         return
     work = "kernels" if result.model.device.startswith("cuda") else "operations"
     rows: list[Row] = [
-        (f"between {work}", f"{as_time(idle.idle_seconds)} of {as_time(idle.seconds)}, {idle.share:.2%}")
+        (f"between {work}", f"{as_time(idle.idle_seconds)} of {as_time(idle.seconds)}, {idle.share:.2%}"),
+        ("of it waiting", f"{as_time(idle.waiting_seconds)}, {idle.waiting_share:.2%}"),
     ]
     rows += [(as_time(gap.seconds), f"after {gap.after}, before {gap.before}") for gap in idle.gaps]
     rows.append(("trace", idle.trace))
