@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from sglang.multimodal_gen.configs.sample.lora_params import LoraUse
 from sglang.multimodal_gen.errors_lora import InvalidLora, LoraNotSupported, UnknownLora
 from sglang.multimodal_gen.runtime.loader.lora_files import LoraSource
 from sglang.multimodal_gen.runtime.pipelines import qwen_image
+from sglang.multimodal_gen.runtime.pipelines_core import adapters as adapters_module
 from sglang.multimodal_gen.runtime.pipelines_core import composed_pipeline_base
 from sglang.multimodal_gen.runtime.pipelines_core.adapters import NUM_SLOTS, Adapters, AdapterUse
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import RequestInputs
@@ -180,6 +182,39 @@ def test_merged_weights_are_pefts_and_the_old_ones_come_back_bit_for_bit(case: C
     assert tiny.pipeline.state_identity(merged[0]) != identity
     assert relative_error(latents(merged), latents(tiny.fused({"wide": 0.8}, 0))) <= TOLERANCE
     assert relative_error(latents(beside), latents(tiny.fused({"wide": 0.8, "narrow": -1.2}, 0))) <= TOLERANCE
+
+
+def test_another_merged_adapter_begins_from_what_is_kept_of_the_checkpoint(
+    case: Callable[[str], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers that it leaves alone have their own weights again; one that fails half-way leaves the one before."""
+    tiny = case("flux")
+    adapters, originals = tiny.pipeline.adapters, tiny.pipeline.adapters._originals
+    weights = load_file(tiny.files["narrow"])
+    save_file({key: t for key, t in weights.items() if "single_transformer" not in key}, tmp_path / "few.safetensors")
+    adapters.load("few", LoraSource(path=str(tmp_path / "few.safetensors")))
+    adapters.merge(adapters.find([LoraUse("wide", 1.0)]))
+    num_kept, kept = len(originals), originals.weight(tiny.pipeline.transformer.transformer_blocks[0].attn.to_q)
+    adapters.merge(adapters.find([LoraUse("few", 1.0)]))
+    assert len(originals) == num_kept
+    assert originals.weight(tiny.pipeline.transformer.transformer_blocks[0].attn.to_q) is kept
+    state = {name: tensor.clone() for name, tensor in tiny.pipeline.transformer.state_dict().items()}
+    changed = {name for name, tensor in state.items() if not torch.equal(tensor, tiny.base[name])}
+    assert changed and not any(name.startswith("single") for name in changed)
+    merge_into, calls = adapters_module._merge_into, itertools.count()
+
+    def merge_a_few(*arguments: Any) -> None:
+        if next(calls) == 5:
+            raise RuntimeError("no memory")
+        merge_into(*arguments)
+
+    monkeypatch.setattr(adapters_module, "_merge_into", merge_a_few)
+    with pytest.raises(RuntimeError, match="no memory"):
+        adapters.merge(adapters.find([LoraUse("wide", 2.0)]))
+    assert all(torch.equal(tensor, state[n]) for n, tensor in tiny.pipeline.transformer.state_dict().items())
+    adapters.unmerge()
+    assert tiny.holds_base() and len(originals) == 0
+    adapters.forget("few")
 
 
 def test_a_request_ends_with_the_adapter_it_began_with(case: Callable[[str], Case]) -> None:

@@ -84,7 +84,7 @@ class HostWeights:
             self.spans = spans
             self._masters = [tensor.data for tensor in self.tensors]
             return
-        packed = _host_memory(self.num_bytes, pin=pin)
+        packed = host_memory(self.num_bytes, pin=pin)
         for span in spans:
             packed[span.offset : span.offset + len(span.source)].copy_(span.source)
         self.spans = [Span(packed, 0)]
@@ -177,7 +177,7 @@ def _place_of(tensor: Tensor, offset: int) -> Callable[[Tensor], Tensor]:
     return place
 
 
-def _host_memory(num_bytes: int, *, pin: bool) -> Tensor:
+def host_memory(num_bytes: int, *, pin: bool) -> Tensor:
     """Bytes of the host; `pin`: which a GPU reads by itself. Not from torch's pinned allocator, which rounds up to a
     power of two, and in pages of their own, since no page can be registered twice."""
     if not pin or not num_bytes:
@@ -274,7 +274,7 @@ class StagedLink:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
-        self._staging = [_Staging(_host_memory(staging_bytes, pin=True)) for _ in range(2)]
+        self._staging = [_Staging(host_memory(staging_bytes, pin=True)) for _ in range(2)]
 
     def send(self, weights: HostWeights, buffer: Tensor, after: Any) -> Future[Any]:
         """See Link."""

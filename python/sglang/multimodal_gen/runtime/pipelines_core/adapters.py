@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sglang.multimodal_gen.configs.sample.lora_params import LoraUse
 from sglang.multimodal_gen.errors_lora import InvalidLora, LoraNotSupported, UnknownLora
@@ -25,6 +25,7 @@ from sglang.multimodal_gen.runtime.layers.lora import (
 )
 from sglang.multimodal_gen.runtime.loader.lora_files import LoraSource, read_adapter
 from sglang.multimodal_gen.runtime.loader.lora_formats import MAIN_COMPONENT, AdapterTensors, LayerNames, Updates
+from sglang.multimodal_gen.runtime.pipelines_core.original_weights import OriginalWeights
 
 NUM_SLOTS = 8
 """Slots at first; a batch with more adapters gets more."""
@@ -53,20 +54,13 @@ class AdapterUse:
 
 
 @dataclass
-class _Original:
-    """What a layer held before adapters were merged into it, on the CPU."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-@dataclass
 class Adapters:
     """All of a pipeline. `transformers`: the modules that rows of a forward go through, by component; `encoders` those
     that read texts, with the rows that each of them follows.
 
     `held_bytes` are those of the slots on the device. What is loaded is known by an id; a request holds the adapters
-    themselves, so that it ends with what it began with.
+    themselves, so that it ends with what it began with. `park` sends back weights that are on the device for a while:
+    what is merged into those would be gone with them.
     """
 
     transformers: Mapping[str, nn.Module]
@@ -74,17 +68,18 @@ class Adapters:
     loaded: dict[str, Adapter] = field(default_factory=dict)
     merged: tuple[AdapterUse, ...] = ()
     held_bytes: int = 0
+    park: Callable[[], None] = lambda: None
     _slots: dict[int, Adapter] = field(default_factory=dict)
-    _originals: dict[AdaptableLinear, _Original] = field(default_factory=dict)
+    _originals: OriginalWeights = field(default_factory=OriginalWeights)
     _names: dict[str, LayerNames] = field(default_factory=dict)
     _text_rows: AdapterRows = field(default_factory=AdapterRows)
 
     @classmethod
-    def of(cls, modules: Mapping[str, nn.Module]) -> Adapters:
+    def of(cls, modules: Mapping[str, nn.Module], *, park: Callable[[], None] = lambda: None) -> Adapters:
         """Of those components that follow adapters."""
         found = {n: m for n, m in modules.items() if isinstance(getattr(m, "adapters", None), AdapterRows)}
         texts = {n: m for n, m in modules.items() if n.startswith(_TEXT_ENCODER)}
-        return cls(found, texts if found else {})
+        return cls(found, texts if found else {}, park=park)
 
     @property
     def components(self) -> dict[str, nn.Module]:
@@ -246,6 +241,17 @@ class Adapters:
         Raises, with the weights as they were: InvalidLora for a bias where the layer has none, MergeNotPossible for a
             layer whose weights are quantised.
         """
+        changed = self._changed_by(uses)
+        try:
+            self._apply(changed)
+        except BaseException:
+            self._apply(self._changed_by(self.merged))
+            raise
+        self.merged = tuple(uses)
+        if not uses:
+            self.unmerge()
+
+    def _changed_by(self, uses: Sequence[AdapterUse]) -> dict[AdaptableLinear, list[tuple[LayerUpdate, float]]]:
         changed: dict[AdaptableLinear, list[tuple[LayerUpdate, float]]] = {}
         for use in uses:
             for component, updates in use.adapter.updates.items():
@@ -256,12 +262,15 @@ class Adapters:
                     if update.bias is not None and layer.bias is None:
                         raise InvalidLora(f"it adds to the outputs of {name}, which has no bias to merge that into")
                     changed.setdefault(layer, []).append((update, use.scale))
-        self.unmerge()
-        for layer, updates_of_layer in changed.items():
-            bias = layer.bias
-            self._originals[layer] = _Original(_host_copy(layer.weight), None if bias is None else _host_copy(bias))
-            _merge_into(layer, updates_of_layer)
-        self.merged = tuple(uses)
+        return changed
+
+    def _apply(self, changed: Mapping[AdaptableLinear, Sequence[tuple[LayerUpdate, float]]]) -> None:
+        """These layers hold the checkpoint's weights and what is added to them, all others the checkpoint's."""
+        self.park()
+        self._originals.restore(but=changed)
+        self._originals.keep(changed)
+        for layer, updates in changed.items():
+            _merge_into(layer, self._originals, updates)
 
     def merge_ids(self, uses: Iterable[tuple[str, float]]) -> None:
         """`merge` of what is loaded under these ids; those that are merged already need no copies."""
@@ -271,27 +280,28 @@ class Adapters:
 
     def unmerge(self) -> None:
         """The weights of the checkpoint again, bit for bit."""
-        for layer, original in self._originals.items():
-            layer.weight.data.copy_(original.weight)
-            if original.bias is not None:
-                layer.bias.data.copy_(original.bias)
+        self.park()
         self._originals.clear()
         self.merged = ()
 
 
-def _host_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
-
-
-def _merge_into(layer: AdaptableLinear, updates: Sequence[tuple[LayerUpdate, float]]) -> None:
-    weight = layer.weight.data.to(compute_device(layer), torch.float32, copy=True)
+def _merge_into(
+    layer: AdaptableLinear, originals: OriginalWeights, updates: Sequence[tuple[LayerUpdate, float]]
+) -> None:
+    device = compute_device(layer)
+    # First to the device: what changes place and dtype at once becomes wider on the host.
+    weight = originals.weight(layer).to(device, non_blocking=True).to(torch.float32, copy=True)
+    bias = originals.bias(layer)
+    wide_bias = None if bias is None else bias.to(device).to(torch.float32, copy=True)
     for update, scale in updates:
-        down, up = (part.to(weight.device, torch.float32) for part in (update.down, update.up))
+        down, up = (part.to(device, torch.float32) for part in (update.down, update.up))
         weight.addmm_(up.t(), down, alpha=scale)
-        if update.bias is not None:
-            layer.bias.data.copy_(layer.bias.data.float() + scale * update.bias.to(layer.bias.device).float())
+        if update.bias is not None and wide_bias is not None:
+            wide_bias.add_(update.bias.to(device, torch.float32), alpha=scale)
     # In place: several layers' weights may be views of one tensor.
     layer.weight.data.copy_(weight)
+    if wide_bias is not None:
+        layer.bias.data.copy_(wide_bias)
 
 
 def _digest(updates: Mapping[str, Updates]) -> str:

@@ -158,7 +158,7 @@ class ComposedPipelineBase:
         for component, value in components.items():
             setattr(self, component, value)
         self.weight_room = WeightRoom() if weight_room is None else weight_room
-        self.adapters = Adapters.of(self.modules)
+        self.adapters = Adapters.of(self.modules, park=self.weight_room.clear)
         self.attention_tuner = AttentionTuner.of(list(self.modules.values()), self.device, parallel)
         self.check_components()
         self.stages = self.create_pipeline_stages()
