@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sglang.multimodal_gen.runtime.layers.quantization.rows import SMALLEST_ROW
-from sglang.multimodal_gen.runtime.layers.quantization.schemes import FP8, LARGEST
+from sglang.multimodal_gen.runtime.layers.quantization.schemes import FP8, LARGEST, SMALLEST_ROW
 
 _LARGEST, _SMALLEST_ROW = tl.constexpr(LARGEST[FP8]), tl.constexpr(SMALLEST_ROW)
 _MOST_PARTS = 3

@@ -12,10 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sglang.multimodal_gen.runtime.layers.quantization.schemes import FP8, LARGEST
-
-SMALLEST_ROW = 1e-30
-"""Rows of smaller numbers are zeros: the reciprocals of their scales would be infinite."""
+from sglang.multimodal_gen.runtime.layers.quantization.schemes import FP8, LARGEST, SMALLEST_ROW
 
 
 class QuantizedRows(NamedTuple):

@@ -16,6 +16,8 @@ QUANTIZED_DTYPES = (FP8, torch.float8_e5m2, torch.int8)
 """What values of weights are stored in."""
 # Of numbers with a scale: the whole range of the format is used.
 LARGEST = {FP8: torch.finfo(FP8).max, torch.int8: 127.0}
+SMALLEST_ROW = 1e-30
+"""Rows of activations that are smaller become zeros: the reciprocals of their scales would be infinite."""
 _DTYPES = {"fp8": FP8, "int8": torch.int8}
 
 
