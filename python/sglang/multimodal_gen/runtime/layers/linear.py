@@ -141,23 +141,27 @@ class RowParallelLinear(AdaptableLinear):
         bias = self.bias if self.axis.rank == 0 else None
         trains = torch.is_grad_enabled() and any(each.requires_grad for each in (self.weight, *parts))
         matrix = self.matrix
-        if trains or self.is_adapted or (self.axis.size == 1 and len(parts) == 1 and isinstance(matrix, Tensor)):
+        if trains or (self.axis.size == 1 and len(parts) == 1 and isinstance(matrix, Tensor)):
             whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
             return all_reduce(self.adapted(multiply(whole, matrix, bias), whole), self.axis)
         inputs = [part.flatten(0, -2) for part in parts]
         output = inputs[0].new_empty(inputs[0].shape[0], self.out_features, dtype=computing_dtype(self))
-        num_chunks = max(1, min(_MOST_CHUNKS, len(output) // CHUNK_TOKENS)) if self.axis.size > 1 else 1
+        adapters = self.adapters if self.is_adapted else None
+        in_chunks = self.axis.size > 1 and adapters is None
+        num_chunks = max(1, min(_MOST_CHUNKS, len(output) // CHUNK_TOKENS)) if in_chunks else 1
         sums = []
         for chunk, *rows in zip(output.chunk(num_chunks), *(part.chunk(num_chunks) for part in inputs), strict=True):
             if isinstance(matrix, Tensor):
                 _multiply(rows, matrix, bias, out=chunk)
             else:
                 matrix.linear(*rows, bias=bias, gelu_from=gelu_from, out=chunk)
-            # While the ranks' sums of these tokens are on their way, those of the next are computed.
-            sums.append(Sum(chunk, self.axis))
+            if adapters is None:
+                # While the ranks' sums of these tokens are on their way, those of the next are computed.
+                sums.append(Sum(chunk, self.axis))
         for each in sums:
             each.wait()
-        return output.view(*parts[0].shape[:-1], -1)
+        shaped = output.view(*parts[0].shape[:-1], -1)
+        return shaped if adapters is None else all_reduce(adapters.add(shaped, *parts), self.axis)
 
 
 def _multiply(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:

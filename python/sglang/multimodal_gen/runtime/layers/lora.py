@@ -144,15 +144,20 @@ class SlotTable:
             if self.bias is not None:
                 self.bias = _grown(self.bias, size[:1])
 
-    def add(self, outputs: Tensor, inputs: Tensor) -> Tensor:
-        """outputs [B, ..., O] of the layer for inputs [B, ..., I], and what each row's adapters add, in place."""
-        uses = self.rows.of(inputs.shape[0])
+    def add(self, outputs: Tensor, *inputs: Tensor) -> Tensor:
+        """outputs [B, ..., O] of the layer for inputs [B, ..., I], and what each row's adapters add, in place. The
+        inputs may lie in several tensors that would stand side by side."""
+        uses = self.rows.of(outputs.shape[0])
         if uses is None:
             return outputs
-        tokens, sums = (t.unsqueeze(1) if t.ndim == 2 else t.flatten(1, -2) for t in (inputs, outputs))
+        sums, *parts = (t.unsqueeze(1) if t.ndim == 2 else t.flatten(1, -2) for t in (outputs, *inputs))
         down, up = self.down[uses.slots].flatten(1, 2), self.up[uses.slots].flatten(1, 2)  # [B, K·R, I or O]
-        counts = uses.scales.repeat_interleave(self.down.shape[1], dim=1).unsqueeze(1).to(tokens.dtype)
-        sums.baddbmm_(torch.bmm(tokens, down.transpose(1, 2)) * counts, up)
+        counts = uses.scales.repeat_interleave(self.down.shape[1], dim=1).unsqueeze(1).to(sums.dtype)
+        of_parts = down.split([part.shape[-1] for part in parts], dim=-1)
+        inner = torch.bmm(parts[0], of_parts[0].transpose(1, 2))  # [B, ..., K·R]
+        for part, own in zip(parts[1:], of_parts[1:], strict=True):
+            inner.baddbmm_(part, own.transpose(1, 2))
+        sums.baddbmm_(inner * counts, up)
         if self.bias is not None:
             added = (uses.scales.unsqueeze(-1) * self.bias[uses.slots]).sum(1)
             sums += added.unsqueeze(1).to(sums.dtype)
