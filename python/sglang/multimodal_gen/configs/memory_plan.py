@@ -24,6 +24,7 @@ from sglang.multimodal_gen.configs.memory_args import MemoryArgs, Residency, sha
 from sglang.multimodal_gen.configs.model_outline import ModelOutline
 from sglang.multimodal_gen.configs.quantization_args import QUANTIZED_BYTES
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import InvalidValue
 
 GIB = 2**30
@@ -118,6 +119,15 @@ class MemoryWish:
     quantized: bool = False
     size: str = "its default size"
     """What requests it is made for, in words."""
+
+
+def size_of(params: SamplingParams | None, outline: ModelOutline) -> str:
+    """What requests of this size are, in words."""
+    if params is None or (params.width, params.height, params.num_frames) == (None, None, None):
+        return MemoryWish.size
+    complete = params.filled_from(outline.defaults)
+    frames = f", {complete.num_frames} frames" if (complete.num_frames or 1) > 1 else ""
+    return f"{complete.width}x{complete.height}{frames}"
 
 
 def component_needs(outline: ModelOutline, wish: MemoryWish) -> tuple[ComponentNeed, ...]:

@@ -25,7 +25,7 @@ from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.errors import InvalidValue
 from sglang.multimodal_gen.registry import get_model_info
-from sglang.multimodal_gen.runtime.server_args import ServerArgs
+from sglang.multimodal_gen.runtime.server_args import ServerArgs, WarmupArgs
 from sglang.multimodal_gen.test.measured_steps import FLUX, WAN_14B
 
 EXPERTS = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
@@ -231,6 +231,24 @@ def test_the_plan_shows_components_options_and_other_cards(capsys: pytest.Captur
     assert ServerArgs.from_kwargs(component_residency=[text for text in memory["options"] if "=" in text])
 
 
+def test_the_plan_of_a_size_says_how_a_server_plans_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """A server of few GiB would otherwise plan for the model's own size, and refuse to start."""
+    plan = ["plan", "--model-path", WAN_14B, "--gpu", "h100", "--gpu-memory", "8", "--json"]
+    assert main([*plan, "--width", "832", "--height", "480", "--num-frames", "41"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    assert memory["fits"]
+    options = memory["options"]
+    assert options[:4] == ["--warmup-resolutions", "832x480", "--warmup-num-frames", "41"]
+    sized = WarmupArgs(warmup_resolutions=("640x480", "832x480"), warmup_num_frames=41).largest
+    assert sized is not None and (sized.width, sized.height, sized.num_frames) == (832, 480, 41)
+    assert WarmupArgs().largest is None
+    assert main(plan) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    assert not memory["fits"] and "--warmup-resolutions" not in memory["options"]
+
+
 def test_the_plan_refuses_a_limit_that_is_too_low(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model-path", FLUX, "--gpu-memory-limit", "3"]) == 2
     assert "gpu_memory_limit: got 3.0, accepted is at least" in capsys.readouterr().err
+    assert main(["plan", "--model-path", FLUX, "--gpu-memory-limit", "3", "--width", "512"]) == 2
+    assert "the least that black-forest-labs/FLUX.1-dev needs at 512x1024 with" in capsys.readouterr().err

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.cost_model import H100, HARDWARE, Hardware
 from sglang.multimodal_gen.configs.memory_args import ALL_RESIDENT, MemoryArgs, Residency, share_of
-from sglang.multimodal_gen.configs.memory_plan import GIB, TRANSFORMERS, MemoryPlan, MemoryWish, plan_memory, spread
+from sglang.multimodal_gen.configs.memory_plan import (
+    GIB,
+    TRANSFORMERS,
+    MemoryPlan,
+    MemoryWish,
+    plan_memory,
+    size_of,
+    spread,
+)
 from sglang.multimodal_gen.configs.model_outline import outline_of
 from sglang.multimodal_gen.configs.request_plan import Lane
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
@@ -73,14 +81,9 @@ def plan_for(
         element_bytes=placement.dtype.itemsize,
         encoder_parallel=execution.encoder_parallel,
         quantized=execution.quantization is not None,
-        size="its default size" if sized is None else _size(sized.filled_from(outline.defaults)),
+        size=size_of(sized, outline),
     )
     return plan_memory(outline, outline.work(sized), wish)
-
-
-def _size(params: SamplingParams) -> str:
-    frames = f", {params.num_frames} frames" if (params.num_frames or 1) > 1 else ""
-    return f"{params.width}x{params.height}{frames}"
 
 
 def refuse_wishes(args: MemoryArgs, name: str) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 from sglang.multimodal_gen import envs
 from sglang.multimodal_gen.configs.cost_model import CODING_BYTES, CONTEXT_BYTES, HARDWARE
 from sglang.multimodal_gen.configs.declare import CLI_ONLY, Parameter, arg, build, parameters
-from sglang.multimodal_gen.configs.memory_plan import MemoryWish
-from sglang.multimodal_gen.configs.model_outline import outline_of
+from sglang.multimodal_gen.configs.memory_plan import MemoryWish, size_of
+from sglang.multimodal_gen.configs.model_outline import ModelOutline, outline_of
 from sglang.multimodal_gen.configs.parallel_choice import element_bytes, this_machine
 from sglang.multimodal_gen.configs.parallel_plan import (
     GIB,
@@ -180,7 +180,8 @@ def _plans(resolved: ResolvedServerArgs, flags: Mapping[str, Any]) -> tuple[Para
         encoder_parallel=resolved.args.execution.encoder_parallel,
         quantized=resolved.args.execution.quantization is not None,
     )
-    work = outline.work(build(SamplingParams, asked, what="parameter"))
+    params = build(SamplingParams, asked, what="parameter")
+    work = outline.work(params)
     plan, args = plan_layouts(outline, work, wanted), resolved.args.memory
     limit = math.inf if args.gpu_memory_limit is None else args.gpu_memory_limit * GIB
     wish = MemoryWish(
@@ -191,8 +192,18 @@ def _plans(resolved: ResolvedServerArgs, flags: Mapping[str, Any]) -> tuple[Para
         element_bytes=wanted.element_bytes,
         encoder_parallel=wanted.encoder_parallel,
         quantized=wanted.quantized,
+        size=size_of(params, outline),
     )
-    return plan, outlook(outline, work, wish)
+    return plan, outlook(outline, work, wish, sized=_sized(params, outline))
+
+
+def _sized(params: SamplingParams, outline: ModelOutline) -> tuple[str, ...]:
+    complete, flags = params.filled_from(outline.defaults), []
+    if (params.width, params.height) != (None, None):
+        flags += ["--warmup-resolutions", f"{complete.width}x{complete.height}"]
+    if params.num_frames is not None:
+        flags += ["--warmup-num-frames", f"{params.num_frames}"]
+    return tuple(flags)
 
 
 def _request_options() -> Mapping[str, Parameter]:

@@ -18,17 +18,25 @@ _CARDS_HEADER = ("GPU", "on the host", "GPU holds", "host holds", "step", "slowe
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryOutlook:
-    """`here` is the plan for the GPU that was asked for, `cards` are those for others, each with its GiB."""
+    """`here` is the plan for the GPU that was asked for, `cards` are those for others, each with its GiB. `sized` are
+    the options by which a server plans for requests of the size that was asked for."""
 
     here: MemoryPlan
     cards: tuple[tuple[int, MemoryPlan], ...]
+    sized: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> list[str]:
+        """Those by which a server does what is planned here; none where all weights stay on the GPU."""
+        residency = as_flags(self.here.modes)
+        return [*self.sized, *residency] if residency else []
 
 
-def outlook(outline: ModelOutline, work: StepWork, wish: MemoryWish) -> MemoryOutlook:
+def outlook(outline: ModelOutline, work: StepWork, wish: MemoryWish, *, sized: tuple[str, ...] = ()) -> MemoryOutlook:
     """What to show. Raises InvalidValue as `plan_memory` does."""
     anywhere = replace(wish, args=replace(wish.args, gpu_memory_limit=None))
     cards = ((gib, plan_memory(outline, work, replace(anywhere, gpu_bytes=gib * GIB))) for gib in CARDS_GIB)
-    return MemoryOutlook(here=plan_memory(outline, work, wish), cards=tuple(cards))
+    return MemoryOutlook(here=plan_memory(outline, work, wish), cards=tuple(cards), sized=sized)
 
 
 def sections(found: MemoryOutlook) -> list[Section]:
@@ -48,7 +56,7 @@ def sections(found: MemoryOutlook) -> list[Section]:
         ("peak", f"{_gib(plan.peak_bytes)} of {_gib(plan.gpu_bytes)}{'' if plan.fits else ', which is too little'}"),
         ("host", _gib(plan.host_bytes)),
         ("a step", _step(plan)),
-        ("options", " ".join(as_flags(plan.modes)) or "none needed"),
+        ("options", " ".join(found.options) or "none needed"),
     ]
     cards = [
         (
@@ -76,7 +84,7 @@ def as_dict(found: MemoryOutlook) -> dict[str, Any]:
             {"name": need.name, "weight_bytes": need.num_bytes, "residency": found.here.modes[need.name]}
             for need in found.here.components
         ],
-        "options": as_flags(found.here.modes),
+        "options": found.options,
         "cards": [{"gib": gib} | _plan_as_dict(plan) for gib, plan in found.cards],
     }
 
