@@ -11,7 +11,7 @@ from typing import Any
 
 from sglang.multimodal_gen.configs.replica_shape import AXES, ReplicaShape
 from sglang.multimodal_gen.errors import InvalidValue
-from sglang.multimodal_gen.runtime.bench.child import BenchChild
+from sglang.multimodal_gen.runtime.bench.child import BenchChild, receive_all
 from sglang.multimodal_gen.runtime.bench.messages import ComponentTask, ParallelResult, ParallelTask
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.server_args import ServerArgs
@@ -54,7 +54,7 @@ def measure_parallel(options: Mapping[str, Any], args: ServerArgs) -> ParallelRe
             for rank in range(num_ranks)
         ]
         children = [stack.enter_context(BenchChild(_WORKER, task)) for task in tasks]
-        results = [child.receive(ParallelResult) for child in children]
+        results = receive_all(children, ParallelResult)
     return results[0]
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from sglang.multimodal_gen.configs.model_info import ModelInfo
 from sglang.multimodal_gen.configs.sample.sampling_params import GENERAL_DEFAULTS, SamplingParams
 from sglang.multimodal_gen.errors import InvalidValue, RemoteError, ServingError, UnsupportedModel, UnsupportedParameter
-from sglang.multimodal_gen.runtime.bench.child import BenchChild, tell
+from sglang.multimodal_gen.runtime.bench.child import BenchChild, all_of, tell
 from sglang.multimodal_gen.runtime.bench.idle import IdleTime, idle_time
 from sglang.multimodal_gen.runtime.bench.messages import (
     CostResult,
@@ -65,12 +66,13 @@ def measure_pipeline(options: Mapping[str, Any], args: ServerArgs) -> PipelineRe
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="sglang-bench-"))
         generator = stack.enter_context(DiffGenerator.from_server_args(args))
-        reference = None
-        if options["compare"] is not None:
-            reference = stack.enter_context(BenchChild(_REFERENCE, ReferenceTask(engine=config, directory=directory)))
+        reference, ready = None, None
         tell("starting the engine")
-        model = generator.wait_ready()
-        ready = None if reference is None else reference.receive(ReferenceReady)
+        if options["compare"] is None:
+            model = generator.wait_ready()
+        else:
+            reference = stack.enter_context(BenchChild(_REFERENCE, ReferenceTask(engine=config, directory=directory)))
+            model, ready = all_of(generator.wait_ready, partial(reference.receive, ReferenceReady))
         bench = PipelineBench(options, model, generator, reference, directory)
         turns = bench.turns()
         idle = bench.idle() if options["profile"] else None

@@ -19,8 +19,8 @@ from sglang.multimodal_gen.runtime.loader.tokenizer import TextTokenizer, Tokeni
 # Drawn once and repeated: real models have billions of numbers, and drawing a billion takes ten seconds of a core. A
 # prime, so that the repeats do not line up with rows.
 _POOL_SIZE = 1_048_573
-_END_TOKEN = 1
-# Behind padding, end and unknown, and within the vocabulary of any text encoder.
+_START_TOKEN = 1
+# Behind padding, start and unknown, and within the vocabulary of any text encoder.
 _WORD_TOKENS = range(3, 35)
 _WORD_OR_SIGN = re.compile(r"\w+|[^\w\s]")
 
@@ -82,9 +82,10 @@ def _scale_and_mean(name: str, tensor: Tensor) -> tuple[float, float]:
 
 
 class StandInTokenizer:
-    """One token for each word or sign and one for the end, where a model without a checkpoint has no tokenizer either.
+    """A token at the start and one for each word or sign, where a model without a checkpoint has no tokenizer either.
 
-    Equal words get equal ids; unequal ones may, since there are 32 ids.
+    Equal words get equal ids; unequal ones may, since there are 32 ids. Nothing stands at the end, so that a cut text's
+    ids are the first ones of the whole text's: other pipelines cut states in place of ids.
     """
 
     pad_id = 0
@@ -92,5 +93,5 @@ class StandInTokenizer:
     def __call__(self, text: str, *, max_length: int) -> TokenizedText:
         """See PromptTokenizer."""
         words = [_WORD_TOKENS[crc32(word.encode()) % len(_WORD_TOKENS)] for word in _WORD_OR_SIGN.findall(text)]
-        ids = (*words[: max(0, max_length - 1)], _END_TOKEN)[:max_length]
-        return TokenizedText(ids=ids, num_tokens=len(words) + 1)
+        ids = (_START_TOKEN, *words)
+        return TokenizedText(ids=ids[:max_length], num_tokens=len(ids))

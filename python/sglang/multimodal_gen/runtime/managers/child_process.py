@@ -127,7 +127,9 @@ def exit_with_parent(
 ) -> None:
     """Own `connection` in a thread: messages go to `on_message`; at end of file run `cleanup` and leave at once.
 
-    `os._exit` and not an exception: the main thread may be inside a kernel or a collective that never returns.
+    What `on_message` raises ends the process too, with status 1: without the thread it would be deaf, to the parent's
+    end as well. `os._exit` and not an exception: the main thread may be inside a kernel or a collective that never
+    returns.
     """
 
     def read() -> None:
@@ -137,6 +139,12 @@ def exit_with_parent(
             except (EOFError, OSError):
                 cleanup()
                 os._exit(0)
-            on_message(payload)
+            try:
+                on_message(payload)
+            except BaseException as error:
+                # A traceback, or nothing for SystemExit, as of any thread.
+                threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, None)))
+                cleanup()
+                os._exit(1)
 
     threading.Thread(target=read, name="parent-pipe", daemon=True).start()

@@ -10,22 +10,19 @@ import queue
 import tempfile
 import textwrap
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
-from torch import nn
 
-from sglang.multimodal_gen.registry import load_object, read_json_object, read_model_index
+from sglang.multimodal_gen.registry import load_object, read_model_index
 from sglang.multimodal_gen.runtime.bench.messages import ReferenceCall, ReferenceDone, ReferenceReady, ReferenceTask
 from sglang.multimodal_gen.runtime.bench.worker.model import BenchModel, find_model
-from sglang.multimodal_gen.runtime.bench.worker.reference_module import reference_module, require_reference
+from sglang.multimodal_gen.runtime.bench.worker.reference_module import require_reference
 from sglang.multimodal_gen.runtime.bench.worker.reporting import Parent, failures_told, take_task, watch_parent
-from sglang.multimodal_gen.runtime.loader.component_loader import LoadContext, NativeModule
-from sglang.multimodal_gen.runtime.loader.tokenizer import TextTokenizer
+from sglang.multimodal_gen.runtime.loader.component_loader import LoadContext
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
 
 _DENOISING_WORKLOAD = "dit"
@@ -34,7 +31,10 @@ _ARGUMENTS = (
     "prompt", "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale",
     "true_cfg_scale", "guidance_scale_2", "cfg_normalization", "cfg_truncation", "max_sequence_length", "clip_skip",
     "mu", "skip_guidance_layers", "skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop",
+    "decode_timestep", "decode_noise_scale", "image_cond_noise_scale", "denoise_strength",
 )  # fmt: skip
+# Arguments of diffusers' with another name here.
+_RENAMED = {"frame_rate": "fps"}
 _SHIFTS = ("flow_shift", "shift")
 # Of these a call takes one for each output.
 _TEXTS = ("prompt", "negative_prompt")
@@ -43,30 +43,16 @@ _REFUSALS = (AssertionError, AttributeError, LookupError, MemoryError, RuntimeEr
 _MAX_REASON_CHARACTERS = 300
 
 
-class TransformersTokenizer:
-    """One of our tokenizers with the call of transformers', as far as pipelines use it."""
-
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        self._tokenizer = tokenizer
-
-    def __call__(self, texts: Sequence[str], *, max_length: int, **_: Any) -> Any:
-        """Ids and mask [B, max_length], padded with zeros."""
-        ids = torch.zeros(len(texts), max_length, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, text in enumerate(texts):
-            tokens = self._tokenizer(text, max_length=max_length).ids
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
-        return load_object("transformers:BatchEncoding")({"input_ids": ids, "attention_mask": mask})
-
-
 def load_pipeline(task: ReferenceTask, model: BenchModel, context: LoadContext) -> Any:
     """The pipeline that model_index.json names, with the checkpoint's weights or with our random ones."""
     for library in ("diffusers", "transformers"):
         load_object(f"{library}.utils.logging:disable_progress_bar")()
     pipeline_class = load_object(f"diffusers:{read_model_index(model.directory)['_class_name']}")
     if task.engine.args.model.random_weights:
-        pipeline = pipeline_class(**_random_components(model, context))
+        # It imports both libraries, of which a process that lacks one must be able to tell.
+        from sglang.multimodal_gen.runtime.bench.worker.reference_components import random_components
+
+        pipeline = pipeline_class(**random_components(pipeline_class, model, context))
     else:
         dtypes = {name: context.dtype_of(name) for name in model.configs}
         pipeline = pipeline_class.from_pretrained(
@@ -74,28 +60,6 @@ def load_pipeline(task: ReferenceTask, model: BenchModel, context: LoadContext) 
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(context.device)
-
-
-def _random_components(model: BenchModel, context: LoadContext) -> dict[str, Any]:
-    """Each component of ours, then its counterpart with the same tensors; and the index's plain values."""
-    index = read_model_index(model.directory)
-    components: dict[str, Any] = {
-        name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list)
-    }
-    for name, load in model.pipeline_class.components.items():
-        if model.pipeline_class.leaves_out(name, index):
-            continue
-        directory, listed = model.directory / name, model.listed(name)
-        ours = load(directory, listed[1], context)
-        if isinstance(load, NativeModule):
-            assert isinstance(ours, nn.Module)
-            components[name] = reference_module(directory, listed, ours)
-        elif isinstance(ours, dict):
-            scheduler_class = load_object(f"{listed[0]}:{listed[1]}")
-            components[name] = scheduler_class.from_config(read_json_object(directory / "scheduler_config.json"))
-        else:
-            components[name] = TransformersTokenizer(ours)
-    return components
 
 
 class ReferenceRunner:
@@ -128,6 +92,8 @@ class ReferenceRunner:
         self._set_shift(call.params.flow_shift)
         steps = StepClock(self.device)
         arguments = self._arguments(call)
+        # Some decoders draw from torch's own generator, whatever generators a call is given.
+        torch.manual_seed(call.seeds[0])
         begin = time.perf_counter()
         output = self.pipeline(**arguments, output_type="np", callback_on_step_end=steps.step_ended)
         frames = np.asarray(output.frames if hasattr(output, "frames") else output.images)
@@ -141,7 +107,8 @@ class ReferenceRunner:
 
     def _arguments(self, call: ReferenceCall) -> dict[str, Any]:
         """A generator for each output, so that each begins with the noise that it has alone."""
-        values = {name: getattr(call.params, name) for name in _ARGUMENTS if name in self._accepted}
+        named = {name: name for name in _ARGUMENTS} | _RENAMED
+        values = {name: getattr(call.params, ours) for name, ours in named.items() if name in self._accepted}
         arguments = {name: value for name, value in values.items() if value is not None}
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in call.seeds]
         if len(generators) == 1:

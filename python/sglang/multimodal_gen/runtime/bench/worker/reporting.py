@@ -37,15 +37,25 @@ class Parent:
 
 
 def take_task(task_type: type[T]) -> tuple[Connection, T]:
-    """The pipe to the benchmark and the task that it sent first."""
+    """The pipe to the benchmark and the task that it sent first; one that cannot be read ends the process."""
     connection = inherited_connection()
-    return connection, msgspec.msgpack.decode(connection.recv_bytes(), type=task_type)
+    payload = connection.recv_bytes()
+    with failures_told(Parent(connection)):
+        task = msgspec.msgpack.decode(payload, type=task_type)
+    return connection, task
 
 
 def watch_parent(connection: Connection, on_message: Callable[[bytes], None] = lambda _: None) -> Parent:
-    """Leave when the benchmark is gone; `on_message` gets what it sends."""
-    exit_with_parent(connection, on_message, cleanup=lambda: None)
-    return Parent(connection)
+    """Leave when the benchmark is gone; `on_message` gets what it sends. What that raises is told, and ends the
+    process: the benchmark waits for an answer that would never come."""
+    parent = Parent(connection)
+
+    def take(payload: bytes) -> None:
+        with failures_told(parent):
+            on_message(payload)
+
+    exit_with_parent(connection, take, cleanup=lambda: None)
+    return parent
 
 
 @contextlib.contextmanager
