@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sglang.multimodal_gen.configs.memory_args import MemoryArgs
 from sglang.multimodal_gen.errors import InsufficientMemory, InvalidValue, RemoteError
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator, GenerationResult
+from sglang.multimodal_gen.runtime.layers import host_weights
 from sglang.multimodal_gen.runtime.layers.fused import JoinedLinear
 from sglang.multimodal_gen.runtime.layers.host_weights import (
     HostLink,
@@ -26,7 +27,7 @@ from sglang.multimodal_gen.runtime.layers.host_weights import (
     held_tensors,
     packed_bytes,
 )
-from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline, residency
+from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline, original_weights, residency
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY
 from sglang.multimodal_gen.runtime.pipelines_core.residency import StreamedBlocks, refuse_wishes
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
@@ -411,13 +412,16 @@ def test_a_pipeline_that_diffusers_runs_takes_no_such_wish(options: dict[str, An
 class StandInRuntime:
     """What a GPU's runtime knows of pinned memory: no byte is registered twice, and none that is unmapped stays."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int = 1 << 30) -> None:
         self.registered: dict[int, int] = {}
+        self.most_bytes = most_bytes
 
     def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:  # noqa: N802 (the runtime's names)
         """0, or the error that says that some of it is registered."""
         if any(address < begin + size and begin < address + num_bytes for begin, size in self.registered.items()):
             return 712
+        if num_bytes > self.most_bytes:
+            return 2
         self.registered[address] = num_bytes
         return 0
 
@@ -427,11 +431,22 @@ class StandInRuntime:
         return 0
 
 
-def test_memory_that_was_pinned_is_released_before_others_get_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = StandInRuntime()
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None if code == 0 else pytest.fail(f"error {code}"))
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> StandInRuntime:
+    found = StandInRuntime()
+
+    def check_error(code: int) -> None:
+        if code:
+            raise RuntimeError(f"error {code}")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: found)
+    monkeypatch.setattr(torch.cuda, "check_error", check_error)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(host_weights, "_forget_error", lambda: None)
+    return found
+
+
+def test_memory_that_was_pinned_is_released_before_others_get_its_address(runtime: StandInRuntime) -> None:
     layer = nn.Linear(64, 48)
     exact = layer.weight.detach().clone()
     for _ in range(5):
@@ -445,3 +460,22 @@ def test_memory_that_was_pinned_is_released_before_others_get_its_address(monkey
         assert len(runtime.registered) == 1, "a tensor still lies in it"
         del view
         assert not runtime.registered
+
+
+def test_weights_before_a_merge_are_kept_also_where_memory_cannot_be_pinned(
+    runtime: StandInRuntime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The fast way, and the two in which the host has too little."""
+    assert len(original_weights.memory_for(4096, pin=True)) == 4096
+    assert not runtime.registered, "it has gone with its tensor"
+    memory = original_weights.memory_for(4096, pin=True)
+    assert len(runtime.registered) == 1
+    runtime.most_bytes = 1024
+    with caplog.at_level("WARNING"):
+        assert len(original_weights.memory_for(4096, pin=True)) == 4096
+    assert "not pinned: error 2" in caplog.text and len(runtime.registered) == 1
+    runtime.most_bytes = 1 << 30
+    monkeypatch.setattr(original_weights, "free_bytes", lambda device: 8000)
+    assert len(original_weights.memory_for(4096, pin=True)) == 4096
+    assert len(runtime.registered) == 1, "half of what is free is left to others"
+    del memory

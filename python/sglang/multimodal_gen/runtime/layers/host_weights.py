@@ -7,6 +7,7 @@ Outside its turn a layer's tensors are those on the host, so that whoever looks 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import mmap
 import sys
@@ -179,11 +180,20 @@ def _place_of(tensor: Tensor, offset: int) -> Callable[[Tensor], Tensor]:
 
 def host_memory(num_bytes: int, *, pin: bool) -> Tensor:
     """Bytes of the host; `pin`: which a GPU reads by itself. Not from torch's pinned allocator, which rounds up to a
-    power of two, and in pages of their own, since no page can be registered twice."""
+    power of two, and in pages of their own, since no page can be registered twice.
+
+    Raises: OSError for too little memory, RuntimeError for more than may be pinned.
+    """
     if not pin or not num_bytes:
         return torch.empty(num_bytes, dtype=torch.uint8)
     with torch.inference_mode(False):
         return torch.frombuffer(_PinnedPages(num_bytes), dtype=torch.uint8)
+
+
+def _forget_error() -> None:
+    """The runtime remembers a failed call, and torch would blame the next kernel for it."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")
 
 
 class _PinnedPages(mmap.mmap):
@@ -193,7 +203,11 @@ class _PinnedPages(mmap.mmap):
         pages = super().__new__(cls, -1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         pages.cudart = torch.cuda.cudart()
         pages.address = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
-        torch.cuda.check_error(pages.cudart.cudaHostRegister(pages.address, num_bytes, 0))
+        try:
+            torch.cuda.check_error(pages.cudart.cudaHostRegister(pages.address, num_bytes, 0))
+        except RuntimeError:
+            _forget_error()
+            raise
         pages.registered = True
         return pages
 

@@ -69,7 +69,7 @@ class OriginalWeights:
 def _on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies in one piece of memory; those of a GPU are on their way there, in order with what it computes."""
     sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
-    memory = _memory(sum(sizes), pin=any(tensor.is_cuda for tensor in tensors))
+    memory = memory_for(sum(sizes), pin=any(tensor.is_cuda for tensor in tensors))
     copies = []
     for tensor, part in zip(tensors, memory.split(sizes), strict=True):
         copies.append(part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape))
@@ -77,7 +77,8 @@ def _on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     return copies
 
 
-def _memory(num_bytes: int, *, pin: bool) -> Tensor:
+def memory_for(num_bytes: int, *, pin: bool) -> Tensor:
+    """Bytes of the host [num_bytes], pinned if that is wished and possible."""
     if pin and num_bytes <= _HOST_SHARE * free_bytes(torch.device("cpu")):
         try:
             return host_memory(num_bytes, pin=True)
