@@ -57,15 +57,13 @@ class Together(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     peak_memory_bytes: int
 
 
-class ReferenceBatch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`size` outputs in one call of the reference, in turns with as many requests of ours together, whose seconds in
-    the same turns are `ours_seconds`.
+class BesideReference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Calls of the reference in turns with ours, whose seconds in the same turns are `ours_seconds`.
 
-    `ratio` is the batch's time over ours. Each output is compared with ours of the same seed; differences are the
-    largest of all.
+    `ratio` is the reference's time over ours. Each output is compared with ours of the same seed: differences of
+    frames, in steps of 8-bit values, are the largest of all.
     """
 
-    size: int
     seconds: Summary
     ours_seconds: Summary
     ratio: Ratio
@@ -75,22 +73,18 @@ class ReferenceBatch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     mean_frame_difference: float
 
 
-class Reference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The same requests through the reference, in turns with ours: `ours_seconds` are those of the same turns.
+class ReferenceBatch(BesideReference, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`size` outputs in one call, beside as many requests of ours together."""
 
-    Differences are of the frames, in steps of 8-bit values; `ratio` is the reference's time over ours. `batch` is None
-    where one request runs at a time, or where a note says why the reference made none.
-    """
+    size: int
+
+
+class Reference(BesideReference, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One output, beside one request. `batch` is None where one request runs at a time, or where a note says why the
+    reference made none."""
 
     pipeline: str
     load_seconds: float
-    seconds: Summary
-    ours_seconds: Summary
-    ratio: Ratio
-    step_ms: Summary | None
-    outputs_per_second: float
-    max_frame_difference: int
-    mean_frame_difference: float
     batch: ReferenceBatch | None
 
 
@@ -201,21 +195,12 @@ def beside_reference(turns: Sequence[Turn], ready: ReferenceReady | None) -> Ref
     """None where nothing was compared."""
     if ready is None:
         return None
-    compared = [turn.reference for turn in turns if turn.reference is not None]
-    ours = summarise([turn.alone[0].seconds for turn in turns])
-    theirs = summarise([each.done.seconds for each in compared])
-    largest, mean = largest_difference([each.frame_difference for each in compared])
+    pairs = [(turn.alone[0], turn.reference) for turn in turns if turn.reference is not None]
     return Reference(
         pipeline=ready.pipeline,
         load_seconds=ready.load_seconds,
-        seconds=theirs,
-        ours_seconds=ours,
-        ratio=compare(ours, theirs),
-        step_ms=_step_ms(compared),
-        outputs_per_second=1 / theirs.median,
-        max_frame_difference=largest,
-        mean_frame_difference=mean,
         batch=_beside_batch(turns),
+        **_compared(pairs, num_outputs=1),
     )
 
 
@@ -228,27 +213,25 @@ def _beside_batch(turns: Sequence[Turn]) -> ReferenceBatch | None:
     ]
     if len(pairs) < len(turns):
         return None
-    compared = [each for _, each in pairs]
     size = len(pairs[0][0].results)
-    ours = summarise([shared.seconds for shared, _ in pairs])
-    theirs = summarise([each.done.seconds for each in compared])
-    largest, mean = largest_difference([each.frame_difference for each in compared])
-    return ReferenceBatch(
-        size=size,
-        seconds=theirs,
-        ours_seconds=ours,
-        ratio=compare(ours, theirs),
-        step_ms=_step_ms(compared),
-        outputs_per_second=size / theirs.median,
-        max_frame_difference=largest,
-        mean_frame_difference=mean,
-    )
+    return ReferenceBatch(size=size, **_compared(pairs, num_outputs=size))
 
 
-def _step_ms(compared: Sequence[Compared]) -> Summary | None:
-    """None of calls of a single step."""
-    steps = [step for each in compared for step in each.done.step_ms]
-    return summarise(steps) if steps else None
+def _compared(pairs: Sequence[tuple[Batch, Compared]], *, num_outputs: int) -> dict[str, Any]:
+    """The fields of BesideReference."""
+    ours = summarise([batch.seconds for batch, _ in pairs])
+    theirs = summarise([each.done.seconds for _, each in pairs])
+    steps = [step for _, each in pairs for step in each.done.step_ms]  # none of calls of a single step
+    largest, mean = largest_difference([each.frame_difference for _, each in pairs])
+    return {
+        "seconds": theirs,
+        "ours_seconds": ours,
+        "ratio": compare(ours, theirs),
+        "step_ms": summarise(steps) if steps else None,
+        "outputs_per_second": num_outputs / theirs.median,
+        "max_frame_difference": largest,
+        "mean_frame_difference": mean,
+    }
 
 
 def phase_rates(measured: Alone, cost: CostResult | None, tokens: Mapping[str, float]) -> dict[str, PhaseRate]:

@@ -19,9 +19,9 @@ from sglang.multimodal_gen.runtime.bench.messages import (
 )
 from sglang.multimodal_gen.runtime.bench.pipeline_result import (
     Alone,
+    BesideReference,
     PipelineResult,
     Reference,
-    ReferenceBatch,
     Together,
 )
 from sglang.multimodal_gen.runtime.bench.startup import StartupResult
@@ -229,7 +229,7 @@ def _pipeline(result: PipelineResult) -> Iterator[Section]:
         yield _outputs_per_second(result.alone, result.together, result.reference)
 
 
-def _beside(title: str, name: str, other: Reference | ReferenceBatch) -> Iterator[Section]:
+def _beside(title: str, name: str, other: BesideReference) -> Iterator[Section]:
     compared: list[Row] = [("sglang", *_summary(other.ours_seconds)), (name, *_summary(other.seconds))]
     if other.step_ms is not None:
         compared.append(("  step", *_summary(other.step_ms, scale=1e-3)))

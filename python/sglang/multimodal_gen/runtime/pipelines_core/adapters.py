@@ -290,8 +290,8 @@ def _merge_into(
 ) -> None:
     device = compute_device(layer)
     # First to the device: what changes place and dtype at once becomes wider on the host.
-    weight = originals.weight(layer).to(device, non_blocking=True).to(torch.float32, copy=True)
-    bias = originals.bias(layer)
+    weight, bias = originals.of(layer)
+    weight = weight.to(device, non_blocking=True).to(torch.float32, copy=True)
     wide_bias = None if bias is None else bias.to(device).to(torch.float32, copy=True)
     for update, scale in updates:
         down, up = (part.to(device, torch.float32) for part in (update.down, update.up))

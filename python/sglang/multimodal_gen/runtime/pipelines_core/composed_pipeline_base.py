@@ -257,14 +257,10 @@ class ComposedPipelineBase:
         modules = {name: module for name, module in components.items() if isinstance(module, nn.Module)}
         room = settle_weights(modules, plan, memory, placement.device)
         reads = cls._explain(components, modules, context)
-        defaults = resolved.defaults
-        if execution.scheduler is not None:
-            defaults = dataclasses.replace(defaults, scheduler=execution.scheduler)
-        defaults = with_environment(defaults, envs.current())
         pipeline = cls(
             name=resolved.name,
             config=config,
-            defaults=defaults,
+            defaults=cls._defaults(resolved.defaults, execution),
             placement=placement,
             parallel=parallel,
             components=components,
@@ -279,6 +275,13 @@ class ComposedPipelineBase:
         if execution.enable_lane_overlap:
             report(pipeline.overlap_lanes())
         return pipeline
+
+    @staticmethod
+    def _defaults(own: SamplingParams, execution: ExecutionArgs) -> SamplingParams:
+        """The model's, with what options and environment say otherwise."""
+        if execution.scheduler is not None:
+            own = dataclasses.replace(own, scheduler=execution.scheduler)
+        return with_environment(own, envs.current())
 
     def overlap_lanes(self) -> str:
         """Let texts and frames be computed beside the denoising of other requests; that they are, or why not."""

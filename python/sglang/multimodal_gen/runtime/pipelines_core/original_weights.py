@@ -41,15 +41,10 @@ class OriginalWeights:
         for layer in new:
             self._kept[layer] = next(copies), None if layer.bias is None else next(copies)
 
-    def weight(self, layer: AdaptableLinear) -> Tensor:
-        """The checkpoint's, on the host; the layer is about to hold another."""
+    def of(self, layer: AdaptableLinear) -> tuple[Tensor, Tensor | None]:
+        """The checkpoint's weight and bias, on the host; the layer is about to hold others."""
         self._changed.add(layer)
-        return self._kept[layer][0]
-
-    def bias(self, layer: AdaptableLinear) -> Tensor | None:
-        """As `weight`."""
-        self._changed.add(layer)
-        return self._kept[layer][1]
+        return self._kept[layer]
 
     def restore(self, *, but: Collection[AdaptableLinear] = ()) -> None:
         """Every layer that holds another weight gets its own again, except these."""
