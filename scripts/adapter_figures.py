@@ -12,10 +12,12 @@ import argparse
 import itertools
 import json
 import statistics
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +44,28 @@ def main() -> None:
     size = {"width": arguments.width, "height": arguments.height, "num_frames": arguments.num_frames}
     wish = {"prompt": "a red circle"} | {name: value for name, value in size.items() if value is not None}
     with tempfile.TemporaryDirectory() as directory:
+        _doing("writing adapters")
         paths = write_adapters(arguments.model_path, Path(directory), arguments.batch + 2, arguments.rank)
         names = [path.stem for path in paths]
         if arguments.model_path != EMBEDDED_MODEL:
             options["random_weights"] = True
+        _doing("starting the engine")
         with DiffGenerator.from_pretrained(arguments.model_path, **options) as generator:
             figures: dict[str, float] = {}
-            for found in (
-                _loading(generator, paths[:-1]),
-                _merging(generator, wish, names[:2]),
-                _hot_load(generator, wish, names[-1], paths[-1]),
-                _batches(generator, wish, names[: arguments.batch]),
-            ):
-                figures |= found
+            _doing("loading adapters")
+            figures |= _loading(generator, paths[:-1])
+            _doing("merging")
+            figures |= _merging(generator, wish, names[:2])
+            _doing("loading one more beside a request")
+            figures |= _hot_load(generator, wish, names[-1], paths[-1])
+            _doing("running batches")
+            figures |= _batches(generator, wish, names[: arguments.batch])
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _doing(what: str) -> None:
+    print(f"{what}...", file=sys.stderr, flush=True)
 
 
 def write_adapters(model: str, directory: Path, count: int, rank: int) -> list[Path]:
@@ -131,15 +140,21 @@ def _together(generator: DiffGenerator, wishes: Sequence[dict[str, Any]]) -> flo
 
 
 def _merging(generator: DiffGenerator, wish: dict[str, Any], names: Sequence[str]) -> dict[str, float]:
-    """Seconds until another adapter is part of the weights, and until none is."""
-    figures = {}
-    for turn in range(2):
-        for number, name in enumerate(names):
-            generator.set_lora(name)
-            figures[f"merge_{number}_turn_{turn}_s"] = _timed(generator.merge_lora_weights)
-        figures[f"unmerge_turn_{turn}_s"] = _timed(generator.unmerge_lora_weights)
+    """Seconds until an adapter is part of the weights, another one in its place, or none."""
+    figures = {"first_merge_s": _timed(partial(_merge, generator, names[0]))}
+    switches = [partial(generator.set_lora, name, merge_mode="merge") for name in 2 * names[::-1]]
+    figures["switch_s"] = statistics.median(_timed(switch) for switch in switches)
+    figures["unmerge_s"] = _timed(generator.unmerge_lora_weights)
+    figures["set_and_merge_s"] = statistics.median(_timed(partial(_merge, generator, name)) for name in names)
+    generator.unmerge_lora_weights()
     generator.generate(wish | {"num_inference_steps": 2, "lora": []})
     return _told(figures)
+
+
+def _merge(generator: DiffGenerator, name: str) -> None:
+    """In two operations: after the first, no adapter is part of the weights."""
+    generator.set_lora(name)
+    generator.merge_lora_weights()
 
 
 def _hot_load(generator: DiffGenerator, wish: dict[str, Any], name: str, path: Path) -> dict[str, float]:

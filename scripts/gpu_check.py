@@ -21,7 +21,7 @@ from gpu_checks.families import check_families
 from gpu_checks.kernels import check_kernels
 from gpu_checks.parity import check_checkpoint, make_checkpoints
 from gpu_checks.quantization import check_quantization
-from gpu_checks.ranks import check_ranks
+from gpu_checks.ranks import RANKED, check_ranks
 from gpu_checks.report import Report, describe_machine
 
 
@@ -47,7 +47,7 @@ def main() -> int:
         if "families" in arguments.only:
             check_families(report, device, Path(directory) / "families")
     if arguments.num_gpus > 1:
-        check_ranks(report, device, arguments.num_gpus)
+        check_ranks(report, device, arguments.num_gpus, arguments.families)
     if "engine" in arguments.only:
         check_engine(report, device)
     if arguments.json is not None:
@@ -61,6 +61,7 @@ def _parse() -> argparse.Namespace:
     parts = ("kernels", "quantization", "parity", "families", "engine")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--num-gpus", type=int, default=1, help="also run every layout of so many GPUs")
+    parser.add_argument("--families", nargs="+", choices=RANKED, default=RANKED, help="of those layouts, only these")
     parser.add_argument("--only", nargs="*", choices=parts, default=parts, help="only these parts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, results and figures here")
     return parser.parse_args()

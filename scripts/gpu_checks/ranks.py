@@ -17,20 +17,23 @@ from sglang.multimodal_gen.test.parallel_case import FORWARD_TOLERANCE
 from sglang.multimodal_gen.test.parallel_pool import CODINGS, FAMILIES, OTHER_ENCODERS, SHAPES, Family, Pool
 from sglang.multimodal_gen.test.pipeline_parity import LATENT_TOLERANCE, relative_error
 
+RANKED = (*FAMILIES, *OTHER_ENCODERS)
+"""What is checked by name."""
+
 _TEXTS = ("text", "negative")
 # Convolutions of other sizes may take other algorithms, whose sums round differently.
 _CODING_TOLERANCE = 1e-4
 
 
-def check_ranks(report: Report, device: torch.device, num_gpus: int) -> None:
-    """Every layout of two ranks up to `num_gpus`, each family; the text encoders that one layout is enough
-    for; and each autoencoder on so many strips."""
+def check_ranks(report: Report, device: torch.device, num_gpus: int, names: Sequence[str] = RANKED) -> None:
+    """Every layout of two ranks up to `num_gpus`, each family that is named; the text encoders that one layout is
+    enough for; and each autoencoder on so many strips."""
     shapes = [shape for shape in SHAPES if shape.num_ranks <= num_gpus]
     pool = Pool(num_gpus)
     try:
         for families, layouts in ((FAMILIES, shapes), (OTHER_ENCODERS, shapes[:1])):
-            for name, family in families.items():
-                _check_family(report, pool, name, family, layouts, device)
+            for name in (name for name in families if name in names):
+                _check_family(report, pool, name, families[name], layouts, device)
     finally:
         pool.close()
 

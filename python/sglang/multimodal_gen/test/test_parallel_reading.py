@@ -130,7 +130,9 @@ def test_a_part_along_the_first_dimension_reads_its_own_bytes_alone(
     assert max(count for _, count in read) <= SMALL.buffer_bytes
 
 
-def testhost_memory_is_the_buffers_however_large_the_tensors_are(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_memory_is_the_buffers_however_large_the_tensors_are(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[int] = []
     make = parallel_reading._Buffer.__init__
 
@@ -153,7 +155,7 @@ def test_a_mapped_tensor_is_the_file_where_nothing_changes_it(files: Files) -> N
     assert torch.equal(safetensors.torch.load_file(files.places["matrix"].file)["matrix"], read_back["matrix"])
 
 
-def test_tensors_inhost_memory_are_sent_in_parts_whatever_their_strides() -> None:
+def test_tensors_in_host_memory_are_sent_in_parts_whatever_their_strides() -> None:
     given = {
         "plain": torch.arange(77.0).view(7, 11),
         "turned": torch.arange(60.0).view(6, 10).T,

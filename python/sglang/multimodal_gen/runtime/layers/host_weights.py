@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 _ALIGNMENT = 256
 """Of tensors in a slot, as the caching allocator gives them out."""
+_PAGE_BYTES = 4096
 
 
 class TensorHolder(Protocol):
@@ -201,8 +202,14 @@ class _PinnedPages(mmap.mmap):
 
     def __new__(cls, num_bytes: int) -> Self:
         pages = super().__new__(cls, -1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a system without them has small ones
+                pages.madvise(mmap.MADV_HUGEPAGE)
+        numbers = torch.frombuffer(pages, dtype=torch.uint8)
+        # One in each page, by several threads: registering would have one thread get the pages from the system.
+        numbers[::_PAGE_BYTES].fill_(0)
         pages.cudart = torch.cuda.cudart()
-        pages.address = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
+        pages.address = numbers.data_ptr()
         try:
             torch.cuda.check_error(pages.cudart.cudaHostRegister(pages.address, num_bytes, 0))
         except RuntimeError:

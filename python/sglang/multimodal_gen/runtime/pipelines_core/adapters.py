@@ -138,8 +138,10 @@ class Adapters:
         return found
 
     def forget(self, adapter_id: str) -> None:
-        """No new request has it; idempotent."""
+        """No new request has it; idempotent. With the last one go the copies of what was merged into."""
         self.loaded.pop(adapter_id, None)
+        if not self.loaded and not self.merged:
+            self._originals.clear()
 
     def find(self, uses: Iterable[LoraUse], ids: Mapping[str, str] | None = None) -> tuple[AdapterUse, ...]:
         """Those that a request names; `ids` says under which id a nickname is loaded, by itself where it says nothing.
@@ -281,7 +283,7 @@ class Adapters:
     def unmerge(self) -> None:
         """The weights of the checkpoint again, bit for bit."""
         self.park()
-        self._originals.clear()
+        self._originals.restore()
         self.merged = ()
 
 

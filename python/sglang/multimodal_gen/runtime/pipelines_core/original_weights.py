@@ -23,7 +23,8 @@ class OriginalWeights:
     """Copies of weights and biases by layer.
 
     Those of layers on a GPU lie in pinned memory where the host has enough of it: another adapter begins from them each
-    time, and from there they come eight times as fast. They stay until `clear`, also of layers that are as they were.
+    time, and from there they come eight times as fast. Pinning takes longer than merging, so they stay until `clear`,
+    also when all layers are as they were.
     """
 
     def __init__(self) -> None:
