@@ -151,6 +151,7 @@ def frame_norms(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
             reference = fused_frames.norm_frames(frames, weight, bias=bias, silu=silu)
             case = f"{channels} channels, {batch, size}, silu {silu}, {lead} frames and {edge} lines around"
             yield f"norm of {case}, bias {bias is not None}", distance(inner, reference)
+        yield from modulated_norms(frames, weight, channels + extra)
         for bias in (None, drawn(channels, dtype=dtype)):
             reference = fused_frames.sum_frames(frames, residual, bias=bias)
             cells, summed = frames.movedim(1, -1), torch.empty_like(residual).movedim(1, -1)
@@ -168,6 +169,21 @@ def frame_norms(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
             yield f"sum of {channels, batch, size}, bias {bias is not None}", distance(found, reference)
 
 
+def modulated_norms(frames: Tensor, weight: Tensor, source_cell: int) -> Iterator[tuple[str, float]]:
+    """Of `norm_frames` with scale and shift of each sample, which lie in wider tensors, with and without a weight."""
+    batch, channels = frames.shape[:2]
+    scale, shift = drawn(batch, 4 * channels).chunk(4, dim=1)[1:3]
+    for factor, modulation, eps in product((None, weight), (None, fused_frames.ScaleShift(scale, shift)), (1e-8, 0.5)):
+        found = torch.empty_like(clip(*frames.shape), dtype=frames.dtype)
+        cells = frames.movedim(1, -1), found.movedim(1, -1)
+        triton_frame_kernels.norm_frames(
+            cells[0], factor, cells[1], source_cell=source_cell, modulation=modulation, eps=eps
+        )
+        reference = fused_frames.norm_frames(frames, factor, modulation=modulation, eps=eps)
+        case = f"{tuple(frames.shape)}, weight {factor is not None}, eps {eps}"
+        yield f"modulation {modulation is not None} of {case}", distance(found, reference)
+
+
 def upsamplings(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
     """Of `upsample_frames`: frames alone, frames that share their cells, and both."""
     for channels, batch, (length, height, line) in ((3, 1, (1, 1, 1)), (width, 1, (3, 2, 5)), (3, 2, (2, 3, 2))):
@@ -180,6 +196,21 @@ def upsamplings(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
                 found = fused_frames.upsampled_by(triton_frame_kernels, parts)
                 case = f"{len(parts)} parts, {shared} of a frame, {channels, batch, length, height, line}"
                 yield f"{case}, bias {bias is not None}", distance(found, reference)
+
+
+def spreads(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
+    """Of `spread_frames`: one frame and several, with and without bias and a residual of all or some channels."""
+    sizes = ((1, 1, 1), (3, 2, 5), (2, 3, 3))
+    for (channels, batch), (length, height, line) in product(((6, 2), (width, 1)), sizes):
+        frames = clip(batch, 8 * channels, length, height, line, dtype=dtype)
+        for bias, repeats in product((None, drawn(8 * channels, dtype=dtype)), (0, 1, 2)):
+            residual = None
+            if repeats:
+                residual = clip(batch, 8 * channels // repeats, length, height, line, dtype=dtype)
+            found = fused_frames.spread_by(triton_frame_kernels, frames, bias=bias, residual=residual)
+            reference = fused_frames.spread_frames(frames, bias=bias, residual=residual)
+            case = f"{channels, batch, length, height, line}, bias {bias is not None}, {repeats} of the residual"
+            yield f"spread of {case}", distance(found, reference)
 
 
 def quantized_rows(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
@@ -232,7 +263,7 @@ def main() -> None:
     worst = {}
     kernels = {
         "tokens": (sum_norms, norm_rotations, gated_silus),
-        "frames": (frame_norms, upsamplings),
+        "frames": (frame_norms, spreads, upsamplings),
         "rows": (quantized_rows,),
     }[sys.argv[1]]
     for (name, drawn_as), cases in product(DTYPES.items(), kernels):

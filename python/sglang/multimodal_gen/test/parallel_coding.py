@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sglang.multimodal_gen.runtime.models.vaes.ltx_vae import LTXClip
 from sglang.multimodal_gen.runtime.models.vaes.tiling import Tiling
 from sglang.multimodal_gen.runtime.pipelines_core.stages.decoding import DecodingStage, PieceDecodingStage
 
@@ -60,4 +62,6 @@ def _decoded(stage: DecodingStage, latents: Tensor, coding: Coding) -> Iterator[
         return
     chunks = latents.split(coding.chunk_frames or latents.shape[2], dim=2)
     state = vae.new_state(coding.tiling, carry=len(chunks) > 1)
+    if isinstance(state, LTXClip):
+        state = dataclasses.replace(state, timesteps=torch.tensor([0.3], device=latents.device), seed=5)
     yield from (vae.decode_next(chunk, state) for chunk in chunks)

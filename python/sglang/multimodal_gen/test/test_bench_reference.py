@@ -52,6 +52,10 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], Path], dict[str, Any]]] = {
     "zimage with a head": ("zimage", lambda path: save_tiny_zimage(path, TINY_Z_IMAGES["turbo"]), {}),
 }
 PROMPT = "a red circle, and a blue star on the left"
+# NumPy warns of how diffusers hands it a tensor of timesteps.
+_TOLD_OF_COPIES = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers.schedulers"
+)
 # The prompt is longer than the shorter one, templates are shorter than the longer one.
 LENGTHS = (8, 64)
 
@@ -82,9 +86,7 @@ def check_classes(pipeline: Any, directory: Path) -> None:
             assert type(module).__name__ == listed[1]
 
 
-@pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers.schedulers"
-)
+@_TOLD_OF_COPIES
 @pytest.mark.parametrize("has_tokenizers", [True, False])
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_with_random_weights_diffusers_makes_what_ours_makes(name: str, has_tokenizers: bool, tmp_path: Path) -> None:
@@ -107,17 +109,20 @@ def test_with_random_weights_diffusers_makes_what_ours_makes(name: str, has_toke
             assert ours.std() > 5, "a flat picture would agree with anything"
 
 
+@_TOLD_OF_COPIES
 @pytest.mark.parametrize(
     "options",
     [{"precision": "bf16", "vae_precision": "fp32"}, {"quantization": "int8"}],
     ids=str,
 )
-def test_diffusers_has_its_own_precisions(options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["flux", "ltx condition"])
+def test_diffusers_has_its_own_precisions(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Its pipelines know neither an autoencoder with another dtype nor our quantised weights."""
-    directory = FAMILIES["flux"][0](tmp_path / "model")
+    family, save, values = CHECKPOINTS[name]
+    directory = save(tmp_path / "model")
     with torch.inference_mode():
         runner, _, defaults = reference_of(directory, **options)
-        params = SamplingParams.from_values(wish_of("flux")).filled_from(defaults, GENERAL_DEFAULTS)
+        params = SamplingParams.from_values(wish_of(family, **values)).filled_from(defaults, GENERAL_DEFAULTS)
         done = runner.run(ReferenceCall(params=params, seeds=(1,)))
     assert np.load(done.frames_file).std() > 5
 

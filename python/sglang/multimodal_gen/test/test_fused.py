@@ -161,7 +161,7 @@ def test_layers_of_which_one_has_no_bias_are_not_joined() -> None:
 
 @pytest.mark.parametrize(
     ("operands", "kinds"),
-    [("tokens", ("gated_silus", "norm_rotations", "sum_norms")), ("frames", ("frame_norms", "upsamplings"))],
+    [("tokens", ("gated_silus", "norm_rotations", "sum_norms")), ("frames", ("frame_norms", "spreads", "upsamplings"))],
 )
 def test_kernels_give_what_their_references_give(operands: str, kinds: tuple[str, ...]) -> None:
     """fp32: the order of summation. bf16: a step or two of rounding, 2**-8 each, that a norm passes on."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,10 @@ from torch import Tensor
 
 from sglang.multimodal_gen.runtime.layers.fused_frames import (
     Footage,
+    ScaleShift,
     cell_step,
     norm_frames,
+    spread_frames,
     sum_frames,
     upsample_frames,
 )
@@ -33,6 +37,20 @@ def test_the_norm_is_its_formula(has_bias: bool, silu: bool) -> None:
     exact = F.normalize(exact, dim=1) * 6**0.5 * per_channel(weight)
     exact = exact * exact.sigmoid() if silu else exact
     torch.testing.assert_close(norm_frames(frames, weight, bias=bias, silu=silu).double(), exact, **FP32)
+
+
+@pytest.mark.parametrize("has_weight", [False, True])
+def test_the_norm_is_modulated_for_each_sample(has_weight: bool) -> None:
+    frames, scale, shift = noise(*_SHAPE), noise(2, 6, seed=2), noise(2, 6, seed=3)
+    weight = noise(6, seed=4) if has_weight else None
+    exact = frames.double() / (frames.double().square().mean(dim=1, keepdim=True) + 0.01).sqrt()
+    exact = exact * (1 if weight is None else per_channel(weight))
+    exact = exact * (1 + scale.double()[..., None, None, None]) + shift.double()[..., None, None, None]
+    found = norm_frames(frames, weight, modulation=ScaleShift(scale=scale, shift=shift), silu=False, eps=0.01)
+    torch.testing.assert_close(found.double(), exact, **FP32)
+    # The same for all samples, through SiLU.
+    same = ScaleShift(scale=torch.zeros(2, 6), shift=torch.zeros(2, 6))
+    torch.testing.assert_close(norm_frames(frames, weight, modulation=same), norm_frames(frames, weight))
 
 
 def test_the_norm_goes_where_it_is_told_to() -> None:
@@ -65,6 +83,21 @@ def test_upsampling_repeats_cells_and_unfolds_frames_that_share_them() -> None:
         expected = alone[:, :, 0] if frame == 0 else added[:, :, (frame - 1) // 2].chunk(2, dim=1)[(frame - 1) % 2]
         for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
             assert torch.equal(found[:, :, frame, row::2, column::2], expected)
+
+
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_channels_spread_over_frames_lines_and_columns(has_residual: bool) -> None:
+    frames, bias = noise(2, 32, 3, 4, 5), noise(32, seed=2)
+    residual = noise(2, 16, 3, 4, 5, seed=3) if has_residual else None
+    found = spread_frames(frames, bias=bias, residual=residual)
+    assert found.shape == (2, 4, 5, 8, 10)
+    for channel, (frame, row, column) in product(range(4), product(range(2), repeat=3)):
+        part = 4 * frame + 2 * row + column
+        expected = frames[:, 8 * channel + part] + bias[8 * channel + part]
+        if residual is not None:
+            expected = expected + residual[:, 8 * (channel % 2) + part]
+        spread = found[:, channel, 1 - frame :: 2, row::2, column::2]
+        assert torch.equal(spread, expected[:, 1 - frame :]), "of the first two frames only the later one is there"
 
 
 def test_cells_are_evenly_spaced_or_not() -> None:

@@ -32,8 +32,8 @@ from sglang.multimodal_gen.errors import (
 )
 from sglang.multimodal_gen.errors_media import TooManyImages
 from sglang.multimodal_gen.registry import get_model_info, load_config
+from sglang.multimodal_gen.runtime.models.vaes.ltx_vae import LTXClip
 from sglang.multimodal_gen.runtime.models.vaes.tiling import Tiling
-from sglang.multimodal_gen.runtime.pipelines.ltx_conditioning import LTXAutoencoder, LTXClip
 from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import unpack
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
@@ -323,17 +323,16 @@ def test_a_decoder_with_random_numbers_of_its_own_obeys_the_seed(pipeline_of: Ca
 
 
 def test_tiles_are_told_the_timestep_too(pipeline_of: Callable[[str], Any]) -> None:
-    pipeline = pipeline_of("timed")
-    autoencoder = LTXAutoencoder(pipeline.vae)
+    autoencoder = pipeline_of("timed").vae
     latents = torch.randn(1, 8, 2, 4, 8, generator=torch.Generator().manual_seed(0))
-    arguments = {"temb": torch.tensor([0.4])}
-    whole = autoencoder.decode_next(latents, LTXClip(None, arguments))
+    timesteps = torch.tensor([0.4])
+    whole = autoencoder.decode_next(latents, LTXClip(None, timesteps))
     tiling = Tiling(tile_height=32, tile_width=48, stride_height=32, stride_width=16)
-    tiled = autoencoder.decode_next(latents, LTXClip(tiling, arguments))
+    tiled = autoencoder.decode_next(latents, LTXClip(tiling, timesteps))
     assert tiled.shape == whole.shape == (1, 3, 5, 32, 64)
     # The left quarter comes from one tile, whose right edge is hardly felt there.
     torch.testing.assert_close(tiled[..., :8], whole[..., :8], rtol=0, atol=2e-2)
-    untimed = autoencoder.decode_next(latents, LTXClip(tiling, {"temb": torch.tensor([0.0])}))
+    untimed = autoencoder.decode_next(latents, LTXClip(tiling, torch.zeros(1)))
     assert (untimed - tiled)[..., :8].abs().max() > 0.2
 
 

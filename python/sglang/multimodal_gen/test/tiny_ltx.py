@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from sglang.multimodal_gen.configs.models.dits.ltx import LTXVideoTransformerConfig
+from sglang.multimodal_gen.configs.models.vaes.ltx import LTXVideoVAEConfig
 from sglang.multimodal_gen.runtime.models.dits.ltx import LTXVideoTransformer3DModel
+from sglang.multimodal_gen.runtime.models.vaes.ltx_vae import AutoencoderKLLTXVideo
 from sglang.multimodal_gen.test.tiny_checkpoints import tiny_tokenizer
 from sglang.multimodal_gen.test.tiny_parts import tiny_t5
 from sglang.multimodal_gen.test.tiny_wan import randomised
@@ -61,6 +63,8 @@ TINY_TIMED_VAE: dict[str, Any] = TINY_VAE | {
 }
 # 0.9.1's: the decoder adds random numbers of its own.
 TINY_NOISY_VAE: dict[str, Any] = TINY_TIMED_VAE | {"decoder_inject_noise": (True, True, False)}
+_WIDTHS = ("block_out_channels", "decoder_block_out_channels")
+_LAYERS = ("layers_per_block", "decoder_layers_per_block")
 SIZE_SHIFT: dict[str, Any] = {
     "use_dynamic_shifting": True,
     "base_image_seq_len": 8,
@@ -118,6 +122,25 @@ def tiny_vae(config: dict[str, Any], seed: int) -> Any:
     for buffer, centre in ((vae.latents_mean, 0.0), (vae.latents_std, 1.0)):
         buffer.copy_(centre + 0.3 * torch.rand(buffer.shape, generator=generator))
     return vae
+
+
+def vae_pair(config: dict[str, Any], seed: int = 0) -> tuple[Any, AutoencoderKLLTXVideo]:
+    """diffusers' autoencoder and ours, equal weights."""
+    reference = tiny_vae(config, seed)
+    ours = AutoencoderKLLTXVideo(LTXVideoVAEConfig.from_dict(dict(reference.config))).eval()
+    ours.load_state_dict(reference.state_dict(), strict=True)
+    return reference, ours
+
+
+def shrunk_vae(published: dict[str, Any]) -> dict[str, Any]:
+    """A published autoencoder's config with its form, and a sixteenth of its widths."""
+    widths = {name: [width // 16 for width in published[name]] for name in _WIDTHS}
+    layers = {name: [1 + (place == 1) for place, _ in enumerate(published[name])] for name in _LAYERS}
+    return {key: value for key, value in published.items() if not key.startswith("_")} | {
+        "latent_channels": 8,
+        **widths,
+        **layers,
+    }
 
 
 def transformer_pair(seed: int = 0, **changes: Any) -> tuple[nn.Module, LTXVideoTransformer3DModel]:

@@ -36,24 +36,44 @@ def _serves(frames: Tensor) -> bool:
     return frames.is_cuda and not torch.is_grad_enabled() and _kernels() is not None
 
 
+class ScaleShift(NamedTuple):
+    """What becomes of a norm x for each sample: x · (1 + scale) + shift, both [B, C]."""
+
+    scale: Tensor
+    shift: Tensor
+
+
 def norm_frames(
-    frames: Tensor, weight: Tensor, *, bias: Tensor | None = None, silu: bool = True, out: Tensor | None = None
+    frames: Tensor,
+    weight: Tensor | None = None,
+    *,
+    modulation: ScaleShift | None = None,
+    bias: Tensor | None = None,
+    silu: bool = True,
+    eps: float = _NORM_EPS,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Root-mean-square norm of frames + bias over the channels, times `weight` [C], and SiLU of that.
+    """Root-mean-square norm of frames + bias over the channels, times `weight` [C], modulated, and SiLU of that.
 
     [B, C, T, H, W] -> the same shape, in `out` where given, whose frames and lines may lie apart.
     """
     if _serves(frames):
         if out is not None and out.stride(1) != 1:  # not in channels-last order
-            return out.copy_(norm_frames(frames, weight, bias=bias, silu=silu))
+            normed = norm_frames(frames, weight, modulation=modulation, bias=bias, silu=silu, eps=eps)
+            return out.copy_(normed)
         cells, step = _spaced_cells(frames)
         target = cells.new_empty(cells.shape) if out is None else out.movedim(1, -1)
-        _kernels().norm_frames(cells, weight, target, source_cell=step, bias=bias, silu=silu, eps=_NORM_EPS)
+        _kernels().norm_frames(
+            cells, weight, target, source_cell=step, modulation=modulation, bias=bias, silu=silu, eps=eps
+        )
         return target.movedim(-1, 1)
     wide = frames.movedim(1, -1).float()
     if bias is not None:
         wide = wide + bias.float()
-    normed = F.rms_norm(wide, weight.shape, weight.float(), eps=_NORM_EPS)
+    normed = F.rms_norm(wide, wide.shape[-1:], None if weight is None else weight.float(), eps=eps)
+    if modulation is not None:
+        scale, shift = (part.float()[:, None, None, None] for part in modulation)
+        normed = normed * (1 + scale) + shift
     normed = (F.silu(normed) if silu else normed).to(frames.dtype).movedim(-1, 1)
     return normed if out is None else out.copy_(normed)
 
@@ -102,6 +122,38 @@ def upsampled_by(kernels: Any, parts: Sequence[Footage]) -> Tensor:
     for part, room in zip(parts, target.split(lengths, dim=1), strict=True):
         kernels.upsample_frames(_cells(part.frames), part.bias, room, shared=part.shared)
     return target.movedim(-1, 1)
+
+
+def spread_frames(frames: Tensor, *, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """Eight channels become the frames, lines and columns of one: [B, 8·C, T, H, W] -> [B, C, 2·T - 1, 2·H, 2·W].
+
+    Of a channel's eight parts the first four are of the earlier frame, and of four the first two of the upper line. The
+    clip's first frame stays single: it is the later one of its two. `bias` [8·C] is added, and then the residual
+    [B, 8·R, T, H, W] in the same way, as often one behind the other in the channels as makes C of its R.
+    """
+    if _serves(frames):
+        return spread_by(_kernels(), frames, bias=bias, residual=residual)
+    video = _spread(frames if bias is None else frames.float() + bias.float().view(-1, 1, 1, 1))
+    if residual is not None:
+        other = _spread(residual).float()
+        video = video.float() + other.repeat(1, video.shape[1] // other.shape[1], 1, 1, 1)
+    return video.to(frames.dtype)
+
+
+def spread_by(kernels: Any, frames: Tensor, *, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """The same by a kernel."""
+    cells = _cells(frames)
+    batch, length, height, width, channels = cells.shape
+    target = cells.new_empty((batch, 2 * length - 1, 2 * height, 2 * width, channels // 8))
+    kernels.spread_frames(cells, bias, None if residual is None else _cells(residual), target)
+    return target.movedim(-1, 1)
+
+
+def _spread(frames: Tensor) -> Tensor:
+    """[B, 8·C, T, H, W] -> [B, C, 2·T - 1, 2·H, 2·W], in channels-last order."""
+    parts = frames.movedim(1, -1).unflatten(-1, (-1, 2, 2, 2))  # [B, T, H, W, C, 2, 2, 2]
+    cells = parts.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+    return cells[:, 1:].movedim(-1, 1)
 
 
 def _one_by_one(part: Footage) -> Tensor:

@@ -43,11 +43,9 @@ class StripSharding:
     """How the picture that is being coded is dealt. Autoencoders say of which cells it is made (`over_strip`,
     `over_whole`); their layers read it. On an axis of one rank, and outside of these two, nothing happens."""
 
-    def __init__(self, axis: ProcessAxis = ALONE, *, least_cells: int = 1, why_whole: str = "") -> None:
-        """A strip has at least `least_cells`. `why_whole`: what keeps an autoencoder of several ranks from being dealt,
-        for the log."""
+    def __init__(self, axis: ProcessAxis = ALONE, *, why_whole: str = "") -> None:
+        """`why_whole`: what keeps an autoencoder of several ranks from being dealt, for the log."""
         self.axis = axis
-        self.least_cells = least_cells
         self.why_whole = why_whole
         self._cut: Cut | None = None
 
@@ -56,7 +54,7 @@ class StripSharding:
     def cut(self, height: int, width: int) -> Cut | None:
         """Of a picture of so many cells; None where it stays whole. Every rank finds the same."""
         length, ranks = max(height, width), self.axis.size
-        if ranks == 1 or length < ranks * self.least_cells:
+        if ranks == 1 or length < ranks:
             return None
         bounds = tuple(length * rank // ranks for rank in range(ranks + 1))
         return Cut(dim=ROWS if height >= width else COLUMNS, bounds=bounds)

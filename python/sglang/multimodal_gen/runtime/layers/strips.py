@@ -32,19 +32,6 @@ class StripConv2d(nn.Conv2d):
         return F.conv2d(padded, self.weight, bias, self.stride, 0, self.dilation, self.groups)
 
 
-class StripConv3d(nn.Conv3d):
-    """The same over frames, which are whole on every rank."""
-
-    strips: StripSharding
-
-    def forward(self, frames: Tensor) -> Tensor:
-        """[B, C, T, h, w] -> [B, O, T', h', w']."""
-        if not self.strips.is_dealt:
-            return super().forward(frames)
-        padded = self.strips.pad(frames, *_padding_of(self))
-        return F.conv3d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-
-
 class StripPad2d(nn.Module):
     """Zeros around a picture, in F.pad's order: left, right, top, bottom."""
 
@@ -99,7 +86,7 @@ class StripTokens(nn.Linear):
         return self.strips.gather(super().forward(tokens), dim=1)
 
 
-def _padding_of(conv: nn.Conv2d | nn.Conv3d) -> tuple[tuple[int, ...], str]:
+def _padding_of(conv: nn.Conv2d) -> tuple[tuple[int, ...], str]:
     """What a convolution pads with, as F.pad takes it: last dimension first."""
     assert not isinstance(conv.padding, str), "a number of lines"
     sides = tuple(side for padding in reversed(conv.padding) for side in (padding, padding))

@@ -2,7 +2,7 @@
 
 Their references, and the choice between the two, are in `fused_frames.py`. Channels of a cell lie side by side. Cells
 are read and written in their own dtype and computed in fp32. Shapes: B samples, C channels, T frames, H, W height and
-width, P frames that share a cell.
+width, P frames that share a cell, R channels of a residual.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     bias,
     residual,
     weight,
+    scale,
+    shift,
     summed,
     normed,
     num_cells,
@@ -28,6 +30,8 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     line_cells,
     source_batch,
     residual_batch,
+    scale_batch,
+    shift_batch,
     summed_batch,
     normed_batch,
     normed_frame,
@@ -39,11 +43,14 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    MODULATED: tl.constexpr,
     NORM: tl.constexpr,
     SILU: tl.constexpr,
     DENSE: tl.constexpr,
 ):
-    """ROWS neighbouring cells of one sample: source + bias + residual, and SiLU of the norm of that times weight."""
+    """ROWS neighbouring cells of one sample: source + bias + residual, and SiLU of what weight and modulation make of
+    the norm of that."""
     first = tl.program_id(0).to(tl.int64) * ROWS
     batch = tl.program_id(1).to(tl.int64)
     rows = tl.arange(0, ROWS)
@@ -64,7 +71,12 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     if NORM:
         mean_square = tl.sum(value * value, axis=1) / CHANNELS
         value *= tl.rsqrt(mean_square + eps)[:, None]
-        value *= tl.load(weight + columns, mask=columns < CHANNELS, other=0.0).to(tl.float32)[None, :]
+        if HAS_WEIGHT:
+            value *= tl.load(weight + columns, mask=columns < CHANNELS, other=0.0).to(tl.float32)[None, :]
+        if MODULATED:
+            factor = tl.load(scale + batch * scale_batch + columns, mask=columns < CHANNELS, other=0.0)
+            added = tl.load(shift + batch * shift_batch + columns, mask=columns < CHANNELS, other=0.0)
+            value = value * (1.0 + factor.to(tl.float32)[None, :]) + added.to(tl.float32)[None, :]
         if SILU:
             value = value / (1.0 + tl.exp(-value))
         target = normed + batch * normed_batch
@@ -84,6 +96,7 @@ def norm_frames(
     normed: Tensor | None,
     *,
     source_cell: int,
+    modulation: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     summed: Tensor | None = None,
@@ -91,8 +104,9 @@ def norm_frames(
     eps: float,
 ) -> None:
     """Of cells [B, T, H, W, C], one every `source_cell` numbers in each sample: source + bias + residual, which goes
-    into `summed` where there is a residual, and with `weight` [C] its norm into `normed`. Residual and sum are dense in
-    each sample; the frames and lines of `normed` may lie apart. The sum may be the source itself."""
+    into `summed` where there is a residual, and its norm, times `weight` [C] and modulated by scale and shift [B, C],
+    into `normed` where there is one. Residual and sum are dense in each sample; the frames and lines of `normed` may
+    lie apart. The sum may be the source itself."""
     batch, _, height, width, channels = source.shape
     num_cells = source[0, ..., 0].numel()
     for dense in (residual, summed):
@@ -102,6 +116,8 @@ def norm_frames(
         assert channels == 1 or normed.stride(4) == 1, "channels lie side by side"
         assert width == 1 or normed.stride(3) == channels, "cells of a line lie side by side"
         is_dense, strides = normed[0].is_contiguous(), list(normed.stride()[:3])
+    scale, shift = (source, source) if modulation is None else modulation
+    assert (scale.stride(1) == 1 and shift.stride(1) == 1) or modulation is None, "channels lie side by side"
     block = triton.next_power_of_2(channels)
     rows = max(1, _TILE // block)
     _norm_kernel[(triton.cdiv(num_cells, rows), batch)](
@@ -109,6 +125,8 @@ def norm_frames(
         source if bias is None else bias,
         source if residual is None else residual,
         source if weight is None else weight,
+        scale,
+        shift,
         source if summed is None else summed,
         source if normed is None else normed,
         num_cells,
@@ -116,6 +134,8 @@ def norm_frames(
         width,
         source.stride(0),
         0 if residual is None else residual.stride(0),
+        scale.stride(0),
+        shift.stride(0),
         0 if summed is None else summed.stride(0),
         *strides,
         eps,
@@ -125,7 +145,9 @@ def norm_frames(
         ROWS=rows,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
-        NORM=weight is not None,
+        HAS_WEIGHT=weight is not None,
+        MODULATED=modulation is not None,
+        NORM=normed is not None,
         SILU=silu,
         DENSE=is_dense,
         num_warps=4,
@@ -198,5 +220,90 @@ def upsample_frames(source: Tensor, bias: Tensor | None, target: Tensor, *, shar
         BLOCK=block,
         ROWS=rows,
         HAS_BIAS=bias is not None,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _spread_kernel(  # type: ignore[no-untyped-def]
+    source,
+    bias,
+    residual,
+    target,
+    num_cells,
+    line_cells,
+    source_batch,
+    residual_batch,
+    target_batch,
+    CHANNELS: tl.constexpr,
+    RESIDUAL_CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """ROWS neighbouring cells of a frame and BLOCK channels of the target: eight parts go to two frames, two lines and
+    two columns of each. The first frame has no earlier one."""
+    num_blocks = tl.cdiv(CHANNELS, BLOCK)
+    first = tl.program_id(0) // num_blocks * ROWS
+    frame = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    cells = first + tl.arange(0, ROWS)
+    channels = tl.program_id(0) % num_blocks * BLOCK + tl.arange(0, BLOCK)
+    part = tl.arange(0, 8)
+    inside = (cells[:, None, None] < num_cells) & (channels[None, :, None] < CHANNELS)
+    number = channels[:, None] * 8 + part[None, :]
+    start = source + batch * source_batch + frame * num_cells * (8 * CHANNELS)
+    whole = tl.load(start + cells[:, None, None] * (8 * CHANNELS) + number[None, :, :], mask=inside, other=0.0)
+    value = whole.to(tl.float32)
+    if HAS_BIAS:
+        added = tl.load(bias + number, mask=channels[:, None] < CHANNELS, other=0.0).to(tl.float32)
+        value += added[None, :, :]
+    if HAS_RESIDUAL:
+        other = (channels % RESIDUAL_CHANNELS)[:, None] * 8 + part[None, :]
+        start = residual + batch * residual_batch + frame * num_cells * (8 * RESIDUAL_CHANNELS)
+        place = start + cells[:, None, None] * (8 * RESIDUAL_CHANNELS) + other[None, :, :]
+        value += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    later = 2 * frame - 1 + part // 4
+    line, column = cells // line_cells, cells % line_cells
+    # A line of the target has twice the cells.
+    corner = 4 * line * line_cells + 2 * column
+    shift = part % 4 // 2 * (2 * line_cells) + part % 2
+    out = target + batch * target_batch + (later * (4 * num_cells))[None, None, :] * CHANNELS
+    out = out + (corner[:, None, None] + shift[None, None, :]) * CHANNELS + channels[None, :, None]
+    tl.store(out, value.to(whole.dtype), mask=inside & (later >= 0)[None, None, :])
+
+
+_SPREAD_TILE, _SPREAD_CHANNELS = 4096, 64
+
+
+def spread_frames(source: Tensor, bias: Tensor | None, residual: Tensor | None, target: Tensor) -> None:
+    """Cells [B, T, H, W, 8·C], plus bias [8·C] and the residual's [B, T, H, W, 8·R], to `target`
+    [B, 2·T - 1, 2·H, 2·W, C]: see `fused_frames.spread_frames`."""
+    batch, num_frames, height, width, _ = source.shape
+    channels = target.shape[-1]
+    for dense in (source, residual, target):
+        assert dense is None or dense[0].is_contiguous(), "cells lie side by side"
+    # What is counted inside a frame is counted in 32 bits.
+    assert max(source[0, 0].numel(), target[0, 0].numel()) < 2**31, "a frame of less than 2**31 numbers"
+    block = min(_SPREAD_CHANNELS, triton.next_power_of_2(channels))
+    rows = max(1, _SPREAD_TILE // (8 * block))
+    num_programs = triton.cdiv(height * width, rows) * triton.cdiv(channels, block)
+    _spread_kernel[(num_programs, num_frames, batch)](
+        source,
+        source if bias is None else bias,
+        source if residual is None else residual,
+        target,
+        height * width,
+        width,
+        source.stride(0),
+        0 if residual is None else residual.stride(0),
+        target.stride(0),
+        CHANNELS=channels,
+        RESIDUAL_CHANNELS=1 if residual is None else residual.shape[-1] // 8,
+        BLOCK=block,
+        ROWS=rows,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
         num_warps=4,
     )

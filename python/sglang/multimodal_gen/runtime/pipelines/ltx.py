@@ -7,36 +7,34 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sglang.multimodal_gen.configs.model_info import InputLimits, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.ltx import LTXVideoTransformerConfig
+from sglang.multimodal_gen.configs.models.vaes.ltx import LTXVideoVAEConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.pipeline_configs.ltx import LTXPipelineConfig
 from sglang.multimodal_gen.errors import UnsupportedModel
+from sglang.multimodal_gen.runtime.layers.uploads import uploaded
 from sglang.multimodal_gen.runtime.loader.component_loader import (
     ComponentLoader,
     NativeModule,
     SchedulerConfig,
     Tokenizer,
 )
-from sglang.multimodal_gen.runtime.loader.library_module import diffusers_autoencoder, transformers_module
+from sglang.multimodal_gen.runtime.loader.library_module import transformers_module
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
 from sglang.multimodal_gen.runtime.models.dits.ltx import LTXVideoTransformer3DModel
 from sglang.multimodal_gen.runtime.models.schedulers.shifting import linear_then_quadratic, spaced_to_last
-from sglang.multimodal_gen.runtime.models.vaes.library_vae import WholeClip
+from sglang.multimodal_gen.runtime.models.vaes.ltx_vae import AutoencoderKLLTXVideo, LTXClip
 from sglang.multimodal_gen.runtime.pipelines.ltx_conditioning import (
     DecodeNoiseStage,
     FirstFramesStage,
     GivenFramesStage,
-    LTXAutoencoder,
-    LTXClip,
     after_step,
     decode_timestep,
     with_decode_noise,
@@ -63,10 +61,8 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding import Te
 from sglang.multimodal_gen.runtime.pipelines_core.stages.timestep_preparation import TimestepPreparationStage
 from sglang.multimodal_gen.runtime.pipelines_core.workload import Workload
 
-_PUBLISHED_SPATIAL_RATIO = 32
-_PUBLISHED_TEMPORAL_RATIO = 8
-_PUBLISHED_CHANNELS = 256
-_PUBLISHED_PATCH = 4
+_ACTIVATIONS = 7
+"""Of the autoencoder's widest layers that are alive at its peak on the CPU, where a convolution is a sum of slices."""
 
 
 class LTXPrompts:
@@ -119,7 +115,7 @@ class LTXPipeline(ComposedPipelineBase):
         "tokenizer": Tokenizer(),
         "text_encoder": transformers_module("T5EncoderModel"),
         "transformer": NativeModule(LTXVideoTransformer3DModel, LTXVideoTransformerConfig),
-        "vae": diffusers_autoencoder("AutoencoderKLLTXVideo"),
+        "vae": NativeModule(AutoencoderKLLTXVideo, LTXVideoVAEConfig),
         "scheduler": SchedulerConfig(),
     }
     workloads: ClassVar[Mapping[str, Workload]] = LTX_WORKLOADS
@@ -127,7 +123,7 @@ class LTXPipeline(ComposedPipelineBase):
     tokenizer: PromptTokenizer
     text_encoder: Any
     transformer: LTXVideoTransformer3DModel
-    vae: Any
+    vae: AutoencoderKLLTXVideo
     scheduler: dict[str, Any]
     inputs: ClassVar[InputLimits] = InputLimits(max_images=1)
     denoiser_class: ClassVar[type[LTXDenoiser]] = LTXDenoiser
@@ -135,9 +131,9 @@ class LTXPipeline(ComposedPipelineBase):
     """Whether T5 attends to the text alone."""
 
     def create_pipeline_stages(self) -> list[Stage]:
-        autoencoder, denoiser = LTXAutoencoder(self.vae), self.denoiser()
+        denoiser = self.denoiser()
         return [
-            *self.latent_stages(autoencoder),
+            *self.latent_stages(),
             FirstFramesStage(),
             self.timesteps(denoiser),
             DenoisingStage(
@@ -146,13 +142,13 @@ class LTXPipeline(ComposedPipelineBase):
                 free_bytes=self.free_bytes,
                 constraint=after_step,
             ),
-            *self.decoding_stages(autoencoder),
+            *self.decoding_stages(),
         ]
 
-    def latent_stages(self, autoencoder: LTXAutoencoder) -> list[Stage]:
+    def latent_stages(self) -> list[Stage]:
         """From text and picture to the starting latents; the picture's sample is drawn before the noise."""
         noise = LatentPreparationStage(self.geometry(), self.device)
-        return [self.text_encoding(), self.given_frames(autoencoder), noise]
+        return [self.text_encoding(), self.given_frames(), noise]
 
     def text_encoding(self) -> TextEncodingStage:
         """T5."""
@@ -163,10 +159,9 @@ class LTXPipeline(ComposedPipelineBase):
         )
         return TextEncodingStage(prompts, guidance=ClassifierFreeGuidance(), cache=self.conditioning_cache)
 
-    def given_frames(self, autoencoder: LTXAutoencoder) -> GivenFramesStage:
+    def given_frames(self) -> GivenFramesStage:
         """The autoencoder's first half."""
-        memory = self.decoder_memory(autoencoder.dtype.itemsize)
-        return GivenFramesStage(autoencoder, geometry=self.geometry(), memory=memory)
+        return GivenFramesStage(self.vae, geometry=self.geometry(), memory=self.decoder_memory())
 
     def timesteps(self, denoiser: LTXDenoiser) -> TimestepPreparationStage:
         """The schedule."""
@@ -183,15 +178,15 @@ class LTXPipeline(ComposedPipelineBase):
             dtype=self.dtype,
         )
 
-    def decoding_stages(self, autoencoder: LTXAutoencoder) -> list[Stage]:
+    def decoding_stages(self) -> list[Stage]:
         """The autoencoder's second half."""
         decoding = DecodingStage(
-            autoencoder,
+            self.vae,
             geometry=self.geometry(),
-            memory=self.decoder_memory(autoencoder.dtype.itemsize),
+            memory=self.decoder_memory(),
             free_bytes=self.free_bytes,
-            dtype=autoencoder.dtype,
-            prepare=partial(self.decoder_latents, autoencoder),
+            dtype=self.vae.dtype,
+            prepare=with_decode_noise if self.is_timed else None,
             prepare_state=self.clip_state,
         )
         return [DecodeNoiseStage(self.dtype), decoding] if self.is_timed else [decoding]
@@ -201,16 +196,10 @@ class LTXPipeline(ComposedPipelineBase):
         """Whether the decoder is told how noisy the latents are."""
         return self.vae.config.timestep_conditioning
 
-    def decoder_latents(self, autoencoder: LTXAutoencoder, req: Req, latents: Tensor) -> Tensor:
-        """Final latents [C, T, h, w] -> those that the decoder is given."""
-        latents = autoencoder.decoder_latents(latents)
-        return with_decode_noise(req, latents) if self.is_timed else latents
-
-    def clip_state(self, req: Req, clip: WholeClip) -> LTXClip:
+    def clip_state(self, req: Req, clip: LTXClip) -> LTXClip:
         """What the decoder is told beside the latents."""
-        timestep = torch.tensor([decode_timestep(req)], dtype=self.dtype, device=self.device)
-        arguments = {"temb": timestep} if self.is_timed else {}
-        return LTXClip(clip.tiling, arguments, seed=request_generator(req).initial_seed())
+        timesteps = uploaded([decode_timestep(req)], self.device) if self.is_timed else None
+        return dataclasses.replace(clip, timesteps=timesteps, seed=request_generator(req).initial_seed())
 
     def check_components(self) -> None:
         transformer, vae, t5 = self.transformer.config, self.vae.config, self.text_encoder.config
@@ -224,27 +213,22 @@ class LTXPipeline(ComposedPipelineBase):
                     "vae.latent_channels",
                 ),
                 ("transformer.caption_channels", transformer.caption_channels, t5.d_model, "text_encoder.d_model"),
-                ("vae.scaling_factor", vae.scaling_factor, 1.0, "every published checkpoint"),
             )
         )
 
     def geometry(self) -> VideoGeometry:
         """How pixels map to latents and tokens."""
-        found = self.geometry_of({"transformer": self.transformer.config}, self.config)
-        return dataclasses.replace(
-            found,
-            spatial_ratio=self.vae.spatial_compression_ratio,
-            temporal_ratio=self.vae.temporal_compression_ratio,
-        )
+        return self.geometry_of({"transformer": self.transformer.config, "vae": self.vae.config}, self.config)
 
     @classmethod
     def geometry_of(cls, configs: Mapping[str, ModelConfig], config: PipelineConfig) -> VideoGeometry:
-        transformer = configs["transformer"]
+        transformer, vae = configs["transformer"], configs["vae"]
         assert isinstance(transformer, LTXVideoTransformerConfig), "as `components` says"
+        assert isinstance(vae, LTXVideoVAEConfig), "as `components` says"
         return VideoGeometry(
             channels=transformer.num_output_channels,
-            spatial_ratio=_PUBLISHED_SPATIAL_RATIO,
-            temporal_ratio=_PUBLISHED_TEMPORAL_RATIO,
+            spatial_ratio=vae.spatial_ratio,
+            temporal_ratio=vae.temporal_ratio,
             patch_size=(1, 1, 1),
             max_pixels=config.max_pixels,
             max_frames=config.max_frames,
@@ -255,22 +239,24 @@ class LTXPipeline(ComposedPipelineBase):
 
     @classmethod
     def decoder_memory_of(cls, configs: Mapping[str, ModelConfig], element_size: int) -> DecoderMemory:
-        return DecoderMemory(
-            channels=_PUBLISHED_CHANNELS, carried_channels=0, patch_size=_PUBLISHED_PATCH, element_size=element_size
-        )
+        """What decoding takes, and encoding no more; the decoder's last block narrows to what it has at full size.
 
-    def decoder_memory(self, element_size: int) -> DecoderMemory:
-        """What decoding takes, and encoding no more: the last stage gets the second width and narrows it to the first.
-
-        Measured peaks of the published shapes in fp32 were 51 to 97 % of it.
+        Measured peaks of the published shapes in fp32 on the CPU were 83 to 97 % of it.
         """
-        config = self.vae.config
-        width, wider = config.decoder_block_out_channels[:2]
-        return dataclasses.replace(
-            self.decoder_memory_of({}, element_size),
-            channels=max(width, wider // config.upsample_factor[0]),
+        config = configs["vae"]
+        assert isinstance(config, LTXVideoVAEConfig), "as `components` says"
+        _, width = config.decoder_widths[-1]
+        return DecoderMemory(
+            channels=max(width, config.block_out_channels[0]),
+            carried_channels=0,
             patch_size=config.patch_size,
+            element_size=element_size,
+            activations=_ACTIVATIONS,
         )
+
+    def decoder_memory(self) -> DecoderMemory:
+        """The same of this checkpoint."""
+        return self.decoder_memory_of({"vae": self.vae.config}, self.vae.dtype.itemsize)
 
 
 class LTXImageToVideoPipeline(LTXPipeline):
@@ -295,10 +281,10 @@ class LTXConditionPipeline(LTXPipeline):
     denoiser_class: ClassVar[type[LTXDenoiser]] = LTXConditionDenoiser
     masks_text: ClassVar[bool] = True
 
-    def latent_stages(self, autoencoder: LTXAutoencoder) -> list[Stage]:
+    def latent_stages(self) -> list[Stage]:
         """Here the noise is drawn before the sample of the given frames."""
         noise = LatentPreparationStage(self.geometry(), self.device)
-        return [self.text_encoding(), noise, self.given_frames(autoencoder)]
+        return [self.text_encoding(), noise, self.given_frames()]
 
     def timesteps(self, denoiser: LTXDenoiser) -> TimestepPreparationStage:
         """The schedule, which no size moves."""

@@ -12,17 +12,17 @@ Shapes: C latent channels, T, h, w latent frames, height, width, t given latent 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.errors import IncompatibleParameters, InvalidValue
+from sglang.multimodal_gen.runtime.layers.host_weights import compute_device
 from sglang.multimodal_gen.runtime.layers.uploads import sent, uploaded
-from sglang.multimodal_gen.runtime.models.vaes.library_vae import LibraryAutoencoder, WholeClip
+from sglang.multimodal_gen.runtime.models.vaes.ltx_vae import AutoencoderKLLTXVideo
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory
 from sglang.multimodal_gen.runtime.pipelines_core.pictures import clip_of
@@ -42,51 +42,6 @@ _FULL_STRENGTH = 1.0 - 1e-6
 _LEADING_VIDEO_FRAMES = 2
 
 
-@dataclass(frozen=True)
-class LTXClip(WholeClip):
-    """Knows its request's seed as well, for decoders that draw random numbers."""
-
-    seed: int = 0
-
-
-class LTXAutoencoder(LibraryAutoencoder):
-    """AutoencoderKLLTXVideo; the files hold mean and std of each latent channel."""
-
-    def __init__(self, vae: nn.Module) -> None:
-        values: Any = vae
-        super().__init__(
-            vae,
-            mean=values.latents_mean,
-            std=values.latents_std,
-            spatial_ratio=values.spatial_compression_ratio,
-            is_video=True,
-        )
-
-        self.injects_noise = any(values.config.decoder_inject_noise)
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        """In fp32, as the transformer's latents are."""
-        return super().normalise(latents.float())
-
-    def denormalise(self, latents: Tensor) -> Tensor:
-        """What `decoder_latents` gives is what the decoder takes."""
-        return latents
-
-    def decoder_latents(self, latents: Tensor) -> Tensor:
-        """Latents [C, T, h, w] fp32 of the transformer -> of the decoder, before noise is mixed in."""
-        return super().denormalise(latents)
-
-    def decode_next(self, latents: Tensor, state: WholeClip) -> Tensor:
-        """See LibraryAutoencoder."""
-        if not self.injects_noise:
-            return super().decode_next(latents, state)
-        # The 0.9.1 decoder draws from torch's global generator; a request's seed should decide all the same.
-        assert isinstance(state, LTXClip), "made by the pipeline"
-        with torch.random.fork_rng():
-            torch.manual_seed(state.seed)
-            return super().decode_next(latents, state)
-
-
 class GivenFramesStage(Stage):
     """Encodes the picture or video that a clip begins with or comes to, and the picture that it ends with.
 
@@ -101,12 +56,13 @@ class GivenFramesStage(Stage):
 
     def __init__(
         self,
-        autoencoder: LTXAutoencoder,
+        vae: AutoencoderKLLTXVideo,
         *,
         geometry: VideoGeometry,
         memory: DecoderMemory,
     ) -> None:
-        self.autoencoder = autoencoder
+        self.vae = vae
+        self.dtype, self.device = vae.dtype, compute_device(vae)
         self.geometry = geometry
         self.memory = memory
 
@@ -153,7 +109,7 @@ class GivenFramesStage(Stage):
             batch_key=self.name,  # each is encoded for itself
             cost=float(num_frames * height * width) / self.geometry.spatial_ratio**2,
             peak_bytes=self.memory.encoding_bytes(
-                self.autoencoder.strips, num_frames, height, width, ratio=self.autoencoder.spatial_ratio
+                self.vae.strips, num_frames, height, width, ratio=self.geometry.spatial_ratio
             ),
         )
 
@@ -216,7 +172,8 @@ class GivenFramesStage(Stage):
         """T pictures uint8 [H, W, 3] -> latents [C, t, h, w]."""
         width, height = req.params.width, req.params.height
         assert width is not None and height is not None, "checked by the stages before"
-        return self.autoencoder.to_latents(clip_of(frames, height, width), generator=generator)[0]
+        video = clip_of(frames, height, width).to(self.device, self.dtype)
+        return self.vae.to_latents(video, generator=generator)[0]
 
 
 def _weakened(latents: Tensor, req: Req, noise: Tensor | torch.Generator | None) -> Tensor:
@@ -265,7 +222,7 @@ class DecodeNoiseStage(Stage):
 
 
 def with_decode_noise(req: Req, latents: Tensor) -> Tensor:
-    """The decoder's latents [C, T, h, w] with as much of the request's noise mixed in as it says."""
+    """The decoder's latents [1, C, T, h, w] with as much of the request's noise mixed in as it says."""
     params = req.params
     scale = decode_timestep(req) if params.decode_noise_scale is None else params.decode_noise_scale
     return (1 - scale) * latents + scale * req.conditioning[_DECODE_NOISE].float()

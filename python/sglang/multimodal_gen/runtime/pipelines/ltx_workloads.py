@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.ltx import LTXVideoTransformerConfig
+from sglang.multimodal_gen.configs.models.vaes.ltx import LTXVideoVAEConfig
 from sglang.multimodal_gen.runtime.pipelines.ltx_denoiser import ClipGrid, causal_positions, table_of
-from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, Inputs, Workload, WorkSize
+from sglang.multimodal_gen.runtime.pipelines_core.workload import (
+    Drawing,
+    Inputs,
+    VideoDecoding,
+    VideoEncoding,
+    Workload,
+    WorkSize,
+)
 
 _MIDDLE_TIMESTEP = 500.0
 _FPS = 25
+_DECODE_TIMESTEP = 0.05
+_SEED = 0
 
 
 class LTXDenoising(Workload):
@@ -48,4 +58,42 @@ class LTXDenoising(Workload):
         return module(tokens, text, timesteps, mask, video_coords=positions, return_dict=False)[0]
 
 
-LTX_WORKLOADS: Mapping[str, Workload] = {"dit": LTXDenoising("transformer")}
+class ClipDecoding(VideoDecoding):
+    """Latents to pixels, a whole clip at a time."""
+
+    def inputs(self, configs: Mapping[str, ModelConfig], size: WorkSize, draw: Drawing) -> Inputs:
+        """Latents [B, C, T, H, W], and timesteps [B] for a decoder that is told them."""
+        config, (latents,) = configs[self.component], super().inputs(configs, size, draw)
+        assert isinstance(config, LTXVideoVAEConfig), "the component of an LTX pipeline"
+        if not config.timestep_conditioning:
+            return (latents,)
+        return latents, draw.full(_DECODE_TIMESTEP, size.batch_size)
+
+    def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
+        """[B, 3, T, H, W]."""
+        return module.decode(*inputs, seed=_SEED)  # type: ignore[operator]
+
+    def reference_forward(self, module: nn.Module, inputs: Inputs) -> Tensor:
+        """[B, 3, T, H, W]."""
+        noise: Sequence[bool] = module.config.decoder_inject_noise  # type: ignore[union-attr, assignment]
+        if not any(noise):
+            return module.decode(*inputs, return_dict=False)[0]  # type: ignore[operator]
+        # It draws from torch's own generator: the same numbers as ours.
+        with torch.random.fork_rng():
+            torch.manual_seed(_SEED)
+            return module.decode(*inputs, return_dict=False)[0]  # type: ignore[operator]
+
+
+class ClipEncoding(VideoEncoding):
+    """Pixels to the mean of their latents, a whole clip at a time."""
+
+    def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
+        """[B, C, T, H, W]."""
+        return module.encode(inputs[0]).mean  # type: ignore[operator]
+
+
+LTX_WORKLOADS: Mapping[str, Workload] = {
+    "dit": LTXDenoising("transformer"),
+    "vae_decode": ClipDecoding("vae"),
+    "vae_encode": ClipEncoding("vae"),
+}

@@ -41,8 +41,11 @@ def random_components(pipeline_class: Any, model: BenchModel, context: LoadConte
 
     Raises: UnsupportedModel for a component that has no counterpart without a checkpoint.
     """
-    # Quantised weights are compared with the same ones as they were, as those of a checkpoint are.
-    context = dataclasses.replace(context, quantization=QuantizationArgs(), compile_blocks=False, cuda_graphs=False)
+    # Quantised weights are compared with the same ones as they were, as those of a checkpoint are. All are in one
+    # dtype, as with a checkpoint too: some pipelines give an autoencoder latents of their own dtype.
+    context = dataclasses.replace(
+        context, quantization=QuantizationArgs(), vae_dtype=None, compile_blocks=False, cuda_graphs=False
+    )
     index, components = read_model_index(model.directory), dict[str, Any]()
     for name in inspect.signature(pipeline_class.__init__).parameters:
         value = index.get(name)
@@ -62,9 +65,8 @@ def _counterpart(load: ComponentLoader, directory: Path, listed: tuple[str, str]
     if isinstance(load, NativeModule):
         return reference_module(directory, listed, load(directory, class_name, context))
     if isinstance(load, LibraryModule):
-        # It is the library's own class already. A pipeline of diffusers gets all of it, whatever we use, and in the
-        # dtype of the rest, as with a checkpoint: some give an autoencoder latents of their own dtype.
-        whole, context = dataclasses.replace(load, part=""), dataclasses.replace(context, vae_dtype=None)
+        # It is the library's own class already. A pipeline of diffusers gets all of it, whatever we use.
+        whole = dataclasses.replace(load, part="")
         module: nn.Module = whole(directory, class_name, context)
         return module
     if isinstance(load, SchedulerConfig):

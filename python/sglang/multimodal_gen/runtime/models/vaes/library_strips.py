@@ -8,21 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from diffusers import AutoencoderKL, AutoencoderKLLTXVideo
+from diffusers import AutoencoderKL
 from diffusers.models import resnet
 from diffusers.models.attention_processor import Attention
-from diffusers.models.autoencoders import autoencoder_kl_ltx as ltx
 from diffusers.models.autoencoders import vae
 from diffusers.models.downsampling import Downsample2D
-from diffusers.models.embeddings import PixArtAlphaCombinedTimestepSizeEmbeddings, TimestepEmbedding, Timesteps
-from diffusers.models.normalization import RMSNorm
 from diffusers.models.unets import unet_2d_blocks as blocks
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
-from sglang.multimodal_gen.runtime.layers.strips import StripConv2d, StripConv3d, StripGroupNorm, StripTokens
+from sglang.multimodal_gen.runtime.layers.strips import StripConv2d, StripGroupNorm, StripTokens
 
 _LOCAL: frozenset[Any] = frozenset(
     {
@@ -34,22 +30,6 @@ _LOCAL: frozenset[Any] = frozenset(
         blocks.UNetMidBlock2D,
         resnet.ResnetBlock2D,
         Upsample2D,
-        AutoencoderKLLTXVideo,
-        ltx.LTXVideoEncoder3d,
-        ltx.LTXVideoDecoder3d,
-        ltx.LTXVideoDownBlock3D,
-        ltx.LTXVideo095DownBlock3D,
-        ltx.LTXVideoMidBlock3d,
-        ltx.LTXVideoUpBlock3d,
-        ltx.LTXVideoDownsampler3d,
-        ltx.LTXVideoUpsampler3d,
-        ltx.LTXVideoResnetBlock3d,
-        ltx.LTXVideoCausalConv3d,
-        PixArtAlphaCombinedTimestepSizeEmbeddings,
-        TimestepEmbedding,
-        Timesteps,
-        RMSNorm,
-        nn.LayerNorm,
         nn.Linear,
         nn.SiLU,
         nn.Dropout,
@@ -73,7 +53,6 @@ class StripDownsample2D(Downsample2D):
 
 _EXCHANGED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: StripConv2d,
-    nn.Conv3d: StripConv3d,
     nn.GroupNorm: StripGroupNorm,
     Downsample2D: StripDownsample2D,
 }
@@ -88,9 +67,6 @@ def deal_pictures(module: nn.Module, strips: StripSharding) -> None:
     if strips.axis.size == 1 or why:
         strips = StripSharding(why_whole=why)
     else:
-        # Reflected lines are inside of the strip at the picture's edge.
-        reflects = any(getattr(layer, "padding_mode", "") == "reflect" for layer in module.modules())
-        strips = StripSharding(strips.axis, least_cells=2 if reflects else 1)
         for layer in list(module.modules()):
             _exchange(layer, strips)
     module.strips = strips  # type: ignore[assignment]
@@ -110,8 +86,6 @@ def _why_whole(module: nn.Module) -> str:
     unknown = sorted({type(layer).__name__ for layer in module.modules() if not _is_known(layer)})
     if unknown:
         return f"it has parts of which nothing is known: {', '.join(unknown)}"
-    if any(isinstance(getattr(layer, "per_channel_scale1", None), torch.Tensor) for layer in module.modules()):
-        return "its decoder draws random numbers for the whole picture"
     return ""
 
 
@@ -120,6 +94,4 @@ def _is_known(layer: Any) -> bool:
         return all(norm is None for norm in (layer.spatial_norm, layer.norm_q, layer.norm_k))
     if type(layer) is Downsample2D:
         return bool(layer.use_conv and layer.norm is None) and layer.conv.padding == (0, 0)
-    if isinstance(layer, ltx.LTXVideoUpsampler3d | ltx.LTXVideoDownsampler3d):
-        return layer.stride[1] == layer.stride[2]
     return type(layer) in _LOCAL or type(layer) in _EXCHANGED

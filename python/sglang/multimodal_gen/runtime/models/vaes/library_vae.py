@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,40 +14,27 @@ from sglang.multimodal_gen.runtime.models.vaes.tiling import Tiling
 
 
 @dataclass(frozen=True)
-class WholeClip:
-    """A clip that is decoded at once has nothing to remember but how it is cut into tiles.
-
-    `arguments`: what the library's decoder is told besides the latents of a tile.
-    """
+class WholePicture:
+    """What is decoded at once has nothing to remember but how it is cut into tiles."""
 
     tiling: Tiling | None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 class LibraryAutoencoder:
-    """A diffusers autoencoder of pictures or clips, with latents [B, C, T, h, w] on the transformer's side.
+    """A diffusers autoencoder of pictures, with latents [B, C, 1, h, w] on the transformer's side.
 
-    `mean` and `std` say where the decoder's latents lie, in all or by channel: scaled ones have mean `shift_factor` and
-    std 1 / `scaling_factor`. `is_video` False: the library's class takes [B, C, H, W], and T is 1.
+    `mean` and `std` say where the decoder's latents lie: scaled ones have mean `shift_factor` and std
+    1 / `scaling_factor`.
     """
 
     decodes_whole_clips: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        vae: Any,
-        *,
-        mean: float | Sequence[float] | Tensor = 0.0,
-        std: float | Sequence[float] | Tensor = 1.0,
-        spatial_ratio: int,
-        is_video: bool,
-    ) -> None:
+    def __init__(self, vae: Any, *, mean: float, std: float, spatial_ratio: int) -> None:
         self.vae = vae
         self.strips: StripSharding = getattr(vae, "strips", None) or StripSharding()
         self.dtype, self.device = next(vae.parameters()).dtype, compute_device(vae)
         self.mean, self.std = (torch.as_tensor(value).float().reshape(-1, 1, 1, 1) for value in (mean, std))
         self.spatial_ratio = spatial_ratio
-        self.is_video = is_video
 
     @classmethod
     def of_scaled_pictures(cls, vae: Any) -> LibraryAutoencoder:
@@ -61,13 +45,12 @@ class LibraryAutoencoder:
             mean=config.shift_factor or 0.0,
             std=1 / config.scaling_factor,
             spatial_ratio=spatial_ratio_of(config),
-            is_video=False,
         )
 
-    def new_state(self, tiling: Tiling | None, *, carry: bool) -> WholeClip:
+    def new_state(self, tiling: Tiling | None, *, carry: bool) -> WholePicture:
         """For a new clip."""
-        assert not carry, "such an autoencoder is given whole clips"
-        return WholeClip(tiling)
+        assert not carry, "such an autoencoder is given whole pictures"
+        return WholePicture(tiling)
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Latents of the encoder -> what the transformer works on."""
@@ -83,9 +66,9 @@ class LibraryAutoencoder:
         The most likely ones, or with a generator of the CPU a sample.
         """
         video = video.to(self.device, self.dtype)
-        distribution = self._distribution(video if self.is_video else video.squeeze(2))
+        distribution = self._distribution(video.squeeze(2))
         latents = distribution.mode() if generator is None else distribution.sample(generator)
-        return self.normalise(latents if self.is_video else latents.unsqueeze(2))
+        return self.normalise(latents.unsqueeze(2))
 
     def _distribution(self, pixels: Tensor) -> Any:
         """The library's, of the parameters that all ranks' strips have together."""
@@ -99,27 +82,25 @@ class LibraryAutoencoder:
         whole = self.strips.over_whole(parameters, pixels, ratio=self.spatial_ratio)
         return kinds[0](whole)
 
-    def decode_next(self, latents: Tensor, state: WholeClip) -> Tensor:
-        """The whole clip [B, C, t, h, w] of the decoder -> [B, 3, T, H, W] in about [-1, 1].
+    def decode_next(self, latents: Tensor, state: WholePicture) -> Tensor:
+        """The decoder's latents [B, C, 1, h, w] -> [B, 3, 1, H, W] in about [-1, 1].
 
         Of several ranks each gets its strip, of the whole picture or put together from strips of tiles.
         """
-        decode = partial(self.decode, arguments=state.arguments)
         if state.tiling is None:
-            return self.strips.over_strip(decode, latents)
+            return self.strips.over_strip(self.decode, latents)
         height, width = latents.shape[-2:]
         tiling = state.tiling.scaled(self.spatial_ratio)
         tiles = [
-            self.strips.over_whole(decode, latents[..., rows, columns]) for rows, columns in tiling.split(height, width)
+            self.strips.over_whole(self.decode, latents[..., rows, columns])
+            for rows, columns in tiling.split(height, width)
         ]
         joined = state.tiling.join(tiles, height * self.spatial_ratio, width * self.spatial_ratio)
         return self.strips.own(joined, height, width)
 
-    def decode(self, latents: Tensor, arguments: Mapping[str, Any] = MappingProxyType({})) -> Tensor:
-        """One tile, or all: [B, C, t, h, w] -> [B, 3, T, H, W]."""
-        if self.is_video:
-            return self.vae.decode(latents, **arguments, return_dict=False)[0]
-        return self.vae.decode(latents.squeeze(2), **arguments, return_dict=False)[0].unsqueeze(2)
+    def decode(self, latents: Tensor) -> Tensor:
+        """One tile, or all: [B, C, 1, h, w] -> [B, 3, 1, H, W]."""
+        return self.vae.decode(latents.squeeze(2), return_dict=False)[0].unsqueeze(2)
 
 
 def spatial_ratio_of(config: Any) -> int:

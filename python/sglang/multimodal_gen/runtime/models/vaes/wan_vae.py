@@ -21,6 +21,7 @@ from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.models.vaes.causal_conv import CausalConv3d, TemporalState
 from sglang.multimodal_gen.runtime.models.vaes.distribution import LatentDistribution
+from sglang.multimodal_gen.runtime.models.vaes.patches import patchify, unpatchify
 from sglang.multimodal_gen.runtime.models.vaes.tiling import Tiling
 from sglang.multimodal_gen.runtime.models.vaes.wan_vae_coders import WanDecoder, WanEncoder
 
@@ -207,19 +208,3 @@ class AutoencoderKLWan(nn.Module):
     @staticmethod
     def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
         return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1)
-
-
-def patchify(video: Tensor, patch_size: int) -> Tensor:
-    """[B, C, T, H, W] -> [B, C·p·p, T, H/p, W/p]."""
-    if patch_size == 1:
-        return video
-    cells = video.unflatten(4, (-1, patch_size)).unflatten(3, (-1, patch_size))  # [B, C, T, h, p, w, p]
-    return cells.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
-
-
-def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
-    """[B, C·p·p, T, H/p, W/p] -> [B, C, T, H, W]."""
-    if patch_size == 1:
-        return patches
-    cells = patches.unflatten(1, (-1, patch_size, patch_size))  # [B, C, p, p, T, h, w]
-    return cells.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)

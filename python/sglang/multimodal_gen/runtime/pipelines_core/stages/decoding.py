@@ -98,7 +98,7 @@ class DecodingStage(Stage):
         prepare: Callable[[Req, Tensor], Tensor] | None = None,
         prepare_state: Callable[[Req, Any], Any] | None = None,
     ) -> None:
-        """`prepare`: what a family does to the final latents [C, T, H, W] before the first chunk is decoded.
+        """`prepare`: what a family that decodes whole clips does to the latents [1, C, T, H, W] of the decoder.
 
         `prepare_state`: what it makes of the autoencoder's state for a new clip, such as one that knows a request's
         parameters.
@@ -228,9 +228,11 @@ class DecodingStage(Stage):
     def _latents(self, req: Req, frames: slice) -> Tensor:
         """Some latent frames [1, C, t, H, W] as the decoder takes them."""
         assert req.latents is not None, "denoising comes before decoding"
-        latents = req.latents if self.prepare is None else self.prepare(req, req.latents)
         # In fp32, so that only the result is rounded.
-        return self.vae.denormalise(latents[None, :, frames].float()).to(self.dtype)
+        latents = self.vae.denormalise(req.latents[None, :, frames].float())
+        if self.prepare is not None:
+            latents = self.prepare(req, latents)
+        return latents.to(self.dtype)
 
 
 class PieceDecoder(Protocol):
