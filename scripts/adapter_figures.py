@@ -142,7 +142,7 @@ def _together(generator: DiffGenerator, wishes: Sequence[dict[str, Any]]) -> flo
 def _merging(generator: DiffGenerator, wish: dict[str, Any], names: Sequence[str]) -> dict[str, float]:
     """Seconds until an adapter is part of the weights, another one in its place, or none."""
     figures = {"first_merge_s": _timed(partial(_merge, generator, names[0]))}
-    switches = [partial(generator.set_lora, name, merge_mode="merge") for name in 2 * names[::-1]]
+    switches = [partial(generator.set_lora, name, merge_mode="merge") for name in (*names[::-1], *names[::-1])]
     figures["switch_s"] = statistics.median(_timed(switch) for switch in switches)
     figures["unmerge_s"] = _timed(generator.unmerge_lora_weights)
     figures["set_and_merge_s"] = statistics.median(_timed(partial(_merge, generator, name)) for name in names)

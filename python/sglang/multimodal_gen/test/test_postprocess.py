@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from sglang.multimodal_gen.errors import InvalidRequest, StorageError
 from sglang.multimodal_gen.runtime.postprocess.formats import FORMATS, choose_format, h264_crf, quality_percent, vp9_crf
 from sglang.multimodal_gen.runtime.postprocess.naming import automatic_stem
 from sglang.multimodal_gen.runtime.postprocess.pending_file import PendingFile
+from sglang.multimodal_gen.runtime.postprocess.png import write_png
 from sglang.multimodal_gen.runtime.postprocess.saving import OutputWriter
 from sglang.multimodal_gen.test.clips import Wishes, clip, decode, psnr, save
 
@@ -53,6 +55,28 @@ def test_a_video_of_one_frame_is_a_video(tmp_path: Path, file_format: str) -> No
         assert file_format in container.format.name
         [frame] = container.decode(video=0)
         assert psnr(frame.to_ndarray(format="rgb24")[None], frames) > 30
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (400, 1), (1, 4000), (777, 513)], ids=str)
+@pytest.mark.parametrize("kind", ["noise", "flat", "ramp"])
+def test_a_png_holds_the_picture_in_any_number_of_pieces(kind: str, shape: tuple[int, int]) -> None:
+    """Read by FFmpeg too, which is strict about what the pieces together add up to."""
+    made = {
+        "noise": np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8),
+        "flat": np.full((*shape, 3), 200, dtype=np.uint8),
+        "ramp": np.arange(3 * shape[0] * shape[1], dtype=np.uint32).astype(np.uint8).reshape(*shape, 3),
+    }
+    file, again = io.BytesIO(), io.BytesIO()
+    write_png(file, made[kind])
+    write_png(again, made[kind])
+    assert file.getvalue() == again.getvalue()
+    with Image.open(file) as image:
+        image.load()
+        np.testing.assert_array_equal(np.asarray(image), made[kind])
+    file.seek(0)
+    with av.open(file, options={"err_detect": "explode"}) as container:
+        [frame] = container.decode(video=0)
+        np.testing.assert_array_equal(frame.to_ndarray(format="rgb24"), made[kind])
 
 
 def test_a_slower_preset_makes_a_smaller_file_of_the_same_quality(tmp_path: Path) -> None:
@@ -259,6 +283,7 @@ def _umask() -> int:
 
 WRITE_HALF = """
 import sys, time
+from sglang.multimodal_gen.runtime.postprocess.png import write_png
 from sglang.multimodal_gen.runtime.postprocess.saving import OutputWriter
 from sglang.multimodal_gen.test.clips import Wishes, clip
 writer = OutputWriter(Wishes(), sys.argv[1], num_frames=200)
@@ -283,6 +308,7 @@ def test_a_process_killed_while_writing_leaves_no_file(tmp_path: Path) -> None:
 FILL = """
 import resource, sys
 from sglang.multimodal_gen.errors import StorageError
+from sglang.multimodal_gen.runtime.postprocess.png import write_png
 from sglang.multimodal_gen.runtime.postprocess.saving import OutputWriter
 from sglang.multimodal_gen.test.clips import Wishes, clip, save
 directory = sys.argv[1]

@@ -48,7 +48,7 @@ def _software() -> str:
 
 
 def png_chunks(metadata: Metadata) -> PngInfo:
-    """For Pillow's `pnginfo`."""
+    """The text chunks, as Pillow makes them."""
     chunks = PngInfo()
     chunks.add_itxt(_PNG_KEYWORD, json.dumps(metadata, ensure_ascii=False))
     chunks.add_itxt("Description", metadata["prompt"])
