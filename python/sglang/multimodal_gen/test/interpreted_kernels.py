@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sglang.multimodal_gen.configs.models.vaes.autoencoder_kl import AutoencoderKLConfig
 from sglang.multimodal_gen.runtime.layers import (
     fused,
     fused_frames,
@@ -25,6 +26,9 @@ from sglang.multimodal_gen.runtime.layers import (
     triton_quantization,
 )
 from sglang.multimodal_gen.runtime.layers.quantization.rows import QuantizedRows, reference_rows
+from sglang.multimodal_gen.runtime.models.vaes import autoencoder_kl_blocks
+from sglang.multimodal_gen.runtime.models.vaes.autoencoder_kl import AutoencoderKL
+from sglang.multimodal_gen.test.tiny_parts import tiny_picture_vae
 
 # The interpreter is slow: each precision has a width, neither of them a power of two.
 DTYPES = {"fp32": (torch.float32, 40), "bf16": (torch.bfloat16, 72)}
@@ -241,6 +245,33 @@ def far_moments(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
         yield from of_moments(f"{channels, groups, line}, {parts} programs", moments, frames, groups, None)
 
 
+def picture_autoencoders(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
+    """A whole autoencoder with kernels around its convolutions, which leave their biases to them, and without."""
+    for changes in ({}, {"block_out_channels": (12, 24), "norm_num_groups": 6, "mid_block_add_attention": False}):
+        stages = len(changes.get("block_out_channels", (8, 8, 16, 16)))
+        blocks = {
+            "down_block_types": ("DownEncoderBlock2D",) * stages,
+            "up_block_types": ("UpDecoderBlock2D",) * stages,
+        }
+        reference = tiny_picture_vae(0, **blocks, **changes)
+        ours = AutoencoderKL(AutoencoderKLConfig.from_dict(dict(reference.config)))
+        ours.load_state_dict(reference.state_dict())
+        inputs = drawn(2, 4, 1, 3, 5), drawn(1, 3, 1, 32, 24)
+        exact = ours.decode(inputs[0]), ours.encode(inputs[1]).mean
+        module, (latents, pictures) = ours.to(dtype), (tensor.to(dtype) for tensor in inputs)
+        plain = module.decode(latents), module.encode(pictures).mean
+        with pytest.MonkeyPatch.context() as patched:
+            for place in (fused_frames, autoencoder_kl_blocks):
+                patched.setattr(place, "serves", lambda _: True)
+            patched.setattr(fused_frames, "_kernels", lambda: triton_frame_kernels)
+            found = module.decode(latents), module.encode(pictures).mean
+        for name, *three in zip(("decoder", "encoder"), found, plain, exact, strict=True):
+            with_kernels, without, of_fp32 = three
+            far, as_far = (float((each.float() - of_fp32).norm() / of_fp32.norm()) for each in (with_kernels, without))
+            # In bf16 both are as far from what is exact; a bias that is lost is farther.
+            yield f"{name} of {stages} stages", far if dtype == torch.float32 else far - 1.25 * as_far
+
+
 def of_moments(
     case: str, found: tuple[Tensor, Tensor], frames: Tensor, groups: int, bias: Tensor | None
 ) -> Iterator[tuple[str, float]]:
@@ -304,7 +335,7 @@ def main() -> None:
     kernels = {
         "tokens": (sum_norms, norm_rotations, gated_silus),
         "frames": (frame_norms, upsamplings),
-        "groups": (far_moments, group_norms),
+        "groups": (far_moments, group_norms, picture_autoencoders),
         "rows": (quantized_rows,),
     }[sys.argv[1]]
     for (name, drawn_as), cases in product(DTYPES.items(), kernels):

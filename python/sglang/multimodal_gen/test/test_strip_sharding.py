@@ -13,14 +13,13 @@ from torch import nn
 
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ProcessAxis
+from sglang.multimodal_gen.runtime.layers import strip_sharding
 from sglang.multimodal_gen.runtime.layers.strip_sharding import COLUMNS, ROWS, Cut, StripSharding, explain_strips
-from sglang.multimodal_gen.runtime.layers.strips import StripConv2d, StripGroupNorm, StripTokens
 from sglang.multimodal_gen.runtime.models.vaes.library_strips import deal_pictures
 from sglang.multimodal_gen.runtime.pipelines_core.stages.decoding import DecodingStage
 from sglang.multimodal_gen.test.pipeline_parity import load
 from sglang.multimodal_gen.test.tiny_checkpoints import TinyWan, save_tiny_wan
 from sglang.multimodal_gen.test.tiny_ltx import TINY_NOISY_VAE, TINY_TIMED_VAE, TINY_VAE, tiny_vae
-from sglang.multimodal_gen.test.tiny_parts import tiny_picture_vae
 
 
 def strips_of(num_ranks: int, rank: int = 0, **options: Any) -> StripSharding:
@@ -64,30 +63,34 @@ def test_a_side_that_is_no_number_of_cells_stays_whole() -> None:
 
 
 def test_padding_of_a_whole_picture_is_torch_s() -> None:
-    for shape in ((2, 3, 5, 4), (2, 3, 2, 5, 4)):
-        picture = torch.randn(*shape)
+    for shape, order in (
+        ((2, 3, 5, 4), torch.channels_last),
+        ((2, 3, 2, 5, 4), torch.channels_last_3d),
+        ((2, 3, 2, 5, 4), torch.contiguous_format),
+    ):
+        picture = torch.randn(*shape).contiguous(memory_format=order)
         sides = (1, 2, 0, 1, 2, 0)[: 2 * (len(shape) - 2)]
         for mode in ("constant", "replicate"):
             expected = nn.functional.pad(picture, sides, mode=mode)
-            assert torch.equal(StripSharding().pad(picture, sides, mode), expected)
+            padded = StripSharding().pad(picture, sides, mode)
+            assert torch.equal(padded, expected) and padded.is_contiguous(memory_format=order)
 
 
 @pytest.mark.parametrize("config", [TINY_VAE, TINY_TIMED_VAE])
 def test_layers_of_a_library_s_autoencoder_are_exchanged_and_its_parameters_stay(config: dict[str, Any]) -> None:
-    for module in (tiny_picture_vae(0), tiny_vae(config, 0)):
-        names = {name: id(parameter) for name, parameter in module.named_parameters()}
-        deal_pictures(module, strips_of(2))
-        assert {name: id(parameter) for name, parameter in module.named_parameters()} == names
-        assert module.strips.axis.size == 2 and not module.strips.why_whole
-        assert not any(type(layer) in (nn.Conv2d, nn.Conv3d, nn.GroupNorm) for layer in module.modules())
-    kinds = {type(layer) for layer in tiny_picture_vae(0).modules()}
-    assert {nn.Conv2d, nn.GroupNorm} <= kinds and not {StripConv2d, StripGroupNorm, StripTokens} & kinds
+    module = tiny_vae(config, 0)
+    names = {name: id(parameter) for name, parameter in module.named_parameters()}
+    deal_pictures(module, strips_of(2))
+    assert {name: id(parameter) for name, parameter in module.named_parameters()} == names
+    assert module.strips.axis.size == 2 and not module.strips.why_whole
+    assert not any(type(layer) is nn.Conv3d for layer in module.modules())
+    assert nn.Conv3d in {type(layer) for layer in tiny_vae(config, 0).modules()}
 
 
 def test_one_rank_s_autoencoder_is_left_as_it_is() -> None:
-    module = tiny_picture_vae(0)
+    module = tiny_vae(TINY_VAE, 0)
     deal_pictures(module, StripSharding())
-    assert nn.Conv2d in {type(layer) for layer in module.modules()}
+    assert nn.Conv3d in {type(layer) for layer in module.modules()}
     assert list(explain_strips({"vae": module})) == []
 
 
@@ -106,10 +109,26 @@ def test_what_cannot_be_dealt_exactly_stays_whole_and_the_log_says_why() -> None
     assert list(explain_strips({"vae": noisy, "other": unknown, "none": None})) == [
         f"vae: {sentence} its decoder draws random numbers for the whole picture",
         f"other: {sentence} it has parts of which nothing is known: AutoencoderTiny, AutoencoderTinyBlock, "
-        "DecoderTiny, EncoderTiny, ReLU, Upsample",
+        "Conv2d, DecoderTiny, EncoderTiny, ReLU, Upsample",
     ]
     dealt = SimpleNamespace(strips=strips_of(2))
     assert list(explain_strips({"vae": dealt})) == ["vae: pictures are dealt to 2 ranks in strips"]
+
+
+def test_moments_of_strips_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of values far from zero, on ranks with strips of unequal size."""
+    strips = [strips_of(3, rank) for rank in range(3)]
+    whole = 1e4 + torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
+    cut = strips[0].cut(7, 1)
+    assert cut is not None
+    own = [torch.var_mean(part, dim=-1, correction=0) for part in whole.split(cut.sizes, dim=-1)]
+    everybody = torch.stack([torch.stack(each) for each in own])
+    monkeypatch.setattr(strip_sharding, "all_gather_uneven", lambda *_, **__: everybody)
+    expected = torch.var_mean(whole.double(), dim=-1, correction=0)
+    for rank, each in enumerate(strips):
+        with each._dealt(cut):
+            found = each.moments(*own[rank])
+        torch.testing.assert_close(found, tuple(map(torch.Tensor.float, expected)), rtol=2e-3, atol=0)
 
 
 def test_a_rank_plans_with_the_memory_of_its_strip(tmp_path: Path) -> None:

@@ -95,16 +95,6 @@ class StripGroupNorm(nn.GroupNorm):
         )
 
 
-class StripTokens(nn.Linear):
-    """A projection of a strip's tokens of which every rank wants all: keys, or values."""
-
-    strips: StripSharding
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, tokens of the strip, C] -> [B, tokens of the picture, O]."""
-        return self.strips.gather(super().forward(tokens), dim=1)
-
-
 def _padding_of(conv: nn.Conv2d | nn.Conv3d) -> tuple[tuple[int, ...], str]:
     """What a convolution pads with, as F.pad takes it: last dimension first."""
     assert not isinstance(conv.padding, str), "a number of lines"

@@ -26,7 +26,8 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
     SchedulerConfig,
     Tokenizer,
 )
-from sglang.multimodal_gen.runtime.loader.library_module import diffusers_autoencoder, transformers_module
+from sglang.multimodal_gen.runtime.loader.library_autoencoder import diffusers_autoencoder
+from sglang.multimodal_gen.runtime.loader.library_module import transformers_module
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
 from sglang.multimodal_gen.runtime.models.dits.ltx import LTXVideoTransformer3DModel
 from sglang.multimodal_gen.runtime.models.schedulers.shifting import linear_then_quadratic, spaced_to_last

@@ -1,4 +1,4 @@
-"""Autoencoders of the diffusers library on a rank's strip of the picture: their layers exchanged for ours in place.
+"""Autoencoders of the diffusers library on a rank's strip of the picture: convolutions exchanged for ours in place.
 
 What a class computes beyond its layers is known for the classes named here alone: that it mixes no lines of a picture,
 or only in whole cells. An autoencoder with a part of another class stays whole.
@@ -9,31 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLLTXVideo
-from diffusers.models import resnet
-from diffusers.models.attention_processor import Attention
+from diffusers import AutoencoderKLLTXVideo
 from diffusers.models.autoencoders import autoencoder_kl_ltx as ltx
-from diffusers.models.autoencoders import vae
-from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import PixArtAlphaCombinedTimestepSizeEmbeddings, TimestepEmbedding, Timesteps
 from diffusers.models.normalization import RMSNorm
-from diffusers.models.unets import unet_2d_blocks as blocks
-from diffusers.models.upsampling import Upsample2D
-from torch import Tensor, nn
+from torch import nn
 
 from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
-from sglang.multimodal_gen.runtime.layers.strips import StripConv2d, StripConv3d, StripGroupNorm, StripTokens
+from sglang.multimodal_gen.runtime.layers.strips import StripConv3d
 
 _LOCAL: frozenset[Any] = frozenset(
     {
-        AutoencoderKL,
-        vae.Encoder,
-        vae.Decoder,
-        blocks.DownEncoderBlock2D,
-        blocks.UpDecoderBlock2D,
-        blocks.UNetMidBlock2D,
-        resnet.ResnetBlock2D,
-        Upsample2D,
         AutoencoderKLLTXVideo,
         ltx.LTXVideoEncoder3d,
         ltx.LTXVideoDecoder3d,
@@ -61,24 +47,6 @@ _LOCAL: frozenset[Any] = frozenset(
 """Classes whose forwards need nothing of other strips but what their layers get."""
 
 
-class StripDownsample2D(Downsample2D):
-    """Halves a strip; behind its last line are the neighbour's first."""
-
-    strips: StripSharding
-
-    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        """[B, C, h, w] -> [B, C, h/2, w/2]."""
-        return self.conv(self.strips.pad(hidden_states, (0, 1, 0, 1)))
-
-
-_EXCHANGED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv2d: StripConv2d,
-    nn.Conv3d: StripConv3d,
-    nn.GroupNorm: StripGroupNorm,
-    Downsample2D: StripDownsample2D,
-}
-
-
 def deal_pictures(module: nn.Module, strips: StripSharding) -> None:
     """Let an autoencoder's layers work on strips as its new attribute `strips` says; parameters and names stay.
 
@@ -92,17 +60,10 @@ def deal_pictures(module: nn.Module, strips: StripSharding) -> None:
         reflects = any(getattr(layer, "padding_mode", "") == "reflect" for layer in module.modules())
         strips = StripSharding(strips.axis, least_cells=2 if reflects else 1)
         for layer in list(module.modules()):
-            _exchange(layer, strips)
+            if type(layer) is nn.Conv3d:
+                layer.__class__ = StripConv3d
+                layer.strips = strips  # type: ignore[assignment]
     module.strips = strips  # type: ignore[assignment]
-
-
-def _exchange(layer: nn.Module, strips: StripSharding) -> None:
-    found = [(layer, _EXCHANGED[type(layer)])] if type(layer) in _EXCHANGED else []
-    if isinstance(layer, Attention):
-        found = [(layer.to_k, StripTokens), (layer.to_v, StripTokens)]
-    for old, twin in found:
-        old.__class__ = twin
-        old.strips = strips  # type: ignore[assignment]
 
 
 def _why_whole(module: nn.Module) -> str:
@@ -116,10 +77,6 @@ def _why_whole(module: nn.Module) -> str:
 
 
 def _is_known(layer: Any) -> bool:
-    if isinstance(layer, Attention):
-        return all(norm is None for norm in (layer.spatial_norm, layer.norm_q, layer.norm_k))
-    if type(layer) is Downsample2D:
-        return bool(layer.use_conv and layer.norm is None) and layer.conv.padding == (0, 0)
     if isinstance(layer, ltx.LTXVideoUpsampler3d | ltx.LTXVideoDownsampler3d):
         return layer.stride[1] == layer.stride[2]
-    return type(layer) in _LOCAL or type(layer) in _EXCHANGED
+    return type(layer) in _LOCAL or type(layer) is nn.Conv3d

@@ -52,18 +52,6 @@ class LibraryAutoencoder:
         self.spatial_ratio = spatial_ratio
         self.is_video = is_video
 
-    @classmethod
-    def of_scaled_pictures(cls, vae: Any) -> LibraryAutoencoder:
-        """An AutoencoderKL with its config's `scaling_factor` and `shift_factor`."""
-        config: Any = vae.config
-        return cls(
-            vae,
-            mean=config.shift_factor or 0.0,
-            std=1 / config.scaling_factor,
-            spatial_ratio=spatial_ratio_of(config),
-            is_video=False,
-        )
-
     def new_state(self, tiling: Tiling | None, *, carry: bool) -> WholeClip:
         """For a new clip."""
         assert not carry, "such an autoencoder is given whole clips"
@@ -120,8 +108,3 @@ class LibraryAutoencoder:
         if self.is_video:
             return self.vae.decode(latents, **arguments, return_dict=False)[0]
         return self.vae.decode(latents.squeeze(2), **arguments, return_dict=False)[0].unsqueeze(2)
-
-
-def spatial_ratio_of(config: Any) -> int:
-    """Pixels per latent cell along each side, for an AutoencoderKL."""
-    return 2 ** (len(config.block_out_channels) - 1)
