@@ -1,7 +1,7 @@
 """Runs the Triton kernels with Triton's interpreter on the CPU and prints how far each is from its reference, as JSON.
 
-A program of its own, because Triton reads TRITON_INTERPRET when it is imported; `test_fused.py` starts it with `tokens`
-or `frames`: whose kernels to run. `test_quantization.py` starts it with `rows`.
+A program of its own, because Triton reads TRITON_INTERPRET when it is imported. It is started with `tokens`, `frames`,
+`groups` (by `test_fused.py`) or `rows` (by `test_quantization.py`): whose kernels to run.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sglang.multimodal_gen.configs.models.vaes.autoencoder_kl import AutoencoderKLConfig
 from sglang.multimodal_gen.runtime.layers import (
     fused,
     fused_frames,
@@ -24,6 +26,9 @@ from sglang.multimodal_gen.runtime.layers import (
     triton_quantization,
 )
 from sglang.multimodal_gen.runtime.layers.quantization.rows import QuantizedRows, reference_rows
+from sglang.multimodal_gen.runtime.models.vaes import autoencoder_kl_blocks
+from sglang.multimodal_gen.runtime.models.vaes.autoencoder_kl import AutoencoderKL
+from sglang.multimodal_gen.test.tiny_parts import tiny_picture_vae
 
 # The interpreter is slow: each precision has a width, neither of them a power of two.
 DTYPES = {"fp32": (torch.float32, 40), "bf16": (torch.bfloat16, 72)}
@@ -185,7 +190,7 @@ def modulated_norms(frames: Tensor, weight: Tensor, source_cell: int) -> Iterato
 
 
 def upsamplings(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
-    """Of `upsample_frames`: frames alone, frames that share their cells, and both."""
+    """Of `upsample_frames`: frames alone, frames that share their cells, frames that repeat, and several of them."""
     for channels, batch, (length, height, line) in ((3, 1, (1, 1, 1)), (width, 1, (3, 2, 5)), (3, 2, (2, 3, 2))):
         alone = fused_frames.Footage(clip(batch, channels, 1, height, line, dtype=dtype))
         for shared, bias in product((1, 2, 3), (None, drawn(3 * channels, dtype=dtype))):
@@ -196,6 +201,102 @@ def upsamplings(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
                 found = fused_frames.upsampled_by(triton_frame_kernels, parts)
                 case = f"{len(parts)} parts, {shared} of a frame, {channels, batch, length, height, line}"
                 yield f"{case}, bias {bias is not None}", distance(found, reference)
+        again = fused_frames.Footage(clip(batch, channels, length, height, line, dtype=dtype), repeats=2)
+        for parts in ([again], [alone, again]):
+            reference = fused_frames.upsample_frames(parts)
+            found = fused_frames.upsampled_by(triton_frame_kernels, parts)
+            yield f"{len(parts)} parts, repeated, {channels, batch, length}", distance(found, reference)
+
+
+def group_norms(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
+    """Of `group_moments` and `norm_groups`: several tiles of cells for a program, several programs, a last one that is
+    not full, groups of any number of channels, some of the channels of wider frames."""
+    triton_frame_kernels._ENOUGH_PARTS = 3  # so that small inputs have programs of several tiles
+    for channels, groups, batch, size, extra, mean in (
+        (3, 1, 1, (3, 4, 5), 0, 0.0),
+        (width, 8, 2, (3, 4, 5), 16, 0.0),
+        (width, 4, 1, (1, 13, 31), 0, 1.0),
+        (12, 4, 2, (1, 1, 1), 0, 1.0),
+        (1100, 11, 1, (1, 3, 3), 0, 0.0),
+    ):
+        frames = (clip(batch, channels + extra, *size) + mean).to(dtype)[:, :channels]
+        cells, step = frames.movedim(1, -1), channels + extra
+        weight, offset = drawn(channels, dtype=dtype), drawn(channels, dtype=dtype)
+        residual = clip(batch, channels, *size, dtype=dtype)
+        case = f"{channels} channels, {groups} groups, {batch, size}"
+        rooms = ROOMS if channels < width else ROOMS[::2]
+        for bias, silu, (lead, edge) in product((None, drawn(channels, dtype=dtype)), (True, False), rooms):
+            moments = triton_frame_kernels.group_moments(cells, groups, source_cell=step, bias=bias)
+            yield from of_moments(f"{case}, bias {bias is not None}", moments, frames, groups, bias)
+            longer = (size[0] + lead, size[1] + 2 * edge, size[2] + 2 * edge)
+            room = torch.full_like(clip(batch, channels, *longer), torch.nan, dtype=dtype)
+            inner = room[:, :, lead:, edge : edge + size[1], edge : edge + size[2]]
+            options: dict[str, Any] = {"bias": bias, "silu": silu, "eps": 1e-3}
+            triton_frame_kernels.norm_groups(
+                cells, weight, offset, moments, inner.movedim(1, -1), source_cell=step, **options
+            )
+            assert int((~room.isnan()).sum()) == inner.numel(), "what lies around stays"
+            reference = fused_frames.norm_groups(frames, weight, offset, groups, **options)
+            yield (
+                f"norm of {case}, bias {bias is not None}, silu {silu}, {lead, edge} around",
+                distance(inner, reference),
+            )
+        for bias in (None, drawn(channels, dtype=dtype)):
+            expected = fused_frames.sum_frames(frames, residual, bias=bias)
+            summed = cells.clone() if extra else cells
+            found = triton_frame_kernels.group_moments(
+                cells, groups, source_cell=step, bias=bias, residual=residual.movedim(1, -1), summed=summed
+            )
+            yield f"sum of {case}, bias {bias is not None}", distance(summed.movedim(-1, 1), expected)
+            yield from of_moments(f"sum of {case}, bias {bias is not None}", found, expected, groups, None)
+
+
+def far_moments(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
+    """Of `group_moments`, of numbers far from zero: sums of squares in fp32 would be 1e-3 of the variance away."""
+    for (channels, groups), line, parts in product(((3, 3), (width, 1), (width, 4)), (1, 7, 70), (1, 5, 1024)):
+        frames = (clip(2, channels, 1, 31, line) + 100).to(dtype)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(triton_frame_kernels, "_ENOUGH_PARTS", parts)
+            moments = triton_frame_kernels.group_moments(frames.movedim(1, -1), groups, source_cell=channels)
+        yield from of_moments(f"{channels, groups, line}, {parts} programs", moments, frames, groups, None)
+
+
+def picture_autoencoders(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
+    """A whole autoencoder with kernels around its convolutions, which leave their biases to them, and without."""
+    for changes in ({}, {"block_out_channels": (12, 24), "norm_num_groups": 6, "mid_block_add_attention": False}):
+        stages = len(changes.get("block_out_channels", (8, 8, 16, 16)))
+        blocks = {
+            "down_block_types": ("DownEncoderBlock2D",) * stages,
+            "up_block_types": ("UpDecoderBlock2D",) * stages,
+        }
+        reference = tiny_picture_vae(0, **blocks, **changes)
+        ours = AutoencoderKL(AutoencoderKLConfig.from_dict(dict(reference.config)))
+        ours.load_state_dict(reference.state_dict())
+        inputs = drawn(2, 4, 1, 3, 5), drawn(1, 3, 1, 32, 24)
+        exact = ours.decode(inputs[0]), ours.encode(inputs[1]).mean
+        module, (latents, pictures) = ours.to(dtype), (tensor.to(dtype) for tensor in inputs)
+        plain = module.decode(latents), module.encode(pictures).mean
+        with pytest.MonkeyPatch.context() as patched:
+            for place in (fused_frames, autoencoder_kl_blocks):
+                patched.setattr(place, "serves", lambda _: True)
+            patched.setattr(fused_frames, "_kernels", lambda: triton_frame_kernels)
+            found = module.decode(latents), module.encode(pictures).mean
+        for name, *three in zip(("decoder", "encoder"), found, plain, exact, strict=True):
+            with_kernels, without, of_fp32 = three
+            far, as_far = (float((each.float() - of_fp32).norm() / of_fp32.norm()) for each in (with_kernels, without))
+            # In bf16 both are as far from what is exact; a bias that is lost is farther.
+            yield f"{name} of {stages} stages", far if dtype == torch.float32 else far - 1.25 * as_far
+
+
+def of_moments(
+    case: str, found: tuple[Tensor, Tensor], frames: Tensor, groups: int, bias: Tensor | None
+) -> Iterator[tuple[str, float]]:
+    """Against fp64; a mean is as exact as numbers of its size and of the spread around it can be."""
+    exact = frames.double() if bias is None else frames.double() + bias.double().view(-1, 1, 1, 1)
+    variance, mean = torch.var_mean(exact.unflatten(1, (groups, -1)).flatten(2), dim=-1, correction=0)
+    yield f"variance of {case}", distance(found[0], variance.float())
+    far = (found[1].double() - mean).abs() / (variance.sqrt() + mean.abs())
+    yield f"mean of {case}", float(far.nan_to_num(nan=torch.inf).max())
 
 
 def spreads(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
@@ -260,10 +361,12 @@ def clip(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def main() -> None:
     """Print the largest distance of each kernel and precision, with the case that it is of, and how many there were."""
     torch.manual_seed(0)
+    torch.set_grad_enabled(False)
     worst = {}
     kernels = {
         "tokens": (sum_norms, norm_rotations, gated_silus),
         "frames": (frame_norms, spreads, upsamplings),
+        "groups": (far_moments, group_norms, picture_autoencoders),
         "rows": (quantized_rows,),
     }[sys.argv[1]]
     for (name, drawn_as), cases in product(DTYPES.items(), kernels):

@@ -71,7 +71,8 @@ def _one_thread() -> Iterator[None]:
 
 def reference_of(directory: Path, **options: Any) -> tuple[ReferenceRunner, ServerArgs, SamplingParams]:
     """The reference's process in this one, its options and the model's defaults."""
-    args = ServerArgs.from_kwargs(model_path=str(directory), random_weights=True, device="cpu", **options)
+    options = {"random_weights": True, "device": "cpu", **options}
+    args = ServerArgs.from_kwargs(model_path=str(directory), **options)
     task = ReferenceTask(engine=EngineConfig.of_this_process(args, run_dir=""), directory=str(directory.parent))
     ours, _theirs = Pipe()
     model = find_model(args.model, "dit", Parent(ours))
@@ -112,7 +113,11 @@ def test_with_random_weights_diffusers_makes_what_ours_makes(name: str, has_toke
 @_TOLD_OF_COPIES
 @pytest.mark.parametrize(
     "options",
-    [{"precision": "bf16", "vae_precision": "fp32"}, {"quantization": "int8"}],
+    [
+        {"precision": "bf16", "vae_precision": "fp32"},
+        {"precision": "bf16", "vae_precision": "fp32", "random_weights": False},
+        {"quantization": "int8"},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("name", ["flux", "ltx condition"])

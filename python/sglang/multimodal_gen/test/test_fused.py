@@ -161,7 +161,11 @@ def test_layers_of_which_one_has_no_bias_are_not_joined() -> None:
 
 @pytest.mark.parametrize(
     ("operands", "kinds"),
-    [("tokens", ("gated_silus", "norm_rotations", "sum_norms")), ("frames", ("frame_norms", "spreads", "upsamplings"))],
+    [
+        ("tokens", ("gated_silus", "norm_rotations", "sum_norms")),
+        ("frames", ("frame_norms", "spreads", "upsamplings")),
+        ("groups", ("far_moments", "group_norms", "picture_autoencoders")),
+    ],
 )
 def test_kernels_give_what_their_references_give(operands: str, kinds: tuple[str, ...]) -> None:
     """fp32: the order of summation. bf16: a step or two of rounding, 2**-8 each, that a norm passes on."""
@@ -172,5 +176,5 @@ def test_kernels_give_what_their_references_give(operands: str, kinds: tuple[str
     found = json.loads(done.stdout)
     assert sorted(found) == [f"{kind} {precision}" for kind in kinds for precision in ("bf16", "fp32")]
     for name, worst in found.items():
-        assert worst["cases"] >= 36
+        assert worst["cases"] >= {"picture_autoencoders": 4, "far_moments": 20}.get(name.split()[0], 36)
         assert worst["distance"] < (1e-5 if name.endswith("fp32") else 0.02), f"{name}: {worst}"

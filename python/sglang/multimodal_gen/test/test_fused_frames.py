@@ -11,11 +11,15 @@ from torch import Tensor
 
 from sglang.multimodal_gen.runtime.layers.fused_frames import (
     Footage,
+    Moments,
     ScaleShift,
     cell_step,
+    group_moments,
     norm_frames,
+    norm_groups,
     spread_frames,
     sum_frames,
+    sum_with_moments,
     upsample_frames,
 )
 from sglang.multimodal_gen.test.tiny_wan import noise
@@ -72,6 +76,58 @@ def test_the_sum_is_rounded_once(has_bias: bool) -> None:
     bias = noise(6, seed=3).bfloat16() if has_bias else None
     exact = frames.double() + residual.double() + (0 if bias is None else per_channel(bias))
     assert torch.equal(sum_frames(frames, residual, bias=bias), exact.bfloat16())
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", [_SHAPE, (2, 6, 4, 5)])
+def test_the_norm_by_groups_is_its_formula_with_moments_found_or_given(
+    shape: tuple[int, ...], has_bias: bool, silu: bool
+) -> None:
+    frames, weight, offset = noise(*shape), noise(6, seed=2), noise(6, seed=3)
+    bias = noise(6, seed=4) if has_bias else None
+    alike = (1,) * (len(shape) - 2)
+    exact = frames.double() + (0 if bias is None else bias.double().view(-1, *alike))
+    grouped = exact.unflatten(1, (2, 3)).flatten(2)
+    variance, mean = grouped.var(dim=-1, correction=0), grouped.mean(dim=-1)
+    found = group_moments(frames, 2, bias=bias)
+    torch.testing.assert_close(found, Moments(variance.float(), mean.float()), **FP32)
+    options = {"eps": 1e-3, "bias": bias, "silu": silu}
+    for moments, (used_variance, used_mean) in (
+        (None, (variance, mean)),
+        (found, (variance, mean)),
+        (Moments(found.variance + 1, found.mean - 1), (variance + 1, mean - 1)),
+    ):
+        normed = (grouped - used_mean[..., None]) / (used_variance[..., None] + 1e-3).sqrt()
+        expected = normed.view(shape) * weight.double().view(-1, *alike) + offset.double().view(-1, *alike)
+        expected = expected * expected.sigmoid() if silu else expected
+        result = norm_groups(frames, weight, offset, 2, moments=moments, **options)  # type: ignore[arg-type]
+        torch.testing.assert_close(result.double(), expected, **FP32)
+        room = torch.zeros(shape)
+        assert norm_groups(frames, weight, offset, 2, moments=moments, out=room, **options) is room  # type: ignore[arg-type]
+        assert torch.equal(room, result)
+
+
+def test_the_norm_by_groups_rounds_once() -> None:
+    frames, weight, offset = noise(*_SHAPE).bfloat16(), noise(6, seed=2).bfloat16(), noise(6, seed=3).bfloat16()
+    exact = F.silu(F.group_norm(frames.double(), 2, weight.double(), offset.double(), 1e-3))
+    for moments in (None, group_moments(frames, 2)):
+        found = norm_groups(frames, weight, offset, 2, eps=1e-3, moments=moments)
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_a_sum_tells_its_moments_or_leaves_them_to_the_norm() -> None:
+    frames, residual, bias = noise(*_SHAPE), noise(*_SHAPE, seed=2), noise(6, seed=3)
+    found, moments = sum_with_moments(frames, residual, 2, bias=bias)
+    assert torch.equal(found, sum_frames(frames, residual, bias=bias)) and moments is None
+
+
+def test_frames_repeat_where_they_are_asked_to() -> None:
+    alone, later = noise(2, 6, 1, 4, 5), noise(2, 6, 3, 4, 5, seed=2)
+    found = upsample_frames([Footage(alone), Footage(later, repeats=2)])
+    frames = torch.cat((alone, later.repeat_interleave(2, dim=2)), dim=2)
+    assert torch.equal(found, frames.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4))
 
 
 def test_upsampling_repeats_cells_and_unfolds_frames_that_share_them() -> None:

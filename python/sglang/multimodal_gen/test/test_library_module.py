@@ -1,4 +1,4 @@
-"""Components that a library builds: what is wrong with a checkpoint is said in one sentence, without a path."""
+"""Components that a library builds, and others: what is wrong with a checkpoint is said in one sentence, no path."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def drop_a_tensor(checkpoint: Path) -> None:
 
 
 def cut_the_file(checkpoint: Path) -> None:
-    file = weights_of(checkpoint / "vae")
+    file = weights_of(checkpoint / "text_encoder_2")
     file.write_bytes(file.read_bytes()[:2000])
 
 
@@ -80,7 +80,7 @@ def null_component(checkpoint: Path) -> None:
             CorruptCheckpoint,
             "do not fit text_encoder_2/config.json: 1 missing: .*q.weight",
         ),
-        (cut_the_file, CorruptCheckpoint, "vae cannot be read"),
+        (cut_the_file, CorruptCheckpoint, "text_encoder_2 cannot be read"),
         (weights_of_another_family, CorruptCheckpoint, "transformer do not fit transformer/config.json: .*missing"),
         (another_class, UnsupportedModel, "vae is a AutoencoderTiny; supported is AutoencoderKL"),
         (null_component, UnsupportedModel, "text_encoder_2: .* pair"),

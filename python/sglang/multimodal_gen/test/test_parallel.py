@@ -144,11 +144,15 @@ def assert_same(expected: Arrays, found: Sequence[Mapping[str, Any]]) -> None:
     assert max(int(rank["encoder_bytes"]) for rank in (leader, *others)) < leader["num_parameters"] * 4 * 0.9
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize(
+    "shape",
+    [ReplicaShape(ulysses=2), ReplicaShape(ring=3), ReplicaShape(ulysses=4)],
+    ids=lambda shape: str(shape.num_ranks),
+)
 @pytest.mark.parametrize("name", CODINGS)
 def test_an_autoencoder_on_strips_gives_what_it_gives_on_whole_pictures(
     name: str,
-    num_ranks: int,
+    shape: ReplicaShape,
     pool: Pool,
     checkpoints: Callable[[str], Path],
     coded_alone: Callable[[str], dict[str, np.ndarray]],
@@ -156,7 +160,7 @@ def test_an_autoencoder_on_strips_gives_what_it_gives_on_whole_pictures(
 ) -> None:
     """The tolerance is fp32's rounding in another order; a line that a neighbour did not send changes 1e-2."""
     expected = coded_alone(name)
-    found = pool.code(checkpoints(name), ReplicaShape(ulysses=num_ranks), CODINGS[name], tmp_path)
+    found = pool.code(checkpoints(name), shape, CODINGS[name], tmp_path)
     assert set(found.files) == set(expected)
     for key, values in expected.items():
         assert relative_error(torch.from_numpy(found[key]), torch.from_numpy(values)) <= 1e-5, key

@@ -6,20 +6,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from torch import nn
 
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ProcessAxis
+from sglang.multimodal_gen.runtime.layers import strip_sharding
 from sglang.multimodal_gen.runtime.layers.strip_sharding import COLUMNS, ROWS, Cut, StripSharding, explain_strips
-from sglang.multimodal_gen.runtime.layers.strips import StripConv2d, StripGroupNorm, StripTokens
-from sglang.multimodal_gen.runtime.models.vaes.library_strips import deal_pictures
 from sglang.multimodal_gen.runtime.pipelines_core.stages.decoding import DecodingStage
 from sglang.multimodal_gen.test.pipeline_parity import load
 from sglang.multimodal_gen.test.tiny_checkpoints import TinyWan, save_tiny_wan
-from sglang.multimodal_gen.test.tiny_parts import tiny_picture_vae
 
 
 def strips_of(num_ranks: int, rank: int = 0, **options: Any) -> StripSharding:
@@ -63,51 +60,42 @@ def test_a_side_that_is_no_number_of_cells_stays_whole() -> None:
 
 
 def test_padding_of_a_whole_picture_is_torch_s() -> None:
-    for shape in ((2, 3, 5, 4), (2, 3, 2, 5, 4)):
-        picture = torch.randn(*shape)
+    for shape, order in (
+        ((2, 3, 5, 4), torch.channels_last),
+        ((2, 3, 2, 5, 4), torch.channels_last_3d),
+        ((2, 3, 2, 5, 4), torch.contiguous_format),
+    ):
+        picture = torch.randn(*shape).contiguous(memory_format=order)
         sides = (1, 2, 0, 1, 2, 0)[: 2 * (len(shape) - 2)]
         for mode in ("constant", "replicate"):
             expected = nn.functional.pad(picture, sides, mode=mode)
-            assert torch.equal(StripSharding().pad(picture, sides, mode), expected)
+            padded = StripSharding().pad(picture, sides, mode)
+            assert torch.equal(padded, expected) and padded.is_contiguous(memory_format=order)
 
 
-def test_layers_of_a_library_s_autoencoder_are_exchanged_and_its_parameters_stay() -> None:
-    module = tiny_picture_vae(0)
-    names = {name: id(parameter) for name, parameter in module.named_parameters()}
-    deal_pictures(module, strips_of(2))
-    assert {name: id(parameter) for name, parameter in module.named_parameters()} == names
-    assert module.strips.axis.size == 2 and not module.strips.why_whole
-    assert not any(type(layer) in (nn.Conv2d, nn.GroupNorm) for layer in module.modules())
-    kinds = {type(layer) for layer in tiny_picture_vae(0).modules()}
-    assert {nn.Conv2d, nn.GroupNorm} <= kinds and not {StripConv2d, StripGroupNorm, StripTokens} & kinds
-
-
-def test_one_rank_s_autoencoder_is_left_as_it_is() -> None:
-    module = tiny_picture_vae(0)
-    deal_pictures(module, StripSharding())
-    assert nn.Conv2d in {type(layer) for layer in module.modules()}
-    assert list(explain_strips({"vae": module})) == []
-
-
-def test_what_cannot_be_dealt_exactly_stays_whole_and_the_log_says_why() -> None:
-    widths = (8, 8)
-    unknown = diffusers.AutoencoderTiny(
-        encoder_block_out_channels=widths,
-        decoder_block_out_channels=widths,
-        num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1),
-    )
-    deal_pictures(unknown, strips_of(2))
-    assert unknown.strips.axis.size == 1
-    noisy = SimpleNamespace(strips=StripSharding(why_whole="its decoder draws random numbers for the whole picture"))
-    sentence = "whole on every rank, and one rank decodes, because"
-    assert list(explain_strips({"vae": noisy, "other": unknown, "none": None})) == [
-        f"vae: {sentence} its decoder draws random numbers for the whole picture",
-        f"other: {sentence} it has parts of which nothing is known: AutoencoderTiny, AutoencoderTinyBlock, "
-        "DecoderTiny, EncoderTiny, ReLU, Upsample",
+def test_the_log_says_which_autoencoders_are_dealt_and_why_one_is_not() -> None:
+    whole = SimpleNamespace(strips=StripSharding(why_whole="its decoder draws random numbers for the whole picture"))
+    assert list(explain_strips({"vae": whole, "none": None})) == [
+        "vae: whole on every rank, and one rank decodes, because its decoder draws random numbers for the whole picture"
     ]
     dealt = SimpleNamespace(strips=strips_of(2))
     assert list(explain_strips({"vae": dealt})) == ["vae: pictures are dealt to 2 ranks in strips"]
+
+
+def test_moments_of_strips_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of values far from zero, on ranks with strips of unequal size."""
+    strips = [strips_of(3, rank) for rank in range(3)]
+    whole = 1e4 + torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
+    cut = strips[0].cut(7, 1)
+    assert cut is not None
+    own = [torch.var_mean(part, dim=-1, correction=0) for part in whole.split(cut.sizes, dim=-1)]
+    everybody = torch.stack([torch.stack(each) for each in own])
+    monkeypatch.setattr(strip_sharding, "all_gather_uneven", lambda *_, **__: everybody)
+    expected = torch.var_mean(whole.double(), dim=-1, correction=0)
+    for rank, each in enumerate(strips):
+        with each._dealt(cut):
+            found = each.moments(*own[rank])
+        torch.testing.assert_close(found, tuple(map(torch.Tensor.float, expected)), rtol=2e-3, atol=0)
 
 
 def test_a_rank_plans_with_the_memory_of_its_strip(tmp_path: Path) -> None:

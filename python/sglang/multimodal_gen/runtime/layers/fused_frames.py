@@ -1,10 +1,11 @@
-"""What surrounds the convolutions of a video autoencoder, each in one pass over the cells where a kernel serves.
+"""What surrounds the convolutions of an autoencoder, each in one pass over the cells where a kernel serves; a norm over
+whole frames takes one more for their moments.
 
 On a GPU with Triton these are kernels of `triton_frame_kernels`; elsewhere, and where gradients are wanted, the
 references below, which say what is computed. Both compute in fp32 and return the dtype that came in. Activations are in
 channels-last order.
 
-Shapes: B batch, C channels, T frames, H, W height and width.
+Shapes: B batch, C channels, G groups of them, T frames, H, W height and width.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def _kernels() -> Any:
     return triton_frame_kernels
 
 
-def _serves(frames: Tensor) -> bool:
-    """Kernels have no gradients."""
+def serves(frames: Tensor) -> bool:
+    """Whether kernels take these frames, and a bias costs nothing on the way. They have no gradients."""
     return frames.is_cuda and not torch.is_grad_enabled() and _kernels() is not None
 
 
@@ -57,7 +58,7 @@ def norm_frames(
 
     [B, C, T, H, W] -> the same shape, in `out` where given, whose frames and lines may lie apart.
     """
-    if _serves(frames):
+    if serves(frames):
         if out is not None and out.stride(1) != 1:  # not in channels-last order
             normed = norm_frames(frames, weight, modulation=modulation, bias=bias, silu=silu, eps=eps)
             return out.copy_(normed)
@@ -80,7 +81,7 @@ def norm_frames(
 
 def sum_frames(frames: Tensor, residual: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """frames + bias + residual, [B, C, T, H, W] each and the bias [C]. The frames may be overwritten."""
-    if _serves(frames):
+    if serves(frames):
         cells, step = _spaced_cells(frames)
         summed = cells if cells.is_contiguous() else cells.new_empty(cells.shape)
         _kernels().norm_frames(
@@ -93,19 +94,112 @@ def sum_frames(frames: Tensor, residual: Tensor, *, bias: Tensor | None = None) 
     return wide.to(frames.dtype)
 
 
+class Moments(NamedTuple):
+    """Variance and mean in fp32, [B, G] each, over all cells and the channels of each group."""
+
+    variance: Tensor
+    mean: Tensor
+
+
+def group_moments(frames: Tensor, num_groups: int, *, bias: Tensor | None = None) -> Moments:
+    """Of frames + bias, [B, C, T, H, W] or pictures [B, C, H, W], and the bias [C]."""
+    if serves(frames):
+        cells, step = _spaced_cells(as_clip(frames))
+        return Moments(*_kernels().group_moments(cells, num_groups, source_cell=step, bias=bias))
+    grouped = _wide(frames, bias).unflatten(1, (num_groups, -1)).flatten(2)
+    return Moments(*torch.var_mean(grouped, dim=-1, correction=0))
+
+
+def sum_with_moments(
+    frames: Tensor, residual: Tensor, num_groups: int, *, bias: Tensor | None = None
+) -> tuple[Tensor, Moments | None]:
+    """As `sum_frames`, also of pictures [B, C, H, W], and the sum's moments, where they are found on the way."""
+    if not serves(frames):
+        return sum_frames(frames, residual, bias=bias), None
+    cells, step = _spaced_cells(as_clip(frames))
+    summed = cells if cells.is_contiguous() else cells.new_empty(cells.shape)
+    moments = _kernels().group_moments(
+        cells, num_groups, source_cell=step, bias=bias, residual=_cells(as_clip(residual)), summed=summed
+    )
+    return _like(summed.movedim(-1, 1), frames), Moments(*moments)
+
+
+def norm_groups(
+    frames: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    num_groups: int,
+    *,
+    eps: float,
+    bias: Tensor | None = None,
+    moments: Moments | None = None,
+    silu: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Group norm of frames + bias, times `weight` [C], plus `offset` [C], and SiLU of that.
+
+    [B, C, T, H, W] or pictures [B, C, H, W] -> the same shape, in `out` where given, whose frames and lines may lie
+    apart. `moments` are those of frames + bias where somebody knows them, or of more that they are a part of.
+    """
+    if serves(frames):
+        if out is not None and out.stride(1) != 1:  # not in channels-last order
+            normed = norm_groups(frames, weight, offset, num_groups, eps=eps, bias=bias, moments=moments, silu=silu)
+            return out.copy_(normed)
+        cells, step = _spaced_cells(as_clip(frames))
+        if moments is None:
+            moments = Moments(*_kernels().group_moments(cells, num_groups, source_cell=step, bias=bias))
+        target = cells.new_empty(cells.shape) if out is None else as_clip(out).movedim(1, -1)
+        _kernels().norm_groups(cells, weight, offset, moments, target, source_cell=step, bias=bias, silu=silu, eps=eps)
+        return _like(target.movedim(-1, 1), frames) if out is None else out
+    wide = _wide(frames, bias)
+    if moments is None:
+        # Of numbers in channels-last order torch's loses the digits that a large mean has: 1e-2 of a hundred.
+        normed = F.group_norm(wide.contiguous(), num_groups, weight.float(), offset.float(), eps)
+    else:
+        width, cells_alike = wide.shape[1] // num_groups, (1,) * (wide.ndim - 2)
+        scale = (moments.variance + eps).rsqrt().repeat_interleave(width, dim=1) * weight.float()
+        centre = moments.mean.repeat_interleave(width, dim=1).unflatten(1, (-1, *cells_alike))
+        normed = (wide - centre) * scale.unflatten(1, (-1, *cells_alike)) + offset.float().view(-1, *cells_alike)
+    normed = (F.silu(normed) if silu else normed).to(frames.dtype)
+    return normed if out is None else out.copy_(normed)
+
+
+def as_clip(frames: Tensor) -> Tensor:
+    """Pictures [B, C, H, W] as clips of one frame; clips as they are."""
+    return frames.unsqueeze(2) if frames.ndim == 4 else frames
+
+
+def _like(clip: Tensor, frames: Tensor) -> Tensor:
+    """What `as_clip` made of the frames, as they were."""
+    return clip.squeeze(2) if frames.ndim == 4 else clip
+
+
+def _wide(frames: Tensor, bias: Tensor | None) -> Tensor:
+    """frames + bias in fp32."""
+    wide = frames.float()
+    return wide if bias is None else wide + bias.float().view(-1, *(1,) * (frames.ndim - 2))
+
+
 class Footage(NamedTuple):
     """Frames [B, P·C, T, H, W] of which each is `shared` P ones, one behind the other in the channels, and the bias
-    [P·C] that is still to be added."""
+    [P·C] that is still to be added. Each frame of one alone comes `repeats` times."""
 
     frames: Tensor
     shared: int = 1
     bias: Tensor | None = None
+    repeats: int = 1
+
+    @property
+    def length(self) -> int:
+        """How many frames come of it."""
+        assert 1 in (self.shared, self.repeats), "one or the other"
+        return self.frames.shape[2] * self.shared * self.repeats
 
 
 def upsample_frames(parts: Sequence[Footage]) -> Tensor:
-    """Twice the height and width, by repetition, of all the parts' frames in order: [B, C, ΣP·T, 2·H, 2·W]."""
+    """Twice the height and width, by repetition, of all the parts' frames in order: [B, C, Σlength, 2·H, 2·W]."""
     first = parts[0].frames
-    if _serves(first):
+    if serves(first):
         return upsampled_by(_kernels(), parts)
     clips = [_one_by_one(part) for part in parts]
     frames = clips[0] if len(clips) == 1 else torch.cat(clips, dim=2)
@@ -116,11 +210,13 @@ def upsample_frames(parts: Sequence[Footage]) -> Tensor:
 def upsampled_by(kernels: Any, parts: Sequence[Footage]) -> Tensor:
     """The same by a kernel."""
     batch, width_in_channels, _, height, width = parts[0].frames.shape
-    lengths = [part.frames.shape[2] * part.shared for part in parts]
+    lengths = [part.length for part in parts]
     channels = width_in_channels // parts[0].shared
     target = parts[0].frames.new_empty((batch, sum(lengths), 2 * height, 2 * width, channels))
     for part, room in zip(parts, target.split(lengths, dim=1), strict=True):
-        kernels.upsample_frames(_cells(part.frames), part.bias, room, shared=part.shared)
+        for place in range(part.repeats):
+            target_frames = room[:, place :: part.repeats]
+            kernels.upsample_frames(_cells(part.frames), part.bias, target_frames, shared=part.shared)
     return target.movedim(-1, 1)
 
 
@@ -131,7 +227,7 @@ def spread_frames(frames: Tensor, *, bias: Tensor | None = None, residual: Tenso
     clip's first frame stays single: it is the later one of its two. `bias` [8·C] is added, and then the residual
     [B, 8·R, T, H, W] in the same way, as often one behind the other in the channels as makes C of its R.
     """
-    if _serves(frames):
+    if serves(frames):
         return spread_by(_kernels(), frames, bias=bias, residual=residual)
     video = _spread(frames if bias is None else frames.float() + bias.float().view(-1, 1, 1, 1))
     if residual is not None:
@@ -157,12 +253,14 @@ def _spread(frames: Tensor) -> Tensor:
 
 
 def _one_by_one(part: Footage) -> Tensor:
-    """[B, P·C, T, H, W] -> [B, C, T·P, H, W] with the bias."""
+    """[B, P·C, T, H, W] -> [B, C, length, H, W] with the bias."""
     frames = part.frames.permute(0, 2, 3, 4, 1)
     if part.bias is not None:
         frames = frames + part.bias
     if part.shared > 1:
         frames = frames.unflatten(-1, (part.shared, -1)).permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
+    if part.repeats > 1:
+        frames = frames.repeat_interleave(part.repeats, dim=1)
     return frames.permute(0, 4, 1, 2, 3)
 
 

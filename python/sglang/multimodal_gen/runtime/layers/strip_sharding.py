@@ -120,9 +120,11 @@ class StripSharding:
         """As torch's `pad`; where a neighbour's strip begins, its lines in place of padding."""
         if not any(sides):
             return strip
-        if mode == "constant":
+        if mode in ("constant", "replicate"):
             padded, inner = self.room(strip, sides)
             inner.copy_(strip)
+            if mode == "replicate":
+                repeat_edges(padded, sides)
         else:
             padded = F.pad(strip, sides, mode=mode)
         self.exchange(padded, sides)
@@ -147,9 +149,8 @@ class StripSharding:
         lines = strip.shape[dim] // self._cut.sizes[self.axis.rank]
         return all_gather_uneven(strip, [lines * size for size in self._cut.sizes], self.axis, dim=dim)
 
-    def moments(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Variance and mean over the last dimension of all ranks' values [..., n], which are of strips: each [...]."""
-        variance, mean = torch.var_mean(values, dim=-1, correction=0)
+    def moments(self, variance: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Variance and mean [...] of all ranks' values, of those of each rank's strip."""
         if self._cut is None:
             return variance, mean
         # Moments around each rank's own mean: sums of squares would lose the digits that a large mean has.
@@ -223,6 +224,17 @@ def _between_zeros(strip: Tensor, sides: tuple[int, ...], lead: int) -> tuple[Te
     for place in around:
         padded.narrow(*place).zero_()
     return padded, padded[tuple(inside)]
+
+
+def repeat_edges(padded: Tensor, sides: tuple[int, ...]) -> None:
+    """Fill what lies around the inner part of a room with copies of its edges. F.pad would do so in an order of memory
+    of its own."""
+    for dim, (before, after) in enumerate(zip(sides[::2], sides[1::2], strict=True), start=1):
+        end = padded.shape[-dim] - after
+        for start, count, edge in ((0, before, before), (end, after, end - 1)):
+            if count:
+                # Dimension by dimension at full extent, so that corners come of edges.
+                padded.narrow(-dim, start, count).copy_(padded.narrow(-dim, edge, 1))
 
 
 def explain_strips(components: Mapping[str, Any]) -> Iterable[str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.runtime.layers.fused_frames import Moments, group_moments, norm_groups
 from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 
 
@@ -46,7 +46,7 @@ class StripPad2d(nn.Module):
 
 
 class StripGroupNorm(nn.GroupNorm):
-    """Group norm with the moments of the whole picture."""
+    """Group norm with the moments of the whole picture or clip."""
 
     strips: StripSharding
 
@@ -54,36 +54,32 @@ class StripGroupNorm(nn.GroupNorm):
         super().__init__(num_groups, num_channels, eps)
         self.strips = strips
 
-    def forward(self, features: Tensor) -> Tensor:
-        """[B, C, ...] -> [B, C, ...]."""
-        if not self.strips.is_dealt:
-            return super().forward(features)
-        grouped = features.float().unflatten(1, (self.num_groups, -1)).flatten(2)
-        variance, mean = self.strips.moments(grouped)
-        # Batch norm with these moments is one pass in fp32 whatever the features' dtype.
-        width = self.num_channels // self.num_groups
-        normed = [
-            F.batch_norm(
-                row[None],
-                mean[index].repeat_interleave(width),
-                variance[index].repeat_interleave(width),
-                self.weight.float(),
-                self.bias.float(),
-                eps=self.eps,
-            )
-            for index, row in enumerate(features)
-        ]
-        return normed[0] if len(normed) == 1 else torch.cat(normed)
-
-
-class StripTokens(nn.Linear):
-    """A projection of a strip's tokens of which every rank wants all: keys, or values."""
-
-    strips: StripSharding
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, tokens of the strip, C] -> [B, tokens of the picture, O]."""
-        return self.strips.gather(super().forward(tokens), dim=1)
+    def forward(
+        self,
+        features: Tensor,
+        *,
+        bias: Tensor | None = None,
+        moments: Moments | None = None,
+        silu: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Of features [B, C, H, W] or [B, C, T, H, W] to which `bias` [C] is still to be added -> the same shape, with
+        `silu` its SiLU, in `out` where given. `moments`: those of what this rank holds, where they are known."""
+        if self.strips.is_dealt:
+            if moments is None:
+                moments = group_moments(features, self.num_groups, bias=bias)
+            moments = Moments(*self.strips.moments(*moments))
+        return norm_groups(
+            features,
+            self.weight,
+            self.bias,
+            self.num_groups,
+            eps=self.eps,
+            bias=bias,
+            moments=moments,
+            silu=silu,
+            out=out,
+        )
 
 
 def _padding_of(conv: nn.Conv2d) -> tuple[tuple[int, ...], str]:

@@ -2,17 +2,23 @@
 
 Their references, and the choice between the two, are in `fused_frames.py`. Channels of a cell lie side by side. Cells
 are read and written in their own dtype and computed in fp32. Shapes: B samples, C channels, T frames, H, W height and
-width, P frames that share a cell, R channels of a residual.
+width, P frames that share a cell, R channels of a residual, G groups of channels.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 _TILE = 2048
 """Elements that a program holds at a time: 16 for each of its threads."""
+# Of moments: so many programs fill a GPU; with more work for each of them, what they find takes less memory.
+_ENOUGH_PARTS = 1024
+_MOST_STEPS = 64
+# Of a norm by groups: what belongs to the channels is loaded once for so many tiles.
+_NORM_STEPS = 4
 
 
 @triton.jit
@@ -220,6 +226,298 @@ def upsample_frames(source: Tensor, bias: Tensor | None, target: Tensor, *, shar
         BLOCK=block,
         ROWS=rows,
         HAS_BIAS=bias is not None,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _moments_kernel(  # type: ignore[no-untyped-def]
+    source,
+    bias,
+    residual,
+    summed,
+    means,
+    squares,
+    num_cells,
+    steps,
+    source_batch,
+    residual_batch,
+    summed_batch,
+    CHANNELS: tl.constexpr,
+    SOURCE_CELL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """Of `steps` times ROWS neighbouring cells of one sample: source + bias + residual, which is kept where there is a
+    residual, and for each channel the mean of that and the sum of squares around it."""
+    batch = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * ROWS * steps
+    count = tl.minimum(num_cells - first, ROWS * steps)
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    live = columns < CHANNELS
+    start = source + batch * source_batch + first * SOURCE_CELL
+    beside = residual + batch * residual_batch + first * CHANNELS
+    out = summed + batch * summed_batch + first * CHANNELS
+    added = tl.zeros((BLOCK,), dtype=tl.float32)
+    if HAS_BIAS:
+        added = tl.load(bias + columns, mask=live, other=0.0).to(tl.float32)
+    # Sums of squares around the mean of the first rows: around zero they lose the digits that a large mean has.
+    inside = (rows[:, None] < count) & live[None, :]
+    value = tl.load(start + rows[:, None] * SOURCE_CELL + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        value += tl.load(beside + rows[:, None] * CHANNELS + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    near = tl.sum(value, axis=0) / tl.minimum(count, ROWS).to(tl.float32) + added
+    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    square = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for _ in range(steps):
+        inside = (rows[:, None] < count) & live[None, :]
+        stored = tl.load(start + rows[:, None] * SOURCE_CELL + columns[None, :], mask=inside, other=0.0)
+        value = stored.to(tl.float32) + added[None, :]
+        if HAS_RESIDUAL:
+            place = rows[:, None] * CHANNELS + columns[None, :]
+            value += tl.load(beside + place, mask=inside, other=0.0).to(tl.float32)
+            rounded = value.to(stored.dtype)
+            tl.store(out + place, rounded, mask=inside)
+            # The moments are those of what the next layer will see of the sum.
+            value = rounded.to(tl.float32)
+        difference = tl.where(inside, value - near[None, :], 0.0)
+        total += difference
+        square += difference * difference
+        rows += ROWS
+    moved = tl.sum(total, axis=0) / count.to(tl.float32)
+    place = (batch * tl.num_programs(0) + tl.program_id(0)) * CHANNELS + columns
+    tl.store(means + place, near + moved, mask=live)
+    tl.store(squares + place, tl.maximum(tl.sum(square, axis=0) - moved * moved * count, 0.0), mask=live)
+
+
+@triton.jit
+def _whole_moments_kernel(  # type: ignore[no-untyped-def]
+    means,
+    squares,
+    variance,
+    mean,
+    num_cells,
+    part_cells,
+    num_parts,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Variance and mean of one group of WIDTH channels of one sample, of those of its parts' channels."""
+    group = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    live = columns < WIDTH
+    start = batch * num_parts * CHANNELS + group * WIDTH
+    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for first in range(0, num_parts, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        inside = (rows[:, None] < num_parts) & live[None, :]
+        cells = tl.minimum(num_cells - rows * part_cells, part_cells)
+        share = cells.to(tl.float32) / num_cells
+        place = start + rows[:, None] * CHANNELS + columns[None, :]
+        total += tl.load(means + place, mask=inside, other=0.0) * share[:, None]
+    centre = tl.sum(total) / WIDTH
+    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for first in range(0, num_parts, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        inside = (rows[:, None] < num_parts) & live[None, :]
+        cells = tl.minimum(num_cells - rows * part_cells, part_cells)
+        share = cells.to(tl.float32) / num_cells
+        place = start + rows[:, None] * CHANNELS + columns[None, :]
+        away = tl.load(means + place, mask=inside, other=0.0) - centre
+        around = tl.load(squares + place, mask=inside, other=0.0) / num_cells
+        total += tl.where(inside, around + away * away * share[:, None], 0.0)
+    groups: tl.constexpr = CHANNELS // WIDTH
+    tl.store(mean + batch * groups + group, centre)
+    tl.store(variance + batch * groups + group, tl.sum(total) / WIDTH)
+
+
+def group_moments(
+    source: Tensor,
+    num_groups: int,
+    *,
+    source_cell: int,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    summed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Variance and mean in fp32, [B, G] each, over all cells and each of G groups of neighbouring channels, of cells
+    [B, T, H, W, C], one every `source_cell` numbers in each sample, plus bias [C], plus residual. With a residual the
+    sum goes into `summed`, which may be the source itself; both are dense in each sample."""
+    batch, channels = source.shape[0], source.shape[-1]
+    num_cells = source[0, ..., 0].numel()
+    assert channels % num_groups == 0, f"{channels} channels are {num_groups} groups"
+    assert (residual is None) == (summed is None), "a sum is kept where there is one"
+    for dense in (residual, summed):
+        assert dense is None or dense[0].is_contiguous(), "cells lie side by side"
+    # Inside of a sample cells are counted in 32 bits.
+    assert num_cells < 2**31 - _TILE * _MOST_STEPS, "a sample of less than 2**31 cells"
+    block = triton.next_power_of_2(channels)
+    rows = max(1, _TILE // block)
+    steps = min(_MOST_STEPS, triton.next_power_of_2(max(1, num_cells // (rows * _ENOUGH_PARTS))))
+    num_parts = triton.cdiv(num_cells, rows * steps)
+    means, squares = source.new_empty((2, batch, num_parts, channels), dtype=torch.float32)
+    _moments_kernel[(num_parts, batch)](
+        source,
+        source if bias is None else bias,
+        source if residual is None else residual,
+        source if summed is None else summed,
+        means,
+        squares,
+        num_cells,
+        steps,
+        source.stride(0),
+        0 if residual is None else residual.stride(0),
+        0 if summed is None else summed.stride(0),
+        CHANNELS=channels,
+        SOURCE_CELL=source_cell,
+        BLOCK=block,
+        ROWS=rows,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        num_warps=4,
+    )
+    return _whole_moments(means, squares, num_groups, num_cells=num_cells, part_cells=rows * steps)
+
+
+def _whole_moments(
+    means: Tensor, squares: Tensor, num_groups: int, *, num_cells: int, part_cells: int
+) -> tuple[Tensor, Tensor]:
+    """Variance and mean [B, G], of those of the channels of parts of so many cells, [B, parts, C] each."""
+    batch, num_parts, channels = means.shape
+    width = channels // num_groups
+    block = triton.next_power_of_2(width)
+    variance, mean = means.new_empty((2, batch, num_groups))
+    _whole_moments_kernel[(num_groups, batch)](
+        means,
+        squares,
+        variance,
+        mean,
+        num_cells,
+        part_cells,
+        num_parts,
+        CHANNELS=channels,
+        WIDTH=width,
+        BLOCK=block,
+        ROWS=max(1, _TILE // block),
+        num_warps=4,
+    )
+    return variance, mean
+
+
+@triton.jit
+def _group_norm_kernel(  # type: ignore[no-untyped-def]
+    source,
+    bias,
+    weight,
+    offset,
+    variance,
+    mean,
+    normed,
+    num_cells,
+    frame_cells,
+    line_cells,
+    source_batch,
+    normed_batch,
+    normed_frame,
+    normed_line,
+    eps,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SOURCE_CELL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SILU: tl.constexpr,
+    DENSE: tl.constexpr,
+):
+    """STEPS times ROWS neighbouring cells of one sample: SiLU of the norm of source + bias by its groups' moments."""
+    first = tl.program_id(0).to(tl.int64) * ROWS * STEPS
+    batch = tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    live = columns < CHANNELS
+    group = batch * GROUPS + columns // (CHANNELS // GROUPS)
+    scale = tl.rsqrt(tl.load(variance + group, mask=live, other=1.0) + eps)
+    scale *= tl.load(weight + columns, mask=live, other=0.0).to(tl.float32)
+    shift = tl.load(offset + columns, mask=live, other=0.0).to(tl.float32)
+    centre = tl.load(mean + group, mask=live, other=0.0)
+    if HAS_BIAS:
+        centre -= tl.load(bias + columns, mask=live, other=0.0).to(tl.float32)
+    target = normed + batch * normed_batch
+    for _ in range(STEPS):
+        rows = tl.arange(0, ROWS)
+        inside = (rows[:, None] < num_cells - first) & live[None, :]
+        place = rows[:, None] * SOURCE_CELL + columns[None, :]
+        stored = tl.load(source + batch * source_batch + first * SOURCE_CELL + place, mask=inside, other=0.0)
+        value = (stored.to(tl.float32) - centre[None, :]) * scale[None, :] + shift[None, :]
+        if SILU:
+            # What is no cell may lie as far from zero as the mean, beyond what has an exponential.
+            value = tl.where(inside, value, 0.0)
+            value = value / (1.0 + tl.exp(-value))
+        if DENSE:
+            place = rows[:, None] * CHANNELS + columns[None, :]
+            tl.store(target + first * CHANNELS + place, value.to(stored.dtype), mask=inside)
+        else:
+            cells = first + rows
+            frames, cell = cells // frame_cells, cells % frame_cells
+            lines, column = cell // line_cells, cell % line_cells
+            start = frames * normed_frame + lines * normed_line + column * CHANNELS
+            tl.store(target + start[:, None] + columns[None, :], value.to(stored.dtype), mask=inside)
+        first += ROWS
+
+
+def norm_groups(
+    source: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    moments: tuple[Tensor, Tensor],
+    normed: Tensor,
+    *,
+    source_cell: int,
+    bias: Tensor | None = None,
+    silu: bool = True,
+    eps: float,
+) -> None:
+    """Of cells [B, T, H, W, C], one every `source_cell` numbers in each sample: the norm of source + bias by variance
+    and mean [B, G] of that, times weight [C], plus offset [C], and SiLU of it, into `normed`, whose frames and lines
+    may lie apart."""
+    batch, _, height, width, channels = source.shape
+    variance, mean = moments
+    assert variance.is_contiguous() and mean.is_contiguous(), "groups lie side by side"
+    assert channels == 1 or normed.stride(4) == 1, "channels lie side by side"
+    assert width == 1 or normed.stride(3) == channels, "cells of a line lie side by side"
+    num_cells = source[0, ..., 0].numel()
+    block = triton.next_power_of_2(channels)
+    rows = max(1, _TILE // block)
+    _group_norm_kernel[(triton.cdiv(num_cells, rows * _NORM_STEPS), batch)](
+        source,
+        source if bias is None else bias,
+        weight,
+        offset,
+        variance,
+        mean,
+        normed,
+        num_cells,
+        height * width,
+        width,
+        source.stride(0),
+        *normed.stride()[:3],
+        eps,
+        CHANNELS=channels,
+        GROUPS=variance.shape[1],
+        SOURCE_CELL=source_cell,
+        BLOCK=block,
+        ROWS=rows,
+        STEPS=_NORM_STEPS,
+        HAS_BIAS=bias is not None,
+        SILU=silu,
+        DENSE=normed[0].is_contiguous(),
         num_warps=4,
     )
 

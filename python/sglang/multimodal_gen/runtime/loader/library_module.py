@@ -1,6 +1,6 @@
-"""Components that a library builds: text and image encoders of transformers, autoencoders of diffusers.
+"""Components that a library builds: text and image encoders of transformers.
 
-Importing this module imports both libraries, which takes seconds: only pipelines that need them do.
+Importing this module imports transformers, which takes seconds: only pipelines that need it do.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -30,14 +29,12 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
 from sglang.multimodal_gen.runtime.loader.library_sharding import deal_library_encoder, library_encoder_size
 from sglang.multimodal_gen.runtime.loader.parallel_reading import send_tensors
 from sglang.multimodal_gen.runtime.loader.weight_utils import open_weights, refuse_fp8
-from sglang.multimodal_gen.runtime.models.vaes.library_strips import deal_pictures
 
 _SHOWN_KEYS = 8
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Their bars and advice belong into no server's log; what is wrong with a checkpoint is said here.
-for _library in (transformers, diffusers):
-    _library.utils.logging.disable_progress_bar()
-    _library.utils.logging.set_verbosity_error()
+# Its bars and advice belong into no server's log; what is wrong with a checkpoint is said here.
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
 
 
 @dataclass(frozen=True)
@@ -50,24 +47,18 @@ class LibraryModule:
     """Parts of names of weights that a file may lack, since no forward of ours reads them."""
     part: str = ""
     """Dotted name of the submodule that is used; the rest never gets to the device."""
-    deals_pictures: bool = False
-    """Whether it is an autoencoder, of which several ranks each do a strip of the picture."""
 
     def __call__(self, directory: Path, class_name: str, context: LoadContext) -> nn.Module:
         """Raises UnsupportedModel for another class, CorruptCheckpoint when config or weights do not fit."""
-        if class_name not in self.class_names:
-            raise UnsupportedModel(
-                f"the checkpoint's {directory.name} is a {class_name}; supported is {' or '.join(self.class_names)}"
-            )
-        cls, dtype = getattr(self.library, class_name), context.dtype_of(directory.name)
+        cls, dtype = self.class_of(directory, class_name), context.dtype_of(directory.name)
         device = context.device_of(directory.name)
-        shared = self.library is transformers and context.layers.parallel.world.size > 1
-        in_parts = self.library is transformers and (device.type == "cuda" or directory.name in context.on_host)
+        shared = context.layers.parallel.world.size > 1
+        in_parts = device.type == "cuda" or directory.name in context.on_host
         if not isinstance(context.source, Checkpoint):
-            module = self._used(self._filled(cls, directory, dtype, context, shared=shared))
+            module = self._used(self.filled(cls, directory, dtype, context, shared=shared))
         elif shared or in_parts:
             # In the files' own dtype its tensors are the mapped files: a rank reads what it keeps.
-            whole = self._stored(cls, directory, _dtype_of_most(directory))
+            whole = self.stored(cls, directory, _dtype_of_most(directory))
             module, fp32_names = self._used(whole), _names_in_fp32(whole, dtype)
             if shared:
                 self._deal(module, directory, dtype, context)
@@ -76,11 +67,20 @@ class LibraryModule:
             num_bytes = sum(parameter.nbytes for parameter in module.parameters())
             context.source.note(directory.name, num_bytes, time.perf_counter() - begin)
         else:
-            module = self._used(self._stored(cls, directory, dtype))
-        module = module.to(device).eval().requires_grad_(False)
-        if self.deals_pictures:
-            deal_pictures(module, context.layers.strips)
-        return module
+            module = self._used(self.stored(cls, directory, dtype))
+        return module.to(device).eval().requires_grad_(False)
+
+    def class_of(self, directory: Path, class_name: str) -> Any:
+        """The library's class. Raises UnsupportedModel for another one."""
+        if class_name not in self.class_names:
+            raise UnsupportedModel(
+                f"the checkpoint's {directory.name} is a {class_name}; supported is {' or '.join(self.class_names)}"
+            )
+        return getattr(self.library, class_name)
+
+    def constructed(self, cls: Any, directory: Path) -> nn.Module:
+        """One of this class as the config says, with any weights."""
+        return cls(cls.config_class.from_pretrained(directory, local_files_only=True))
 
     def _used(self, module: nn.Module) -> Any:
         return attrgetter(self.part)(module) if self.part else module
@@ -92,7 +92,7 @@ class LibraryModule:
         size = library_encoder_size(module)
         deal_library_encoder(module, context.encoder_axes(directory.name, size, weight_bytes=weight_bytes))
 
-    def _stored(self, cls: Any, directory: Path, dtype: torch.dtype) -> nn.Module:
+    def stored(self, cls: Any, directory: Path, dtype: torch.dtype) -> nn.Module:
         """With the checkpoint's weights."""
         if not (directory / "config.json").is_file():
             raise CorruptCheckpoint(f"{directory.name}/config.json is missing; download or export the checkpoint again")
@@ -111,16 +111,11 @@ class LibraryModule:
         _refuse_misfits(directory, {"missing": missing, "mis-shaped": [str(key) for key in found["mismatched_keys"]]})
         return module
 
-    def _filled(
-        self, cls: Any, directory: Path, dtype: torch.dtype, context: LoadContext, *, shared: bool
-    ) -> nn.Module:
+    def filled(self, cls: Any, directory: Path, dtype: torch.dtype, context: LoadContext, *, shared: bool) -> nn.Module:
         """With what the source gives in place of weights; only the config is read."""
         device = context.device_of(directory.name)
-        with built_uninitialised(device, dtype):  # the libraries draw billions of numbers on one core
-            if self.library is transformers:
-                module = cls(cls.config_class.from_pretrained(directory, local_files_only=True))
-            else:
-                module = cls.from_config(cls.load_config(directory, local_files_only=True))
+        with built_uninitialised(device, dtype):  # the library draws billions of numbers on one core
+            module = self.constructed(cls, directory)
         if shared:
             self._deal(self._used(module), directory, dtype, context)
         module = module.to(device, dtype)
@@ -149,11 +144,6 @@ def _send(module: nn.Module, fp32_names: frozenset[str], dtype: torch.dtype, dev
 def transformers_module(*class_names: str, optional_keys: tuple[str, ...] = (), part: str = "") -> LibraryModule:
     """A component of one of these classes of transformers."""
     return LibraryModule(class_names, transformers, optional_keys, part)
-
-
-def diffusers_autoencoder(*class_names: str) -> LibraryModule:
-    """An autoencoder of one of these classes of diffusers."""
-    return LibraryModule(class_names, diffusers, deals_pictures=True)
 
 
 def _dtype_of_most(directory: Path) -> torch.dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from sglang.multimodal_gen.configs.model_info import STARTS_FROM_A_PICTURE, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.flux import FluxTransformerConfig
+from sglang.multimodal_gen.configs.models.vaes.autoencoder_kl import AutoencoderKLConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.runtime.layers.rotary import grid_positions, rotary_table
 from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
@@ -21,11 +21,11 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
     SchedulerConfig,
     Tokenizer,
 )
-from sglang.multimodal_gen.runtime.loader.library_module import diffusers_autoencoder, transformers_module
+from sglang.multimodal_gen.runtime.loader.library_module import transformers_module
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
 from sglang.multimodal_gen.runtime.models.dits.flux import FluxTransformer2DModel
 from sglang.multimodal_gen.runtime.models.schedulers.shifting import spaced_to_last
-from sglang.multimodal_gen.runtime.models.vaes.library_vae import spatial_ratio_of
+from sglang.multimodal_gen.runtime.models.vaes.autoencoder_kl import AutoencoderKL
 from sglang.multimodal_gen.runtime.pipelines.flux_workloads import FLUX_WORKLOADS
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row, pack, unpack
 from sglang.multimodal_gen.runtime.pipelines_core.fitting import require_equal
@@ -33,9 +33,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import DistilledGuidance, guidance_scale
 from sglang.multimodal_gen.runtime.pipelines_core.library_encoders import PooledCLIP, T5Sequence
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
-from sglang.multimodal_gen.runtime.pipelines_core.picture_pipeline_base import (
-    PicturePipelineBase,
-)
+from sglang.multimodal_gen.runtime.pipelines_core.picture_pipeline_base import PicturePipelineBase
 from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import encoder_memory
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import RequestInputs
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Prompt, TextCondition
@@ -49,7 +47,6 @@ from sglang.multimodal_gen.runtime.pipelines_core.workload import Workload
 
 PATCH_SIZE = 2
 """Latent cells along each side of a token."""
-_PUBLISHED_SPATIAL_RATIO = 8
 _THOUSAND = 1000.0
 
 
@@ -156,7 +153,7 @@ class FluxPipeline(PicturePipelineBase):
         "text_encoder": transformers_module("CLIPTextModel"),
         "text_encoder_2": transformers_module("T5EncoderModel"),
         "transformer": NativeModule(FluxTransformer2DModel, FluxTransformerConfig),
-        "vae": diffusers_autoencoder("AutoencoderKL"),
+        "vae": NativeModule(AutoencoderKL, AutoencoderKLConfig),
         "scheduler": SchedulerConfig(),
     }
     workloads: ClassVar[Mapping[str, Workload]] = FLUX_WORKLOADS
@@ -236,8 +233,7 @@ class FluxPipeline(PicturePipelineBase):
 
     def geometry(self) -> VideoGeometry:
         """How pixels map to latents and tokens."""
-        found = self.geometry_of({"transformer": self.transformer.config}, self.config)
-        return dataclasses.replace(found, spatial_ratio=spatial_ratio_of(self.vae.config))
+        return self.geometry_of({"transformer": self.transformer.config, "vae": self.vae.config}, self.config)
 
     @classmethod
     def geometry_of(cls, configs: Mapping[str, ModelConfig], config: PipelineConfig) -> VideoGeometry:
@@ -245,7 +241,7 @@ class FluxPipeline(PicturePipelineBase):
         assert isinstance(transformer, FluxTransformerConfig), "as `components` says"
         return VideoGeometry.of_pictures(
             channels=transformer.num_output_channels // PATCH_SIZE**2,
-            spatial_ratio=_PUBLISHED_SPATIAL_RATIO,
+            spatial_ratio=cls.vae_config(configs).spatial_ratio,
             patch_size=PATCH_SIZE,
             max_pixels=config.max_pixels,
         )

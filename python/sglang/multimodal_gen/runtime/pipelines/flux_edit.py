@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sglang.multimodal_gen.configs.model_info import AreaRule, InputLimits, TaskLimits
 from sglang.multimodal_gen.configs.request_plan import Phase
-from sglang.multimodal_gen.runtime.models.vaes.library_vae import LibraryAutoencoder
+from sglang.multimodal_gen.runtime.models.vaes.autoencoder_kl import AutoencoderKL
 from sglang.multimodal_gen.runtime.pipelines.flux import PATCH_SIZE, FluxDenoiser, FluxPipeline, flux_rotary_table
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Row, pack
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import DistilledGuidance
@@ -44,10 +44,10 @@ class ReferenceStage(Stage):
     reads: ClassVar[tuple[str, ...]] = ("params", "inputs")
     writes: ClassVar[tuple[str, ...]] = ("conditioning",)
 
-    def __init__(self, pipeline: FluxKontextPipeline, autoencoder: LibraryAutoencoder, memory: DecoderMemory) -> None:
+    def __init__(self, pipeline: FluxKontextPipeline) -> None:
         self.pipeline = pipeline
-        self.autoencoder = autoencoder
-        self.memory = memory
+        self.vae = pipeline.vae
+        self.memory = pipeline.decoder_memory()
 
     def phase(self, req: Req) -> Phase | None:
         if not req.inputs.images:
@@ -60,7 +60,7 @@ class ReferenceStage(Stage):
             batch_key=self.name,
             cost=float(width * height),
             peak_bytes=self.memory.encoding_bytes(
-                self.autoencoder.strips, 1, height, width, ratio=self.autoencoder.spatial_ratio
+                self.vae.strips, 1, height, width, ratio=self.vae.config.spatial_ratio
             ),
         )
 
@@ -76,8 +76,8 @@ class ReferenceStage(Stage):
         cache, key = self.pipeline.conditioning_cache, (self.name, req.inputs.digest(), width, height)
         if (found := cache.get(key)) is None:
             picture = clip_of(req.inputs.images[:1], height, width)
-            picture = picture.to(self.autoencoder.device, self.autoencoder.dtype)
-            found = self.autoencoder.to_latents(picture)[0].float()
+            picture = picture.to(self.pipeline.device, self.vae.dtype)
+            found = self.vae.to_latents(picture)[0].float()
             cache.put(key, found)
         return found
 
@@ -130,7 +130,7 @@ class FluxKontextPipeline(FluxPipeline):
         guidance, geometry, denoiser = DistilledGuidance(), self.geometry(), KontextDenoiser(self)
         return [
             TextEncodingStage(self.prompt_encoder(), guidance=guidance, cache=self.conditioning_cache),
-            ReferenceStage(self, self.autoencoder(), self.decoder_memory()),
+            ReferenceStage(self),
             LatentPreparationStage(geometry, self.device),
             self.timesteps(denoiser),
             DenoisingStage(denoiser, guidance=guidance, free_bytes=self.free_bytes),
@@ -164,9 +164,10 @@ class MaskedImageStage(Stage):
     reads: ClassVar[tuple[str, ...]] = ("params", "inputs", "generator", "latents")
     writes: ClassVar[tuple[str, ...]] = ("conditioning", "generator")
 
-    def __init__(self, autoencoder: LibraryAutoencoder, memory: DecoderMemory) -> None:
-        self.autoencoder = autoencoder
+    def __init__(self, vae: AutoencoderKL, memory: DecoderMemory, device: torch.device) -> None:
+        self.vae = vae
         self.memory = memory
+        self.device = device
 
     def phase(self, req: Req) -> Phase:
         width, height = req.params.width, req.params.height
@@ -178,7 +179,7 @@ class MaskedImageStage(Stage):
             batch_key=self.name,
             cost=float(width * height),
             peak_bytes=self.memory.encoding_bytes(
-                self.autoencoder.strips, 1, height, width, ratio=self.autoencoder.spatial_ratio
+                self.vae.strips, 1, height, width, ratio=self.vae.config.spatial_ratio
             ),
         )
 
@@ -190,13 +191,13 @@ class MaskedImageStage(Stage):
 
     def _encoded(self, req: Req) -> tuple[Tensor, torch.Generator]:
         """Tokens [S, C] of masked latents and mask, side by side."""
-        params, inputs, ratio = req.params, req.inputs, self.autoencoder.spatial_ratio
+        params, inputs, ratio = req.params, req.inputs, self.vae.config.spatial_ratio
         assert params.height and params.width and inputs.mask is not None and req.generator is not None
         generator = req.generator.clone_state()
         mask = mask_of(inputs.mask, params.height, params.width)
         picture = clip_of(inputs.images[:1], params.height, params.width) * (1 - mask).unsqueeze(2)
-        picture = picture.to(self.autoencoder.device, self.autoencoder.dtype)
-        latents = self.autoencoder.to_latents(picture, generator=generator).float()
+        picture = picture.to(self.device, self.vae.dtype)
+        latents = self.vae.to_latents(picture, generator=generator).float()
         # The pixels of a latent cell become its channels.
         cells = mask[0].unflatten(2, (-1, ratio)).unflatten(1, (-1, ratio)).permute(0, 2, 4, 1, 3).flatten(1, 2)
         tokens = torch.cat((pack(latents)[0], pack(cells.unsqueeze(2))[0].to(latents)), dim=-1)
@@ -224,7 +225,7 @@ class FluxFillPipeline(FluxPipeline):
             TextEncodingStage(self.prompt_encoder(), guidance=guidance, cache=self.conditioning_cache),
             self.initial_image(default_strength=1.0),
             LatentPreparationStage(geometry, self.device),
-            MaskedImageStage(self.autoencoder(), self.decoder_memory()),
+            MaskedImageStage(self.vae, self.decoder_memory(), self.device),
             self.timesteps(denoiser),
             DenoisingStage(denoiser, guidance=guidance, free_bytes=self.free_bytes),
             self.decoding(geometry),
@@ -232,7 +233,7 @@ class FluxFillPipeline(FluxPipeline):
 
     def input_channels(self) -> int:
         """Noisy latents, masked latents, and a number for each pixel of the mask."""
-        pixels = self.autoencoder().spatial_ratio ** 2
+        pixels = self.vae.config.spatial_ratio**2
         return PATCH_SIZE**2 * (2 * self.vae.config.latent_channels + pixels)
 
     def limits(self) -> TaskLimits:

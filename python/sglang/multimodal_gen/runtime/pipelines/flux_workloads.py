@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.flux import FluxTransformerConfig
 from sglang.multimodal_gen.runtime.layers.rotary import grid_positions, rotary_table
-from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, Inputs, Workload, WorkSize
+from sglang.multimodal_gen.runtime.pipelines_core.workload import (
+    Drawing,
+    Inputs,
+    PictureDecoding,
+    PictureEncoding,
+    Workload,
+    WorkSize,
+)
 
 _MIDDLE_TIMESTEP = 500.0
 _GUIDANCE = 3500.0
@@ -59,4 +66,8 @@ class FluxDenoising(Workload):
         )[0]
 
 
-FLUX_WORKLOADS: Mapping[str, Workload] = {"dit": FluxDenoising("transformer")}
+FLUX_WORKLOADS: Mapping[str, Workload] = {
+    "dit": FluxDenoising("transformer"),
+    "vae_decode": PictureDecoding("vae"),
+    "vae_encode": PictureEncoding("vae"),
+}

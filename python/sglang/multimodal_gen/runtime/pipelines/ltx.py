@@ -110,6 +110,7 @@ class LTXPrompts:
 class LTXPipeline(ComposedPipelineBase):
     """Text to video; with a picture, which becomes the first frame, image to video."""
 
+    reference_fits_latents: ClassVar[bool] = False
     own_parameters: ClassVar[frozenset[str]] = frozenset({"decode_timestep", "decode_noise_scale"})
     components: ClassVar[Mapping[str, ComponentLoader]] = {
         "tokenizer": Tokenizer(),

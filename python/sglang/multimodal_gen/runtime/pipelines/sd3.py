@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from sglang.multimodal_gen.configs.model_info import STARTS_FROM_A_PICTURE, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.sd3 import SD3TransformerConfig
+from sglang.multimodal_gen.configs.models.vaes.autoencoder_kl import AutoencoderKLConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.errors import InvalidValue, UnsupportedModel
 from sglang.multimodal_gen.runtime.loader.component_loader import (
@@ -21,10 +22,10 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
     SchedulerConfig,
     Tokenizer,
 )
-from sglang.multimodal_gen.runtime.loader.library_module import diffusers_autoencoder, transformers_module
+from sglang.multimodal_gen.runtime.loader.library_module import transformers_module
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
 from sglang.multimodal_gen.runtime.models.dits.sd3 import SD3Transformer2DModel
-from sglang.multimodal_gen.runtime.models.vaes.library_vae import spatial_ratio_of
+from sglang.multimodal_gen.runtime.models.vaes.autoencoder_kl import AutoencoderKL
 from sglang.multimodal_gen.runtime.pipelines.sd3_workloads import SD3_WORKLOADS
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row
 from sglang.multimodal_gen.runtime.pipelines_core.fitting import require_equal
@@ -32,9 +33,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import SkipLayerGuidance
 from sglang.multimodal_gen.runtime.pipelines_core.library_encoders import ProjectedCLIP, T5Sequence
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
-from sglang.multimodal_gen.runtime.pipelines_core.picture_pipeline_base import (
-    PicturePipelineBase,
-)
+from sglang.multimodal_gen.runtime.pipelines_core.picture_pipeline_base import PicturePipelineBase
 from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import encoder_memory
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import RequestInputs
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Prompt, Req, TextCondition
@@ -46,7 +45,6 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding import Te
 from sglang.multimodal_gen.runtime.pipelines_core.stages.timestep_preparation import TimestepPreparationStage
 from sglang.multimodal_gen.runtime.pipelines_core.workload import Workload
 
-_PUBLISHED_SPATIAL_RATIO = 8
 _MLP_RATIO = 4
 
 
@@ -175,7 +173,7 @@ class StableDiffusion3Pipeline(PicturePipelineBase):
         "text_encoder_2": transformers_module("CLIPTextModelWithProjection"),
         "text_encoder_3": transformers_module("T5EncoderModel"),
         "transformer": NativeModule(SD3Transformer2DModel, SD3TransformerConfig),
-        "vae": diffusers_autoencoder("AutoencoderKL"),
+        "vae": NativeModule(AutoencoderKL, AutoencoderKLConfig),
         "scheduler": SchedulerConfig(),
     }
     optional_components: ClassVar[frozenset[str]] = frozenset({"text_encoder_3", "tokenizer_3"})
@@ -262,10 +260,9 @@ class StableDiffusion3Pipeline(PicturePipelineBase):
 
     def geometry(self) -> VideoGeometry:
         """How pixels map to latents and tokens."""
-        found = self.geometry_of({"transformer": self.transformer.config}, self.config)
-        ratio = spatial_ratio_of(self.vae.config)
-        longest = self.transformer.config.pos_embed_max_size * self.transformer.config.patch_size * ratio
-        return dataclasses.replace(found, spatial_ratio=ratio, max_side=longest)
+        found = self.geometry_of({"transformer": self.transformer.config, "vae": self.vae.config}, self.config)
+        positions = self.transformer.config.pos_embed_max_size
+        return dataclasses.replace(found, max_side=positions * self.transformer.config.patch_size * found.spatial_ratio)
 
     @classmethod
     def geometry_of(cls, configs: Mapping[str, ModelConfig], config: PipelineConfig) -> VideoGeometry:
@@ -273,7 +270,7 @@ class StableDiffusion3Pipeline(PicturePipelineBase):
         assert isinstance(transformer, SD3TransformerConfig), "as `components` says"
         return VideoGeometry.of_pictures(
             channels=transformer.in_channels,
-            spatial_ratio=_PUBLISHED_SPATIAL_RATIO,
+            spatial_ratio=cls.vae_config(configs).spatial_ratio,
             patch_size=transformer.patch_size,
             max_pixels=config.max_pixels,
         )

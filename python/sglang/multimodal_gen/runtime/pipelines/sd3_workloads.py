@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.sd3 import CLIP_TOKENS, SD3TransformerConfig
-from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, Inputs, Workload, WorkSize
+from sglang.multimodal_gen.runtime.pipelines_core.workload import (
+    Drawing,
+    Inputs,
+    PictureDecoding,
+    PictureEncoding,
+    Workload,
+    WorkSize,
+)
 
 _MIDDLE_TIMESTEP = 500.0
 
@@ -38,4 +45,8 @@ class SD3Denoising(Workload):
         return module(latents, text, pooled, timesteps, return_dict=False)[0]
 
 
-SD3_WORKLOADS: Mapping[str, Workload] = {"dit": SD3Denoising("transformer")}
+SD3_WORKLOADS: Mapping[str, Workload] = {
+    "dit": SD3Denoising("transformer"),
+    "vae_decode": PictureDecoding("vae"),
+    "vae_encode": PictureEncoding("vae"),
+}

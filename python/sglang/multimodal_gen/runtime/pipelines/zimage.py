@@ -12,14 +12,15 @@ from torch import Tensor
 from sglang.multimodal_gen.configs.model_info import STARTS_FROM_A_PICTURE, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.zimage import ZImageTransformerConfig
+from sglang.multimodal_gen.configs.models.vaes.autoencoder_kl import AutoencoderKLConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.runtime.loader.chat_tokenizer import ChatPromptTokenizer, ChatTokenizer
 from sglang.multimodal_gen.runtime.loader.component_loader import ComponentLoader, NativeModule, SchedulerConfig
-from sglang.multimodal_gen.runtime.loader.library_module import diffusers_autoencoder, transformers_module
+from sglang.multimodal_gen.runtime.loader.library_module import transformers_module
 from sglang.multimodal_gen.runtime.models.dits.zimage import TOKEN_MULTIPLE, ZImageTransformer2DModel, padded_length
 from sglang.multimodal_gen.runtime.models.schedulers.shifting import spaced_to_last
-from sglang.multimodal_gen.runtime.models.vaes.library_vae import spatial_ratio_of
+from sglang.multimodal_gen.runtime.models.vaes.autoencoder_kl import AutoencoderKL
 from sglang.multimodal_gen.runtime.pipelines.zimage_workloads import Z_IMAGE_WORKLOADS
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row
 from sglang.multimodal_gen.runtime.pipelines_core.fitting import require_equal
@@ -31,9 +32,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.guidance import (
 )
 from sglang.multimodal_gen.runtime.pipelines_core.library_encoders import LanguageModelStates
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
-from sglang.multimodal_gen.runtime.pipelines_core.picture_pipeline_base import (
-    PicturePipelineBase,
-)
+from sglang.multimodal_gen.runtime.pipelines_core.picture_pipeline_base import PicturePipelineBase
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import RequestInputs
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Prompt, Req, TextCondition
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
@@ -44,7 +43,6 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding import Te
 from sglang.multimodal_gen.runtime.pipelines_core.stages.timestep_preparation import TimestepPreparationStage
 from sglang.multimodal_gen.runtime.pipelines_core.workload import Workload
 
-_PUBLISHED_SPATIAL_RATIO = 8
 _THOUSAND = 1000.0
 _TEXT_LAYER = -2
 """The language model's last layer predicts words; the one before says more of the whole text."""
@@ -144,7 +142,7 @@ class ZImagePipeline(PicturePipelineBase):
         "tokenizer": ChatTokenizer(options=(("enable_thinking", True),)),
         "text_encoder": transformers_module("Qwen3Model", "Qwen3ForCausalLM", part="base_model"),
         "transformer": NativeModule(ZImageTransformer2DModel, ZImageTransformerConfig),
-        "vae": diffusers_autoencoder("AutoencoderKL"),
+        "vae": NativeModule(AutoencoderKL, AutoencoderKLConfig),
         "scheduler": SchedulerConfig(),
     }
     workloads: ClassVar[Mapping[str, Workload]] = Z_IMAGE_WORKLOADS
@@ -204,10 +202,9 @@ class ZImagePipeline(PicturePipelineBase):
 
     def geometry(self) -> VideoGeometry:
         """How pixels map to latents and tokens."""
-        found = self.geometry_of({"transformer": self.transformer.config}, self.config)
-        ratio = spatial_ratio_of(self.vae.config)
-        longest = min(self.transformer.config.axes_lens[1:]) * self.transformer.config.patch_size * ratio
-        return dataclasses.replace(found, spatial_ratio=ratio, max_side=longest)
+        found = self.geometry_of({"transformer": self.transformer.config, "vae": self.vae.config}, self.config)
+        positions = min(self.transformer.config.axes_lens[1:])
+        return dataclasses.replace(found, max_side=positions * self.transformer.config.patch_size * found.spatial_ratio)
 
     @classmethod
     def geometry_of(cls, configs: Mapping[str, ModelConfig], config: PipelineConfig) -> VideoGeometry:
@@ -215,7 +212,7 @@ class ZImagePipeline(PicturePipelineBase):
         assert isinstance(transformer, ZImageTransformerConfig), "as `components` says"
         return VideoGeometry.of_pictures(
             channels=transformer.in_channels,
-            spatial_ratio=_PUBLISHED_SPATIAL_RATIO,
+            spatial_ratio=cls.vae_config(configs).spatial_ratio,
             patch_size=transformer.patch_size,
             max_pixels=config.max_pixels,
         )

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.zimage import ZImageTransformerConfig
-from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, Inputs, Workload, WorkSize
+from sglang.multimodal_gen.runtime.pipelines_core.workload import (
+    Drawing,
+    Inputs,
+    PictureDecoding,
+    PictureEncoding,
+    Workload,
+    WorkSize,
+)
 
 _MIDDLE_TIME = 0.5
 
@@ -38,4 +45,8 @@ class ZImageDenoising(Workload):
         return torch.stack(module(list(latents), times, list(captions), return_dict=False)[0])
 
 
-Z_IMAGE_WORKLOADS: Mapping[str, Workload] = {"dit": ZImageDenoising("transformer")}
+Z_IMAGE_WORKLOADS: Mapping[str, Workload] = {
+    "dit": ZImageDenoising("transformer"),
+    "vae_decode": PictureDecoding("vae"),
+    "vae_encode": PictureEncoding("vae"),
+}

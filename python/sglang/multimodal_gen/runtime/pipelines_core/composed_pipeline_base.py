@@ -122,6 +122,8 @@ class ComposedPipelineBase:
     """Those of `PARAMETERS_OF_SOME` that the family reads; a request with another is refused."""
     workloads: ClassVar[Mapping[str, Workload]] = {}
     """What benchmarks run: `dit`, `vae_decode`, `vae_encode`, `encoder`, as far as the family has them."""
+    reference_fits_latents: ClassVar[bool] = True
+    """Whether diffusers' pipeline of the same name brings latents to the dtype of its autoencoder."""
     gives_previews: ClassVar[bool] = True
     """Whether its denoising stages keep the clean latents that they predict, in the layout of Req."""
     takes_diffusers_kwargs: ClassVar[bool] = False

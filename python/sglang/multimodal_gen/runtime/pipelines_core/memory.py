@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 
@@ -142,11 +142,10 @@ class DecoderMemory:
     activations: int = 4
 
     @classmethod
-    def of_pictures(cls, config: Any, element_size: int) -> Self:
-        """For an AutoencoderKL: its last stage gets the second width at full size and narrows it to the first."""
-        return cls(
-            channels=max(config.block_out_channels[:2]), carried_channels=0, patch_size=1, element_size=element_size
-        )
+    def of_pictures(cls, widths: Sequence[int], element_size: int) -> Self:
+        """For a decoder with these channels at each resolution: at full size its last stage gets the second width, and
+        narrows it to the first."""
+        return cls(channels=max(widths[:2]), carried_channels=0, patch_size=1, element_size=element_size)
 
     def carried_bytes(self, height: int, width: int) -> int:
         """What is remembered between the chunks of a clip."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import ClassVar
 
-from sglang.multimodal_gen.runtime.models.vaes.library_vae import LibraryAutoencoder
+from sglang.multimodal_gen.configs.models.base import ModelConfig
+from sglang.multimodal_gen.configs.models.vaes.autoencoder_kl import AutoencoderKLConfig
+from sglang.multimodal_gen.runtime.models.vaes.autoencoder_kl import AutoencoderKL
 from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory
@@ -15,35 +18,41 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.initial_image import In
 class PicturePipelineBase(ComposedPipelineBase):
     """A pipeline whose component `vae` is an AutoencoderKL."""
 
-    vae: Any
+    reference_fits_latents: ClassVar[bool] = False
+    vae: AutoencoderKL
 
-    def autoencoder(self) -> LibraryAutoencoder:
-        """The autoencoder, as the stages use it."""
-        return LibraryAutoencoder.of_scaled_pictures(self.vae)
+    @classmethod
+    def vae_config(cls, configs: Mapping[str, ModelConfig]) -> AutoencoderKLConfig:
+        """The autoencoder's, of those of all native components."""
+        config = configs["vae"]
+        assert isinstance(config, AutoencoderKLConfig), "as `components` says"
+        return config
+
+    @classmethod
+    def decoder_memory_of(cls, configs: Mapping[str, ModelConfig], element_size: int) -> DecoderMemory:
+        return DecoderMemory.of_pictures(cls.vae_config(configs).block_out_channels, element_size)
 
     def decoder_memory(self) -> DecoderMemory:
         """What it takes for one picture, in either direction."""
-        return DecoderMemory.of_pictures(self.vae.config, self.autoencoder().dtype.itemsize)
+        return self.decoder_memory_of({"vae": self.vae.config}, self.vae.dtype.itemsize)
 
     def initial_image(self, *, default_strength: float = 0.6) -> InitialImageStage:
         """A picture to start from."""
-        autoencoder = self.autoencoder()
         return InitialImageStage(
-            autoencoder,
+            self.vae,
             memory=self.decoder_memory(),
             device=self.device,
-            dtype=autoencoder.dtype,
+            dtype=self.vae.dtype,
             samples=True,
             default_strength=default_strength,
         )
 
     def decoding(self, geometry: VideoGeometry) -> DecodingStage:
         """Latents to pixels."""
-        autoencoder = self.autoencoder()
         return DecodingStage(
-            autoencoder,
+            self.vae,
             geometry=geometry,
             memory=self.decoder_memory(),
             free_bytes=self.free_bytes,
-            dtype=autoencoder.dtype,
+            dtype=self.vae.dtype,
         )

@@ -124,3 +124,27 @@ class VideoEncoding(Workload):
     def reference_forward(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """[B, C, T, H, W]."""
         return module.encode(inputs[0]).latent_dist.mean  # type: ignore[operator]
+
+
+class PictureDecoding(VideoDecoding):
+    """Latents to pixels of whole pictures, which the reference has without a dimension for time."""
+
+    def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
+        """[B, 3, 1, H, W]."""
+        return module.decode(inputs[0])  # type: ignore[operator]
+
+    def reference_forward(self, module: nn.Module, inputs: Inputs) -> Tensor:
+        """[B, 3, 1, H, W]."""
+        return module.decode(inputs[0].squeeze(2), return_dict=False)[0].unsqueeze(2)  # type: ignore[operator]
+
+
+class PictureEncoding(VideoEncoding):
+    """Pixels of whole pictures to the mean of their latents."""
+
+    def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
+        """[B, C, 1, H, W]."""
+        return module.encode(inputs[0]).mean  # type: ignore[operator]
+
+    def reference_forward(self, module: nn.Module, inputs: Inputs) -> Tensor:
+        """[B, C, 1, H, W]."""
+        return module.encode(inputs[0].squeeze(2)).latent_dist.mean.unsqueeze(2)  # type: ignore[operator]

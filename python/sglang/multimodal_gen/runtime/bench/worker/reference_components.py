@@ -41,11 +41,8 @@ def random_components(pipeline_class: Any, model: BenchModel, context: LoadConte
 
     Raises: UnsupportedModel for a component that has no counterpart without a checkpoint.
     """
-    # Quantised weights are compared with the same ones as they were, as those of a checkpoint are. All are in one
-    # dtype, as with a checkpoint too: some pipelines give an autoencoder latents of their own dtype.
-    context = dataclasses.replace(
-        context, quantization=QuantizationArgs(), vae_dtype=None, compile_blocks=False, cuda_graphs=False
-    )
+    # Quantised weights are compared with the same ones as they were, as those of a checkpoint are.
+    context = dataclasses.replace(context, quantization=QuantizationArgs(), compile_blocks=False, cuda_graphs=False)
     index, components = read_model_index(model.directory), dict[str, Any]()
     for name in inspect.signature(pipeline_class.__init__).parameters:
         value = index.get(name)

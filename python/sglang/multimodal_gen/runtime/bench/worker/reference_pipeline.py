@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import queue
 import tempfile
@@ -47,6 +48,9 @@ def load_pipeline(task: ReferenceTask, model: BenchModel, context: LoadContext) 
     """The pipeline that model_index.json names, with the checkpoint's weights or with our random ones."""
     for library in ("diffusers", "transformers"):
         load_object(f"{library}.utils.logging:disable_progress_bar")()
+    if not model.pipeline_class.reference_fits_latents:
+        # The autoencoder gets latents of the transformer's dtype, and has to be in that.
+        context = dataclasses.replace(context, vae_dtype=None)
     pipeline_class = load_object(f"diffusers:{read_model_index(model.directory)['_class_name']}")
     if task.engine.args.model.random_weights:
         # It imports both libraries, of which a process that lacks one must be able to tell.

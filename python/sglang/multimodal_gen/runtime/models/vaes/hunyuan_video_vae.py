@@ -10,17 +10,16 @@ Shapes: B batch, T, H, W video frames, height, width; Z latent channels, t, h, w
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.vaes.hunyuan_video import HunyuanVideoVAEConfig
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.strips import StripGroupNorm
+from sglang.multimodal_gen.runtime.models.vaes.channels_last import in_order, settle_convolutions
 from sglang.multimodal_gen.runtime.models.vaes.distribution import LatentDistribution
 from sglang.multimodal_gen.runtime.models.vaes.hunyuan_video_vae_blocks import (
     NORM_EPS,
@@ -29,7 +28,7 @@ from sglang.multimodal_gen.runtime.models.vaes.hunyuan_video_vae_blocks import (
     MidBlock,
     UpStage,
 )
-from sglang.multimodal_gen.runtime.models.vaes.tiling import TemporalTiling, Tiling
+from sglang.multimodal_gen.runtime.models.vaes.tiling import TemporalTiling, Tiling, over_tiles
 
 
 class HunyuanVideoEncoder(nn.Module):
@@ -53,7 +52,7 @@ class HunyuanVideoEncoder(nn.Module):
         frames = self.conv_in(frames)
         for block in (*self.down_blocks, self.mid_block):
             frames = block(frames)
-        return self.conv_out(F.silu(self.conv_norm_out(frames)))
+        return self.conv_out.after(self.conv_norm_out, frames)
 
 
 class HunyuanVideoDecoder(nn.Module):
@@ -77,7 +76,7 @@ class HunyuanVideoDecoder(nn.Module):
         frames = self.conv_in(frames)
         for block in (self.mid_block, *self.up_blocks):
             frames = block(frames)
-        return self.conv_out(F.silu(self.conv_norm_out(frames)))
+        return self.conv_out.after(self.conv_norm_out, frames)
 
 
 class PieceState:
@@ -101,6 +100,10 @@ class AutoencoderKLHunyuanVideo(nn.Module):
         self.quant_conv = nn.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv3d(config.latent_channels, config.latent_channels, 1)
 
+    def settle_weights(self) -> None:
+        """See `load_module`."""
+        settle_convolutions(self)
+
     def normalise(self, latents: Tensor) -> Tensor:
         """Latents [B, Z, t, h, w] of the encoder -> what the transformer works on."""
         return latents * self.config.scaling_factor
@@ -123,7 +126,7 @@ class AutoencoderKLHunyuanVideo(nn.Module):
         joining = pieces.scaled(config.temporal_compression_ratio)
         parts, before = [], None
         for frames in (slices := pieces.split(video.shape[2])):
-            moments = _in_tiles(self._encode_tile, video[:, :, frames], tiling, cells)
+            moments = over_tiles(self._encode_tile, video[:, :, frames], tiling, cells)
             added, before = joining.join_next(moments, before, last=frames is slices[-1])
             parts.append(added)
         return LatentDistribution.of_moments(torch.cat(parts, dim=2))
@@ -153,25 +156,16 @@ class AutoencoderKLHunyuanVideo(nn.Module):
         else:
             cells = tiling.scaled(self.config.spatial_compression_ratio)
             decode = partial(strips.over_whole, self._decode_tile)
-            piece = strips.own(_in_tiles(decode, latents[:, :, slices[index]], cells, tiling), *latents.shape[3:])
+            piece = strips.own(over_tiles(decode, latents[:, :, slices[index]], cells, tiling), *latents.shape[3:])
         video, state.before = TemporalTiling().join_next(piece, state.before, last=index == len(slices) - 1)
         return video
 
     def _encode_tile(self, video: Tensor) -> Tensor:
         ratio = self.config.spatial_compression_ratio
-        return self.strips.over_whole(lambda strip: self.quant_conv(self.encoder(strip)), video, ratio=ratio)
+        return self.strips.over_whole(self._moments, video, ratio=ratio)
+
+    def _moments(self, video: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(in_order(video)))
 
     def _decode_tile(self, latents: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(latents))
-
-
-def _in_tiles(network: Callable[[Tensor], Tensor], frames: Tensor, cut: Tiling | None, joined: Tiling | None) -> Tensor:
-    """The network over tiles of [B, C, T, H, W] that `cut` makes, put together as `joined` says; None: over it all."""
-    if cut is None or joined is None:
-        return network(frames)
-    tiles = [network(frames[..., rows, columns]) for rows, columns in cut.split(*frames.shape[3:])]
-    if len(tiles) == 1:
-        return tiles[0]
-    # Tile and stride are in the same relation on both sides; the size is what the network made of it.
-    height, width = (size * joined.tile_height // cut.tile_height for size in frames.shape[3:])
-    return joined.join(tiles, height, width)
+        return self.decoder(self.post_quant_conv(in_order(latents)))

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.fused_frames import Footage, upsample_frames
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
-from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
+from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding, repeat_edges
 from sglang.multimodal_gen.runtime.layers.strips import StripGroupNorm
 from sglang.multimodal_gen.runtime.models.vaes.causal_conv import fold_frames, unfold_frames
 
@@ -41,9 +42,19 @@ class EdgeCausalConv3d(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, O, T', H', W']."""
-        frames = self.strips.pad(frames, self.edges, "replicate")
+        return self._over(self.strips.pad(frames, self.edges, "replicate"))
+
+    def after(self, norm: StripGroupNorm, frames: Tensor) -> Tensor:
+        """The same of SiLU of the norm of the frames, which is written between the edges right away."""
+        padded, inner = self.strips.room(frames, self.edges)
+        norm(frames, silu=True, out=inner)
+        repeat_edges(padded, self.edges)
+        self.strips.exchange(padded, self.edges)
+        return self._over(padded)
+
+    def _over(self, padded: Tensor) -> Tensor:
         # On the CPU torch has no 3-D convolution as fast as 2-D ones for each temporal slice of the kernel.
-        return self._by_slices(frames) if frames.device.type == "cpu" else self.conv(frames)
+        return self._by_slices(padded) if padded.device.type == "cpu" else self.conv(padded)
 
     def _by_slices(self, frames: Tensor) -> Tensor:
         reach, stride = self.conv.kernel_size[0] - 1, self.conv.stride
@@ -72,8 +83,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, O, T, H, W]."""
-        hidden_states = self.conv1(F.silu(self.norm1(frames)))
-        hidden_states = self.conv2(F.silu(self.norm2(hidden_states)))
+        hidden_states = self.conv1.after(self.norm1, frames)
+        hidden_states = self.conv2.after(self.norm2, hidden_states)
         return hidden_states + (frames if self.conv_shortcut is None else self.conv_shortcut(frames))
 
 
@@ -143,11 +154,12 @@ class Upsample(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, C, 1 + f·(T - 1), s·H, s·W] for the factors f and s."""
-        if self.time_factor > 1:
-            later = frames[:, :, 1:].repeat_interleave(self.time_factor, dim=2)
-            frames = torch.cat((frames[:, :, :1], later), dim=2)
-        images = F.interpolate(fold_frames(frames), scale_factor=float(self.space_factor), mode="nearest")
-        return self.conv(unfold_frames(images, frames.shape[0]))
+        alone, later = frames.split((1, frames.shape[2] - 1), dim=2)
+        if self.space_factor == 1:
+            return self.conv(torch.cat((alone, later.repeat_interleave(self.time_factor, dim=2)), dim=2))
+        assert self.space_factor == 2, "a stage doubles the sides or leaves them"
+        parts = [Footage(alone), Footage(later, repeats=self.time_factor)] if later.shape[2] else [Footage(alone)]
+        return self.conv(upsample_frames(parts))
 
 
 class DownStage(nn.Module):

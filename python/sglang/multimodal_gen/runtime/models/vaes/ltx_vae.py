@@ -21,6 +21,7 @@ from sglang.multimodal_gen.configs.models.vaes.ltx import LTXVideoVAEConfig
 from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
+from sglang.multimodal_gen.runtime.models.vaes.channels_last import settle_convolutions
 from sglang.multimodal_gen.runtime.models.vaes.distribution import LatentDistribution
 from sglang.multimodal_gen.runtime.models.vaes.ltx_vae_blocks import (
     Blocks,
@@ -154,10 +155,8 @@ class AutoencoderKLLTXVideo(nn.Module):
         return self.decoder.conv_in.conv.weight.dtype
 
     def settle_weights(self) -> None:
-        """See `load_module`: on GPUs, convolution kernels lie in memory as activations do, in channels-last order."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv3d) and layer.weight.is_cuda:
-                layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last_3d)
+        """See `load_module`."""
+        settle_convolutions(self)
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Latents [B, Z, t, h, w] of the encoder -> what the transformer works on, in fp32."""

@@ -5,6 +5,7 @@ Cells are what the tiled network takes or gives: latents on one side, pixels (or
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
@@ -119,3 +120,17 @@ def blend(before: Tensor, tile: Tensor, *, dim: int, overlap: int) -> Tensor:
     ending = before.narrow(dim, before.shape[dim] - overlap, overlap)
     start = ending * (1 - ramp) + tile.narrow(dim, 0, overlap) * ramp
     return torch.cat((start, tile.narrow(dim, overlap, tile.shape[dim] - overlap)), dim=dim)
+
+
+def over_tiles(
+    network: Callable[[Tensor], Tensor], frames: Tensor, cut: Tiling | None, joined: Tiling | None
+) -> Tensor:
+    """The network over tiles of [B, C, T, H, W] that `cut` makes, put together as `joined` says; None: over it all."""
+    if cut is None or joined is None:
+        return network(frames)
+    tiles = [network(frames[..., rows, columns]) for rows, columns in cut.split(*frames.shape[3:])]
+    if len(tiles) == 1:
+        return tiles[0]
+    # Tile and stride are in the same relation on both sides; the size is what the network made of it.
+    height, width = (size * joined.tile_height // cut.tile_height for size in frames.shape[3:])
+    return joined.join(tiles, height, width)

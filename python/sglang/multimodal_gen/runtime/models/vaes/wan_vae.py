@@ -20,6 +20,7 @@ from sglang.multimodal_gen.configs.models.vaes.wan import WanVAEConfig
 from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.models.vaes.causal_conv import CausalConv3d, TemporalState
+from sglang.multimodal_gen.runtime.models.vaes.channels_last import settle_convolutions
 from sglang.multimodal_gen.runtime.models.vaes.distribution import LatentDistribution
 from sglang.multimodal_gen.runtime.models.vaes.patches import patchify, unpatchify
 from sglang.multimodal_gen.runtime.models.vaes.tiling import Tiling
@@ -59,11 +60,8 @@ class AutoencoderKLWan(nn.Module):
         self.decoder = WanDecoder(config, context)
 
     def settle_weights(self) -> None:
-        """See `load_module`: on GPUs, convolution kernels lie in memory as activations do, in channels-last order."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d | nn.Conv3d) and layer.weight.is_cuda:
-                order = torch.channels_last if layer.weight.ndim == 4 else torch.channels_last_3d
-                layer.weight.data = layer.weight.data.contiguous(memory_format=order)
+        """See `load_module`."""
+        settle_convolutions(self)
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Latents [B, Z, t, h, w] of the encoder -> what the transformer works on."""
