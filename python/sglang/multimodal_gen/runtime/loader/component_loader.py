@@ -87,7 +87,7 @@ class Checkpoint:
         stored, shards = self._open(directory, module, quantized=quantizer is not None), shards_of(module)
         if quantizer is not None:
             stored = quantizer.take_apart(stored)
-        names = _match_keys(module, stored, directory.name, aliases=getattr(module, "key_aliases", {}))
+        names = _match_keys(module, stored, directory.name)
         name_of_key = {key: name for name, key in names.items()}
         dtype_of_key = {key: dtype_of(name) for name, key in names.items()}
         shard_of_key = {names[name]: shard for name, shard in shards.items()}
@@ -276,7 +276,8 @@ def load_module(
     """A `cls(config, context)` with the weights of `directory`, in evaluation mode and without gradients.
 
     The class may say `keep_in_fp32` (parts of dotted names whose parameters stay in fp32), `keep_in_fp32_with_fp16`
-    (the same for fp16 only) and `key_aliases` (a second name under which files store a shared tensor -> its own name).
+    (the same for fp16 only), `key_aliases` (a second name under which files store a shared tensor -> its own name) and
+    `unread_keys` (how the names of tensors begin that files may hold besides).
     A method `settle_weights` is called once the weights are there. Of a class with `keep_unquantized` (names of parts,
     where `*` is any text) the other linear layers are quantised where the files or `quantization` say so. `runs_on`
     is where it will compute, when that is not the device that it is loaded on.
@@ -350,17 +351,18 @@ class _NoInitialisation(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _match_keys(
-    module: nn.Module, stored: StoredWeights, component: str, *, aliases: Mapping[str, str]
-) -> dict[str, str]:
+def _match_keys(module: nn.Module, stored: StoredWeights, component: str) -> dict[str, str]:
     """Name in the module -> key in the file, for every name; raises CorruptCheckpoint unless all fit."""
-    expected = whole_shapes(module)
+    expected, aliases = whole_shapes(module), getattr(module, "key_aliases", {})
+    unread: tuple[str, ...] = getattr(module, "unread_keys", ())
     names = {name: name for name in expected if name in stored.tensors}
     for alias, name in aliases.items():
         if alias in stored.tensors and name in expected:
             names.setdefault(name, alias)
     missing = [name for name in expected if name not in names]
-    unexpected = [key for key in stored.tensors if key not in expected and key not in aliases]
+    unexpected = [
+        key for key in stored.tensors if key not in expected and key not in aliases and not key.startswith(unread)
+    ]
     misshaped = [
         f"{key} (file {_shape(stored.tensors[key].shape)}, model {_shape(expected[name])})"
         for name, key in names.items()

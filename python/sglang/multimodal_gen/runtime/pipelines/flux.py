@@ -11,12 +11,14 @@ from torch import Tensor
 from sglang.multimodal_gen.configs.model_info import STARTS_FROM_A_PICTURE, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.flux import FluxTransformerConfig
+from sglang.multimodal_gen.configs.models.encoders import T5EncoderConfig
 from sglang.multimodal_gen.configs.models.vaes.autoencoder_kl import AutoencoderKLConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.runtime.layers.rotary import grid_positions, rotary_table
 from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 from sglang.multimodal_gen.runtime.loader.component_loader import (
     ComponentLoader,
+    NativeEncoder,
     NativeModule,
     SchedulerConfig,
     Tokenizer,
@@ -24,6 +26,7 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
 from sglang.multimodal_gen.runtime.loader.library_module import transformers_module
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
 from sglang.multimodal_gen.runtime.models.dits.flux import FluxTransformer2DModel
+from sglang.multimodal_gen.runtime.models.encoders.t5 import T5EncoderModel
 from sglang.multimodal_gen.runtime.models.schedulers.shifting import spaced_to_last
 from sglang.multimodal_gen.runtime.models.vaes.autoencoder_kl import AutoencoderKL
 from sglang.multimodal_gen.runtime.pipelines.flux_workloads import FLUX_WORKLOADS
@@ -151,7 +154,7 @@ class FluxPipeline(PicturePipelineBase):
         "tokenizer": Tokenizer(),
         "tokenizer_2": Tokenizer(),
         "text_encoder": transformers_module("CLIPTextModel"),
-        "text_encoder_2": transformers_module("T5EncoderModel"),
+        "text_encoder_2": NativeEncoder(T5EncoderModel, T5EncoderConfig),
         "transformer": NativeModule(FluxTransformer2DModel, FluxTransformerConfig),
         "vae": NativeModule(AutoencoderKL, AutoencoderKLConfig),
         "scheduler": SchedulerConfig(),
@@ -160,7 +163,7 @@ class FluxPipeline(PicturePipelineBase):
     tokenizer: PromptTokenizer
     tokenizer_2: PromptTokenizer
     text_encoder: Any
-    text_encoder_2: Any
+    text_encoder_2: T5EncoderModel
     transformer: FluxTransformer2DModel
     scheduler: dict[str, Any]
 

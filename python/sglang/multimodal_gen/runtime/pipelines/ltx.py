@@ -17,19 +17,21 @@ from torch import Tensor
 from sglang.multimodal_gen.configs.model_info import InputLimits, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.ltx import LTXVideoTransformerConfig
+from sglang.multimodal_gen.configs.models.encoders import T5EncoderConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.pipeline_configs.ltx import LTXPipelineConfig
 from sglang.multimodal_gen.errors import UnsupportedModel
 from sglang.multimodal_gen.runtime.loader.component_loader import (
     ComponentLoader,
+    NativeEncoder,
     NativeModule,
     SchedulerConfig,
     Tokenizer,
 )
 from sglang.multimodal_gen.runtime.loader.library_autoencoder import diffusers_autoencoder
-from sglang.multimodal_gen.runtime.loader.library_module import transformers_module
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
 from sglang.multimodal_gen.runtime.models.dits.ltx import LTXVideoTransformer3DModel
+from sglang.multimodal_gen.runtime.models.encoders.t5 import T5EncoderModel
 from sglang.multimodal_gen.runtime.models.schedulers.shifting import linear_then_quadratic, spaced_to_last
 from sglang.multimodal_gen.runtime.models.vaes.library_vae import WholeClip
 from sglang.multimodal_gen.runtime.pipelines.ltx_conditioning import (
@@ -118,7 +120,7 @@ class LTXPipeline(ComposedPipelineBase):
     own_parameters: ClassVar[frozenset[str]] = frozenset({"decode_timestep", "decode_noise_scale"})
     components: ClassVar[Mapping[str, ComponentLoader]] = {
         "tokenizer": Tokenizer(),
-        "text_encoder": transformers_module("T5EncoderModel"),
+        "text_encoder": NativeEncoder(T5EncoderModel, T5EncoderConfig),
         "transformer": NativeModule(LTXVideoTransformer3DModel, LTXVideoTransformerConfig),
         "vae": diffusers_autoencoder("AutoencoderKLLTXVideo"),
         "scheduler": SchedulerConfig(),
@@ -126,7 +128,7 @@ class LTXPipeline(ComposedPipelineBase):
     workloads: ClassVar[Mapping[str, Workload]] = LTX_WORKLOADS
     config: LTXPipelineConfig
     tokenizer: PromptTokenizer
-    text_encoder: Any
+    text_encoder: T5EncoderModel
     transformer: LTXVideoTransformer3DModel
     vae: Any
     scheduler: dict[str, Any]

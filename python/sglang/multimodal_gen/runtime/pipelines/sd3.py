@@ -13,11 +13,13 @@ from torch.nn.functional import pad
 from sglang.multimodal_gen.configs.model_info import STARTS_FROM_A_PICTURE, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.sd3 import SD3TransformerConfig
+from sglang.multimodal_gen.configs.models.encoders import T5EncoderConfig
 from sglang.multimodal_gen.configs.models.vaes.autoencoder_kl import AutoencoderKLConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.errors import InvalidValue, UnsupportedModel
 from sglang.multimodal_gen.runtime.loader.component_loader import (
     ComponentLoader,
+    NativeEncoder,
     NativeModule,
     SchedulerConfig,
     Tokenizer,
@@ -25,6 +27,7 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
 from sglang.multimodal_gen.runtime.loader.library_module import transformers_module
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
 from sglang.multimodal_gen.runtime.models.dits.sd3 import SD3Transformer2DModel
+from sglang.multimodal_gen.runtime.models.encoders.t5 import T5EncoderModel
 from sglang.multimodal_gen.runtime.models.vaes.autoencoder_kl import AutoencoderKL
 from sglang.multimodal_gen.runtime.pipelines.sd3_workloads import SD3_WORKLOADS
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row
@@ -171,7 +174,7 @@ class StableDiffusion3Pipeline(PicturePipelineBase):
         "tokenizer_3": Tokenizer(),
         "text_encoder": transformers_module("CLIPTextModelWithProjection"),
         "text_encoder_2": transformers_module("CLIPTextModelWithProjection"),
-        "text_encoder_3": transformers_module("T5EncoderModel"),
+        "text_encoder_3": NativeEncoder(T5EncoderModel, T5EncoderConfig),
         "transformer": NativeModule(SD3Transformer2DModel, SD3TransformerConfig),
         "vae": NativeModule(AutoencoderKL, AutoencoderKLConfig),
         "scheduler": SchedulerConfig(),
@@ -183,7 +186,7 @@ class StableDiffusion3Pipeline(PicturePipelineBase):
     tokenizer_3: PromptTokenizer | None
     text_encoder: Any
     text_encoder_2: Any
-    text_encoder_3: Any
+    text_encoder_3: T5EncoderModel | None
     transformer: SD3Transformer2DModel
     scheduler: dict[str, Any]
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from sglang.multimodal_gen.runtime.layers.host_weights import compute_device
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
+from sglang.multimodal_gen.runtime.models.encoders.t5 import T5EncoderModel
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
-from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import encoder_memory, key_mask, padded_ids
+from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import encoder_memory, padded_ids
 
 
 class PooledCLIP:
@@ -60,8 +61,7 @@ class T5Sequence:
     With `masks=False` padding is attended to like text, and its states are embeddings like others.
     """
 
-    def __init__(self, tokenizer: PromptTokenizer, text_encoder: Any, *, masks: bool) -> None:
-        """`text_encoder` is transformers' T5EncoderModel."""
+    def __init__(self, tokenizer: PromptTokenizer, text_encoder: T5EncoderModel, *, masks: bool) -> None:
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.masks = masks
@@ -70,10 +70,8 @@ class T5Sequence:
     def hidden_states(self, rows: Sequence[tuple[int, ...]], length: int) -> Tensor:
         """Ids without padding -> [B, length, D]; with `masks` the rows behind the text are what padding becomes."""
         input_ids = padded_ids(rows, length, self.tokenizer.pad_id, self.device)
-        if not self.masks:
-            return self.text_encoder(input_ids)[0]
-        mask = key_mask([len(ids) for ids in rows], length, self.device)
-        return self.text_encoder(input_ids, attention_mask=mask)[0]
+        lengths = torch.tensor([len(ids) for ids in rows]).to(self.device) if self.masks else None
+        return self.text_encoder(input_ids, lengths)
 
 
 class LanguageModelStates:
