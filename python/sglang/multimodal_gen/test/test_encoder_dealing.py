@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.encoder_dealing import LARGE_BYTES, EncoderDealing, EncoderSize, deal_encoder
 from sglang.multimodal_gen.configs.encoder_outline import outline_encoder
-from sglang.multimodal_gen.configs.models.encoders import T5EncoderConfig, UMT5EncoderConfig
+from sglang.multimodal_gen.configs.models.encoders import CLIPTextConfig, T5EncoderConfig, UMT5EncoderConfig
 from sglang.multimodal_gen.configs.published import published_directory
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.registry import read_json_object
@@ -30,6 +30,7 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
 )
 from sglang.multimodal_gen.runtime.loader.library_sharding import deal_library_encoder, library_encoder_size
 from sglang.multimodal_gen.runtime.loader.random_weights import RandomSource
+from sglang.multimodal_gen.runtime.models.encoders.clip_text import CLIPTextModel
 from sglang.multimodal_gen.runtime.models.encoders.t5 import T5EncoderModel
 from sglang.multimodal_gen.runtime.models.encoders.umt5 import UMT5EncoderModel
 from sglang.multimodal_gen.runtime.pipelines.flux import FluxPipeline
@@ -108,6 +109,7 @@ def rank_of(rank: int, size: int = 2) -> ParallelContext:
 
 
 NATIVE: dict[str, tuple[type[nn.Module], Any]] = {
+    "clip_text_model": (CLIPTextModel, CLIPTextConfig),
     "t5": (T5EncoderModel, T5EncoderConfig),
     "umt5": (UMT5EncoderModel, UMT5EncoderConfig),
 }
@@ -225,6 +227,16 @@ def test_the_language_model_of_a_model_that_sees_is_dealt_and_its_eyes_stay_whol
     assert not any("lm_head" in name for name, _ in module.named_parameters())
 
 
+def test_an_encoder_whose_heads_no_axis_divides_is_no_error(encoders: dict[str, tuple[Any, Path, str]]) -> None:
+    """Two heads on three ranks; it is whole on each."""
+    _, directory, _ = encoders["t5"]
+    axis = ProcessAxis(size=3, rank=1)
+    layers = LayerContext(parallel=ParallelContext(ulysses=axis, sequence=axis, world=axis))
+    context = LoadContext(device=torch.device("cpu"), dtype=torch.float32, layers=layers, encoder_parallel="on")
+    clip = FluxPipeline.components["text_encoder"](directory.with_name("text_encoder"), "CLIPTextModel", context)
+    assert clip.config.num_attention_heads == 2 and not shards_of(clip)
+
+
 def test_parts_do_not_keep_the_whole_alive() -> None:
     module = transformers.LlamaModel(transformers.LlamaConfig(**TINY_LLAMA))
     axis = ProcessAxis(size=2, rank=1)
@@ -246,8 +258,8 @@ TINY_LLAMA: dict[str, Any] = {
 
 
 def test_a_model_without_a_plan_or_with_one_that_is_not_known_says_why() -> None:
-    clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(hidden_size=8, num_attention_heads=2, vocab_size=9))
-    assert library_encoder_size(clip) == "there is no tensor-parallel plan for CLIPTextModel"
+    bert = transformers.BertModel(transformers.BertConfig(hidden_size=8, num_attention_heads=2, vocab_size=9))
+    assert library_encoder_size(bert) == "there is no tensor-parallel plan for BertModel"
     config = transformers.LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=9)
     config.base_model_tp_plan = {"layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "packed_rowwise"}
     assert "wants layers.0.mlp.down_proj to be packed_rowwise" in str(
@@ -259,7 +271,7 @@ def test_a_model_without_a_plan_or_with_one_that_is_not_known_says_why() -> None
     ("wish", "expected"),
     [
         ("auto", ["text_encoder (0.0 GiB) is whole", "text_encoder_2 (0.0 GiB) is whole", "text_encoder_3 (0.0 GiB)"]),
-        ("on", ["plan for CLIPTextModel", "plan for CLIPTextModel", "attention whole, since 3 heads cannot be dealt"]),
+        ("on", ["not made to hold parts", "not made to hold parts", "attention whole, since 3 heads cannot be dealt"]),
     ],
 )
 def test_a_start_says_once_of_each_encoder_where_it_is(wish: str, expected: list[str], tmp_path: Path) -> None:

@@ -33,8 +33,7 @@ class T5EncoderConfig(ModelConfig):
     def __post_init__(self) -> None:
         name = type(self).__name__
         require_value(f"{name}.feed_forward_proj", self.feed_forward_proj, _FEED_FORWARD)
-        if self.num_layers < 1:
-            raise InvalidRequest(f"{name}.num_layers is {self.num_layers}, but must be at least 1", param="num_layers")
+        require_positive(f"{name}.num_layers", self.num_layers)
 
     @property
     def is_gated(self) -> bool:
@@ -74,6 +73,45 @@ class UMT5EncoderConfig(T5EncoderConfig):
     feed_forward_proj: str = "gated-gelu"
 
 
+@dataclass(frozen=True, kw_only=True)
+class CLIPTextConfig(ModelConfig):
+    """CLIP's text encoder; the defaults are those of transformers' `CLIPTextConfig`. Source: arXiv:2103.00020."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        require_positive(f"{name}.num_hidden_layers", self.num_hidden_layers)
+        require_value(f"{name}.hidden_act", self.hidden_act, ("quick_gelu", "gelu"))
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+            raise InvalidRequest(
+                f"{name}.num_attention_heads is {self.num_attention_heads}, but must divide hidden_size, "
+                f"{self.hidden_size}",
+                param="num_attention_heads",
+            )
+
+    @property
+    def size(self) -> str:
+        """Why nothing of it is dealt to ranks."""
+        return "its layers are small, and are not made to hold parts"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """As the base's, of the file of the text encoder or of all of CLIP; keys that are no field are left out."""
+        if data.get("model_type") == "clip" and isinstance(data.get("text_config"), Mapping):
+            data = {"model_type": "clip_text_model", **data["text_config"]}
+        return super().from_dict(known_keys(cls, "clip_text_model", data))
+
+
 def known_keys(cls: type[ModelConfig], model_type: str, data: Mapping[str, Any]) -> dict[str, Any]:
     """What of a file of transformers is a field of the config. Raises InvalidRequest for another `model_type`."""
     require_value("model_type", data.get("model_type"), (model_type,))
@@ -86,3 +124,9 @@ def require_value(key: str, value: Any, accepted: Collection[Any]) -> None:
     if value not in accepted:
         choices = " or ".join(map(repr, accepted))
         raise InvalidRequest(f"{key} is {value!r}, but must be {choices}", param=key.rpartition(".")[2])
+
+
+def require_positive(key: str, value: int) -> None:
+    """Raises InvalidRequest naming key and value unless it is at least 1."""
+    if value < 1:
+        raise InvalidRequest(f"{key} is {value}, but must be at least 1", param=key.rpartition(".")[2])

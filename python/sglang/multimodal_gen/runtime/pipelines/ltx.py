@@ -50,7 +50,6 @@ from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import 
 from sglang.multimodal_gen.runtime.pipelines_core.fitting import require_equal
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import ClassifierFreeGuidance
-from sglang.multimodal_gen.runtime.pipelines_core.library_encoders import T5Sequence
 from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory, TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import encoder_memory
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import RequestInputs
@@ -64,6 +63,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.latent_preparation impo
 )
 from sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding import TextEncodingStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.timestep_preparation import TimestepPreparationStage
+from sglang.multimodal_gen.runtime.pipelines_core.text_encoders import T5Sequence
 from sglang.multimodal_gen.runtime.pipelines_core.workload import Workload
 
 _PUBLISHED_SPATIAL_RATIO = 32
