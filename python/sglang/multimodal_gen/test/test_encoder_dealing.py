@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.encoder_dealing import LARGE_BYTES, EncoderDealing, EncoderSize, deal_encoder
 from sglang.multimodal_gen.configs.encoder_outline import outline_encoder
-from sglang.multimodal_gen.configs.models.encoders import UMT5EncoderConfig
+from sglang.multimodal_gen.configs.models.encoders import CLIPTextConfig, T5EncoderConfig, UMT5EncoderConfig
 from sglang.multimodal_gen.configs.published import published_directory
 from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.registry import read_json_object
@@ -30,6 +30,8 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
 )
 from sglang.multimodal_gen.runtime.loader.library_sharding import deal_library_encoder, library_encoder_size
 from sglang.multimodal_gen.runtime.loader.random_weights import RandomSource
+from sglang.multimodal_gen.runtime.models.encoders.clip_text import CLIPTextModel
+from sglang.multimodal_gen.runtime.models.encoders.t5 import T5EncoderModel
 from sglang.multimodal_gen.runtime.models.encoders.umt5 import UMT5EncoderModel
 from sglang.multimodal_gen.runtime.pipelines.flux import FluxPipeline
 from sglang.multimodal_gen.runtime.pipelines.hunyuan_video_image import HunyuanVideoImageToVideoPipeline
@@ -106,6 +108,11 @@ def rank_of(rank: int, size: int = 2) -> ParallelContext:
     return ParallelContext(cfg=axis, world=axis)
 
 
+NATIVE: dict[str, tuple[type[nn.Module], Any]] = {
+    "clip_text_model": (CLIPTextModel, CLIPTextConfig),
+    "t5": (T5EncoderModel, T5EncoderConfig),
+    "umt5": (UMT5EncoderModel, UMT5EncoderConfig),
+}
 PUBLISHED_ENCODERS = [
     ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "text_encoder"),
     ("black-forest-labs/FLUX.1-dev", "text_encoder"),
@@ -127,12 +134,13 @@ def test_what_each_rank_will_hold_is_known_from_the_config_alone(hub_id: str, co
 
     directory = published_directory(hub_id) / component
     config, parallel = read_json_object(directory / "config.json"), rank_of(1, num_ranks)
-    if config["model_type"] == "umt5":
-        ours = UMT5EncoderConfig.from_dict(config)
+    if config["model_type"] in NATIVE:
+        cls, config_class = NATIVE[config["model_type"]]
+        ours = config_class.from_dict(config)
         size: EncoderSize | str = ours.size
-        number = count(without_memory(UMT5EncoderModel, ours, LayerContext()))
+        number = count(without_memory(cls, ours, LayerContext()))
         axes = EncoderAxes.of(dealt(size, parallel.shape), parallel)
-        part = count(without_memory(UMT5EncoderModel, ours, LayerContext(parallel=parallel, encoder=axes)))
+        part = count(without_memory(cls, ours, LayerContext(parallel=parallel, encoder=axes)))
     else:
         with built_without_memory():
             cls = getattr(transformers, config["architectures"][0])
@@ -193,7 +201,7 @@ def test_the_parts_of_all_ranks_are_the_whole(
 
 HELD_IN_PARTS = {
     "umt5": {"shared", "q", "k", "v", "o", "relative_attention_bias", "wi_0", "wi_1", "wo"},
-    "t5": {"shared", "embed_tokens", "q", "k", "v", "o", "relative_attention_bias", "wi_0", "wi_1", "wo"},
+    "t5": {"shared", "q", "k", "v", "o", "relative_attention_bias", "wi_0", "wi_1", "wo"},
     "qwen3": {"embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
 }
 
@@ -219,23 +227,39 @@ def test_the_language_model_of_a_model_that_sees_is_dealt_and_its_eyes_stay_whol
     assert not any("lm_head" in name for name, _ in module.named_parameters())
 
 
-def test_parts_do_not_keep_the_whole_alive_and_count_their_own_heads() -> None:
-    module = transformers.T5EncoderModel(transformers.T5Config(**TINY_T5))
+def test_an_encoder_whose_heads_no_axis_divides_is_no_error(encoders: dict[str, tuple[Any, Path, str]]) -> None:
+    """Two heads on three ranks; it is whole on each."""
+    _, directory, _ = encoders["t5"]
+    axis = ProcessAxis(size=3, rank=1)
+    layers = LayerContext(parallel=ParallelContext(ulysses=axis, sequence=axis, world=axis))
+    context = LoadContext(device=torch.device("cpu"), dtype=torch.float32, layers=layers, encoder_parallel="on")
+    clip = FluxPipeline.components["text_encoder"](directory.with_name("text_encoder"), "CLIPTextModel", context)
+    assert clip.config.num_attention_heads == 2 and not shards_of(clip)
+
+
+def test_parts_do_not_keep_the_whole_alive() -> None:
+    module = transformers.LlamaModel(transformers.LlamaConfig(**TINY_LLAMA))
     axis = ProcessAxis(size=2, rank=1)
     deal_library_encoder(module, EncoderAxes(heads=axis, features=axis, vocabulary=axis))
     for name in shards_of(module):
         tensor = module.get_parameter(name)
         assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
-    attention: Any = module.encoder.block[0].layer[0].SelfAttention
-    assert (attention.n_heads, attention.inner_dim) == (1, 4)
+    attention: Any = module.layers[0].self_attn
+    assert attention.q_proj(torch.ones(1, 3, 16)).shape == (1, 3, 8)
 
 
-TINY_T5: dict[str, Any] = {"vocab_size": 64, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+TINY_LLAMA: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 
 
 def test_a_model_without_a_plan_or_with_one_that_is_not_known_says_why() -> None:
-    clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(hidden_size=8, num_attention_heads=2, vocab_size=9))
-    assert library_encoder_size(clip) == "there is no tensor-parallel plan for CLIPTextModel"
+    bert = transformers.BertModel(transformers.BertConfig(hidden_size=8, num_attention_heads=2, vocab_size=9))
+    assert library_encoder_size(bert) == "there is no tensor-parallel plan for BertModel"
     config = transformers.LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=9)
     config.base_model_tp_plan = {"layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "packed_rowwise"}
     assert "wants layers.0.mlp.down_proj to be packed_rowwise" in str(
@@ -247,7 +271,7 @@ def test_a_model_without_a_plan_or_with_one_that_is_not_known_says_why() -> None
     ("wish", "expected"),
     [
         ("auto", ["text_encoder (0.0 GiB) is whole", "text_encoder_2 (0.0 GiB) is whole", "text_encoder_3 (0.0 GiB)"]),
-        ("on", ["plan for CLIPTextModel", "plan for CLIPTextModel", "attention whole, since 3 heads cannot be dealt"]),
+        ("on", ["not made to hold parts", "not made to hold parts", "attention whole, since 3 heads cannot be dealt"]),
     ],
 )
 def test_a_start_says_once_of_each_encoder_where_it_is(wish: str, expected: list[str], tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ import torch
 
 from sglang.multimodal_gen.errors import CorruptCheckpoint, ModelError, UnsupportedModel
 from sglang.multimodal_gen.test.pipeline_parity import load
-from sglang.multimodal_gen.test.tiny_flux import TINY_FLUXES, save_tiny_flux
+from sglang.multimodal_gen.test.tiny_zimage import TINY_Z_IMAGES, save_tiny_zimage
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_flux(tmp_path_factory.mktemp("whole"), TINY_FLUXES["dev"])
+    return save_tiny_zimage(tmp_path_factory.mktemp("whole"), TINY_Z_IMAGES["turbo"])
 
 
 @pytest.fixture
@@ -37,20 +37,20 @@ def remove_weights(checkpoint: Path) -> None:
 
 
 def pickle_weights(checkpoint: Path) -> None:
-    file = weights_of(checkpoint / "text_encoder_2")
+    file = weights_of(checkpoint / "text_encoder")
     torch.save(safetensors.torch.load_file(file), file.with_name("pytorch_model.bin"))
     file.unlink()
 
 
 def drop_a_tensor(checkpoint: Path) -> None:
-    file = weights_of(checkpoint / "text_encoder_2")
+    file = weights_of(checkpoint / "text_encoder")
     tensors = safetensors.torch.load_file(file)
-    del tensors["encoder.block.0.layer.0.SelfAttention.q.weight"]
+    del tensors[next(key for key in tensors if key.endswith("layers.0.self_attn.q_proj.weight"))]
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
 
 
 def cut_the_file(checkpoint: Path) -> None:
-    file = weights_of(checkpoint / "text_encoder_2")
+    file = weights_of(checkpoint / "text_encoder")
     file.write_bytes(file.read_bytes()[:2000])
 
 
@@ -66,7 +66,7 @@ def another_class(checkpoint: Path) -> None:
 
 def null_component(checkpoint: Path) -> None:
     path = checkpoint / "model_index.json"
-    index = json.loads(path.read_text()) | {"text_encoder_2": [None, None]}
+    index = json.loads(path.read_text()) | {"text_encoder": [None, None]}
     path.write_text(json.dumps(index))
 
 
@@ -74,16 +74,16 @@ def null_component(checkpoint: Path) -> None:
     ("damage", "error", "sentence"),
     [
         (remove_weights, CorruptCheckpoint, "text_encoder has no weights"),
-        (pickle_weights, CorruptCheckpoint, "text_encoder_2 has pickled weights, which are not read; save them as"),
+        (pickle_weights, CorruptCheckpoint, "text_encoder has pickled weights, which are not read; save them as"),
         (
             drop_a_tensor,
             CorruptCheckpoint,
-            "do not fit text_encoder_2/config.json: 1 missing: .*q.weight",
+            "do not fit text_encoder/config.json: 1 missing: .*q_proj.weight",
         ),
-        (cut_the_file, CorruptCheckpoint, "text_encoder_2 cannot be read"),
+        (cut_the_file, CorruptCheckpoint, "text_encoder cannot be read"),
         (weights_of_another_family, CorruptCheckpoint, "transformer do not fit transformer/config.json: .*missing"),
         (another_class, UnsupportedModel, "vae is a AutoencoderTiny; supported is AutoencoderKL"),
-        (null_component, UnsupportedModel, "text_encoder_2: .* pair"),
+        (null_component, UnsupportedModel, "text_encoder: .* pair"),
         (lambda path: shutil.rmtree(path / "vae"), CorruptCheckpoint, "vae/config.json is missing"),
     ],
 )
@@ -100,6 +100,6 @@ def test_a_damaged_checkpoint_is_refused_with_its_reason(
 def test_a_transformer_of_another_size_is_refused(whole: Path, checkpoint: Path) -> None:
     path = checkpoint / "transformer" / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"num_attention_heads": config["num_attention_heads"] + 1}))
+    path.write_text(json.dumps(config | {"cap_feat_dim": config["cap_feat_dim"] + 1}))
     with pytest.raises(CorruptCheckpoint, match="mis-shaped"):
         load(checkpoint)

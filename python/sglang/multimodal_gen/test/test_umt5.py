@@ -15,7 +15,8 @@ from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.loader.component_loader import load_module
 from sglang.multimodal_gen.runtime.loader.tokenizer import load_tokenizer
-from sglang.multimodal_gen.runtime.models.encoders.umt5 import UMT5EncoderModel, distance_buckets
+from sglang.multimodal_gen.runtime.models.encoders.t5 import distance_buckets
+from sglang.multimodal_gen.runtime.models.encoders.umt5 import UMT5EncoderModel
 from sglang.multimodal_gen.test.tiny_checkpoints import TinyWan, tiny_text_encoder
 
 TEXTS = [
@@ -102,7 +103,7 @@ def test_fp16_keeps_the_layer_that_overflows_in_fp32(wan_checkpoint: Callable[[s
     assert dtypes == {torch.float16: torch.float32, torch.bfloat16: torch.bfloat16}
 
 
-@pytest.mark.parametrize("change", [{"model_type": "t5"}, {"feed_forward_proj": "relu"}, {"num_heads": "six"}])
+@pytest.mark.parametrize("change", [{"model_type": "t5"}, {"feed_forward_proj": "gated-silu"}, {"num_heads": "six"}])
 def test_other_architectures_are_refused_by_name(change: dict[str, object]) -> None:
     with pytest.raises(InvalidRequest, match=next(iter(change))):
         UMT5EncoderConfig.from_dict({"model_type": "umt5"} | change)

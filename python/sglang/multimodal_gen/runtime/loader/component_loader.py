@@ -21,6 +21,7 @@ from sglang.multimodal_gen.configs.encoder_dealing import EncoderSize, deal_enco
 from sglang.multimodal_gen.configs.model_info import ComponentRead
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.quantization_args import QuantizationArgs
+from sglang.multimodal_gen.configs.replica_shape import ReplicaShape
 from sglang.multimodal_gen.errors import CorruptCheckpoint, InvalidRequest, UnsupportedModel
 from sglang.multimodal_gen.registry import read_json_object
 from sglang.multimodal_gen.runtime.layers.compiled_blocks import use_compiled_blocks
@@ -87,7 +88,7 @@ class Checkpoint:
         stored, shards = self._open(directory, module, quantized=quantizer is not None), shards_of(module)
         if quantizer is not None:
             stored = quantizer.take_apart(stored)
-        names = _match_keys(module, stored, directory.name, aliases=getattr(module, "key_aliases", {}))
+        names = _match_keys(module, stored, directory.name)
         name_of_key = {key: name for name, key in names.items()}
         dtype_of_key = {key: dtype_of(name) for name, key in names.items()}
         shard_of_key = {names[name]: shard for name, shard in shards.items()}
@@ -186,9 +187,8 @@ class NativeModule:
                 f"the checkpoint's {directory.name} is a {class_name}; supported is {self.module_class.__name__}"
             )
         check_stored_method(directory)
-        config, replica = self.config(directory), context.layers.parallel.shape
-        if num_heads := getattr(config, "num_attention_heads", None):
-            replica.check_heads(num_heads)
+        config = self.config(directory)
+        self.check_layout(config, context.layers.parallel.shape)
         module = load_module(
             self.module_class,
             config,
@@ -207,6 +207,11 @@ class NativeModule:
             use_forward_graphs(module)
         return module
 
+    def check_layout(self, config: ModelConfig, shape: ReplicaShape) -> None:
+        """Raises InvalidRequest when the replica's ranks cannot share its heads."""
+        if num_heads := getattr(config, "num_attention_heads", None):
+            shape.check_heads(num_heads)
+
     def layers_for(self, component: str, config: ModelConfig, context: LoadContext) -> LayerContext:
         """What the module's layers are built with."""
         return context.layers
@@ -221,7 +226,11 @@ class NativeModule:
 
 @dataclass(frozen=True)
 class NativeEncoder(NativeModule):
-    """A text encoder of ours, dealt to the ranks of a replica where that pays. Its config says a `size`."""
+    """A text encoder of ours, dealt to the ranks of a replica where that pays. Its config says a `size`, or why it has
+    none."""
+
+    def check_layout(self, config: ModelConfig, shape: ReplicaShape) -> None:
+        """Any will do: what cannot be dealt is whole on every rank."""
 
     def layers_for(self, component: str, config: ModelConfig, context: LoadContext) -> LayerContext:
         """See NativeModule."""
@@ -229,7 +238,7 @@ class NativeEncoder(NativeModule):
             return context.layers
         num_parameters, _ = weight_totals([without_memory(self.module_class, config, context.layers)])
         weight_bytes = num_parameters * context.dtype_of(component).itemsize
-        size: EncoderSize = config.size  # type: ignore[attr-defined]
+        size: EncoderSize | str = config.size  # type: ignore[attr-defined]
         return replace(context.layers, encoder=context.encoder_axes(component, size, weight_bytes=weight_bytes))
 
 
@@ -276,7 +285,9 @@ def load_module(
     """A `cls(config, context)` with the weights of `directory`, in evaluation mode and without gradients.
 
     The class may say `keep_in_fp32` (parts of dotted names whose parameters stay in fp32), `keep_in_fp32_with_fp16`
-    (the same for fp16 only) and `key_aliases` (a second name under which files store a shared tensor -> its own name).
+    (the same for fp16 only), `key_aliases` (a second name under which files store a shared tensor -> its own name),
+    `stored_prefixes` (what may stand before all names in a file) and `unread_keys` (how the names of tensors begin that
+    files may hold besides).
     A method `settle_weights` is called once the weights are there. Of a class with `keep_unquantized` (names of parts,
     where `*` is any text) the other linear layers are quantised where the files or `quantization` say so. `runs_on`
     is where it will compute, when that is not the device that it is loaded on.
@@ -350,17 +361,18 @@ class _NoInitialisation(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _match_keys(
-    module: nn.Module, stored: StoredWeights, component: str, *, aliases: Mapping[str, str]
-) -> dict[str, str]:
+def _match_keys(module: nn.Module, stored: StoredWeights, component: str) -> dict[str, str]:
     """Name in the module -> key in the file, for every name; raises CorruptCheckpoint unless all fit."""
-    expected = whole_shapes(module)
+    expected, aliases = whole_shapes(module), getattr(module, "key_aliases", {})
+    unread: tuple[str, ...] = getattr(module, "unread_keys", ())
     names = {name: name for name in expected if name in stored.tensors}
     for alias, name in aliases.items():
         if alias in stored.tensors and name in expected:
             names.setdefault(name, alias)
     missing = [name for name in expected if name not in names]
-    unexpected = [key for key in stored.tensors if key not in expected and key not in aliases]
+    unexpected = [
+        key for key in stored.tensors if key not in expected and key not in aliases and not key.startswith(unread)
+    ]
     misshaped = [
         f"{key} (file {_shape(stored.tensors[key].shape)}, model {_shape(expected[name])})"
         for name, key in names.items()

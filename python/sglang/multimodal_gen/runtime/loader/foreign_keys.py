@@ -30,7 +30,7 @@ def with_own_names(stored: StoredWeights, module: nn.Module) -> StoredWeights:
 
     Raises: CorruptCheckpoint for a tensor whose rows are not those of the layers that lie in it.
     """
-    stored = _without_prefix(stored)
+    stored = _without_prefix(stored, getattr(module, "stored_prefixes", _PREFIXES))
     config = getattr(module, "config", None)
     rules = config.foreign_names if isinstance(config, TransformerConfig) else ()
     if not rules:
@@ -53,9 +53,9 @@ def with_own_names(stored: StoredWeights, module: nn.Module) -> StoredWeights:
     return replace(stored, tensors=own)
 
 
-def _without_prefix(stored: StoredWeights) -> StoredWeights:
-    """Where a file holds more than one model, or one in another, the transformer's part of it."""
-    for prefix in _PREFIXES:
+def _without_prefix(stored: StoredWeights, prefixes: Iterable[str]) -> StoredWeights:
+    """Where a file holds more than one model, or one in another, the module's part of it."""
+    for prefix in prefixes:
         if any(key.startswith(prefix) for key in stored.tensors):
             own = {key.removeprefix(prefix): tensor for key, tensor in stored.tensors.items() if key.startswith(prefix)}
             # What marks the file stands among its tensors.

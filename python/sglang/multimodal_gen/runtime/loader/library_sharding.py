@@ -1,7 +1,7 @@
 """Text encoders of transformers, dealt to ranks: their linear layers are replaced by ours that hold a part each.
 
 Which layers are cut, and how, is what the model's config declares (`base_model_tp_plan`); transformers' own way of
-following it belongs to `torchrun`, and knows neither a replica's axes nor T5.
+following it belongs to `torchrun`, and knows no replica's axes.
 """
 
 from __future__ import annotations
@@ -18,30 +18,16 @@ from transformers import PreTrainedModel
 from sglang.multimodal_gen.configs.encoder_dealing import EncoderSize
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ProcessAxis
 from sglang.multimodal_gen.runtime.layers.context import EncoderAxes
-from sglang.multimodal_gen.runtime.layers.embedding_shards import ColumnParallelEmbedding, VocabParallelEmbedding
+from sglang.multimodal_gen.runtime.layers.embedding_shards import VocabParallelEmbedding
 from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
 from sglang.multimodal_gen.runtime.layers.shards import Sharded
 from sglang.multimodal_gen.runtime.loader.component_loader import built_without_memory
 
-_UNDECLARED: Mapping[str, Mapping[str, str]] = {
-    "t5": {
-        "block.*.layer.*.SelfAttention.q": "colwise",
-        "block.*.layer.*.SelfAttention.k": "colwise",
-        "block.*.layer.*.SelfAttention.v": "colwise",
-        "block.*.layer.*.SelfAttention.o": "rowwise",
-        "block.*.layer.*.SelfAttention.relative_attention_bias": "colwise",
-        "block.*.layer.*.DenseReluDense.wi": "colwise",
-        "block.*.layer.*.DenseReluDense.wi_0": "colwise",
-        "block.*.layer.*.DenseReluDense.wi_1": "colwise",
-        "block.*.layer.*.DenseReluDense.wo": "rowwise",
-    }
-}
-"""Plans of models for which transformers declares none, by `model_type`."""
 # These stay as they are: norms over one head, for which only training has to do something.
 _WHOLE_STYLES = frozenset({"replicated_with_grad_allreduce"})
 _STYLES = frozenset({"colwise", "rowwise"})
 # Numbers of an attention layer that are fewer on each rank; the code of some versions of transformers reads them.
-_HEAD_COUNTS = ("n_heads", "num_heads", "num_attention_heads", "num_key_value_heads", "inner_dim")
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +45,7 @@ def library_encoder_size(module: nn.Module) -> EncoderSize | str:
         return f"there is no tensor-parallel plan for {type(module).__name__}"
     layers = {name: planned.part.get_submodule(name) for name in planned.cuts}
     for name, style in planned.cuts.items():
-        if style not in _STYLES or not isinstance(layers[name], nn.Linear | nn.Embedding):
+        if style not in _STYLES or not isinstance(layers[name], nn.Linear):
             return f"its tensor-parallel plan wants {name} to be {style}, which is not known here"
     config: Any = planned.part.config
     widths = [
@@ -108,8 +94,7 @@ def _planned(module: nn.Module) -> _Planned | None:
 
 
 def _plan_of(part: PreTrainedModel) -> Mapping[str, str]:
-    declared = getattr(part.config, "base_model_tp_plan", None)
-    return declared or _UNDECLARED.get(part.config.model_type, {})
+    return getattr(part.config, "base_model_tp_plan", None) or {}
 
 
 def _pattern(key: str) -> re.Pattern[str]:
@@ -122,8 +107,6 @@ def _is_attention(name: str) -> bool:
 
 
 def _cut(layer: nn.Module, style: str, axis: ProcessAxis) -> nn.Module:
-    if isinstance(layer, nn.Embedding):
-        return _filled(layer, ColumnParallelEmbedding, layer.num_embeddings, layer.embedding_dim, axis=axis)
     assert isinstance(layer, nn.Linear), "its kind was checked with the plan"
     cls = ColumnParallelLinear if style == "colwise" else RowParallelLinear
     return _filled(layer, cls, layer.in_features, layer.out_features, bias=layer.bias is not None, axis=axis)

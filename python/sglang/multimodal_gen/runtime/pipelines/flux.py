@@ -11,19 +11,22 @@ from torch import Tensor
 from sglang.multimodal_gen.configs.model_info import STARTS_FROM_A_PICTURE, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.flux import FluxTransformerConfig
+from sglang.multimodal_gen.configs.models.encoders import CLIPTextConfig, T5EncoderConfig
 from sglang.multimodal_gen.configs.models.vaes.autoencoder_kl import AutoencoderKLConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.runtime.layers.rotary import grid_positions, rotary_table
 from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 from sglang.multimodal_gen.runtime.loader.component_loader import (
     ComponentLoader,
+    NativeEncoder,
     NativeModule,
     SchedulerConfig,
     Tokenizer,
 )
-from sglang.multimodal_gen.runtime.loader.library_module import transformers_module
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
 from sglang.multimodal_gen.runtime.models.dits.flux import FluxTransformer2DModel
+from sglang.multimodal_gen.runtime.models.encoders.clip_text import CLIPTextModel
+from sglang.multimodal_gen.runtime.models.encoders.t5 import T5EncoderModel
 from sglang.multimodal_gen.runtime.models.schedulers.shifting import spaced_to_last
 from sglang.multimodal_gen.runtime.models.vaes.autoencoder_kl import AutoencoderKL
 from sglang.multimodal_gen.runtime.pipelines.flux_workloads import FLUX_WORKLOADS
@@ -31,7 +34,6 @@ from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row,
 from sglang.multimodal_gen.runtime.pipelines_core.fitting import require_equal
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import DistilledGuidance, guidance_scale
-from sglang.multimodal_gen.runtime.pipelines_core.library_encoders import PooledCLIP, T5Sequence
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.picture_pipeline_base import PicturePipelineBase
 from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import encoder_memory
@@ -43,6 +45,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.initial_image import ho
 from sglang.multimodal_gen.runtime.pipelines_core.stages.latent_preparation import LatentPreparationStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding import TextEncodingStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.timestep_preparation import TimestepPreparationStage
+from sglang.multimodal_gen.runtime.pipelines_core.text_encoders import PooledCLIP, T5Sequence
 from sglang.multimodal_gen.runtime.pipelines_core.workload import Workload
 
 PATCH_SIZE = 2
@@ -150,8 +153,8 @@ class FluxPipeline(PicturePipelineBase):
     components: ClassVar[Mapping[str, ComponentLoader]] = {
         "tokenizer": Tokenizer(),
         "tokenizer_2": Tokenizer(),
-        "text_encoder": transformers_module("CLIPTextModel"),
-        "text_encoder_2": transformers_module("T5EncoderModel"),
+        "text_encoder": NativeEncoder(CLIPTextModel, CLIPTextConfig),
+        "text_encoder_2": NativeEncoder(T5EncoderModel, T5EncoderConfig),
         "transformer": NativeModule(FluxTransformer2DModel, FluxTransformerConfig),
         "vae": NativeModule(AutoencoderKL, AutoencoderKLConfig),
         "scheduler": SchedulerConfig(),
@@ -159,8 +162,8 @@ class FluxPipeline(PicturePipelineBase):
     workloads: ClassVar[Mapping[str, Workload]] = FLUX_WORKLOADS
     tokenizer: PromptTokenizer
     tokenizer_2: PromptTokenizer
-    text_encoder: Any
-    text_encoder_2: Any
+    text_encoder: CLIPTextModel
+    text_encoder_2: T5EncoderModel
     transformer: FluxTransformer2DModel
     scheduler: dict[str, Any]
 

@@ -15,6 +15,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.workload import (
     Inputs,
     PictureDecoding,
     PictureEncoding,
+    TextEncoding,
     Workload,
     WorkSize,
 )
@@ -70,4 +71,5 @@ FLUX_WORKLOADS: Mapping[str, Workload] = {
     "dit": FluxDenoising("transformer"),
     "vae_decode": PictureDecoding("vae"),
     "vae_encode": PictureEncoding("vae"),
+    "encoder": TextEncoding("text_encoder_2"),
 }

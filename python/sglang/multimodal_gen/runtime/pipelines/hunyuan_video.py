@@ -10,11 +10,13 @@ from torch import Tensor
 from sglang.multimodal_gen.configs.model_info import STARTS_FROM_A_CLIP, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.hunyuan_video import HunyuanVideoTransformerConfig
+from sglang.multimodal_gen.configs.models.encoders import CLIPTextConfig
 from sglang.multimodal_gen.configs.models.vaes.hunyuan_video import HunyuanVideoVAEConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.errors import UnsupportedModel
 from sglang.multimodal_gen.runtime.loader.component_loader import (
     ComponentLoader,
+    NativeEncoder,
     NativeModule,
     SchedulerConfig,
     Tokenizer,
@@ -22,6 +24,7 @@ from sglang.multimodal_gen.runtime.loader.component_loader import (
 from sglang.multimodal_gen.runtime.loader.library_module import transformers_module
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
 from sglang.multimodal_gen.runtime.models.dits.hunyuan_video import HunyuanVideoTransformer3DModel
+from sglang.multimodal_gen.runtime.models.encoders.clip_text import CLIPTextModel
 from sglang.multimodal_gen.runtime.models.schedulers.shifting import spaced_to_end
 from sglang.multimodal_gen.runtime.models.vaes.hunyuan_video_vae import AutoencoderKLHunyuanVideo
 from sglang.multimodal_gen.runtime.pipelines.hunyuan_video_prompts import HunyuanVideoPrompts
@@ -31,7 +34,6 @@ from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row
 from sglang.multimodal_gen.runtime.pipelines_core.fitting import require_equal
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import DistilledGuidance, guidance_scale
-from sglang.multimodal_gen.runtime.pipelines_core.library_encoders import PooledCLIP
 from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory, TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
@@ -41,6 +43,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.initial_image import In
 from sglang.multimodal_gen.runtime.pipelines_core.stages.latent_preparation import LatentPreparationStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding import TextEncodingStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.timestep_preparation import TimestepPreparationStage
+from sglang.multimodal_gen.runtime.pipelines_core.text_encoders import PooledCLIP
 from sglang.multimodal_gen.runtime.pipelines_core.workload import Workload
 
 _THOUSAND = 1000.0
@@ -80,7 +83,7 @@ class HunyuanVideoPipeline(ComposedPipelineBase):
         "tokenizer": Tokenizer(),
         "tokenizer_2": Tokenizer(),
         "text_encoder": transformers_module("LlamaModel"),
-        "text_encoder_2": transformers_module("CLIPTextModel"),
+        "text_encoder_2": NativeEncoder(CLIPTextModel, CLIPTextConfig),
         "transformer": NativeModule(HunyuanVideoTransformer3DModel, HunyuanVideoTransformerConfig),
         "vae": NativeModule(AutoencoderKLHunyuanVideo, HunyuanVideoVAEConfig),
         "scheduler": SchedulerConfig(),
@@ -91,7 +94,7 @@ class HunyuanVideoPipeline(ComposedPipelineBase):
     tokenizer: PromptTokenizer
     tokenizer_2: PromptTokenizer
     text_encoder: Any
-    text_encoder_2: Any
+    text_encoder_2: CLIPTextModel
     transformer: HunyuanVideoTransformer3DModel
     vae: AutoencoderKLHunyuanVideo
     scheduler: dict[str, Any]

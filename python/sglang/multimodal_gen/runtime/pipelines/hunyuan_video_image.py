@@ -39,7 +39,6 @@ from sglang.multimodal_gen.runtime.pipelines_core.conditioning_cache import Cond
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Row
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import DistilledGuidance
-from sglang.multimodal_gen.runtime.pipelines_core.library_encoders import PooledCLIP
 from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory
 from sglang.multimodal_gen.runtime.pipelines_core.pictures import clip_of
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
@@ -51,6 +50,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.latent_preparation impo
     request_generator,
 )
 from sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding import TextEncodingStage
+from sglang.multimodal_gen.runtime.pipelines_core.text_encoders import PooledCLIP
 
 IMAGE_LATENTS = "image_latents"
 """Name of the picture's latents [C, 1, H, W] in a request's conditioning."""

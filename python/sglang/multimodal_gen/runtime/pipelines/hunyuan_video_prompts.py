@@ -16,10 +16,10 @@ from sglang.multimodal_gen.errors import InvalidRequest, UnsupportedModel
 from sglang.multimodal_gen.runtime.layers.host_weights import compute_device
 from sglang.multimodal_gen.runtime.loader.image_processor import ImageProcessor
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
-from sglang.multimodal_gen.runtime.pipelines_core.library_encoders import PooledCLIP
 from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import encoder_memory, padded_ids
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import RequestInputs
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Prompt, TextCondition
+from sglang.multimodal_gen.runtime.pipelines_core.text_encoders import PooledCLIP
 
 _ASPECTS = (
     "1. The main content and theme of the video."

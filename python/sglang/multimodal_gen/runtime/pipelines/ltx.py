@@ -15,6 +15,7 @@ import torch
 from sglang.multimodal_gen.configs.model_info import InputLimits, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.ltx import LTXVideoTransformerConfig
+from sglang.multimodal_gen.configs.models.encoders import T5EncoderConfig
 from sglang.multimodal_gen.configs.models.vaes.ltx import LTXVideoVAEConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.configs.pipeline_configs.ltx import LTXPipelineConfig
@@ -22,13 +23,14 @@ from sglang.multimodal_gen.errors import UnsupportedModel
 from sglang.multimodal_gen.runtime.layers.uploads import uploaded
 from sglang.multimodal_gen.runtime.loader.component_loader import (
     ComponentLoader,
+    NativeEncoder,
     NativeModule,
     SchedulerConfig,
     Tokenizer,
 )
-from sglang.multimodal_gen.runtime.loader.library_module import transformers_module
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
 from sglang.multimodal_gen.runtime.models.dits.ltx import LTXVideoTransformer3DModel
+from sglang.multimodal_gen.runtime.models.encoders.t5 import T5EncoderModel
 from sglang.multimodal_gen.runtime.models.schedulers.shifting import linear_then_quadratic, spaced_to_last
 from sglang.multimodal_gen.runtime.models.vaes.ltx_vae import AutoencoderKLLTXVideo, LTXClip
 from sglang.multimodal_gen.runtime.pipelines.ltx_conditioning import (
@@ -45,7 +47,6 @@ from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import 
 from sglang.multimodal_gen.runtime.pipelines_core.fitting import require_equal
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import ClassifierFreeGuidance
-from sglang.multimodal_gen.runtime.pipelines_core.library_encoders import T5Sequence
 from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory, TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import encoder_memory
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import RequestInputs
@@ -59,6 +60,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.latent_preparation impo
 )
 from sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding import TextEncodingStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.timestep_preparation import TimestepPreparationStage
+from sglang.multimodal_gen.runtime.pipelines_core.text_encoders import T5Sequence
 from sglang.multimodal_gen.runtime.pipelines_core.workload import Workload
 
 _ACTIVATIONS = 7
@@ -114,7 +116,7 @@ class LTXPipeline(ComposedPipelineBase):
     own_parameters: ClassVar[frozenset[str]] = frozenset({"decode_timestep", "decode_noise_scale"})
     components: ClassVar[Mapping[str, ComponentLoader]] = {
         "tokenizer": Tokenizer(),
-        "text_encoder": transformers_module("T5EncoderModel"),
+        "text_encoder": NativeEncoder(T5EncoderModel, T5EncoderConfig),
         "transformer": NativeModule(LTXVideoTransformer3DModel, LTXVideoTransformerConfig),
         "vae": NativeModule(AutoencoderKLLTXVideo, LTXVideoVAEConfig),
         "scheduler": SchedulerConfig(),
@@ -122,7 +124,7 @@ class LTXPipeline(ComposedPipelineBase):
     workloads: ClassVar[Mapping[str, Workload]] = LTX_WORKLOADS
     config: LTXPipelineConfig
     tokenizer: PromptTokenizer
-    text_encoder: Any
+    text_encoder: T5EncoderModel
     transformer: LTXVideoTransformer3DModel
     vae: AutoencoderKLLTXVideo
     scheduler: dict[str, Any]

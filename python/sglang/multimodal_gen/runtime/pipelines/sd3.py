@@ -13,25 +13,27 @@ from torch.nn.functional import pad
 from sglang.multimodal_gen.configs.model_info import STARTS_FROM_A_PICTURE, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.sd3 import SD3TransformerConfig
+from sglang.multimodal_gen.configs.models.encoders import CLIPTextConfig, T5EncoderConfig
 from sglang.multimodal_gen.configs.models.vaes.autoencoder_kl import AutoencoderKLConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.errors import InvalidValue, UnsupportedModel
 from sglang.multimodal_gen.runtime.loader.component_loader import (
     ComponentLoader,
+    NativeEncoder,
     NativeModule,
     SchedulerConfig,
     Tokenizer,
 )
-from sglang.multimodal_gen.runtime.loader.library_module import transformers_module
 from sglang.multimodal_gen.runtime.loader.tokenizer import PromptTokenizer
 from sglang.multimodal_gen.runtime.models.dits.sd3 import SD3Transformer2DModel
+from sglang.multimodal_gen.runtime.models.encoders.clip_text import CLIPTextModelWithProjection
+from sglang.multimodal_gen.runtime.models.encoders.t5 import T5EncoderModel
 from sglang.multimodal_gen.runtime.models.vaes.autoencoder_kl import AutoencoderKL
 from sglang.multimodal_gen.runtime.pipelines.sd3_workloads import SD3_WORKLOADS
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row
 from sglang.multimodal_gen.runtime.pipelines_core.fitting import require_equal
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import SkipLayerGuidance
-from sglang.multimodal_gen.runtime.pipelines_core.library_encoders import ProjectedCLIP, T5Sequence
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.picture_pipeline_base import PicturePipelineBase
 from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import encoder_memory
@@ -43,6 +45,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.initial_image import ho
 from sglang.multimodal_gen.runtime.pipelines_core.stages.latent_preparation import LatentPreparationStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding import TextEncodingStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.timestep_preparation import TimestepPreparationStage
+from sglang.multimodal_gen.runtime.pipelines_core.text_encoders import ProjectedCLIP, T5Sequence
 from sglang.multimodal_gen.runtime.pipelines_core.workload import Workload
 
 _MLP_RATIO = 4
@@ -169,9 +172,9 @@ class StableDiffusion3Pipeline(PicturePipelineBase):
         "tokenizer": Tokenizer(),
         "tokenizer_2": Tokenizer(),
         "tokenizer_3": Tokenizer(),
-        "text_encoder": transformers_module("CLIPTextModelWithProjection"),
-        "text_encoder_2": transformers_module("CLIPTextModelWithProjection"),
-        "text_encoder_3": transformers_module("T5EncoderModel"),
+        "text_encoder": NativeEncoder(CLIPTextModelWithProjection, CLIPTextConfig),
+        "text_encoder_2": NativeEncoder(CLIPTextModelWithProjection, CLIPTextConfig),
+        "text_encoder_3": NativeEncoder(T5EncoderModel, T5EncoderConfig),
         "transformer": NativeModule(SD3Transformer2DModel, SD3TransformerConfig),
         "vae": NativeModule(AutoencoderKL, AutoencoderKLConfig),
         "scheduler": SchedulerConfig(),
@@ -181,9 +184,9 @@ class StableDiffusion3Pipeline(PicturePipelineBase):
     tokenizer: PromptTokenizer
     tokenizer_2: PromptTokenizer
     tokenizer_3: PromptTokenizer | None
-    text_encoder: Any
-    text_encoder_2: Any
-    text_encoder_3: Any
+    text_encoder: CLIPTextModelWithProjection
+    text_encoder_2: CLIPTextModelWithProjection
+    text_encoder_3: T5EncoderModel | None
     transformer: SD3Transformer2DModel
     scheduler: dict[str, Any]
 

@@ -13,6 +13,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.workload import (
     Inputs,
     PictureDecoding,
     PictureEncoding,
+    TextEncoding,
     Workload,
     WorkSize,
 )
@@ -49,4 +50,5 @@ SD3_WORKLOADS: Mapping[str, Workload] = {
     "dit": SD3Denoising("transformer"),
     "vae_decode": PictureDecoding("vae"),
     "vae_encode": PictureEncoding("vae"),
+    "encoder": TextEncoding("text_encoder_3"),
 }
