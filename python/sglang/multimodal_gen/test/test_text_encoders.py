@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.encoders import CLIPTextConfig, T5EncoderConfig
+from sglang.multimodal_gen.configs.published import published_directory
 from sglang.multimodal_gen.errors import CorruptCheckpoint, InvalidRequest
+from sglang.multimodal_gen.registry import read_json_object
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.linear import AdaptableLinear
 from sglang.multimodal_gen.runtime.loader.component_loader import load_module
@@ -316,6 +318,29 @@ def test_layers_that_adapters_change_have_their_usual_names(tmp_path: Path) -> N
     for name in CLASSES:
         reference = saved_clip(tmp_path / name, name)
         assert linear_names(clip_from(tmp_path / name, name), AdaptableLinear) == linear_names(reference, nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "component", "ours", "config_class"),
+    [
+        ("black-forest-labs/FLUX.1-dev", "text_encoder", CLIPTextModel, CLIPTextConfig),
+        ("black-forest-labs/FLUX.1-dev", "text_encoder_2", T5EncoderModel, T5EncoderConfig),
+        ("hunyuanvideo-community/HunyuanVideo", "text_encoder_2", CLIPTextModel, CLIPTextConfig),
+        ("stabilityai/stable-diffusion-3.5-large", "text_encoder", CLIPTextModelWithProjection, CLIPTextConfig),
+        ("stabilityai/stable-diffusion-3.5-large", "text_encoder_2", CLIPTextModelWithProjection, CLIPTextConfig),
+        ("Lightricks/LTX-Video", "text_encoder", T5EncoderModel, T5EncoderConfig),
+    ],
+)
+def test_published_encoders_have_the_parameters_of_transformers(
+    hub_id: str, component: str, ours: Any, config_class: Any
+) -> None:
+    config = read_json_object(published_directory(hub_id) / component / "config.json")
+    with torch.device("meta"):
+        model, cls = ours(config_class.from_dict(config)), getattr(transformers, ours.__name__)
+        reference = cls(cls.config_class(**config))
+    expected = {name: tensor.shape for name, tensor in reference.state_dict().items()}
+    expected.pop("encoder.embed_tokens.weight", None)
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == expected
 
 
 LIBRARIES = "print(sorted({name.partition('.')[0] for name in sys.modules} & {'transformers', 'diffusers'}))"
