@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.encoders import CLIPTextConfig, T5EncoderConfig
+from sglang.multimodal_gen.configs.published import published_directory
 from sglang.multimodal_gen.errors import CorruptCheckpoint, InvalidRequest
+from sglang.multimodal_gen.registry import read_json_object
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.linear import AdaptableLinear
 from sglang.multimodal_gen.runtime.loader.component_loader import load_module
@@ -317,6 +320,29 @@ def test_layers_that_adapters_change_have_their_usual_names(tmp_path: Path) -> N
         assert linear_names(clip_from(tmp_path / name, name), AdaptableLinear) == linear_names(reference, nn.Linear)
 
 
+@pytest.mark.parametrize(
+    ("hub_id", "component", "ours", "config_class"),
+    [
+        ("black-forest-labs/FLUX.1-dev", "text_encoder", CLIPTextModel, CLIPTextConfig),
+        ("black-forest-labs/FLUX.1-dev", "text_encoder_2", T5EncoderModel, T5EncoderConfig),
+        ("hunyuanvideo-community/HunyuanVideo", "text_encoder_2", CLIPTextModel, CLIPTextConfig),
+        ("stabilityai/stable-diffusion-3.5-large", "text_encoder", CLIPTextModelWithProjection, CLIPTextConfig),
+        ("stabilityai/stable-diffusion-3.5-large", "text_encoder_2", CLIPTextModelWithProjection, CLIPTextConfig),
+        ("Lightricks/LTX-Video", "text_encoder", T5EncoderModel, T5EncoderConfig),
+    ],
+)
+def test_published_encoders_have_the_parameters_of_transformers(
+    hub_id: str, component: str, ours: Any, config_class: Any
+) -> None:
+    config = read_json_object(published_directory(hub_id) / component / "config.json")
+    with torch.device("meta"):
+        model, cls = ours(config_class.from_dict(config)), getattr(transformers, ours.__name__)
+        reference = cls(cls.config_class(**config))
+    expected = {name: tensor.shape for name, tensor in reference.state_dict().items()}
+    expected.pop("encoder.embed_tokens.weight", None)
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == expected
+
+
 LIBRARIES = "print(sorted({name.partition('.')[0] for name in sys.modules} & {'transformers', 'diffusers'}))"
 ENCODES_A_TEXT = f"""
 import sys, torch
@@ -334,10 +360,20 @@ print(req.text is not None)
 """
 
 
+def as_published(directory: Path) -> None:
+    """CLIP's tokenizer without a `tokenizer.json`."""
+    model = json.loads((directory / "tokenizer.json").read_text())["model"]
+    (directory / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, model["merges"])]))
+    (directory / "tokenizer.json").unlink()
+
+
 @pytest.mark.parametrize("family", ["flux", "sd3"])
 def test_a_pipeline_is_built_and_reads_a_text_without_the_libraries(family: str, tmp_path: Path) -> None:
     """Importing them is most of a worker's start."""
     checkpoint = FAMILIES[family][0](tmp_path / family)
+    for name in ("tokenizer", "tokenizer_2") if family == "sd3" else ("tokenizer",):
+        as_published(checkpoint / name)
     command = [sys.executable, "-P", "-c", ENCODES_A_TEXT, str(checkpoint)]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert found == ["True", "[]"]

@@ -1,6 +1,6 @@
-"""Text to token ids with the checkpoint's own `tokenizer.json`.
+"""Text to token ids with the checkpoint's own `tokenizer.json`, or with what CLIP's has in its place.
 
-The tokenizers library alone is used where that file exists: importing transformers costs a worker's start seconds.
+The tokenizers library alone is used there: importing transformers costs a worker's start seconds.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import tokenizers
 
 from sglang.multimodal_gen.errors import CorruptCheckpoint
 from sglang.multimodal_gen.registry import read_json_object
+from sglang.multimodal_gen.runtime.loader.clip_tokenizer import clip_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ def load_tokenizer(directory: Path) -> PromptTokenizer:
         return PromptTokenizer(tokenizer, pad_id=_pad_id(directory, tokenizer))
     if not (directory / "tokenizer_config.json").is_file():
         raise CorruptCheckpoint(f"{directory.name} holds no tokenizer.json; download the checkpoint again")
-    converted = _converted(directory)
+    converted = clip_tokenizer(directory) or _converted(directory)
     return PromptTokenizer(converted, pad_id=_pad_id(directory, converted))
 
 
