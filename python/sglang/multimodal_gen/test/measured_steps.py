@@ -78,7 +78,7 @@ def _spread() -> Iterator[Measured]:
             2,
             H100,
             {"": 0.875, "cfg2": 0.433, "ulysses2": 0.490, "ring2": 0.498, "cfg2-ulysses2": 0.240, "ulysses4": 0.248,
-             "ring4": 0.297, "ulysses2-ring2": 0.277},
+             "ring4": 0.297, "ulysses2-ring2": 0.278, "tp4": 0.355, "ulysses2-tp2": 0.325},
         ),
         (
             WAN_1_3B,
@@ -101,7 +101,7 @@ def _spread() -> Iterator[Measured]:
             (1280, 720, 81),
             2,
             H100,
-            {"": 19.73, "cfg2-ulysses2": 5.10, "ulysses2-ring2": 5.80, "ulysses4": 5.16},
+            {"": 19.93, "cfg2-ulysses2": 5.10, "ulysses2-ring2": 5.69, "ulysses4": 5.11},
         ),
         (
             WAN_14B,
