@@ -125,7 +125,7 @@ def test_config_refuses_what_is_not_implemented(changes: dict[str, Any], param: 
 @torch.no_grad()
 def test_the_benchmark_runs_the_same_forward_through_both() -> None:
     reference, ours = transformer_pair(TINY_DUAL_TRANSFORMER)
-    [workload] = SD3_WORKLOADS.values()
+    workload = SD3_WORKLOADS["dit"]
     size = WorkSize(
         height=64, width=32, num_frames=1, latent_shape=(4, 1, 8, 4), batch_size=2, num_text_tokens=7, chunk_frames=1
     )
