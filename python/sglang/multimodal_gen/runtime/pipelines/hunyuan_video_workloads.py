@@ -12,8 +12,8 @@ from sglang.multimodal_gen.configs.models.dits.hunyuan_video import HunyuanVideo
 from sglang.multimodal_gen.runtime.pipelines_core.workload import (
     Drawing,
     Inputs,
-    VideoDecoding,
-    VideoEncoding,
+    WholeDecoding,
+    WholeEncoding,
     Workload,
     WorkSize,
 )
@@ -49,24 +49,8 @@ class HunyuanVideoDenoising(Workload):
         return module(latents, timesteps, text, mask, pooled, guidance, return_dict=False)[0]
 
 
-class PieceDecoding(VideoDecoding):
-    """Latents to pixels in the pieces that the autoencoder makes."""
-
-    def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
-        """[B, 3, T, H, W]."""
-        return module.decode(inputs[0])  # type: ignore[operator]
-
-
-class PieceEncoding(VideoEncoding):
-    """Pixels to the mean of their latents in the pieces that the autoencoder makes."""
-
-    def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
-        """[B, C, T, H, W]."""
-        return module.encode(inputs[0]).mean  # type: ignore[operator]
-
-
 HUNYUAN_VIDEO_WORKLOADS: Mapping[str, Workload] = {
     "dit": HunyuanVideoDenoising("transformer"),
-    "vae_decode": PieceDecoding("vae"),
-    "vae_encode": PieceEncoding("vae"),
+    "vae_decode": WholeDecoding("vae"),
+    "vae_encode": WholeEncoding("vae"),
 }

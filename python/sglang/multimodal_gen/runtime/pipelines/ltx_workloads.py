@@ -14,8 +14,8 @@ from sglang.multimodal_gen.runtime.pipelines.ltx_denoiser import ClipGrid, causa
 from sglang.multimodal_gen.runtime.pipelines_core.workload import (
     Drawing,
     Inputs,
-    VideoDecoding,
-    VideoEncoding,
+    WholeDecoding,
+    WholeEncoding,
     Workload,
     WorkSize,
 )
@@ -58,7 +58,7 @@ class LTXDenoising(Workload):
         return module(tokens, text, timesteps, mask, video_coords=positions, return_dict=False)[0]
 
 
-class ClipDecoding(VideoDecoding):
+class ClipDecoding(WholeDecoding):
     """Latents to pixels, a whole clip at a time."""
 
     def inputs(self, configs: Mapping[str, ModelConfig], size: WorkSize, draw: Drawing) -> Inputs:
@@ -84,16 +84,8 @@ class ClipDecoding(VideoDecoding):
             return module.decode(*inputs, return_dict=False)[0]  # type: ignore[operator]
 
 
-class ClipEncoding(VideoEncoding):
-    """Pixels to the mean of their latents, a whole clip at a time."""
-
-    def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
-        """[B, C, T, H, W]."""
-        return module.encode(inputs[0]).mean  # type: ignore[operator]
-
-
 LTX_WORKLOADS: Mapping[str, Workload] = {
     "dit": LTXDenoising("transformer"),
     "vae_decode": ClipDecoding("vae"),
-    "vae_encode": ClipEncoding("vae"),
+    "vae_encode": WholeEncoding("vae"),
 }

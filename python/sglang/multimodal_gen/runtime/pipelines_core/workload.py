@@ -126,24 +126,32 @@ class VideoEncoding(Workload):
         return module.encode(inputs[0]).latent_dist.mean  # type: ignore[operator]
 
 
-class PictureDecoding(VideoDecoding):
-    """Latents to pixels of whole pictures, which the reference has without a dimension for time."""
+class WholeDecoding(VideoDecoding):
+    """Latents to pixels, for an autoencoder that is given whole clips, of which it may make pieces itself."""
 
     def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
-        """[B, 3, 1, H, W]."""
+        """[B, 3, T, H, W]."""
         return module.decode(inputs[0])  # type: ignore[operator]
+
+
+class WholeEncoding(VideoEncoding):
+    """Pixels to the mean of their latents, likewise."""
+
+    def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
+        """[B, C, T, H, W]."""
+        return module.encode(inputs[0]).mean  # type: ignore[operator]
+
+
+class PictureDecoding(WholeDecoding):
+    """Latents to pixels of whole pictures, which the reference has without a dimension for time."""
 
     def reference_forward(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """[B, 3, 1, H, W]."""
         return module.decode(inputs[0].squeeze(2), return_dict=False)[0].unsqueeze(2)  # type: ignore[operator]
 
 
-class PictureEncoding(VideoEncoding):
+class PictureEncoding(WholeEncoding):
     """Pixels of whole pictures to the mean of their latents."""
-
-    def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
-        """[B, C, 1, H, W]."""
-        return module.encode(inputs[0]).mean  # type: ignore[operator]
 
     def reference_forward(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """[B, C, 1, H, W]."""
