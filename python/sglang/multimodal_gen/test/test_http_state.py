@@ -312,7 +312,8 @@ def test_idle_connections_do_not_hold_up_the_others(start_server: Start) -> None
     finally:
         for connection in idle:
             connection.close()
-    assert server.client.get("/health").status_code == 200
+    # In a connection of its own: the client's may be closed at the moment that it is used, after the same two seconds.
+    assert server.exchange(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 200 ")
 
 
 def test_one_address_holds_so_many_connections(start_server: Start) -> None:
