@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.distributed.collectives import all_reduce
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.step_embedding import StepEmbedding
 from sglang.multimodal_gen.runtime.layers.table_cache import row_index
 
 Streams = tuple[Tensor, ...]
@@ -69,8 +70,9 @@ class PerRow(tuple[Any, ...]):
 
 
 def call_block(layer: int, block: nn.Module, streams: Streams, *given: Any, **named: Any) -> Streams:
-    """The streams behind one block, which is called with the streams and then what is given."""
-    found = block(*streams, *given, **named)
+    """The streams behind one block, which is called with the streams and then what is given, of a step its own part."""
+    own = (each.of_layer(layer) if isinstance(each, StepEmbedding) else each for each in given)
+    found = block(*streams, *own, **named)
     return found if isinstance(found, tuple) else (found,)
 
 

@@ -38,6 +38,12 @@ def compute_device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device if found is None else found
 
 
+def has_its_weights(module: nn.Module) -> bool:
+    """Whether all of them are where its forward runs, and not only for their turn."""
+    device = compute_device(module)
+    return all(weight.device == device for weight in module.parameters())
+
+
 def held_tensors(layers: Iterable[nn.Module]) -> list[Tensor]:
     """Parameters, buffers and what else these layers hold themselves, each once."""
     found: dict[int, Tensor] = {}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sglang.multimodal_gen.runtime.layers.embeddings import TimestepEmbedding, sinusoidal_embedding
 from sglang.multimodal_gen.runtime.layers.fused import gated_sum, sum_norm
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
+from sglang.multimodal_gen.runtime.layers.step_embedding import StepEmbedding
 
 
 class Modulation(NamedTuple):
@@ -91,26 +92,40 @@ def split_modulations(table: Tensor, temb: Tensor) -> tuple[Modulation, ...]:
     return tuple(Modulation(*parts[first : first + 3]) for first in range(0, len(parts), 3))
 
 
-class AdaLayerNormZero(nn.Module):
-    """The modulations of a block's sub-layers, made of the timestep embedding. Key: `linear`.
+class StepLinear(nn.Module):
+    """A layer whose linear layer the timestep embedding passes, behind SiLU. Key: `linear`. See Modulated."""
 
-    Source: arXiv:2212.09748.
-    """
+    linear: ReplicatedLinear
+
+    @property
+    def step_width(self) -> int:
+        """See Modulated."""
+        return self.linear.out_features
+
+    def step_values(self, temb: Tensor) -> Tensor:
+        """See Modulated."""
+        return self.linear(F.silu(temb))
+
+
+class AdaLayerNormZero(StepLinear):
+    """The modulations of a block's sub-layers, made of the timestep embedding. Source: arXiv:2212.09748."""
 
     def __init__(self, hidden_size: int, *, num_modulations: int) -> None:
         super().__init__()
         self.num_modulations = num_modulations
         self.linear = ReplicatedLinear(hidden_size, 3 * num_modulations * hidden_size)
 
-    def forward(self, temb: Tensor | PartedEmbedding) -> tuple[Modulation | PartedModulation, ...]:
-        """[B, D], or [B, S, D] per token, or one for each of two parts -> a modulation per sub-layer, in fp32."""
-        if isinstance(temb, PartedEmbedding):
-            pairs = zip(self._modulations(temb.first), self._modulations(temb.second), strict=True)
-            return tuple(PartedModulation(*pair, temb.size) for pair in pairs)
-        return self._modulations(temb)
+    def forward(self, step: StepEmbedding | PartedEmbedding) -> tuple[Modulation | PartedModulation, ...]:
+        """A step's embedding, or one for each of two parts -> a modulation per sub-layer, in fp32."""
+        if isinstance(step, PartedEmbedding):
+            pairs = zip(
+                self._modulations(StepEmbedding(step.first)), self._modulations(StepEmbedding(step.second)), strict=True
+            )
+            return tuple(PartedModulation(*pair, step.size) for pair in pairs)
+        return self._modulations(step)
 
-    def _modulations(self, temb: Tensor) -> tuple[Modulation, ...]:
-        return modulations_of(self.linear(F.silu(temb)), self.num_modulations)
+    def _modulations(self, step: StepEmbedding) -> tuple[Modulation, ...]:
+        return modulations_of(step.through(self.linear), self.num_modulations)
 
 
 class AdaLayerNormSingle(nn.Module):
@@ -133,26 +148,21 @@ class AdaLayerNormSingle(nn.Module):
         return self.linear(F.silu(temb)).unflatten(-1, (self.num_values, -1)), temb
 
 
-class AdaLayerNormContinuous(nn.Module):
-    """The last norm before the output projection: scale, then shift, from the timestep embedding. Key: `linear`."""
+class AdaLayerNormContinuous(StepLinear):
+    """The last norm before the output projection: scale, then shift, from the timestep embedding."""
 
     def __init__(self, hidden_size: int, conditioning_size: int, *, eps: float = 1e-6) -> None:
         super().__init__()
         self.linear = ReplicatedLinear(conditioning_size, 2 * hidden_size)
         self.eps = eps
 
-    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        """[B, S, D] and [B, D] (or [B, S, D] per token) -> [B, S, D]."""
-        scale, shift = per_token(self.linear(F.silu(temb))).float().chunk(2, dim=-1)
+    def forward(self, hidden_states: Tensor, step: StepEmbedding) -> Tensor:
+        """[B, S, D] and the step's embedding -> [B, S, D]."""
+        scale, shift = step.through(self.linear).float().unsqueeze(1).chunk(2, dim=-1)
         return sum_norm(hidden_states, scale=scale, shift=shift, eps=self.eps)[1]
 
 
 def modulations_of(values: Tensor, count: int) -> tuple[Modulation, ...]:
-    """[B, 3·N·D], or [B, S, 3·N·D] per token -> N modulations (shift, scale, gate), in fp32."""
-    parts = per_token(values).float().chunk(3 * count, dim=-1)
+    """[B, 3·N·D] -> N modulations (shift, scale, gate), in fp32."""
+    parts = values.float().unsqueeze(1).chunk(3 * count, dim=-1)
     return tuple(Modulation(*parts[first : first + 3]) for first in range(0, len(parts), 3))
-
-
-def per_token(values: Tensor) -> Tensor:
-    """[B, D] -> [B, 1, D]; [B, S, D] stays."""
-    return values.unsqueeze(1) if values.ndim == 2 else values

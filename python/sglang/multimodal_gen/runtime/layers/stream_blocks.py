@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.layers.attention.layouts import arrived
@@ -23,6 +24,7 @@ from sglang.multimodal_gen.runtime.layers.modulation import (
     PartedModulation,
 )
 from sglang.multimodal_gen.runtime.layers.side_stream import side_by_side
+from sglang.multimodal_gen.runtime.layers.step_embedding import StepEmbedding
 
 
 class Stream(NamedTuple):
@@ -76,26 +78,37 @@ class DualStreamBlock(nn.Module):
         self.ff = FeedForward(hidden_size, ffn_dim, hidden_size, axis=axis)
         self.ff_context = FeedForward(hidden_size, ffn_dim, hidden_size, axis=axis)
 
-    def modulated(self, hidden_states: Tensor, temb: Tensor | PartedEmbedding) -> Tensor:
-        """What the attention sees of the image: [B, S, D], [B, D] -> [B, S, D]."""
-        return self.norm1(temb)[0].normed(hidden_states)
+    @property
+    def step_width(self) -> int:
+        """See Modulated."""
+        return self.norm1.step_width + self.norm1_context.step_width
+
+    def step_values(self, temb: Tensor) -> Tensor:
+        """See Modulated."""
+        return torch.cat((self.norm1.step_values(temb), self.norm1_context.step_values(temb)), dim=1)
+
+    def modulated(self, hidden_states: Tensor, step: StepEmbedding | PartedEmbedding) -> Tensor:
+        """What the attention sees of the image: [B, S, D], the step for this block -> [B, S, D]."""
+        of_image, _ = self._steps(step, None)
+        return self.norm1(of_image)[0].normed(hidden_states)
 
     def forward(
         self,
         hidden_states: Tensor,
         text: Tensor,
-        temb: Tensor | PartedEmbedding,
+        step: StepEmbedding | PartedEmbedding,
         freqs_cis: Tensor | None,
         mask: Tensor | None = None,
         *,
-        text_temb: Tensor | None = None,
+        text_step: StepEmbedding | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """[B, S, D], [B, L, D], [B, D], the table and mask [B, 1, 1, S + L] of both -> [B, S, D], [B, L, D].
+        """[B, S, D], [B, L, D], the step, the table and mask [B, 1, 1, S + L] of both -> [B, S, D], [B, L, D].
 
-        `text_temb` [B, D] is the text's embedding where it has another than the image.
+        `text_step` is the text's where it has another than the image; of neither anything is known before then.
         """
-        attn_mod, mlp_mod = self.norm1(temb)
-        text_attn_mod, text_mlp_mod = self.norm1_context(temb if text_temb is None else text_temb)
+        of_image, of_text = self._steps(step, text_step)
+        attn_mod, mlp_mod = self.norm1(of_image)
+        text_attn_mod, text_mlp_mod = self.norm1_context(of_text)
         return joint_update(
             self.attn,
             Stream(hidden_states, attn_mod, mlp_mod, self.ff),
@@ -103,6 +116,14 @@ class DualStreamBlock(nn.Module):
             freqs_cis,
             mask,
         )
+
+    def _steps(
+        self, step: StepEmbedding | PartedEmbedding, text_step: StepEmbedding | None
+    ) -> tuple[StepEmbedding | PartedEmbedding, StepEmbedding | PartedEmbedding]:
+        if isinstance(step, PartedEmbedding):
+            return step, step if text_step is None else text_step
+        of_image, of_text = step.divided(self.norm1.linear, self.norm1_context.linear)
+        return of_image, of_text if text_step is None else text_step
 
 
 class SingleStreamBlock(nn.Module):
@@ -126,15 +147,24 @@ class SingleStreamBlock(nn.Module):
         self.proj_mlp = ColumnParallelLinear(hidden_size, ffn_dim, axis=axis)
         self.proj_out = RowParallelLinear(inner + ffn_dim, hidden_size, axis=axis, blocks=(inner, ffn_dim))
 
+    @property
+    def step_width(self) -> int:
+        """See Modulated."""
+        return self.norm.step_width
+
+    def step_values(self, temb: Tensor) -> Tensor:
+        """See Modulated."""
+        return self.norm.step_values(temb)
+
     def forward(
         self,
         hidden_states: Tensor,
-        temb: Tensor | PartedEmbedding,
+        step: StepEmbedding | PartedEmbedding,
         freqs_cis: Tensor | None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """[B, S, D], [B, D] (or [B, S, D] per token), table and mask [B, 1, 1, S] of these tokens -> [B, S, D]."""
-        [modulation] = self.norm(temb)
+        """[B, S, D], the step, table and mask [B, 1, 1, S] of these tokens -> [B, S, D]."""
+        [modulation] = self.norm(step)
         normed = modulation.normed(hidden_states)
         sent = self.attn.project(normed, freqs_cis)
         # With exchanges a part of the MLP for each of them, to be computed meanwhile.

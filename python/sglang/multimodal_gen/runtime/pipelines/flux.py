@@ -107,8 +107,16 @@ class FluxDenoiser(Denoiser):
             self.stacked_pooled(rows),
             self.rotary_table(text.shape[1], grid[1:], rows),
             self.guidance(rows),
+            self.embedded(rows),
         )
         return list(unpack(tokens[:, : grid[1] * grid[2]], grid))
+
+    def embed_steps(self, row: Row, timesteps: Sequence[float]) -> Tensor:
+        """See Denoiser."""
+        assert row.text.pooled is not None, "CLIP's"
+        count = len(timesteps)
+        guidance = self.guidance([row] * count)
+        return self.transformer.embed_steps(self.numbers(timesteps), row.text.pooled.expand(count, -1), guidance)
 
     def input_tokens(self, latents: Tensor, rows: Sequence[Row]) -> Tensor:
         """Packed latents [B, S, C] -> what the transformer reads: [B, S', C'], whose first S tokens are predicted."""

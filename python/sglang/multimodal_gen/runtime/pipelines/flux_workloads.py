@@ -44,11 +44,16 @@ class FluxDenoising(Workload):
             draw.full(_GUIDANCE, rows),
         )
 
+    def prepared(self, module: nn.Module, inputs: Inputs) -> Inputs:
+        """See Workload: what the transformer makes of the steps."""
+        _, timestep, _, pooled, _, guidance = inputs
+        return *inputs, module.embed_steps(timestep, pooled, guidance)  # type: ignore[operator]
+
     def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
         """[B, S, C]."""
-        tokens, timestep, text, pooled, positions, guidance = inputs
+        tokens, timestep, text, pooled, positions, guidance, *embedded = inputs
         table = rotary_table(positions, module.config.axes_dims_rope)  # type: ignore[union-attr, arg-type]
-        return module(tokens, timestep, text, pooled, table, guidance)
+        return module(tokens, timestep, text, pooled, table, guidance, *embedded)
 
     def reference_forward(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """[B, S, C]."""

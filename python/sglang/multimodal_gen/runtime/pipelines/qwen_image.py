@@ -119,8 +119,15 @@ class QwenImageDenoiser(Denoiser):
         if pictures:
             given = torch.stack([row.req.conditioning[PICTURES] for row in rows])
             tokens = torch.cat((tokens, given.to(tokens.dtype)), dim=1)
-        velocity = self.transformer(tokens, self.timesteps(rows), text, (grid, *pictures), lengths)
+        constant = (0.0,) if self.transformer.config.zero_cond_t else ()
+        velocity = self.transformer(
+            tokens, self.timesteps(rows), text, (grid, *pictures), lengths, embedded=self.embedded(rows, *constant)
+        )
         return list(unpack(velocity[:, : prod(grid)], grid))
+
+    def embed_steps(self, row: Row, timesteps: Sequence[float]) -> Tensor:
+        """See Denoiser."""
+        return self.transformer.embed_steps(self.numbers(timesteps))
 
     def batch_key(self, req: Req) -> str:
         """See Denoiser; texts of any length share a forward."""

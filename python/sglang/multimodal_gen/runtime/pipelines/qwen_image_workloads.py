@@ -34,10 +34,14 @@ class QwenImageDenoising(Workload):
             draw.normal(size.batch_size, size.num_text_tokens, config.joint_attention_dim),
         )
 
+    def prepared(self, module: nn.Module, inputs: Inputs) -> Inputs:
+        """See Workload: what the transformer makes of the steps."""
+        return *inputs, module.embed_steps(inputs[1])  # type: ignore[operator]
+
     def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
         """[B, S, C]."""
-        latents, timesteps, text = inputs
-        return module(pack(latents), timesteps, text, (_grid(latents),))
+        latents, timesteps, text, *embedded = inputs
+        return module(pack(latents), timesteps, text, (_grid(latents),), None, *embedded)
 
     def reference_forward(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """[B, S, C]."""

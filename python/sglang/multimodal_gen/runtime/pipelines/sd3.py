@@ -150,8 +150,16 @@ class SD3Denoiser(Denoiser):
         text, _ = self.stacked_text(rows)
         latents = self.stacked_latents(rows).squeeze(2)
         skip_layers = [row.skipped_layers for row in rows]
-        velocity = self.transformer(latents, self.timesteps(rows), text, self.stacked_pooled(rows), skip_layers)
+        pooled = self.stacked_pooled(rows)
+        velocity = self.transformer(
+            latents, self.timesteps(rows), text, pooled, skip_layers, embedded=self.embedded(rows)
+        )
         return list(velocity.unsqueeze(2))
+
+    def embed_steps(self, row: Row, timesteps: Sequence[float]) -> Tensor:
+        """See Denoiser."""
+        assert row.text.pooled is not None, "CLIP's"
+        return self.transformer.embed_steps(self.numbers(timesteps), row.text.pooled.expand(len(timesteps), -1))
 
     def num_text_tokens(self, req: Req) -> int:
         """Those of CLIP and T5; all that there are count."""

@@ -36,9 +36,15 @@ class SD3Denoising(Workload):
             draw.normal(size.batch_size, config.pooled_projection_dim),
         )
 
+    def prepared(self, module: nn.Module, inputs: Inputs) -> Inputs:
+        """See Workload: what the transformer makes of the steps."""
+        _, timesteps, _, pooled = inputs
+        return *inputs, module.embed_steps(timesteps, pooled)  # type: ignore[operator]
+
     def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
         """[B, C, H, W]."""
-        return module(*inputs)
+        latents, timesteps, text, pooled, *embedded = inputs
+        return module(latents, timesteps, text, pooled, (), *embedded)
 
     def reference_forward(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """[B, C, H, W]."""

@@ -113,8 +113,12 @@ class ZImageDenoiser(Denoiser):
     def predict(self, rows: Sequence[Row]) -> Sequence[Tensor]:
         """See Denoiser."""
         text, lengths = self.stacked_text(rows)
-        time = (_THOUSAND - self.timesteps(rows)) / _THOUSAND
-        return list(-self.transformer(self.stacked_latents(rows), time, text, lengths))
+        time = _from_noise(self.timesteps(rows))
+        return list(-self.transformer(self.stacked_latents(rows), time, text, lengths, self.embedded(rows)))
+
+    def embed_steps(self, row: Row, timesteps: Sequence[float]) -> Tensor:
+        """See Denoiser."""
+        return self.transformer.embed_steps(_from_noise(self.numbers(timesteps)))
 
     def batch_key(self, req: Req) -> str:
         """Captions of any length share a forward."""
@@ -132,6 +136,11 @@ class ZImageDenoiser(Denoiser):
     def cached_bytes(self, req: Req) -> int:
         """See Denoiser; padding of the image counts as image."""
         return padded_length(self.num_tokens(req)) * self.memory.hidden_size * self.memory.element_size
+
+
+def _from_noise(timesteps: Tensor) -> Tensor:
+    """Timesteps from 1000 (noise) to 0 -> from 0 (noise) to 1."""
+    return (_THOUSAND - timesteps) / _THOUSAND
 
 
 class ZImagePipeline(PicturePipelineBase):

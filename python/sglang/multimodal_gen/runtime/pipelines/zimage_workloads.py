@@ -34,10 +34,14 @@ class ZImageDenoising(Workload):
             draw.normal(size.batch_size, size.num_text_tokens, config.cap_feat_dim),
         )
 
+    def prepared(self, module: nn.Module, inputs: Inputs) -> Inputs:
+        """See Workload: what the transformer makes of the steps."""
+        return *inputs, module.embed_steps(inputs[1])  # type: ignore[operator]
+
     def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
         """[B, C, 1, H, W]."""
-        latents, times, captions = inputs
-        return module(latents, times, captions, [captions.shape[1]] * captions.shape[0])
+        latents, times, captions, *embedded = inputs
+        return module(latents, times, captions, [captions.shape[1]] * captions.shape[0], *embedded)
 
     def reference_forward(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """[B, C, 1, H, W]."""

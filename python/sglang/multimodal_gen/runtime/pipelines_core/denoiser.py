@@ -12,11 +12,17 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.cache.rules import CachedRow
 from sglang.multimodal_gen.runtime.layers.block_runner import BlockRunner
-from sglang.multimodal_gen.runtime.layers.host_weights import compute_device
+from sglang.multimodal_gen.runtime.layers.host_weights import compute_device, has_its_weights
+from sglang.multimodal_gen.runtime.layers.step_embedding import StepTable
 from sglang.multimodal_gen.runtime.layers.uploads import uploaded
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
-from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req, TextCondition
+from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import EmbeddedSteps, Req, TextCondition
+
+STEPS_AHEAD = 16
+"""Of a request, for which what a transformer makes of them is computed at once. On a GPU that takes as long as for one,
+since it is the weights that have to be read."""
+_FP32_BYTES = 4
 
 
 class Row(NamedTuple):
@@ -74,6 +80,38 @@ class Denoiser:
         """The network's prediction [C, T, H, W] for each row, from one forward, as the sampler wants it."""
         raise NotImplementedError
 
+    def embedded(self, rows: Sequence[Row], *constant: float) -> Tensor | None:
+        """What the transformer makes of the rows' present steps, for its forward, [B, V]; behind these the same of each
+        `constant` timestep, for all rows again. None where the forward does it itself: with adapters, or without all of
+        the weights on the device."""
+        if any(row.req.adapters for row in rows):
+            return None
+        found = [self._steps_of(row, constant) for row in rows]
+        if any(steps is None for steps in found):
+            return None
+        own = [steps.values[_step_index(row) - steps.first] for row, steps in zip(rows, found, strict=True) if steps]
+        others = [steps.values[place - len(constant)] for place in range(len(constant)) for steps in found if steps]
+        return torch.stack([*own, *others])
+
+    def embed_steps(self, row: Row, timesteps: Sequence[float]) -> Tensor:
+        """What the transformer makes of these timesteps of a row's request, [T, V]; of families that use `embedded`."""
+        raise NotImplementedError
+
+    def _steps_of(self, row: Row, constant: tuple[float, ...]) -> EmbeddedSteps | None:
+        """Those that the row's present step is among."""
+        first = _step_index(row) // STEPS_AHEAD * STEPS_AHEAD
+        kept = [steps for steps in row.req.embedded_steps if steps.first == first]
+        for steps in kept:
+            if steps.pooled is row.text.pooled:
+                return steps
+        if not has_its_weights(self.transformer):
+            return None
+        assert row.req.sampler_state is not None, "prepared at admission"
+        timesteps = row.req.sampler_state.schedule.timesteps[first : first + STEPS_AHEAD].tolist()
+        steps = EmbeddedSteps(first, row.text.pooled, self.embed_steps(row, [*timesteps, *constant]))
+        row.req.embedded_steps = [*kept, steps]
+        return steps
+
     def batch_key(self, req: Req) -> str:
         """What must be equal, besides latent shape, kernels and dtype, for requests to share a forward."""
         return f"text{self.num_text_tokens(req)}"
@@ -97,7 +135,9 @@ class Denoiser:
 
     def held_bytes(self, req: Req) -> int:
         """What one row's embeddings take between steps."""
-        return self.num_text_tokens(req) * self.memory.hidden_size * self.memory.element_size
+        texts = self.num_text_tokens(req) * self.memory.hidden_size * self.memory.element_size
+        table: StepTable | None = getattr(self.transformer, "step_table", None)
+        return texts if table is None else texts + STEPS_AHEAD * table.width * _FP32_BYTES
 
     def cached_bytes(self, req: Req) -> int:
         """What a step cache holds of one row for each tensor that it keeps."""
@@ -133,6 +173,11 @@ class Denoiser:
     def stacked_pooled(rows: Sequence[Row]) -> Tensor:
         """[B, P]."""
         return torch.stack([pooled for row in rows if (pooled := row.text.pooled) is not None])
+
+
+def _step_index(row: Row) -> int:
+    assert row.req.sampler_state is not None, "prepared at admission"
+    return row.req.sampler_state.step_index
 
 
 def pack(latents: Tensor, patch_size: int = 2) -> Tensor:

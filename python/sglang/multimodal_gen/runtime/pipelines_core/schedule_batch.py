@@ -53,6 +53,14 @@ class TextCondition(NamedTuple):
         return self._asdict()
 
 
+class EmbeddedSteps(NamedTuple):
+    """What a transformer makes of steps from `first` on, [T, V]; with a text's vector [P] if it is told one."""
+
+    first: int
+    pooled: Tensor | None
+    values: Tensor
+
+
 @dataclass(kw_only=True)
 class Req:
     """One output in the making. Stages read and write the fields; `conditioning` holds a family's own tensors, by name,
@@ -85,6 +93,7 @@ class Req:
     keeps_clean: bool = False
     clean_latents: Tensor | None = None
     step_cache: StepCache | None = None
+    embedded_steps: list[EmbeddedSteps] = field(default_factory=list)
     max_text_rows: int | None = None
     max_forward_rows: int | None = None
     decode_plan: Any = None
@@ -117,6 +126,7 @@ class Req:
             None if values[name] is None else TextCondition(**values[name]) for name in ("text", "negative_text")
         )
         self.conditioning = dict(values["conditioning"])
+        self.embedded_steps = []
         self.max_forward_rows = values["max_forward_rows"]
         if values["generator"] is not None:
             self.generator = torch.Generator("cpu")
@@ -132,7 +142,7 @@ class Req:
         """Free what the request holds on the device, and its inputs."""
         self.text = self.negative_text = self.latents = self.clean_latents = self.generator = None
         self.sampler_state = self.step_cache = self.decoder_state = self.library_call = None
-        self.conditioning = {}
+        self.conditioning, self.embedded_steps = {}, []
         self.inputs = EMPTY
         self.adapters = ()
 

@@ -67,8 +67,12 @@ class Workload:
         """What both forwards take; `configs` holds those of all native components."""
         raise NotImplementedError
 
+    def prepared(self, module: nn.Module, inputs: Inputs) -> Inputs:
+        """The inputs and, behind them, what a request computes once for many forwards of our module."""
+        return inputs
+
     def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
-        """Through our module."""
+        """Through our module; of inputs as they are or `prepared`."""
         raise NotImplementedError
 
     def reference_forward(self, module: nn.Module, inputs: Inputs) -> Tensor:

@@ -30,7 +30,7 @@ from sglang.multimodal_gen.runtime.layers.strip_sharding import StripSharding
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
 from sglang.multimodal_gen.runtime.pipelines_core.memory import free_bytes
 from sglang.multimodal_gen.runtime.pipelines_core.placement import place
-from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, Inputs, Workload, WorkSize
+from sglang.multimodal_gen.runtime.pipelines_core.workload import Drawing, Workload, WorkSize
 
 _WORKLOAD, _DECODING = "dit", "vae_decode"
 _COMMUNICATION = "nccl"
@@ -156,7 +156,7 @@ class ParallelBench:
         """The forwards of one step; its rows are dealt along the cfg axis, as the denoising stage deals them."""
         workload, module, dtype = self._load(_WORKLOAD, parallel)
         size = work_size(self.task.component, self.model, dtype=dtype, free_bytes=0)
-        inputs: Inputs = workload.inputs(self.model.configs, size, Drawing(self.device, dtype))
+        inputs = workload.prepared(module, workload.inputs(self.model.configs, size, Drawing(self.device, dtype)))
         rows, axis = size.batch_size, parallel.cfg
         share = -(-rows // axis.size)
         first = min(axis.rank * share, rows - 1)

@@ -18,6 +18,7 @@ from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.embeddings import TimestepTextEmbedding
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormContinuous
+from sglang.multimodal_gen.runtime.layers.step_embedding import StepTable
 from sglang.multimodal_gen.runtime.layers.stream_blocks import DualStreamBlock, SingleStreamBlock
 
 _MLP_RATIO = 4
@@ -63,6 +64,14 @@ class FluxTransformer2DModel(nn.Module):
         )
         self.norm_out = AdaLayerNormContinuous(dim, dim)
         self.proj_out = ReplicatedLinear(dim, config.patch_size**2 * config.num_output_channels)
+        self.step_table = StepTable(dim, self.transformer_blocks, self.single_transformer_blocks, [self.norm_out])
+
+    def embed_steps(self, timestep: Tensor, pooled_projections: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """What forwards make of these, for T steps of one request or of several, as `embedded`: [T, V] fp32.
+
+        Timesteps and guidance [T], pooled text [T, P], as in `forward`.
+        """
+        return self.step_table.rows(self.time_text_embed(timestep, pooled_projections, guidance))
 
     def forward(
         self,
@@ -72,27 +81,32 @@ class FluxTransformer2DModel(nn.Module):
         pooled_projections: Tensor,
         freqs_cis: Tensor,
         guidance: Tensor | None = None,
+        embedded: Tensor | None = None,
     ) -> Tensor:
         """Tokens [B, S, C], timesteps [B] in 0 … 1000, text [B, L, D_text], pooled [B, P] -> velocity [B, S, C_out].
 
         `freqs_cis` [1, L + S, 1, E/2, 2] is the table of the text tokens and then the image tokens. `guidance` [B] is
-        the scale times 1000, for models that are told it.
+        the scale times 1000, for models that are told it. `embedded` [B, V] is what `embed_steps` made of the rows'
+        steps; timesteps, pooled text and guidance are not looked at then.
         """
-        temb = self.time_text_embed(timestep, pooled_projections, guidance)
+        step, single_step, last_step = self.step_table.embeddings(
+            embedded, lambda: self.time_text_embed(timestep, pooled_projections, guidance), hidden_states.dtype
+        )
         text = self.context_embedder(encoder_hidden_states)
         num_text_tokens, num_tokens = text.shape[1], hidden_states.shape[1]
         self.tokens.begin(num_text_tokens, num_tokens)
         freqs_cis, text = self.tokens.deal_joined(freqs_cis), self.tokens.deal(text)
+        first_block = cast(DualStreamBlock, self.transformer_blocks[0])
         hidden_states = self.block_runner.run(
             (self.x_embedder(self.tokens.deal(hidden_states)), text),
-            BlockRun(blocks=self.transformer_blocks, given=(temb, freqs_cis)),
+            BlockRun(blocks=self.transformer_blocks, given=(step, freqs_cis)),
             BlockRun(
                 blocks=self.single_transformer_blocks,
-                given=(temb, freqs_cis),
+                given=(single_step, freqs_cis),
                 enter=lambda streams: (torch.cat((streams[1], streams[0]), dim=1),),
                 tokens=slice(text.shape[1], None),
             ),
             num_tokens=num_tokens,
-            signal=lambda _, tokens: cast(DualStreamBlock, self.transformer_blocks[0]).modulated(tokens, temb),
+            signal=lambda _, tokens: first_block.modulated(tokens, step.of_layer(0)),
         )
-        return self.tokens.gather(self.proj_out(self.norm_out(hidden_states, temb)), num_tokens)
+        return self.tokens.gather(self.proj_out(self.norm_out(hidden_states, last_step)), num_tokens)

@@ -25,6 +25,7 @@ from sglang.multimodal_gen.runtime.layers.embeddings import TimestepTextEmbeddin
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormContinuous, PartedEmbedding
 from sglang.multimodal_gen.runtime.layers.rotary import grid_positions, rotary_table
+from sglang.multimodal_gen.runtime.layers.step_embedding import StepEmbedding
 from sglang.multimodal_gen.runtime.layers.stream_blocks import DualStreamBlock, SingleStreamBlock
 from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 from sglang.multimodal_gen.runtime.layers.token_refiner import TokenRefiner
@@ -125,16 +126,17 @@ class HunyuanVideoTransformer3DModel(nn.Module):
         freqs_cis = with_unrotated(self.rotary_table(grid, hidden_states.device), num_text_tokens)
         freqs_cis = self.tokens.deal_joined(freqs_cis)
         temb = self.time_text_embed(timestep, pooled_projections, guidance)
-        video_temb: Tensor | PartedEmbedding = temb
+        step = StepEmbedding(temb)
+        video_step: StepEmbedding | PartedEmbedding = step
         if self.config.image_condition_type == TOKEN_REPLACE:
             first_frame = self.time_text_embed.first_frame(timestep, pooled_projections)
             size = self.tokens.num_held(num_tokens // grid[0], num_tokens)
-            video_temb = PartedEmbedding(first_frame, temb, size=size)
+            video_step = PartedEmbedding(first_frame, temb, size=size)
         text = self.tokens.deal(self.context_embedder(text, timestep, text_mask))
-        given = (video_temb, freqs_cis, mask)
+        given = (video_step, freqs_cis, mask)
         hidden_states = self.block_runner.run(
             (self.tokens.deal(self.x_embedder(hidden_states)), text),
-            BlockRun(blocks=self.transformer_blocks, given=given, named={"text_temb": temb}),
+            BlockRun(blocks=self.transformer_blocks, given=given, named={"text_step": step}),
             BlockRun(
                 blocks=self.single_transformer_blocks,
                 given=given,
@@ -142,9 +144,9 @@ class HunyuanVideoTransformer3DModel(nn.Module):
                 tokens=slice(self.tokens.share(num_tokens)),
             ),
             num_tokens=num_tokens,
-            signal=lambda _, tokens: cast(DualStreamBlock, self.transformer_blocks[0]).modulated(tokens, video_temb),
+            signal=lambda _, tokens: cast(DualStreamBlock, self.transformer_blocks[0]).modulated(tokens, video_step),
         )
-        return self.unpatchify(self.tokens.gather(self.proj_out(self.norm_out(hidden_states, temb)), num_tokens), grid)
+        return self.unpatchify(self.tokens.gather(self.proj_out(self.norm_out(hidden_states, step)), num_tokens), grid)
 
     def patch_grid(self, latents: Tensor) -> tuple[int, int, int]:
         """Patches of [B, C, T, H, W] along time, height and width."""

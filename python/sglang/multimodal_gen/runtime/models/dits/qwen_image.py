@@ -32,6 +32,7 @@ from sglang.multimodal_gen.runtime.layers.modulation import (
 )
 from sglang.multimodal_gen.runtime.layers.norm import RMSNorm
 from sglang.multimodal_gen.runtime.layers.rotary import grid_positions, rotary_table
+from sglang.multimodal_gen.runtime.layers.step_embedding import StepEmbedding, StepTable
 from sglang.multimodal_gen.runtime.layers.stream_blocks import Stream, joint_update
 from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 
@@ -71,30 +72,50 @@ class QwenImageTransformerBlock(nn.Module):
         self.img_mlp = FeedForward(dim, _MLP_RATIO * dim, dim, axis=axis)
         self.txt_mlp = FeedForward(dim, _MLP_RATIO * dim, dim, axis=axis)
 
+    @property
+    def step_width(self) -> int:
+        """See Modulated."""
+        return sum(layer.out_features for layer in self._step_layers())
+
+    def step_values(self, temb: Tensor) -> Tensor:
+        """See Modulated."""
+        return torch.cat((self.img_mod(temb), self.txt_mod(temb)), dim=1)
+
+    def _step_layers(self) -> tuple[nn.Linear, nn.Linear]:
+        return cast(nn.Linear, self.img_mod[1]), cast(nn.Linear, self.txt_mod[1])
+
     def image_modulations(
-        self, temb: Tensor, num_noise_tokens: int | None
+        self, step: StepEmbedding, num_noise_tokens: int | None
     ) -> tuple[Modulation | PartedModulation, Modulation | PartedModulation]:
         """Those of the image's attention and MLP; see `forward`."""
-        attn_mod, mlp_mod = (_parted(mod, num_noise_tokens) for mod in modulations_of(self.img_mod(temb), 2))
+        of_image, _ = step.divided(*self._step_layers())
+        values = self.img_mod(of_image.temb) if of_image.values is None else of_image.values
+        attn_mod, mlp_mod = (_parted(mod, num_noise_tokens) for mod in modulations_of(values, 2))
+        return attn_mod, mlp_mod
+
+    def text_modulations(self, step: StepEmbedding) -> tuple[Modulation, Modulation]:
+        """Those of the text's attention and MLP."""
+        _, of_text = step.divided(*self._step_layers())
+        values = self.txt_mod(of_text.temb) if of_text.values is None else of_text.values
+        attn_mod, mlp_mod = modulations_of(values, 2)
         return attn_mod, mlp_mod
 
     def forward(
         self,
         hidden_states: Tensor,
         text: Tensor,
-        temb: Tensor,
+        step: StepEmbedding,
         freqs_cis: Tensor,
         mask: Tensor | None = None,
         *,
         num_noise_tokens: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """[B, S, D], [B, L, D], [B, D], the table and mask [B, 1, 1, L + S] of both -> [B, S, D], [B, L, D].
+        """[B, S, D], [B, L, D], the step, the table and mask [B, 1, 1, L + S] of both -> [B, S, D], [B, L, D].
 
-        With `num_noise_tokens`, `temb` has B further rows, for the image tokens behind so many.
+        With `num_noise_tokens`, the step has B further rows, for the image tokens behind so many.
         """
-        num_rows = text.shape[0]
-        attn_mod, mlp_mod = self.image_modulations(temb, num_noise_tokens)
-        text_attn_mod, text_mlp_mod = modulations_of(self.txt_mod(temb[:num_rows]), 2)
+        attn_mod, mlp_mod = self.image_modulations(step, num_noise_tokens)
+        text_attn_mod, text_mlp_mod = self.text_modulations(step.at(slice(text.shape[0])))
         return joint_update(
             self.attn,
             Stream(hidden_states, attn_mod, mlp_mod, self.img_mlp),
@@ -138,6 +159,11 @@ class QwenImageTransformer2DModel(nn.Module):
         )
         self.norm_out = AdaLayerNormContinuous(dim, dim, eps=_EPS)
         self.proj_out = ReplicatedLinear(dim, config.num_output_channels)
+        self.step_table = StepTable(dim, self.transformer_blocks, [self.norm_out])
+
+    def embed_steps(self, timestep: Tensor) -> Tensor:
+        """What forwards make of timesteps [T], as `embedded`: [T, V] fp32."""
+        return self.step_table.rows(self.time_text_embed(timestep, self.proj_out.weight.dtype))
 
     def forward(
         self,
@@ -146,10 +172,13 @@ class QwenImageTransformer2DModel(nn.Module):
         encoder_hidden_states: Tensor,
         image_shapes: ImageShapes,
         text_lengths: Sequence[int] | None = None,
+        embedded: Tensor | None = None,
     ) -> Tensor:
         """Tokens [B, S, C], timesteps [B] in 0 … 1000, text [B, L, D_text] -> velocity [B, S, C_out].
 
         `image_shapes` are those of every row, S tokens in all. What lies behind a row's `text_lengths` is padding.
+        `embedded` [B, V] is what `embed_steps` made of the timesteps, which are not looked at then; with `zero_cond_t`
+        [2·B, V], the second half for timestep 0.
         """
         num_text, num_image = encoder_hidden_states.shape[1], hidden_states.shape[1]
         assert sum(map(prod, image_shapes)) == num_image, "the shapes are those of the tokens"
@@ -162,20 +191,25 @@ class QwenImageTransformer2DModel(nn.Module):
             # The pictures that the image is made from are without noise.
             num_noise_tokens = self.tokens.num_held(prod(image_shapes[0]), num_image)
             timestep = torch.cat((timestep, torch.zeros_like(timestep)))
-        temb = self.time_text_embed(timestep, hidden_states.dtype)
+        step, last_step = self.step_table.embeddings(
+            embedded, lambda: self.time_text_embed(timestep, hidden_states.dtype), hidden_states.dtype
+        )
         text = self.txt_in(self.txt_norm(self.tokens.deal(encoder_hidden_states)))
         first_block = cast(QwenImageTransformerBlock, self.transformer_blocks[0])
         hidden_states = self.block_runner.run(
             (self.img_in(self.tokens.deal(hidden_states)), text),
             BlockRun(
                 blocks=self.transformer_blocks,
-                given=(temb, freqs_cis, mask),
+                given=(step, freqs_cis, mask),
                 named={"num_noise_tokens": num_noise_tokens},
             ),
             num_tokens=num_image,
-            signal=lambda _, tokens: first_block.image_modulations(temb, num_noise_tokens)[0].normed(tokens),
+            signal=lambda _, tokens: first_block.image_modulations(step.of_layer(0), num_noise_tokens)[0].normed(
+                tokens
+            ),
         )
-        return self.tokens.gather(self.proj_out(self.norm_out(hidden_states, temb[: text.shape[0]])), num_image)
+        last_step = last_step.at(slice(hidden_states.shape[0]))
+        return self.tokens.gather(self.proj_out(self.norm_out(hidden_states, last_step)), num_image)
 
 
 def joint_table(

@@ -24,6 +24,7 @@ from sglang.multimodal_gen.runtime.layers.joint_attention import JointAttention,
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.mlp import FeedForward
 from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormContinuous, AdaLayerNormZero
+from sglang.multimodal_gen.runtime.layers.step_embedding import StepEmbedding, StepTable
 from sglang.multimodal_gen.runtime.layers.stream_blocks import Stream
 from sglang.multimodal_gen.runtime.layers.table_cache import row_index
 
@@ -74,18 +75,31 @@ class JointTransformerBlock(nn.Module):
         if not last:
             self.ff_context = FeedForward(dim, _MLP_RATIO * dim, dim, axis=axis)
 
-    def modulated(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        """What the attention sees of the image: [B, S, D], [B, D] -> [B, S, D]."""
-        return self.norm1(temb)[0].normed(hidden_states)
+    @property
+    def step_width(self) -> int:
+        """See Modulated."""
+        return self.norm1.step_width + self.norm1_context.step_width
 
-    def forward(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, S, D], [B, L, D], [B, D] -> [B, S, D], [B, L, D]."""
-        attn_mod, mlp_mod, *dual_mod = self.norm1(temb)
+    def step_values(self, temb: Tensor) -> Tensor:
+        """See Modulated."""
+        return torch.cat((self.norm1.step_values(temb), self.norm1_context.step_values(temb)), dim=1)
+
+    def modulated(self, hidden_states: Tensor, step: StepEmbedding) -> Tensor:
+        """What the attention sees of the image: [B, S, D], the step for this block -> [B, S, D]."""
+        of_image, _ = step.divided(self.norm1.linear, self.norm1_context.linear)
+        return self.norm1(of_image)[0].normed(hidden_states)
+
+    def forward(self, hidden_states: Tensor, text: Tensor, step: StepEmbedding) -> tuple[Tensor, Tensor]:
+        """[B, S, D], [B, L, D], the step for this block -> [B, S, D], [B, L, D]."""
+        step, text_step = step.divided(self.norm1.linear, self.norm1_context.linear)
+        attn_mod, mlp_mod, *dual_mod = self.norm1(step)
         image = Stream(hidden_states, attn_mod, mlp_mod, self.ff)
         if isinstance(self.norm1_context, AdaLayerNormContinuous):
-            of_image, _ = self.attn.joint_forward(attn_mod.normed(hidden_states), self.norm1_context(text, temb), None)
+            of_image, _ = self.attn.joint_forward(
+                attn_mod.normed(hidden_states), self.norm1_context(text, text_step), None
+            )
         else:
-            text_attn, text_mlp = self.norm1_context(temb)
+            text_attn, text_mlp = self.norm1_context(text_step)
             text_stream = Stream(text, text_attn, text_mlp, self.ff_context)
             normed_text = text_attn.normed(text)
             of_image, of_text = self.attn.joint_forward(attn_mod.normed(hidden_states), normed_text, None)
@@ -132,6 +146,11 @@ class SD3Transformer2DModel(nn.Module):
         )
         self.norm_out = AdaLayerNormContinuous(dim, dim)
         self.proj_out = ReplicatedLinear(dim, patch_size**2 * config.num_output_channels)
+        self.step_table = StepTable(dim, self.transformer_blocks, [self.norm_out])
+
+    def embed_steps(self, timestep: Tensor, pooled_projections: Tensor) -> Tensor:
+        """What forwards make of timesteps [T] and pooled text [T, P], as `embedded`: [T, V] fp32."""
+        return self.step_table.rows(self.time_text_embed(timestep, pooled_projections))
 
     def forward(
         self,
@@ -140,27 +159,32 @@ class SD3Transformer2DModel(nn.Module):
         encoder_hidden_states: Tensor,
         pooled_projections: Tensor,
         skip_layers: Sequence[Collection[int]] = (),
+        embedded: Tensor | None = None,
     ) -> Tensor:
         """Latents [B, C, H, W], timesteps [B] in 0 … 1000, text [B, L, D_text], pooled [B, P] -> [B, C_out, H, W].
 
         `skip_layers`: for each row the blocks that it does not pass; empty when every row passes all of them.
+        `embedded` [B, V] is what `embed_steps` made of timesteps and pooled text, which are not looked at then.
 
         Raises:
             InvalidRequest: the latents do not divide into patches, or exceed the position table.
         """
         grid = self.patch_grid(hidden_states)
-        temb = self.time_text_embed(timestep, pooled_projections)
+        step, last_step = self.step_table.embeddings(
+            embedded, lambda: self.time_text_embed(timestep, pooled_projections), hidden_states.dtype
+        )
         text = self.context_embedder(encoder_hidden_states)
         num_tokens = grid[0] * grid[1]
         self.tokens.begin(num_tokens, text.shape[1])
-        given = (temb, PerRow(skip_layers or [()] * len(temb)))
+        given = (step, PerRow(skip_layers or [()] * len(text)))
+        first_block = cast(JointTransformerBlock, self.transformer_blocks[0])
         hidden_states = self.block_runner.run(
             (self.tokens.deal(self.pos_embed(hidden_states)), self.tokens.deal(text)),
             BlockRun(blocks=self.transformer_blocks, given=given, call=_call_passed),
             num_tokens=num_tokens,
-            signal=lambda _, tokens: cast(JointTransformerBlock, self.transformer_blocks[0]).modulated(tokens, temb),
+            signal=lambda _, tokens: first_block.modulated(tokens, step.of_layer(0)),
         )
-        tokens = self.tokens.gather(self.proj_out(self.norm_out(hidden_states, temb)), num_tokens)
+        tokens = self.tokens.gather(self.proj_out(self.norm_out(hidden_states, last_step)), num_tokens)
         return self.unpatchify(tokens, grid)
 
     def patch_grid(self, latents: Tensor) -> tuple[int, int]:
@@ -181,17 +205,18 @@ class SD3Transformer2DModel(nn.Module):
 
 
 def _call_passed(
-    layer: int, block: nn.Module, streams: Streams, temb: Tensor, skip_layers: Sequence[Collection[int]]
+    layer: int, block: nn.Module, streams: Streams, step: StepEmbedding, skip_layers: Sequence[Collection[int]]
 ) -> Streams:
     """The streams behind a block, which those rows do not pass that leave it out."""
+    step = step.of_layer(layer)
     passing = [row for row, skipped in enumerate(skip_layers) if layer not in skipped]
     if len(passing) == len(skip_layers):
-        hidden_states, text = block(*streams, temb)
+        hidden_states, text = block(*streams, step)
         return hidden_states, text
     if not passing:
         return streams
     # Rows are taken out rather than masked, so that a row that skips costs nothing here.
-    rows = row_index(passing, temb.device)
+    rows = row_index(passing, step.temb.device)
     with cast(JointTransformerBlock, block).adapters.only(passing):
-        changed = block(*(stream[rows] for stream in streams), temb[rows])
+        changed = block(*(stream[rows] for stream in streams), step.at(rows))
     return tuple(stream.index_copy(0, rows, part) for stream, part in zip(streams, changed, strict=True))

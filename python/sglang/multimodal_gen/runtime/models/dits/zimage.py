@@ -30,6 +30,7 @@ from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.mlp import SwiGLU
 from sglang.multimodal_gen.runtime.layers.norm import RMSNorm
 from sglang.multimodal_gen.runtime.layers.rotary import grid_positions, rotary_table
+from sglang.multimodal_gen.runtime.layers.step_embedding import StepEmbedding, StepTable
 from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 
 TOKEN_MULTIPLE = 32
@@ -146,26 +147,36 @@ class ZImageTransformerBlock(nn.Module):
             self.adaLN_modulation = nn.Sequential(ReplicatedLinear(min(dim, _MODULATION_SIZE), 4 * dim))
 
     def forward(
-        self, hidden_states: Tensor, freqs_cis: Tensor, mask: Tensor | None, temb: Tensor | None = None
+        self, hidden_states: Tensor, freqs_cis: Tensor, mask: Tensor | None, step: StepEmbedding | None = None
     ) -> Tensor:
-        """[B, S, D], the table and mask of its tokens, the timestep [B, M] if modulated -> [B, S, D]."""
-        attn_scale, attn_gate, mlp_scale, mlp_gate = self._modulation(temb)
+        """[B, S, D], the table and mask of its tokens, the step for this block if modulated -> [B, S, D]."""
+        attn_scale, attn_gate, mlp_scale, mlp_gate = self._modulation(step)
         update = self.attention(self.attention_norm1(hidden_states, attn_scale), freqs_cis, mask)
         hidden_states, normed = self.attention_norm2.add_normed_and_norm(
             hidden_states, update, attn_gate, self.ffn_norm1, mlp_scale
         )
         return self.ffn_norm2.add_normed(hidden_states, self.feed_forward(normed), mlp_gate)
 
-    def modulated(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        """What its attention sees: [B, S, D], [B, M] -> [B, S, D]."""
-        return self.attention_norm1(hidden_states, self._modulation(temb)[0])
+    def modulated(self, hidden_states: Tensor, step: StepEmbedding) -> Tensor:
+        """What its attention sees: [B, S, D], the step for this block -> [B, S, D]."""
+        return self.attention_norm1(hidden_states, self._modulation(step)[0])
 
-    def _modulation(self, temb: Tensor | None) -> tuple[Tensor | None, ...]:
+    @property
+    def step_width(self) -> int:
+        """See Modulated."""
+        return cast(nn.Linear, self.adaLN_modulation[0]).out_features
+
+    def step_values(self, temb: Tensor) -> Tensor:
+        """See Modulated: scale and gate of attention and MLP side by side, ready for use."""
+        attn_scale, attn_gate, mlp_scale, mlp_gate = self.adaLN_modulation(temb).float().chunk(4, dim=-1)
+        return torch.cat((1 + attn_scale, attn_gate.tanh(), 1 + mlp_scale, mlp_gate.tanh()), dim=1)
+
+    def _modulation(self, step: StepEmbedding | None) -> tuple[Tensor | None, ...]:
         """Scale and gate of attention and MLP, [B, 1, D] each in fp32; all None without modulation."""
-        if temb is None:
+        if step is None:
             return None, None, None, None
-        attn_scale, attn_gate, mlp_scale, mlp_gate = self.adaLN_modulation(temb).float().unsqueeze(1).chunk(4, dim=-1)
-        return 1 + attn_scale, attn_gate.tanh(), 1 + mlp_scale, mlp_gate.tanh()
+        values = self.step_values(step.temb) if step.values is None else step.values
+        return values.unsqueeze(1).chunk(4, dim=-1)
 
 
 class FinalLayer(nn.Module):
@@ -178,10 +189,19 @@ class FinalLayer(nn.Module):
             nn.SiLU(), ReplicatedLinear(min(config.dim, _MODULATION_SIZE), config.dim)
         )
 
-    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        """[B, S, D], [B, M] -> [B, S, 4·C]."""
-        scale = self.adaLN_modulation(temb).float().unsqueeze(1)
-        return self.linear(sum_norm(hidden_states, scale=scale)[1])
+    @property
+    def step_width(self) -> int:
+        """See Modulated."""
+        return cast(nn.Linear, self.adaLN_modulation[1]).out_features
+
+    def step_values(self, temb: Tensor) -> Tensor:
+        """See Modulated."""
+        return self.adaLN_modulation(temb)
+
+    def forward(self, hidden_states: Tensor, step: StepEmbedding) -> Tensor:
+        """[B, S, D], the step -> [B, S, 4·C]."""
+        values = self.step_values(step.temb) if step.values is None else step.values
+        return self.linear(sum_norm(hidden_states, scale=values.float().unsqueeze(1))[1])
 
 
 class ZImageTransformer2DModel(nn.Module):
@@ -223,42 +243,62 @@ class ZImageTransformer2DModel(nn.Module):
         self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
         self.layers = blocks(config.n_layers)
+        (final_layer,) = self.all_final_layer.values()
+        self.step_table = StepTable(
+            min(config.dim, _MODULATION_SIZE), self.noise_refiner, self.layers, [cast(FinalLayer, final_layer)]
+        )
+
+    def embed_steps(self, timestep: Tensor) -> Tensor:
+        """What forwards make of timesteps [T], as `embedded`: [T, V] fp32."""
+        return self.step_table.rows(self._embed(timestep, self.x_pad_token.dtype))
+
+    def _embed(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.t_embedder(timestep * self.config.t_scale).to(dtype)
 
     def forward(
-        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_lengths: Sequence[int]
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_lengths: Sequence[int],
+        embedded: Tensor | None = None,
     ) -> Tensor:
         """Latents [B, C, T, H, W], timesteps [B] from 0 (noise) to 1 (data) -> velocity [B, C, T, H, W].
 
         Captions [B, L, cap_feat_dim]: row b has `text_lengths[b]` tokens, at least one; what lies behind is not read.
+        `embedded` [B, V] is what `embed_steps` made of the timesteps, which are not looked at then.
 
         Raises:
             InvalidRequest: the latents do not divide into patches, or they or a caption have no positions.
         """
         grid = self.patch_grid(hidden_states)
         layout = self._layout(grid, text_lengths, hidden_states.device)
-        temb = self.t_embedder(timestep * self.config.t_scale).to(hidden_states.dtype)
+        refiner_step, step, last_step = self.step_table.embeddings(
+            embedded, lambda: self._embed(timestep, hidden_states.dtype), hidden_states.dtype
+        )
         (embed,), (final_layer,) = self.all_x_embedder.values(), self.all_final_layer.values()
         image = self._padded_image(embed(self.patchify(hidden_states)), layout.num_image_tokens)
         self.tokens.begin(layout.num_image_tokens)
         image, image_table = self.tokens.deal(image), self.tokens.deal(layout.image_table)
-        for block in self.noise_refiner:
-            image = block(image, image_table, None, temb)
+        for layer, block in enumerate(self.noise_refiner):
+            image = block(image, image_table, None, refiner_step.of_layer(layer))
         caption = self._caption(encoder_hidden_states, text_lengths)
         for block in self.context_refiner:
             caption = block(caption, layout.caption_table, layout.caption_mask)
         self.tokens.begin(layout.num_image_tokens, caption.shape[1])
         table = self.tokens.deal_joined(layout.table)
+        first_block = cast(ZImageTransformerBlock, self.layers[0])
         image = self.block_runner.run(
             (torch.cat((image, self.tokens.deal(caption)), dim=1),),
             BlockRun(
                 blocks=self.layers,
-                given=(table, layout.joint_mask, temb),
+                given=(table, layout.joint_mask, step),
                 tokens=slice(image.shape[1]),
             ),
             num_tokens=layout.num_image_tokens,
-            signal=lambda _, tokens: cast(ZImageTransformerBlock, self.layers[0]).modulated(tokens, temb),
+            signal=lambda _, tokens: first_block.modulated(tokens, step.of_layer(0)),
         )
-        return self.unpatchify(self.tokens.gather(final_layer(image, temb), grid[0] * grid[1] * grid[2]), grid)
+        return self.unpatchify(self.tokens.gather(final_layer(image, last_step), grid[0] * grid[1] * grid[2]), grid)
 
     def _layout(self, grid: tuple[int, int, int], text_lengths: Sequence[int], device: torch.device) -> TokenLayout:
         lengths = tuple(padded_length(length) for length in text_lengths)
