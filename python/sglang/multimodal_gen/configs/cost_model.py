@@ -70,6 +70,9 @@ HARDWARE = {hardware.name: hardware for hardware in (H100, H200)}
 # Ulysses exchanges queries, keys and values of so many tokens a rank at once, and those of more one after the other,
 # while the next are projected: 2,304 tokens wait for the host, 16,380 for the exchange (two H100).
 MOST_PACKED_TOKENS = 8192
+STEPS_AHEAD = 16
+"""Steps of a request for which what a transformer makes of them is computed at once: on a GPU that takes as long as for
+one, since it is the weights that have to be read."""
 # Forwards of so many tokens of all rows on one rank are begun as CUDA graphs: above, computing takes far longer than
 # beginning, and the memory that graphs keep is missed elsewhere. A picture of 1024x1024 has 4,608 of them.
 MOST_GRAPHED_TOKENS = 12_288
@@ -236,7 +239,7 @@ def _compute_s(run: BlockRun, shape: TransformerShape, share: _Share, hardware: 
     traffic *= 1 - HEADS_SHARE_OF_TRAFFIC + HEADS_SHARE_OF_TRAFFIC / layout.tp
     if layout.tp > 1:  # where image crosses with text, the keys of one norm are of the text
         traffic += (run.norm_sums - run.crosses) * channel_tokens * shape.width / layout.tp * NORM_SUM_TRAFFIC
-    traffic += run.sample_weights * HALF_PRECISION_BYTES
+    traffic += run.sample_weights * HALF_PRECISION_BYTES / STEPS_AHEAD
     if layout.ring > 1:
         merged = sum(share.tokens(segment) for segment in run.attentions) * shape.width / layout.tp
         traffic += (layout.ring - 1) * merged * RING_MERGE_TRAFFIC

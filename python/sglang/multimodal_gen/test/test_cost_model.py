@@ -227,7 +227,7 @@ def test_kernels_and_traffic_of_a_block_are_as_declared(hub_id: str, monkeypatch
         config = dataclasses.replace(published, **layers)
         module = _as_loaded(native, config)
         draw = Drawing(torch.device("meta"), torch.bfloat16)
-        inputs = workload.inputs({**configs, "transformer": config}, size, draw)
+        inputs = workload.prepared(module, workload.inputs({**configs, "transformer": config}, size, draw))
         for layer in module.modules():  # what an exchange does not take apart
             if isinstance(layer, SwiGLU):
                 layer.join_projections()

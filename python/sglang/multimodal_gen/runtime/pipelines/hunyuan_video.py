@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sglang.multimodal_gen.configs.model_info import STARTS_FROM_A_CLIP, TaskLimits
 from sglang.multimodal_gen.configs.models.base import ModelConfig
-from sglang.multimodal_gen.configs.models.dits.hunyuan_video import HunyuanVideoTransformerConfig
+from sglang.multimodal_gen.configs.models.dits.hunyuan_video import TOKEN_REPLACE, HunyuanVideoTransformerConfig
 from sglang.multimodal_gen.configs.models.encoders import CLIPTextConfig
 from sglang.multimodal_gen.configs.models.vaes.hunyuan_video import HunyuanVideoVAEConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
@@ -59,12 +59,29 @@ class HunyuanVideoDenoiser(Denoiser):
     def predict(self, rows: Sequence[Row]) -> Sequence[Tensor]:
         """See Denoiser."""
         text, lengths = self.stacked_text(rows)
-        guidance = None
-        if self.transformer.config.guidance_embeds:
-            guidance = self.numbers([_THOUSAND * guidance_scale(row.req.params) for row in rows])
+        is_told_more = self.transformer.config.image_condition_type == TOKEN_REPLACE
         return self.transformer(
-            self.model_input(rows), self.timesteps(rows), text, lengths, self.stacked_pooled(rows), guidance
+            self.model_input(rows),
+            self.timesteps(rows),
+            text,
+            lengths,
+            self.stacked_pooled(rows),
+            self.guidance(rows),
+            None if is_told_more else self.embedded(rows),
         )
+
+    def embed_steps(self, row: Row, timesteps: Sequence[float]) -> Tensor:
+        """See Denoiser."""
+        assert row.text.pooled is not None, "CLIP's"
+        count = len(timesteps)
+        guidance = self.guidance([row] * count)
+        return self.transformer.embed_steps(self.numbers(timesteps), row.text.pooled.expand(count, -1), guidance)
+
+    def guidance(self, rows: Sequence[Row]) -> Tensor | None:
+        """Each row's scale times 1000, for models that are told it."""
+        if not self.transformer.config.guidance_embeds:
+            return None
+        return self.numbers([_THOUSAND * guidance_scale(row.req.params) for row in rows])
 
     def model_input(self, rows: Sequence[Row]) -> Tensor:
         """What the transformer sees of the latents and beside them: [B, C_in, T, H, W]."""

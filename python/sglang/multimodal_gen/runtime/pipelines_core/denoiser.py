@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.configs.cost_model import STEPS_AHEAD
 from sglang.multimodal_gen.runtime.cache.rules import CachedRow
 from sglang.multimodal_gen.runtime.layers.block_runner import BlockRunner
 from sglang.multimodal_gen.runtime.layers.host_weights import compute_device, has_its_weights
@@ -19,9 +20,6 @@ from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import EmbeddedSteps, Req, TextCondition
 
-STEPS_AHEAD = 16
-"""Of a request, for which what a transformer makes of them is computed at once. On a GPU that takes as long as for one,
-since it is the weights that have to be read."""
 _FP32_BYTES = 4
 
 

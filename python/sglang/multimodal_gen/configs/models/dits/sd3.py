@@ -135,7 +135,7 @@ class SD3TransformerConfig(TransformerConfig):
             other_parameters=30 * dim,
             attentions=("joint", "image") if attends_twice else ("joint",),
             sums=sums,
-            launches=27 + (7 if attends_twice else 0),
+            launches=21 + (7 if attends_twice else 0),
             launches_apart=4 + (2 if attends_twice else 0),
             traffic=30 + (18 if attends_twice else 0),
         )

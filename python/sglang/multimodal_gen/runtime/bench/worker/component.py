@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.configs.cost_model import STEPS_AHEAD
 from sglang.multimodal_gen.configs.memory_plan import TRANSFORMERS
 from sglang.multimodal_gen.configs.quantization_args import QuantizationArgs
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
@@ -45,7 +46,6 @@ from sglang.multimodal_gen.runtime.layers.host_weights import has_its_weights
 from sglang.multimodal_gen.runtime.loader.component_loader import LoadContext, weight_totals
 from sglang.multimodal_gen.runtime.loader.quantization_wishes import describe_quantization, explain_quantization
 from sglang.multimodal_gen.runtime.observability.logging_setup import configure_logging
-from sglang.multimodal_gen.runtime.pipelines_core.denoiser import STEPS_AHEAD
 from sglang.multimodal_gen.runtime.pipelines_core.memory import free_bytes, limit_memory
 from sglang.multimodal_gen.runtime.pipelines_core.memory_meter import meter_for
 from sglang.multimodal_gen.runtime.pipelines_core.residency import components_on_host, settle_weights

@@ -96,7 +96,6 @@ class FluxTransformer2DModel(nn.Module):
         num_text_tokens, num_tokens = text.shape[1], hidden_states.shape[1]
         self.tokens.begin(num_text_tokens, num_tokens)
         freqs_cis, text = self.tokens.deal_joined(freqs_cis), self.tokens.deal(text)
-        first_block = cast(DualStreamBlock, self.transformer_blocks[0])
         hidden_states = self.block_runner.run(
             (self.x_embedder(self.tokens.deal(hidden_states)), text),
             BlockRun(blocks=self.transformer_blocks, given=(step, freqs_cis)),
@@ -107,6 +106,8 @@ class FluxTransformer2DModel(nn.Module):
                 tokens=slice(text.shape[1], None),
             ),
             num_tokens=num_tokens,
-            signal=lambda _, tokens: first_block.modulated(tokens, step.of_layer(0)),
+            signal=lambda _, tokens: cast(DualStreamBlock, self.transformer_blocks[0]).modulated(
+                tokens, step.of_layer(0)
+            ),
         )
         return self.tokens.gather(self.proj_out(self.norm_out(hidden_states, last_step)), num_tokens)

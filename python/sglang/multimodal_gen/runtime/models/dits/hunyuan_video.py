@@ -25,7 +25,7 @@ from sglang.multimodal_gen.runtime.layers.embeddings import TimestepTextEmbeddin
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormContinuous, PartedEmbedding
 from sglang.multimodal_gen.runtime.layers.rotary import grid_positions, rotary_table
-from sglang.multimodal_gen.runtime.layers.step_embedding import StepEmbedding
+from sglang.multimodal_gen.runtime.layers.step_embedding import StepEmbedding, StepTable
 from sglang.multimodal_gen.runtime.layers.stream_blocks import DualStreamBlock, SingleStreamBlock
 from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 from sglang.multimodal_gen.runtime.layers.token_refiner import TokenRefiner
@@ -99,6 +99,11 @@ class HunyuanVideoTransformer3DModel(nn.Module):
         )
         self.norm_out = AdaLayerNormContinuous(dim, dim)
         self.proj_out = ReplicatedLinear(dim, math.prod(config.patch) * config.num_output_channels)
+        self.step_table = StepTable(dim, self.transformer_blocks, self.single_transformer_blocks, [self.norm_out])
+
+    def embed_steps(self, timestep: Tensor, pooled_projections: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """What forwards make of timesteps [T], pooled text [T, P] and guidance [T], as `embedded`: [T, V] fp32."""
+        return self.step_table.rows(self.time_text_embed(timestep, pooled_projections, guidance))
 
     def forward(
         self,
@@ -108,11 +113,13 @@ class HunyuanVideoTransformer3DModel(nn.Module):
         text_lengths: Sequence[int],
         pooled_projections: Tensor,
         guidance: Tensor | None = None,
+        embedded: Tensor | None = None,
     ) -> Tensor:
         """Latents [B, C, T, H, W], timesteps [B] in 0 … 1000 -> velocity [B, C_out, T, H, W].
 
         Text [B, L, text_embed_dim], of which row b has `text_lengths[b]` tokens and then padding; pooled text
-        [B, pooled_projection_dim]; `guidance` [B] is the scale times 1000, for models that are told it.
+        [B, pooled_projection_dim]; `guidance` [B] is the scale times 1000, for models that are told it. `embedded`
+        [B, V] is what `embed_steps` made of the rows' steps; models that are given the first frame take none.
 
         Raises:
             InvalidRequest: the latents do not divide into patches.
@@ -125,28 +132,37 @@ class HunyuanVideoTransformer3DModel(nn.Module):
         self.tokens.begin(num_tokens, num_text_tokens)
         freqs_cis = with_unrotated(self.rotary_table(grid, hidden_states.device), num_text_tokens)
         freqs_cis = self.tokens.deal_joined(freqs_cis)
-        temb = self.time_text_embed(timestep, pooled_projections, guidance)
-        step = StepEmbedding(temb)
-        video_step: StepEmbedding | PartedEmbedding = step
+        step, single_step, last_step = self.step_table.embeddings(
+            embedded, lambda: self.time_text_embed(timestep, pooled_projections, guidance), hidden_states.dtype
+        )
+        parted: PartedEmbedding | None = None
         if self.config.image_condition_type == TOKEN_REPLACE:
             first_frame = self.time_text_embed.first_frame(timestep, pooled_projections)
             size = self.tokens.num_held(num_tokens // grid[0], num_tokens)
-            video_step = PartedEmbedding(first_frame, temb, size=size)
+            parted = PartedEmbedding(first_frame, step.temb, size=size)
         text = self.tokens.deal(self.context_embedder(text, timestep, text_mask))
-        given = (video_step, freqs_cis, mask)
         hidden_states = self.block_runner.run(
             (self.tokens.deal(self.x_embedder(hidden_states)), text),
-            BlockRun(blocks=self.transformer_blocks, given=given, named={"text_step": step}),
+            BlockRun(
+                blocks=self.transformer_blocks,
+                given=(parted or step, freqs_cis, mask),
+                named={"text_step": step if parted else None},
+            ),
             BlockRun(
                 blocks=self.single_transformer_blocks,
-                given=given,
+                given=(parted or single_step, freqs_cis, mask),
                 enter=lambda streams: (torch.cat(streams, dim=1),),
                 tokens=slice(self.tokens.share(num_tokens)),
             ),
             num_tokens=num_tokens,
-            signal=lambda _, tokens: cast(DualStreamBlock, self.transformer_blocks[0]).modulated(tokens, video_step),
+            signal=lambda _, tokens: self._first_modulated(tokens, parted or step),
         )
-        return self.unpatchify(self.tokens.gather(self.proj_out(self.norm_out(hidden_states, step)), num_tokens), grid)
+        tokens = self.tokens.gather(self.proj_out(self.norm_out(hidden_states, last_step)), num_tokens)
+        return self.unpatchify(tokens, grid)
+
+    def _first_modulated(self, tokens: Tensor, step: StepEmbedding | PartedEmbedding) -> Tensor:
+        block = cast(DualStreamBlock, self.transformer_blocks[0])
+        return block.modulated(tokens, step.of_layer(0) if isinstance(step, StepEmbedding) else step)
 
     def patch_grid(self, latents: Tensor) -> tuple[int, int, int]:
         """Patches of [B, C, T, H, W] along time, height and width."""
