@@ -17,6 +17,12 @@ class SpeedArgs:
         "table of this GPU, which later starts read; a request's kernels never change while it runs.",
         group="execution",
     )
+    enable_gemm_autotune: bool = arg(
+        True,
+        help="On one GPU, time the algorithms of a large matrix product when its shape is first met, and remember the "
+        "fastest in a table of this GPU, which later starts read; not with `deterministic`.",
+        group="execution",
+    )
     enable_torch_compile: bool = arg(
         False,
         help="Compile the transformer's repeated blocks with torch's compiler, once for each kind of block; the first "

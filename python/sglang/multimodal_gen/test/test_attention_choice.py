@@ -30,13 +30,12 @@ from sglang.multimodal_gen.runtime.layers.attention.choice_table import (
     AttentionShape,
     ChoiceTable,
     TableEntry,
+    attention_file,
     identity_of,
     merge_into_table,
     ranked,
     read_table,
-    table_path,
     token_bucket,
-    write_table,
 )
 from sglang.multimodal_gen.runtime.layers.attention.dispatch import KernelSelector
 from sglang.multimodal_gen.runtime.layers.attention.kernels import TorchReference
@@ -150,14 +149,13 @@ def test_who_asks_for_a_kernel_gets_it_whatever_the_table_says() -> None:
 
 
 def test_the_file_survives_writing_merging_and_reading(cache: Path) -> None:
-    identity = identity_of(CPU)
-    path = table_path(cache, identity)
-    assert read_table(path, identity) == ((), "")
+    file = attention_file(cache, identity_of(CPU))
+    assert read_table(file) == ((), "")
     other = entry("torch_sdpa", at=shape(queries=100))
-    write_table(path, identity, [entry("torch_sdpa")])
-    merge_into_table(path, identity, [entry("torch_reference"), other])
-    assert read_table(path, identity) == ((entry("torch_reference"), other), "")
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    file.write([entry("torch_sdpa")])
+    merge_into_table(file, [entry("torch_reference"), other])
+    assert read_table(file) == ((entry("torch_reference"), other), "")
+    assert list(file.path.parent.iterdir()) == [file.path]
 
 
 @pytest.mark.parametrize(
@@ -173,19 +171,18 @@ def test_the_file_survives_writing_merging_and_reading(cache: Path) -> None:
 def test_a_corrupt_or_foreign_table_is_ignored_with_one_line(
     damage: Callable[[str], str], reason: str, cache: Path
 ) -> None:
-    identity = identity_of(CPU)
-    path = table_path(cache, identity)
-    write_table(path, identity, [entry("torch_sdpa")])
-    path.write_text(damage(path.read_text()))
+    file = attention_file(cache, identity_of(CPU))
+    file.write([entry("torch_sdpa")])
+    file.path.write_text(damage(file.path.read_text()))
     heard: list[str] = []
     found = read_choices(CPU, SINGLE, autotune=False, report=heard.append)
     assert found.table.entries == ()
     [line] = heard
-    assert path.name in line and reason in line
+    assert file.path.name in line and reason in line
 
 
 def test_every_rank_has_the_first_ones_table(cache: Path) -> None:
-    write_table(table_path(cache, identity_of(CPU)), identity_of(CPU), [entry("torch_reference")])
+    attention_file(cache, identity_of(CPU)).write([entry("torch_reference")])
     program = """
         import sys
         from pathlib import Path
@@ -293,7 +290,7 @@ def test_a_pipeline_uses_the_table_and_says_so(wan_checkpoint: Callable[[str], P
     assert choices is not None
     seen = [entry("torch_reference", at=shape) for shape, _ in choices.seen]
     assert {each.shape.queries == each.shape.keys for each in seen} == {True, False}, "self- and cross-attention"
-    write_table(table_path(cache, identity_of(CPU)), identity_of(CPU), seen)
+    attention_file(cache, identity_of(CPU)).write(seen)
     after: list[str] = []
     found, layers = latents(after)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -323,7 +320,7 @@ def test_the_benchmark_times_what_runs_and_saves_what_an_engine_reads(cache: Pat
         assert times["flops_per_second"] == pytest.approx(case["flops"] / times["seconds"]["median"])
         assert times["matmul_ratio"] == pytest.approx(times["flops_per_second"] / result["matmul_flops_per_second"])
     assert case["problems"]["fa3"] == "needs a CUDA device and this one is cpu"
-    assert Path(result["table"]) == table_path(cache, identity_of(CPU))
+    assert Path(result["table"]) == attention_file(cache, identity_of(CPU)).path
     [saved] = read_choices(CPU, SINGLE, autotune=False, report=print).table.entries
     assert saved.shape == shape(33, 7, masked=True) and saved.kernels[0] == case["chosen"]
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.runtime.layers.gemm_choice import chosen_product, usual_product
 from sglang.multimodal_gen.runtime.layers.quantization.products import (
     SCALE_NAME,
     Matrix,
@@ -150,8 +151,11 @@ def linear_gelu(hidden_states: Tensor, weight: Matrix, bias: Tensor | None) -> T
     if not isinstance(weight, Tensor):
         return F.gelu(weight.linear(hidden_states, bias=bias), approximate="tanh")
     if _serves(hidden_states) and bias is not None and hidden_states.dtype != torch.float32:
+        product = chosen_product(hidden_states, weight, bias, gelu=True)
+        if product is not None:
+            return product
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        return torch._addmm_activation(bias, flat, weight.t(), use_gelu=True).view(*hidden_states.shape[:-1], -1)
+        return usual_product(flat, weight, bias, gelu=True).view(*hidden_states.shape[:-1], -1)
     return F.gelu(F.linear(hidden_states, weight, bias), approximate="tanh")
 
 

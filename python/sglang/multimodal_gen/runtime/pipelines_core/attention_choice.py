@@ -15,10 +15,10 @@ from sglang.multimodal_gen.runtime.distributed.parallel_state import ParallelCon
 from sglang.multimodal_gen.runtime.layers.attention.choice_table import (
     ChoiceTable,
     TableEntry,
+    attention_file,
     identity_of,
     merge_into_table,
     read_table,
-    table_path,
 )
 from sglang.multimodal_gen.runtime.layers.attention.registry import device_facts
 from sglang.multimodal_gen.runtime.layers.attention.switch import choice_memory_of
@@ -37,14 +37,13 @@ def read_choices(
 ) -> ChoiceMemory:
     """The first rank's table, on every rank, who all ask at once. What is wrong with it is reported."""
     entries: tuple[TableEntry, ...] = ()
-    identity = identity_of(device)
-    path = table_path(envs.cache_root(), identity)
+    file = attention_file(envs.cache_root(), identity_of(device))
     if parallel.leads:
-        entries, problem = read_table(path, identity)
+        entries, problem = read_table(file)
         if problem:
             report(problem)
     entries = _handed_on(entries, parallel)
-    return ChoiceMemory(ChoiceTable(entries, origin=f"the table {path.name}"), notes_shapes=autotune)
+    return ChoiceMemory(ChoiceTable(entries, origin=f"the table {file.path.name}"), notes_shapes=autotune)
 
 
 def _handed_on(entries: Sequence[TableEntry], parallel: ParallelContext) -> tuple[TableEntry, ...]:
@@ -100,12 +99,11 @@ class AttentionTuner:
             forget_graphs(self._models)  # a graph has the kernels that it was captured with
 
     def _keep(self, entries: Sequence[TableEntry]) -> None:
-        identity = identity_of(self._device)
-        path = table_path(envs.cache_root(), identity)
+        file = attention_file(envs.cache_root(), identity_of(self._device))
         for entry in entries:
             times = ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in entry.seconds.items())
             logger.info("attention %s for %s: %s", entry.kernels[0], entry.shape, times)
         try:
-            merge_into_table(path, identity, entries)
+            merge_into_table(file, entries)
         except OSError as error:
-            logger.warning("the attention table %s cannot be written: %s", path.name, error.strerror)
+            logger.warning("the attention table %s cannot be written: %s", file.path.name, error.strerror)

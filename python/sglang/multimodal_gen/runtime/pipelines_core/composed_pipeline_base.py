@@ -40,6 +40,7 @@ from sglang.multimodal_gen.runtime.layers.attention.registry import device_facts
 from sglang.multimodal_gen.runtime.layers.attention.switch import explain_kernels
 from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerContext
 from sglang.multimodal_gen.runtime.layers.forward_graphs import forget_graphs
+from sglang.multimodal_gen.runtime.layers.gemm_choice import gemm_choices, use_gemm_choices
 from sglang.multimodal_gen.runtime.layers.strip_sharding import explain_strips
 from sglang.multimodal_gen.runtime.loader.component_loader import (
     Checkpoint,
@@ -343,6 +344,9 @@ class ComposedPipelineBase:
         facts, precision = device_facts(placement.device), placement.precision
         autotune = execution.enable_attention_backend_autotune
         memory = read_choices(placement.device, parallel, autotune=autotune, report=report)
+        measures = execution.enable_gemm_autotune and parallel.world.size == 1
+        of_products = gemm_choices(placement.device, envs.cache_root(), measures=measures, report=report)
+        use_gemm_choices(None if execution.deterministic else of_products)
         plan = partial(AttentionPlan.chosen, options=execution, facts=facts, precision=precision, memory=memory)
         return LoadContext(
             device=placement.device,

@@ -21,9 +21,9 @@ from sglang.multimodal_gen.runtime.bench.worker.flops import matmul_rate
 from sglang.multimodal_gen.runtime.bench.worker.reporting import Parent, failures_told, take_task, watch_parent
 from sglang.multimodal_gen.runtime.layers.attention.choice_table import (
     TableEntry,
+    attention_file,
     identity_of,
     merge_into_table,
-    table_path,
 )
 from sglang.multimodal_gen.runtime.layers.attention.dispatch import choose_kernel, obstacle
 from sglang.multimodal_gen.runtime.layers.attention.registry import KERNELS, device_facts, load_kernel
@@ -117,13 +117,12 @@ class AttentionBench:
             return None
 
     def _save(self) -> str:
-        identity = identity_of(self.device)
-        path = table_path(envs.cache_root(), identity)
+        file = attention_file(envs.cache_root(), identity_of(self.device))
         try:
-            merge_into_table(path, identity, self.entries)
+            merge_into_table(file, self.entries)
         except OSError as error:
-            raise StorageError(f"save: cannot write {path}: {error.strerror}", param="save") from error
-        return str(path)
+            raise StorageError(f"save: cannot write {file.path}: {error.strerror}", param="save") from error
+        return str(file.path)
 
     def _matmul_rate(self) -> float:
         self.parent.tell("measuring how fast matrices multiply")

@@ -6,9 +6,7 @@ choices for as long as nobody adds to it, which only happens while no request ru
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sglang.multimodal_gen.runtime.layers.attention.registry import KERNELS
-from sglang.multimodal_gen.runtime.postprocess.pending_file import write_whole
+from sglang.multimodal_gen.runtime.layers.measured_file import MeasuredFile, device_identity
 
 SCHEMA_VERSION = 1
 WORTHWHILE = 0.03
@@ -59,14 +57,6 @@ class TableEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     shape: AttentionShape
     kernels: tuple[str, ...]
     seconds: dict[str, float]
-
-
-class TableFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a file holds; `identity` is that of the device and the packages that were measured."""
-
-    schema_version: int
-    identity: dict[str, str]
-    entries: tuple[TableEntry, ...]
 
 
 def token_bucket(tokens: int) -> int:
@@ -116,9 +106,8 @@ class ChoiceTable:
 
 def identity_of(device: torch.device) -> dict[str, str]:
     """What a measurement is valid for: the device's name, and the versions of torch and of the kernels' packages."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     cudnn = torch.backends.cudnn.version() if device.type == "cuda" else None
-    versions = {"device": name, "torch": str(torch.__version__)} | ({} if cudnn is None else {"cudnn": str(cudnn)})
+    versions = device_identity(device) | ({} if cudnn is None else {"cudnn": str(cudnn)})
     for package in sorted({entry.package for entry in KERNELS.values()} - {"torch"}):
         try:
             versions[package] = importlib.metadata.version(package)
@@ -127,43 +116,21 @@ def identity_of(device: torch.device) -> dict[str, str]:
     return versions
 
 
-def table_path(directory: Path, identity: Mapping[str, str]) -> Path:
-    """Where the table of such a device is, in the cache directory."""
-    digest = hashlib.sha256(msgspec.json.encode(sorted(identity.items()))).hexdigest()[:12]
-    slug = re.sub(r"[^a-z0-9]+", "-", identity["device"].lower()).strip("-")
-    return directory / "attention" / f"{slug}-{digest}.json"
+def attention_file(directory: Path, identity: Mapping[str, str]) -> MeasuredFile[TableEntry]:
+    """The table of such a device, in the cache directory."""
+    return MeasuredFile(directory, "attention", TableEntry, identity, schema_version=SCHEMA_VERSION)
 
 
-def read_table(path: Path, identity: Mapping[str, str]) -> tuple[tuple[TableEntry, ...], str]:
+def read_table(file: MeasuredFile[TableEntry]) -> tuple[tuple[TableEntry, ...], str]:
     """The entries of a file, and in a sentence why there are none; that is empty for a good file and for no file."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return (), ""
-    except OSError as error:
-        return (), f"the attention table {path.name} is ignored: {error.strerror}"
-    try:
-        found = msgspec.json.decode(data, type=TableFile)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        return (), f"the attention table {path.name} is ignored: {error}"
-    if found.schema_version != SCHEMA_VERSION:
-        return (), f"the attention table {path.name} is ignored: its schema is {found.schema_version}"
-    if found.identity != dict(identity):
-        return (), f"the attention table {path.name} is ignored: it was measured on another GPU or with other packages"
-    for entry in found.entries:
-        if unknown := [name for name in entry.kernels if name not in KERNELS]:
-            return (), f"the attention table {path.name} is ignored: it names {unknown[0]!r}, which is no kernel"
-    return found.entries, ""
+    entries, problem = file.read()
+    unknown = [name for entry in entries for name in entry.kernels if name not in KERNELS]
+    if unknown:
+        return (), file.ignored(f"it names {unknown[0]!r}, which is no kernel")
+    return entries, problem
 
 
-def write_table(path: Path, identity: Mapping[str, str], entries: Sequence[TableEntry]) -> None:
-    """At once or not at all: another process reads the old file or the new one. Raises OSError."""
-    content = TableFile(schema_version=SCHEMA_VERSION, identity=dict(identity), entries=tuple(entries))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, msgspec.json.format(msgspec.json.encode(content), indent=1))
-
-
-def merge_into_table(path: Path, identity: Mapping[str, str], entries: Sequence[TableEntry]) -> None:
+def merge_into_table(file: MeasuredFile[TableEntry], entries: Sequence[TableEntry]) -> None:
     """Add to what the file has; a shape that was measured again takes the new entry. Raises OSError."""
-    before, _ = read_table(path, identity)
-    write_table(path, identity, tuple(({e.shape: e for e in before} | {e.shape: e for e in entries}).values()))
+    before, _ = read_table(file)
+    file.write(tuple(({e.shape: e for e in before} | {e.shape: e for e in entries}).values()))

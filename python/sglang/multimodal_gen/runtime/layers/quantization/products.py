@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sglang.multimodal_gen.runtime.layers.gemm_choice import chosen_product
 from sglang.multimodal_gen.runtime.layers.quantization.rows import QuantizedRows, quantize_rows
 from sglang.multimodal_gen.runtime.layers.quantization.schemes import FP8, QuantizedTensors
 
@@ -88,9 +89,10 @@ Matrix = Tensor | QuantizedWeight
 
 def multiply(hidden_states: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     """A linear layer's product: [..., I] -> [..., O]."""
-    return (
-        F.linear(hidden_states, matrix, bias) if isinstance(matrix, Tensor) else matrix.linear(hidden_states, bias=bias)
-    )
+    if not isinstance(matrix, Tensor):
+        return matrix.linear(hidden_states, bias=bias)
+    product = chosen_product(hidden_states, matrix, bias)
+    return F.linear(hidden_states, matrix, bias) if product is None else product
 
 
 def scaled_afterwards(rows: QuantizedRows, weight: QuantizedTensors, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,192 @@
+"""Which algorithm a product is computed by: measured once for a shape on a kind of GPU, and kept in a file.
+
+Until a shape is known, and where nothing is gained, torch's own choice serves. So do fp32, gradients and compilers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sglang.multimodal_gen.runtime.layers.device_timing import time_in_turns, timer_for
+from sglang.multimodal_gen.runtime.layers.gemm_kernels import CublasLt, Gemm, GemmLibrary, GemmShape
+from sglang.multimodal_gen.runtime.layers.measured_file import MeasuredFile, device_identity
+
+SCHEMA_VERSION = 1
+WORTHWHILE = 0.02
+"""An algorithm goes before torch's choice only if it takes less time by this share."""
+FEWEST_FLOPS, FEWEST_TOKENS = 20_000_000_000, 1_024
+"""Of products that are worth a choice: what is smaller takes no time, and texts are of many lengths."""
+TOKEN_STEP = 256
+"""Numbers of tokens are rounded up to a multiple of this, which is that of the largest tiles."""
+_RUN_SECONDS = 4e-3
+_ROUNDS = 3
+# What measuring may take of a process's time in all: a server that is sent ever new sizes shall go on.
+_MOST_SECONDS = 20.0
+_PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+logger = logging.getLogger(__name__)
+
+Measure = Callable[[Sequence[Callable[[], Tensor]]], list[float]]
+
+
+class GemmEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A shape with its tokens rounded up, the algorithm for it, "" for torch's choice, and the seconds of both."""
+
+    shape: GemmShape
+    algorithm: str
+    seconds: float
+    usual_seconds: float
+
+
+class GemmChoices:
+    """The algorithms of a process. With `measures` a shape that is unknown is measured when it is first met."""
+
+    def __init__(
+        self,
+        library: GemmLibrary,
+        entries: Sequence[GemmEntry],
+        *,
+        measure: Measure | None,
+        keep: Callable[[Sequence[GemmEntry]], None] = lambda entries: None,
+    ) -> None:
+        self._library, self._measure, self._keep = library, measure, keep
+        self._entries = {entry.shape: entry for entry in entries}
+        self._gemms: dict[GemmShape, Gemm | None] = {}
+        self._seconds_left = _MOST_SECONDS
+
+    @property
+    def entries(self) -> Mapping[GemmShape, GemmEntry]:
+        """What is known, by shape."""
+        return self._entries
+
+    def product(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool) -> Tensor | None:
+        """[N, I], [O, I] and [O] -> [N, O]; None where torch's choice serves."""
+        shape = _shape_of(inputs, weight, bias, gelu=gelu)
+        if shape is None:
+            return None
+        if shape not in self._gemms:
+            if shape not in self._entries and not self._can_measure():
+                return None
+            entry = self._entries.get(shape) or self._measured(shape, inputs, weight, bias)
+            self._gemms[shape] = self._library.gemm(shape, entry.algorithm) if entry.algorithm else None
+        gemm = self._gemms[shape]
+        return None if gemm is None else gemm(inputs, weight, bias)
+
+    def _can_measure(self) -> bool:
+        return self._measure is not None and self._seconds_left > 0 and not _is_captured()
+
+    def _measured(self, shape: GemmShape, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> GemmEntry:
+        assert self._measure is not None, "the caller has asked"
+        gemms = {name: self._library.gemm(shape, name) for name in self._library.candidates(shape)}
+        runs = [lambda gemm=gemm: gemm(inputs, weight, bias) for gemm in gemms.values()]
+        usual, *times = self._measure([lambda: usual_product(inputs, weight, bias, gelu=shape.gelu), *runs])
+        self._seconds_left -= (1 + len(times)) * (_ROUNDS + 1) * max(_RUN_SECONDS, usual)
+        best = min(zip(times, gemms, strict=True), default=(usual, ""))
+        seconds, algorithm = best if best[0] <= (1 - WORTHWHILE) * usual else (usual, "")
+        entry = GemmEntry(shape=shape, algorithm=algorithm, seconds=seconds, usual_seconds=usual)
+        logger.info("product of %s: %.3f ms, %.3f by torch's choice", shape, 1e3 * seconds, 1e3 * usual)
+        self._entries[shape] = entry
+        self._keep([entry])
+        return entry
+
+
+def usual_product(inputs: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool) -> Tensor:
+    """By torch's choice: [N, I], [O, I] and [O] -> [N, O]."""
+    if not gelu:
+        return F.linear(inputs, weight, bias)
+    if bias is None:
+        return F.gelu(F.linear(inputs, weight), approximate="tanh")
+    return torch._addmm_activation(bias, inputs, weight.t(), use_gelu=True)
+
+
+def in_turns(runs: Sequence[Callable[[], Tensor]], device: torch.device) -> list[float]:
+    """Seconds of each, in bursts, run A B A B …, so that all of them meet the same limit of power."""
+    timer = timer_for(device)
+    timer(runs[0])
+    count = max(1, int(_RUN_SECONDS / max(timer(runs[0]), 1e-6)))
+
+    def burst(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def repeated() -> Tensor:
+            for _ in range(count - 1):
+                run()
+            return run()
+
+        return repeated
+
+    samples = time_in_turns([burst(run) for run in runs], timer, warmup_runs=1, repeats=_ROUNDS, min_seconds=0.0)
+    return [sorted(own)[len(own) // 2] / count for own in samples]
+
+
+def gemm_choices(
+    device: torch.device, directory: Path, *, measures: bool, report: Callable[[str], None]
+) -> GemmChoices | None:
+    """Those of a GPU, from its file; None where there is no library for them. What is wrong is reported."""
+    if device.type != "cuda":
+        return None
+    try:
+        library = CublasLt()
+    except Exception as error:  # of the bindings' own kinds
+        report(f"products run by torch's choice: cuBLASLt cannot be had ({type(error).__name__})")
+        return None
+    identity = device_identity(device) | {"cublaslt": library.version}
+    file = MeasuredFile(directory, "gemm", GemmEntry, identity, schema_version=SCHEMA_VERSION)
+    entries, problem = file.read()
+    if problem:
+        report(problem)
+
+    def keep(new: Sequence[GemmEntry]) -> None:
+        before, _ = file.read()
+        try:
+            file.write(tuple(({e.shape: e for e in before} | {e.shape: e for e in new}).values()))
+        except OSError as error:
+            logger.warning("the gemm table %s cannot be written: %s", file.path.name, error.strerror)
+
+    return GemmChoices(library, entries, measure=(lambda runs: in_turns(runs, device)) if measures else None, keep=keep)
+
+
+_in_use: GemmChoices | None = None
+
+
+def use_gemm_choices(choices: GemmChoices | None) -> None:
+    """All products of this process go by these from now on."""
+    global _in_use
+    _in_use = choices
+
+
+def chosen_product(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor | None:
+    """[..., I], [O, I] and [O] -> [..., O] by a measured algorithm; None where torch's choice serves."""
+    if _in_use is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    product = _in_use.product(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, bias, gelu=gelu)
+    return None if product is None else product.view(*hidden_states.shape[:-1], -1)
+
+
+def _shape_of(inputs: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool) -> GemmShape | None:
+    tokens, (out_features, in_features) = inputs.shape[0], weight.shape
+    if tokens < FEWEST_TOKENS or 2 * tokens * in_features * out_features < FEWEST_FLOPS:
+        return None
+    if inputs.dtype not in _PRECISIONS or weight.dtype != inputs.dtype or weight.device != inputs.device:
+        return None
+    if inputs.stride(1) != 1 or weight.stride(1) != 1 or (bias is not None and bias.dtype != inputs.dtype):
+        return None
+    return GemmShape(
+        precision=_PRECISIONS[inputs.dtype],
+        tokens=-(-tokens // TOKEN_STEP) * TOKEN_STEP,
+        in_features=in_features,
+        out_features=out_features,
+        input_stride=inputs.stride(0),
+        weight_stride=weight.stride(0),
+        bias=bias is not None,
+        gelu=gelu,
+    )
+
+
+def _is_captured() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
