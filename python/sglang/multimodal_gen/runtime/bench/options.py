@@ -19,7 +19,7 @@ DIFFUSERS, DIFFUSERS_COMPILED = "diffusers", "diffusers-compiled"
 """What `compare` may name."""
 _MODULE_OPTIONS = ("model_path", "model_id", "revision", "random_weights", "device", "precision", "vae_precision")
 _MODULE_OPTION_ENDING = "attention_backend"
-_TRANSFORMER_OPTIONS = ("enable_torch_compile", *parameters(QuantizationArgs))
+_TRANSFORMER_OPTIONS = ("enable_gemm_autotune", "enable_torch_compile", *parameters(QuantizationArgs))
 _REQUEST_OPTIONS_OF_ENGINE = ("scheduler",)
 """What the engine's requests are given, which means nothing without a model."""
 _SIZE = ("width", "height", "num_frames")

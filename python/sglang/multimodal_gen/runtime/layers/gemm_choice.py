@@ -58,7 +58,7 @@ class GemmChoices:
     ) -> None:
         self._library, self._measure, self._keep = library, measure, keep
         self._entries = {entry.shape: entry for entry in entries}
-        self._gemms: dict[GemmShape, Gemm | None] = {}
+        self._gemms: dict[tuple[object, ...], Gemm | None] = {}
         self._seconds_left = _MOST_SECONDS
 
     @property
@@ -68,21 +68,26 @@ class GemmChoices:
 
     def product(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool) -> Tensor | None:
         """[N, I], [O, I] and [O] -> [N, O]; None where torch's choice serves."""
-        shape = _shape_of(inputs, weight, bias, gelu=gelu)
-        if shape is None:
+        if inputs.shape[0] < FEWEST_TOKENS:
             return None
-        if shape not in self._gemms:
-            if shape not in self._entries and not self._can_measure():
-                return None
-            entry = self._entries.get(shape) or self._measured(shape, inputs, weight, bias)
-            self._gemms[shape] = self._library.gemm(shape, entry.algorithm) if entry.algorithm else None
-        gemm = self._gemms[shape]
+        # What a shape is made of, and quicker to look up.
+        dtypes = (inputs.dtype, weight.dtype, None if bias is None else bias.dtype)
+        place = (-(-inputs.shape[0] // TOKEN_STEP), weight.shape, inputs.stride(), weight.stride(), dtypes, gelu)
+        if place not in self._gemms:
+            shape = _shape_of(inputs, weight, bias, gelu=gelu)
+            if shape is not None and shape not in self._entries:
+                if not self._can_measure():
+                    return None
+                self._measure_shape(shape, inputs, weight, bias)
+            algorithm = "" if shape is None else self._entries[shape].algorithm
+            self._gemms[place] = self._library.gemm(shape, algorithm) if shape is not None and algorithm else None
+        gemm = self._gemms[place]
         return None if gemm is None else gemm(inputs, weight, bias)
 
     def _can_measure(self) -> bool:
         return self._measure is not None and self._seconds_left > 0 and not _is_captured()
 
-    def _measured(self, shape: GemmShape, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> GemmEntry:
+    def _measure_shape(self, shape: GemmShape, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         assert self._measure is not None, "the caller has asked"
         gemms = {name: self._library.gemm(shape, name) for name in self._library.candidates(shape)}
         runs = [lambda gemm=gemm: gemm(inputs, weight, bias) for gemm in gemms.values()]
@@ -94,7 +99,6 @@ class GemmChoices:
         logger.info("product of %s: %.3f ms, %.3f by torch's choice", shape, 1e3 * seconds, 1e3 * usual)
         self._entries[shape] = entry
         self._keep([entry])
-        return entry
 
 
 def usual_product(inputs: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool) -> Tensor:
@@ -169,23 +173,24 @@ def chosen_product(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, *
 
 
 def _shape_of(inputs: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool) -> GemmShape | None:
-    tokens, (out_features, in_features) = inputs.shape[0], weight.shape
-    if tokens < FEWEST_TOKENS or 2 * tokens * in_features * out_features < FEWEST_FLOPS:
+    """None for products that are not worth a choice, or none of the library's."""
+    precision = _PRECISIONS.get(inputs.dtype)
+    alike = [weight] if bias is None else [weight, bias]
+    if precision is None or any((each.dtype, each.device) != (inputs.dtype, inputs.device) for each in alike):
         return None
-    if inputs.dtype not in _PRECISIONS or weight.dtype != inputs.dtype or weight.device != inputs.device:
+    if inputs.stride(1) != 1 or weight.stride(1) != 1:
         return None
-    if inputs.stride(1) != 1 or weight.stride(1) != 1 or (bias is not None and bias.dtype != inputs.dtype):
-        return None
-    return GemmShape(
-        precision=_PRECISIONS[inputs.dtype],
-        tokens=-(-tokens // TOKEN_STEP) * TOKEN_STEP,
-        in_features=in_features,
-        out_features=out_features,
+    shape = GemmShape(
+        precision=precision,
+        tokens=-(-inputs.shape[0] // TOKEN_STEP) * TOKEN_STEP,
+        in_features=weight.shape[1],
+        out_features=weight.shape[0],
         input_stride=inputs.stride(0),
         weight_stride=weight.stride(0),
         bias=bias is not None,
         gelu=gelu,
     )
+    return shape if shape.flops >= FEWEST_FLOPS else None
 
 
 def _is_captured() -> bool:

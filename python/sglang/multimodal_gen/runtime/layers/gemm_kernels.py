@@ -96,17 +96,13 @@ class CublasLt:
 
     def gemm(self, shape: GemmShape, algorithm: str) -> Gemm:
         """See GemmLibrary."""
-        call = _Call(self._lt, self._handle, shape)
-        call.algorithm = np.frombuffer(bytes.fromhex(algorithm), dtype=np.uint8).copy()
-        return call
+        return _Call(self._lt, self._handle, shape, bytes.fromhex(algorithm))
 
 
 class _Call:
     """A product as cuBLASLt sees it, whose matrices have neighbouring rows side by side: yᵀ = w · xᵀ."""
 
-    algorithm: np.ndarray[Any, np.dtype[np.uint8]]
-
-    def __init__(self, lt: Any, handle: int, shape: GemmShape) -> None:
+    def __init__(self, lt: Any, handle: int, shape: GemmShape, algorithm: bytes = b"") -> None:
         self._lt, self._handle, self._shape = lt, handle, shape
         self._type = {torch.bfloat16: 14, torch.float16: 2}[_PRECISIONS[shape.precision]]  # of CUDA's data types
         self._layouts: dict[int, tuple[int, int, int]] = {}
@@ -122,7 +118,15 @@ class _Call:
         self._set("TRANSA", np.int32(1))
         self._set("TRANSB", np.int32(0))
         self._set("EPILOGUE", np.int32(kinds[shape.bias, shape.gelu]))
+        # Read at each call, so they stay where they are.
         self._factors = np.array([1.0, 0.0], dtype=np.float32)
+        self._bias_place = np.zeros(1, dtype=np.uint64)
+        self._algorithm = np.frombuffer(algorithm, dtype=np.uint8).copy()
+        self._algorithm_held_at = self._algorithm.ctypes.data
+        self._one = self._factors.ctypes.data
+        self._zero = self._one + self._factors.itemsize
+        self._bias_held_at = self._bias_place.ctypes.data
+        self._bias_attribute = int(lt.MatmulDescAttribute.BIAS_POINTER)
 
     def layouts(self, tokens: int) -> tuple[int, int, int]:
         """Of w, x and y."""
@@ -139,13 +143,13 @@ class _Call:
         """See Gemm."""
         output = inputs.new_empty(inputs.shape[0], weight.shape[0])
         if bias is not None:
-            self._set("BIAS_POINTER", np.uint64(bias.data_ptr()))
+            self._bias_place[0] = bias.data_ptr()
+            self._lt.matmul_desc_set_attribute(self.description, self._bias_attribute, self._bias_held_at, 8)
         of_weight, of_inputs, of_output = self.layouts(inputs.shape[0])
-        one, zero = self._factors.ctypes.data, self._factors.ctypes.data + self._factors.itemsize
         place, stream = output.data_ptr(), torch.cuda.current_stream(inputs.device).cuda_stream
         self._lt.matmul(
-            *(self._handle, self.description, one, weight.data_ptr(), of_weight, inputs.data_ptr(), of_inputs),
-            *(zero, place, of_output, place, of_output, self.algorithm.ctypes.data, 0, 0, stream),
+            *(self._handle, self.description, self._one, weight.data_ptr(), of_weight, inputs.data_ptr(), of_inputs),
+            *(self._zero, place, of_output, place, of_output, self._algorithm_held_at, 0, 0, stream),
         )
         return output
 
