@@ -344,9 +344,11 @@ class ComposedPipelineBase:
         facts, precision = device_facts(placement.device), placement.precision
         autotune = execution.enable_attention_backend_autotune
         memory = read_choices(placement.device, parallel, autotune=autotune, report=report)
-        measures = execution.enable_gemm_autotune and parallel.world.size == 1
-        of_products = gemm_choices(placement.device, envs.cache_root(), measures=measures, report=report)
-        use_gemm_choices(None if execution.deterministic else of_products)
+        of_products = None
+        if execution.enable_gemm_autotune and not execution.deterministic:
+            alone = parallel.world.size == 1
+            of_products = gemm_choices(placement.device, envs.cache_root(), measures=alone, report=report)
+        use_gemm_choices(of_products)
         plan = partial(AttentionPlan.chosen, options=execution, facts=facts, precision=precision, memory=memory)
         return LoadContext(
             device=placement.device,
