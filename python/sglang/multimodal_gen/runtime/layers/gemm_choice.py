@@ -25,7 +25,7 @@ FEWEST_FLOPS, FEWEST_TOKENS = 20_000_000_000, 1_024
 """Of products that are worth a choice: what is smaller takes no time, and texts are of many lengths."""
 TOKEN_STEP = 256
 """Numbers of tokens are rounded up to a multiple of this, which is that of the largest tiles."""
-_RUN_SECONDS = 4e-3
+_RUN_SECONDS = 8e-3
 _ROUNDS = 3
 # What measuring may take of a process's time in all: a server that is sent ever new sizes shall go on.
 _MOST_SECONDS = 20.0

@@ -1,12 +1,11 @@
 """Products by cuBLASLt with an algorithm of our choice: y = x · wᵀ + b, and the tanh-GELU of that.
 
 torch takes the algorithm that cuBLAS thinks is the fastest, which it reckons without the limit of power that long runs
-meet. What an algorithm needs besides lies in memory of the stream that it runs in, so that two can run at once.
+meet. The algorithms are those that need no memory besides, so that two streams can run them at once.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, Protocol
 
 import msgspec
@@ -14,9 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Of each limit on memory: with less of it the library thinks of others.
-_MOST_CANDIDATES = 8
-_WORKSPACE_BYTES = 32 << 20
+_MOST_CANDIDATES = 16
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,15 +77,11 @@ class CublasLt:
 
     def candidates(self, shape: GemmShape) -> list[str]:
         """See GemmLibrary: what the library itself would try, as the bytes that it knows them by."""
-        found = [name for limit in (_WORKSPACE_BYTES, 0) for name in self._candidates(shape, limit)]
-        return list(dict.fromkeys(found))
-
-    def _candidates(self, shape: GemmShape, most_bytes: int) -> list[str]:
         lt, call = self._lt, _Call(self._lt, self._handle, shape)
         preference = lt.matmul_preference_create()
-        limit = np.array([most_bytes], dtype=np.uint64)
-        attribute = lt.MatmulPreferenceAttribute.MAX_WORKSPACE_BYTES
-        lt.matmul_preference_set_attribute(preference, attribute, limit.ctypes.data, limit.nbytes)
+        none = np.zeros(1, dtype=np.uint64)
+        limit = lt.MatmulPreferenceAttribute.MAX_WORKSPACE_BYTES
+        lt.matmul_preference_set_attribute(preference, limit, none.ctypes.data, none.nbytes)
         found, count = lt.MatmulHeuristicResult(_MOST_CANDIDATES), np.zeros(1, dtype=np.int32)
         layouts = call.layouts(shape.tokens)
         try:
@@ -154,20 +147,9 @@ class _Call:
             self._lt.matmul_desc_set_attribute(self.description, self._bias_attribute, self._bias_held_at, 8)
         of_weight, of_inputs, of_output = self.layouts(inputs.shape[0])
         place, stream = output.data_ptr(), torch.cuda.current_stream(inputs.device).cuda_stream
-        workspace = _workspace(inputs.device, stream)
         self._lt.matmul(
             *(self._handle, self.description, self._one, weight.data_ptr(), of_weight, inputs.data_ptr(), of_inputs),
-            *(
-                self._zero,
-                place,
-                of_output,
-                place,
-                of_output,
-                self._algorithm_held_at,
-                workspace,
-                _WORKSPACE_BYTES,
-                stream,
-            ),
+            *(self._zero, place, of_output, place, of_output, self._algorithm_held_at, 0, 0, stream),
         )
         return output
 
@@ -175,13 +157,3 @@ class _Call:
         held = np.array([value])
         attribute = self._lt.MatmulDescAttribute[name]
         self._lt.matmul_desc_set_attribute(self.description, attribute, held.ctypes.data, held.nbytes)
-
-
-@cache
-def _workspace(device: torch.device, stream: int) -> int:
-    """Where memory for one stream begins; graphs that were captured in it have the address, so it stays."""
-    _workspaces.append(torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device))
-    return _workspaces[-1].data_ptr()
-
-
-_workspaces: list[Tensor] = []
