@@ -18,7 +18,7 @@ import torch
 
 from gpu_checks.engine import check_engine
 from gpu_checks.families import check_families
-from gpu_checks.kernels import check_kernels
+from gpu_checks.kernels import check_kernels, check_products
 from gpu_checks.parity import check_checkpoint, make_checkpoints
 from gpu_checks.quantization import check_quantization
 from gpu_checks.ranks import RANKED, check_ranks
@@ -39,6 +39,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
         if "kernels" in arguments.only:
             check_kernels(report, device)
+            check_products(report, device)
         if "quantization" in arguments.only:
             check_quantization(report, device)
         if "parity" in arguments.only:

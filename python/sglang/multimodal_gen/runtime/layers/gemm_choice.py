@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sglang.multimodal_gen.runtime.distributed.collectives import handed_on
+from sglang.multimodal_gen.runtime.distributed.parallel_state import ParallelContext
 from sglang.multimodal_gen.runtime.layers.device_timing import time_in_turns, timer_for
 from sglang.multimodal_gen.runtime.layers.gemm_kernels import CublasLt, Gemm, GemmLibrary, GemmShape
 from sglang.multimodal_gen.runtime.layers.measured_file import MeasuredFile, device_identity
@@ -74,7 +76,7 @@ class GemmChoices:
         dtypes = (inputs.dtype, weight.dtype, None if bias is None else bias.dtype)
         place = (-(-inputs.shape[0] // TOKEN_STEP), weight.shape, inputs.stride(), weight.stride(), dtypes, gelu)
         if place not in self._gemms:
-            shape = _shape_of(inputs, weight, bias, gelu=gelu)
+            shape = shape_of(inputs, weight, bias, gelu=gelu)
             if shape is not None and shape not in self._entries:
                 if not self._can_measure():
                     return None
@@ -129,9 +131,11 @@ def in_turns(runs: Sequence[Callable[[], Tensor]], device: torch.device) -> list
 
 
 def gemm_choices(
-    device: torch.device, directory: Path, *, measures: bool, report: Callable[[str], None]
+    device: torch.device, parallel: ParallelContext, directory: Path, *, report: Callable[[str], None]
 ) -> GemmChoices | None:
-    """Those of a GPU, from its file; None where there is no library for them. What is wrong is reported."""
+    """Those of a GPU, from its file, the first rank's on every rank; None where there is no library for them. What is
+    wrong is reported. A process that is alone measures what the file lacks; several ranks would find unequal times.
+    """
     if device.type != "cuda":
         return None
     try:
@@ -141,9 +145,13 @@ def gemm_choices(
         return None
     identity = device_identity(device) | {"cublaslt": library.version}
     file = MeasuredFile(directory, "gemm", GemmEntry, identity, schema_version=SCHEMA_VERSION)
-    entries, problem = file.read()
-    if problem:
-        report(problem)
+    entries: tuple[GemmEntry, ...] = ()
+    if parallel.leads:
+        entries, problem = file.read()
+        if problem:
+            report(problem)
+    handed = handed_on(msgspec.msgpack.encode(entries), parallel.world)
+    entries = msgspec.msgpack.decode(handed, type=tuple[GemmEntry, ...])
 
     def keep(new: Sequence[GemmEntry]) -> None:
         before, _ = file.read()
@@ -152,7 +160,8 @@ def gemm_choices(
         except OSError as error:
             logger.warning("the gemm table %s cannot be written: %s", file.path.name, error.strerror)
 
-    return GemmChoices(library, entries, measure=(lambda runs: in_turns(runs, device)) if measures else None, keep=keep)
+    alone = parallel.world.size == 1
+    return GemmChoices(library, entries, measure=(lambda runs: in_turns(runs, device)) if alone else None, keep=keep)
 
 
 _in_use: GemmChoices | None = None
@@ -172,7 +181,7 @@ def chosen_product(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, *
     return None if product is None else product.view(*hidden_states.shape[:-1], -1)
 
 
-def _shape_of(inputs: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool) -> GemmShape | None:
+def shape_of(inputs: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool) -> GemmShape | None:
     """None for products that are not worth a choice, or none of the library's."""
     precision = _PRECISIONS.get(inputs.dtype)
     alike = [weight] if bias is None else [weight, bias]

@@ -346,8 +346,7 @@ class ComposedPipelineBase:
         memory = read_choices(placement.device, parallel, autotune=autotune, report=report)
         of_products = None
         if execution.enable_gemm_autotune and not execution.deterministic:
-            alone = parallel.world.size == 1
-            of_products = gemm_choices(placement.device, envs.cache_root(), measures=alone, report=report)
+            of_products = gemm_choices(placement.device, parallel, envs.cache_root(), report=report)
         use_gemm_choices(of_products)
         plan = partial(AttentionPlan.chosen, options=execution, facts=facts, precision=precision, memory=memory)
         return LoadContext(
