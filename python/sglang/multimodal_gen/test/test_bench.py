@@ -51,6 +51,7 @@ from sglang.multimodal_gen.runtime.bench.worker.reporting import Parent
 from sglang.multimodal_gen.runtime.entrypoints.cli import bench
 from sglang.multimodal_gen.runtime.entrypoints.cli.options import OptionParser
 from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import GenerationResult
+from sglang.multimodal_gen.runtime.layers import device_timing
 from sglang.multimodal_gen.runtime.layers.device_timing import time_in_turns
 from sglang.multimodal_gen.runtime.managers.engine_config import EngineConfig
 from sglang.multimodal_gen.runtime.models.dits.wan import WanTransformer3DModel
@@ -136,6 +137,14 @@ def test_sides_run_in_turns_until_both_the_count_and_the_time_are_reached() -> N
     samples = time_in_turns(sides, lambda run: run() or 1.0, warmup_runs=1, repeats=2, min_seconds=3.0)
     assert samples == [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     assert "".join(order) == "ab" * 4
+
+
+def test_a_pause_comes_before_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(device_timing.time, "sleep", lambda seconds: order.append(f"pause {seconds}"))
+    sides = [lambda: order.append("a"), lambda: order.append("b")]
+    time_in_turns(sides, lambda run: run() or 1.0, warmup_runs=1, repeats=2, pause_seconds=0.5)
+    assert order == ["a", "b", *(["pause 0.5", "a", "pause 0.5", "b"] * 2)]
 
 
 def test_a_run_s_peak_is_what_it_held_at_once() -> None:

@@ -31,6 +31,7 @@ def measure_component(name: str, options: Mapping[str, Any], args: ServerArgs) -
         repeats=options["repeats"],
         min_seconds=options["min_seconds"],
         compare=options["compare"],
+        pause_seconds=options["pause_seconds"],
         profile=options["profile"],
     )
     with BenchChild(_WORKER, task) as child:

@@ -37,6 +37,7 @@ class ComponentTask(BenchMessage, frozen=True, kw_only=True):
     repeats: int
     min_seconds: float
     compare: str | None
+    pause_seconds: float = 0.0
     profile: bool = False
 
 

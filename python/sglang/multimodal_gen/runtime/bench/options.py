@@ -88,6 +88,14 @@ class ComponentArgs(ComparedArgs):
     batch_size: int = arg(
         1, help="Rows of the forward; a request with guidance has two.", group="bench", minimum=1, exposed=CLI_ONLY
     )
+    pause_seconds: float = arg(
+        0.0,
+        help="Wait so long before each run, as a GPU does that is asked now and then; one that is always busy meets its "
+        "limit of power and slows down.",
+        group="bench",
+        minimum=0,
+        exposed=CLI_ONLY,
+    )
     profile: bool = arg(
         False,
         help="Also say which kernels, or on the CPU operations, a run of ours spends its time in.",

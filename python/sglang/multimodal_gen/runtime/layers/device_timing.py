@@ -34,14 +34,23 @@ def _time_on_gpu(run: Run) -> float:
 
 
 def time_in_turns(
-    sides: Sequence[Run], timer: Timer, *, warmup_runs: int, repeats: int, min_seconds: float
+    sides: Sequence[Run],
+    timer: Timer,
+    *,
+    warmup_runs: int,
+    repeats: int,
+    min_seconds: float = 0.0,
+    pause_seconds: float = 0.0,
 ) -> list[list[float]]:
-    """The samples of each side, run A B A B …: at least `repeats`, and on until the first side's took `min_seconds`."""
+    """The samples of each side, run A B A B …: at least `repeats`, and on until the first side's took `min_seconds`;
+    before each of them there is a pause."""
     for _ in range(warmup_runs):
         for side in sides:
             side()
     samples: list[list[float]] = [[] for _ in sides]
     while len(samples[0]) < repeats or sum(samples[0]) < min_seconds:
         for side, own in zip(sides, samples, strict=True):
+            if pause_seconds:
+                time.sleep(pause_seconds)
             own.append(timer(side))
     return samples

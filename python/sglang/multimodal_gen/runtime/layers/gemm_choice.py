@@ -126,7 +126,7 @@ def in_turns(runs: Sequence[Callable[[], Tensor]], device: torch.device) -> list
 
         return repeated
 
-    samples = time_in_turns([burst(run) for run in runs], timer, warmup_runs=1, repeats=_ROUNDS, min_seconds=0.0)
+    samples = time_in_turns([burst(run) for run in runs], timer, warmup_runs=1, repeats=_ROUNDS)
     return [sorted(own)[len(own) // 2] / count for own in samples]
 
 

@@ -109,7 +109,6 @@ class ComponentBench:
                 timer_for(self.device),
                 warmup_runs=self.task.warmup_runs,
                 repeats=self.task.repeats,
-                min_seconds=0.0,
             )
             once = 1000 * summarise(samples).median
             self.notes.append(f"{once:.2f} ms more, once for up to {STEPS_AHEAD} steps of a request")
@@ -168,6 +167,7 @@ class ComponentBench:
                 warmup_runs=self.task.warmup_runs,
                 repeats=self.task.repeats,
                 min_seconds=self.task.min_seconds,
+                pause_seconds=self.task.pause_seconds,
             )
         peaks = [peak_bytes(side, self.device) for side in sides]
         errors = self._errors(sides, run_bytes=peaks[0] or 0)
