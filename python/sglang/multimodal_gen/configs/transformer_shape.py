@@ -104,9 +104,9 @@ def dual_stream_run(count: int, width: int, *, ffn_dim: int) -> BlockRun:
         other_parameters=2 * (11 * width + ffn_dim),
         attentions=("joint",),
         sums=("image", "image", "text", "text"),
-        launches=21,
-        launches_apart=4,
-        traffic=30,
+        launches=17,
+        launches_apart=6,
+        traffic=26,
     )
 
 
@@ -119,7 +119,7 @@ def single_stream_run(count: int, width: int, *, ffn_dim: int) -> BlockRun:
         other_parameters=7 * width + ffn_dim,
         attentions=("joint",),
         sums=("joint",),
-        launches=9,
+        launches=8,
         launches_apart=2,
         traffic=38,
     )

@@ -113,13 +113,32 @@ def norm_rotations(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]
         for norm, table in product((weight, None), (*tables, longer, None)):
             room = torch.full((batch, tokens + 3, heads, head_dim), torch.nan, dtype=dtype)
             target = room[:, 2 : 2 + tokens]
-            triton_kernels.norm_rotate(source, norm, table, target, eps=1e-6, wide=wide)
+            weights = None if norm is None else (norm,)
+            triton_kernels.norm_rotate((source,), weights, table, (target,), eps=1e-6, wide=wide)
             untouched = torch.cat((room[:, :2], room[:, 2 + tokens :]), dim=1)
             assert bool(untouched.isnan().all()), "what lies around the target stays"
             # In fp32 throughout, as the kernel computes: the reference would round in the middle.
             reference = fused.norm_rotate(source.float(), norm, table, eps=1e-6, wide=wide).to(dtype)
             has = f"{'norm' if norm is not None else 'no norm'}, table {None if table is None else tuple(table.shape)}"
             yield f"rotation {heads, head_dim}, wide {wide}, {has}", distance(target, reference)
+            yield from rotations_of_both(norm, table, heads, head_dim, dtype=dtype, wide=wide, has=has)
+
+
+def rotations_of_both(
+    norm: Tensor | None, table: Tensor | None, heads: int, head_dim: int, *, dtype: torch.dtype, wide: bool, has: str
+) -> Iterator[tuple[str, float]]:
+    """Queries and keys of one product where they are, its values untouched."""
+    batch, tokens = 2, 3
+    product = drawn(batch, tokens, 3, heads, head_dim, dtype=dtype)
+    before = product.clone()
+    query, key, _ = product.unbind(2)
+    weights = None if norm is None else (norm, drawn(*norm.shape))
+    triton_kernels.norm_rotate((query, key), weights, table, (query, key), eps=1e-6, wide=wide)
+    assert torch.equal(product[:, :, 2], before[:, :, 2]), "what is no part of them stays"
+    for number, found in enumerate((query, key)):
+        own = None if weights is None else weights[number]
+        reference = fused.norm_rotate(before[:, :, number].float(), own, table, eps=1e-6, wide=wide).to(dtype)
+        yield f"both rotated, {number}, {heads, head_dim}, wide {wide}, {has}", distance(found, reference)
 
 
 def gated_silus(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:

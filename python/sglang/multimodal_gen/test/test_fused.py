@@ -17,6 +17,7 @@ from sglang.multimodal_gen.runtime.layers.fused import (
     join_projections,
     linear_gelu,
     norm_rotate,
+    norm_rotate_both,
     sum_norm,
 )
 from sglang.multimodal_gen.test.tiny_wan import noise
@@ -98,6 +99,28 @@ def test_norm_rotate_is_its_formula(table_batch: int, table_heads: int, over_all
     torch.testing.assert_close(found.double(), rotated, **FP32)
     only_normed = norm_rotate(source, weight, None, eps=_EPS, wide=over_all_heads)
     torch.testing.assert_close(only_normed.double(), exact, **FP32)
+
+
+@pytest.mark.parametrize("over_all_heads", [False, True])
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("with_table", [False, True])
+def test_queries_and_keys_together_are_each_alone(with_table: bool, with_norm: bool, over_all_heads: bool) -> None:
+    heads, head_dim = 3, 4
+    product = noise(_BATCH, _TOKENS, 3, heads, head_dim)
+    query, key, value = product.clone().unbind(2)
+    size = heads * head_dim if over_all_heads else head_dim
+    weights = (noise(size, seed=1), noise(size, seed=2)) if with_norm else None
+    table = noise(1, _TOKENS, 1, head_dim // 2, 2, seed=3) if with_table else None
+    options = {"eps": _EPS, "wide": over_all_heads}
+    alone = [
+        norm_rotate(heads_, None if weights is None else weights[number], table, **options)  # type: ignore[arg-type]
+        for number, heads_ in enumerate((query, key))
+    ]
+    together = norm_rotate_both(query, key, weights, table, **options)  # type: ignore[arg-type]
+    assert all(torch.equal(*pair) for pair in zip(together, alone, strict=True))
+    in_place = norm_rotate_both(query, key, weights, table, out=(query, key), **options)  # type: ignore[arg-type]
+    assert in_place[0] is query and all(torch.equal(*pair) for pair in zip(in_place, alone, strict=True))
+    assert torch.equal(value, product[:, :, 2])
 
 
 def test_norm_rotate_writes_where_it_is_told_to() -> None:

@@ -90,8 +90,8 @@ class ComponentArgs(ComparedArgs):
     )
     pause_seconds: float = arg(
         0.0,
-        help="Wait so long before each run, as a GPU does that is asked now and then; one that is always busy meets its "
-        "limit of power and slows down.",
+        help="Wait so long before each run, as a GPU does that is asked now and then; one that is always busy meets "
+        "its limit of power and slows down.",
         group="bench",
         minimum=0,
         exposed=CLI_ONLY,

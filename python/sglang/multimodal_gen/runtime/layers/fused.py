@@ -22,6 +22,7 @@ from sglang.multimodal_gen.runtime.layers.quantization.products import (
     Matrix,
     Quantization,
     multiply,
+    multiply_into,
 )
 from sglang.multimodal_gen.runtime.layers.rotary import apply_rotary_emb
 
@@ -112,11 +113,13 @@ def norm_rotate(
     wide: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Queries or keys [B, S, H, E] -> the same shape, in `out` where given: root-mean-square norm of each head with
-    `weight` [E] (`wide`: of all heads together, [H·E]), then the rotation by the table [1 or B, S, 1 or H, E/2, 2]."""
+    """Queries or keys [B, S, H, E] -> the same shape, in `out` where given, which may be `heads`: root-mean-square norm
+    of each head with `weight` [E] (`wide`: of all heads together, [H·E]), then the rotation by the table [1 or B, S, 1
+    or H, E/2, 2]."""
     if _serves(heads):
         target = torch.empty_like(heads, memory_format=torch.contiguous_format) if out is None else out
-        _kernels().norm_rotate(heads, weight, freqs_cis, target, eps=eps, wide=wide)
+        weights = None if weight is None else (weight,)
+        _kernels().norm_rotate((heads,), weights, freqs_cis, (target,), eps=eps, wide=wide)
         return target
     if weight is not None:
         features = heads.flatten(2) if wide else heads
@@ -125,6 +128,30 @@ def norm_rotate(
     if freqs_cis is not None:
         heads = apply_rotary_emb(heads, freqs_cis)
     return heads if out is None else out.copy_(heads)
+
+
+def norm_rotate_both(
+    query: Tensor,
+    key: Tensor,
+    weights: tuple[Tensor, Tensor] | None,
+    freqs_cis: Tensor | None,
+    *,
+    eps: float = 0.0,
+    wide: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`norm_rotate` of queries and of keys of one shape, which share the table."""
+    alike = query.stride() == key.stride() and (out is None or out[0].stride() == out[1].stride())
+    if alike and _serves(query):
+        targets = out or (query.new_empty(query.shape), key.new_empty(key.shape))
+        _kernels().norm_rotate((query, key), weights, freqs_cis, targets, eps=eps, wide=wide)
+        return targets
+    of_query, of_key = (None, None) if weights is None else weights
+    to_query, to_key = (None, None) if out is None else out
+    return (
+        norm_rotate(query, of_query, freqs_cis, eps=eps, wide=wide, out=to_query),
+        norm_rotate(key, of_key, freqs_cis, eps=eps, wide=wide, out=to_key),
+    )
 
 
 def _affine(normed: Tensor, scale: Tensor | None, shift: Tensor | None, *, one_plus: bool) -> Tensor:
@@ -185,6 +212,15 @@ class JoinedLinear:
         """Those of these layers; None where some are quantised and others not, or in other ways."""
         kinds = {(layer.weight.dtype, _quantization_of(layer)) for layer in layers}
         return cls(layers) if len(kinds) == 1 else None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the product is of one weight as it is, to which no layer's adapters add."""
+        return self.quantization is None and not any(getattr(layer, "adapters", None) for layer in self.layers)
+
+    def into(self, hidden_states: Tensor, out: Tensor) -> None:
+        """[N, I] -> all outputs side by side, [N, O of all]; of one that `is_plain`."""
+        multiply_into(hidden_states, self.weight, self.bias, out)
 
     @property
     def matrix(self) -> Matrix:

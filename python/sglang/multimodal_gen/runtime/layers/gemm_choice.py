@@ -68,8 +68,10 @@ class GemmChoices:
         """What is known, by shape."""
         return self._entries
 
-    def product(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool) -> Tensor | None:
-        """[N, I], [O, I] and [O] -> [N, O]; None where torch's choice serves."""
+    def product(
+        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool, out: Tensor | None = None
+    ) -> Tensor | None:
+        """[N, I], [O, I] and [O] -> [N, O], in `out` where given; None where torch's choice serves."""
         if inputs.shape[0] < FEWEST_TOKENS:
             return None
         # What a shape is made of, and quicker to look up.
@@ -84,7 +86,7 @@ class GemmChoices:
             algorithm = "" if shape is None else self._entries[shape].algorithm
             self._gemms[place] = self._library.gemm(shape, algorithm) if shape is not None and algorithm else None
         gemm = self._gemms[place]
-        return None if gemm is None else gemm(inputs, weight, bias)
+        return None if gemm is None else gemm(inputs, weight, bias, out)
 
     def _can_measure(self) -> bool:
         return self._measure is not None and self._seconds_left > 0 and not _is_captured()
@@ -173,11 +175,14 @@ def use_gemm_choices(choices: GemmChoices | None) -> None:
     _in_use = choices
 
 
-def chosen_product(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor | None:
-    """[..., I], [O, I] and [O] -> [..., O] by a measured algorithm; None where torch's choice serves."""
+def chosen_product(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False, out: Tensor | None = None
+) -> Tensor | None:
+    """[..., I], [O, I] and [O] -> [..., O] by a measured algorithm, in `out` [N, O] where given, whose rows lie one
+    behind the other; None where torch's choice serves."""
     if _in_use is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    product = _in_use.product(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, bias, gelu=gelu)
+    product = _in_use.product(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, bias, gelu=gelu, out=out)
     return None if product is None else product.view(*hidden_states.shape[:-1], -1)
 
 

@@ -60,8 +60,8 @@ class GemmLibrary(Protocol):
 class Gemm(Protocol):
     """A product by one algorithm."""
 
-    def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """[N, I], [O, I] and [O] -> [N, O]."""
+    def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """[N, I], [O, I] and [O] -> [N, O], in `out` where given, whose rows lie one behind the other."""
         ...
 
 
@@ -139,9 +139,9 @@ class _Call:
             )
         return self._layouts[tokens]
 
-    def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         """See Gemm."""
-        output = inputs.new_empty(inputs.shape[0], weight.shape[0])
+        output = inputs.new_empty(inputs.shape[0], weight.shape[0]) if out is None else out
         if bias is not None:
             self._bias_place[0] = bias.data_ptr()
             self._lt.matmul_desc_set_attribute(self.description, self._bias_attribute, self._bias_held_at, 8)

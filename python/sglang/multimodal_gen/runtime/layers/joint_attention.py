@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.layers.attention.layouts import Sent, TokenExchange, arrived
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
-from sglang.multimodal_gen.runtime.layers.fused import JoinedLinear, norm_rotate
+from sglang.multimodal_gen.runtime.layers.fused import JoinedLinear, norm_rotate, norm_rotate_both
 from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
 from sglang.multimodal_gen.runtime.layers.norm import RMSNorm
 from sglang.multimodal_gen.runtime.layers.side_stream import side_by_side
@@ -89,9 +90,11 @@ class SelfAttention(nn.Module):
             sent_key = send(placed(self.split_heads(self.to_k(hidden_states)), self.norm_k, freqs_cis))
             return sent_query, sent_key, sent_value
         query, key, value = self.projected(hidden_states)
+        norms = (self.norm_q, self.norm_k)
         if packs:
-            return self.attention.send_packed(packed(query, key, value, self.norm_q, self.norm_k, freqs_cis))
-        return send(placed(query, self.norm_q, freqs_cis)), send(placed(key, self.norm_k, freqs_cis)), send(value)
+            return self.attention.send_packed(packed(query, key, value, norms, freqs_cis))
+        query, key = both_placed(query, key, norms, freqs_cis)
+        return send(query), send(key), send(value)
 
     def forward(self, hidden_states: Tensor, freqs_cis: Tensor | None, mask: Tensor | None = None) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
@@ -173,21 +176,37 @@ class JointAttention(SelfAttention):
             return query, send(join(of_text, of_image, self.norm_added_k, self.norm_k, freqs_cis)), value
         # Queries, keys and values of both, each with room for the sequence.
         size = (join.num_text + join.num_image, self.num_heads, self.attention.head_dim)
-        together = _pack_of(hidden_states, *size) if packs else None
-        apart = () if packs else [hidden_states.new_empty(len(text), *size) for _ in range(3)]
+        as_one = self._one_sequence_of(hidden_states)
+        together = _pack_of(hidden_states, *size) if packs or as_one else None
+        apart = () if together is not None else [hidden_states.new_empty(len(text), *size) for _ in range(3)]
         rooms = apart if together is None else together.unbind(2)
-        side_by_side(
-            lambda: join.fill(
-                rooms, self.projected_text(text), (self.norm_added_q, self.norm_added_k), freqs_cis, join.text_start
-            ),
-            lambda: join.fill(
-                rooms, self.projected(hidden_states), (self.norm_q, self.norm_k), freqs_cis, join.image_start
-            ),
-        )
-        if together is not None:
+        text_norms, norms = (self.norm_added_q, self.norm_added_k), (self.norm_q, self.norm_k)
+        if together is not None and as_one:
+            by_image, by_text = as_one
+            side_by_side(
+                lambda: join.multiply(by_text, text, together, text_norms, freqs_cis, join.text_start),
+                lambda: join.multiply(by_image, hidden_states, together, norms, freqs_cis, join.image_start),
+            )
+        else:
+            side_by_side(
+                lambda: join.fill(rooms, self.projected_text(text), text_norms, freqs_cis, join.text_start),
+                lambda: join.fill(rooms, self.projected(hidden_states), norms, freqs_cis, join.image_start),
+            )
+        if packs and together is not None:
             return self.attention.send_packed(together)
         query_, key_, value_ = map(send, rooms)
         return query_, key_, value_
+
+    def _one_sequence_of(self, hidden_states: Tensor) -> tuple[JoinedLinear, JoinedLinear] | None:
+        """The products of image and text, where they can write where the sequence is: one row, whose tokens lie one
+        behind the other there, without gradients, and nothing to be added."""
+        joined = (self.joined, self.joined_text)
+        if len(hidden_states) > 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        of_image, of_text = joined
+        if of_image is None or of_text is None or not (of_image.is_plain and of_text.is_plain):
+            return None
+        return of_image, of_text
 
 
 @dataclass(frozen=True)
@@ -232,35 +251,69 @@ class _Joint:
         start: int,
     ) -> None:
         """Put one stream's queries, keys and values into those of the sequence, each [B, L + S, N, E]."""
-        for room, heads, norm in zip(rooms[:2], projected, norms, strict=False):
-            self._put(heads, norm, freqs_cis, room, start)
-        self._put(projected[2], None, None, rooms[2], start)
+        query, key, value = projected
+        part = slice(start, start + value.shape[1])
+        to_query, to_key, to_value = (room[:, part] for room in rooms)
+        both_placed(query, key, norms, _table_of(freqs_cis, part), out=(to_query, to_key))
+        placed(value, None, None, out=to_value)
+
+    def multiply(
+        self,
+        joined: JoinedLinear,
+        tokens: Tensor,
+        together: Tensor,
+        norms: tuple[nn.Module, nn.Module],
+        freqs_cis: Tensor | None,
+        start: int,
+    ) -> None:
+        """Let one stream's product write its part of the sequence [1, L + S, 3, N, E], and norm and rotate there."""
+        part = slice(start, start + tokens.shape[1])
+        room = together[:, part]
+        joined.into(tokens[0], room[0].flatten(1))
+        query, key, _ = room.unbind(2)
+        both_placed(query, key, norms, _table_of(freqs_cis, part), out=(query, key))
 
     def _put(self, heads: Tensor, norm: nn.Module | None, freqs_cis: Tensor | None, joint: Tensor, start: int) -> None:
         part = slice(start, start + heads.shape[1])
-        placed(heads, norm, None if freqs_cis is None else freqs_cis[:, part], out=joint[:, part])
+        placed(heads, norm, _table_of(freqs_cis, part), out=joint[:, part])
+
+
+def _table_of(freqs_cis: Tensor | None, part: slice) -> Tensor | None:
+    return None if freqs_cis is None else freqs_cis[:, part]
 
 
 def placed(heads: Tensor, norm: nn.Module | None, freqs_cis: Tensor | None, *, out: Tensor | None = None) -> Tensor:
     """Queries or keys [B, S, N, E], normed and rotated where there is a norm and a table; in `out` where given."""
     weight, eps = (norm.weight, norm.eps) if isinstance(norm, RMSNorm) else (None, 0.0)
-    if weight is None and freqs_cis is None and out is None:
+    if weight is None and freqs_cis is None and (out is None or out is heads):
         return heads
     return norm_rotate(heads, weight, freqs_cis, eps=eps, out=out)
 
 
-def packed(
+def both_placed(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
-    norm_q: nn.Module | None,
-    norm_k: nn.Module | None,
+    norms: tuple[nn.Module, nn.Module],
     freqs_cis: Tensor | None,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`placed` of queries and of keys, whose norms are of one kind; what they are read from may be `out`."""
+    norm_q, norm_k = norms
+    if not (isinstance(norm_q, RMSNorm) and isinstance(norm_k, RMSNorm)):
+        to_query, to_key = (None, None) if out is None else out
+        return placed(query, None, freqs_cis, out=to_query), placed(key, None, freqs_cis, out=to_key)
+    weights = (norm_q.weight, norm_k.weight)
+    assert norm_q.eps == norm_k.eps, "they are made alike"
+    return norm_rotate_both(query, key, weights, freqs_cis, eps=norm_q.eps, out=out)
+
+
+def packed(
+    query: Tensor, key: Tensor, value: Tensor, norms: tuple[nn.Module, nn.Module], freqs_cis: Tensor | None
 ) -> Tensor:
     """Queries, keys and values [B, S, N, E], the first two normed and rotated, side by side: [B, S, 3, N, E]."""
     together = _pack_of(query, query.shape[1], *query.shape[2:])
-    placed(query, norm_q, freqs_cis, out=together[:, :, 0])
-    placed(key, norm_k, freqs_cis, out=together[:, :, 1])
+    both_placed(query, key, norms, freqs_cis, out=(together[:, :, 0], together[:, :, 1]))
     placed(value, None, None, out=together[:, :, 2])
     return together
 

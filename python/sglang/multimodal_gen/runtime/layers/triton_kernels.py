@@ -6,6 +6,7 @@ computed in fp32. Shapes: B samples, S tokens, D hidden_size, H heads, E head_di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -167,9 +168,12 @@ def _strides(part: Tensor | None, batch: int, num_groups: int) -> tuple[int, int
 @triton.jit
 def _norm_rotate_kernel(  # type: ignore[no-untyped-def]
     source,
+    other_source,
     weight,
+    other_weight,
     table,
     target,
+    other_target,
     source_batch,
     source_token,
     table_batch,
@@ -186,24 +190,16 @@ def _norm_rotate_kernel(  # type: ignore[no-untyped-def]
     WIDE: tl.constexpr,
     ROTATE: tl.constexpr,
     TABLE_HEADS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """The heads of one token: root-mean-square norm over each (or over all, WIDE) and rotation of neighbours."""
+    """The heads of one token, and with two PARTS the other's, which share the table: root-mean-square norm over each
+    (or over all, WIDE) and rotation of neighbours."""
     token = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     heads = tl.arange(0, HEAD_BLOCK)
     dims = tl.arange(0, DIM_BLOCK)
     inside = (heads[:, None] < HEADS) & (dims[None, :] < HEAD_DIM)
     place = heads[:, None] * HEAD_DIM + dims[None, :]
-    stored = tl.load(source + batch * source_batch + token * source_token + place, mask=inside, other=0.0)
-    value = stored.to(tl.float32)
-    if NORM:
-        squares = tl.sum(value * value, axis=1)
-        if WIDE:
-            value *= tl.rsqrt(tl.sum(squares, axis=0) / (HEADS * HEAD_DIM) + eps)
-            value *= tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
-        else:
-            value *= tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
-            value *= tl.load(weight + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
     if ROTATE:
         angles = table + batch * table_batch + token * table_token
         pair = tl.arange(0, DIM_BLOCK // 2)
@@ -215,27 +211,56 @@ def _norm_rotate_kernel(  # type: ignore[no-untyped-def]
             angles = angles + pair[None, :] * 2
         cosine = tl.load(angles, mask=turns, other=1.0)
         sine = tl.load(angles + 1, mask=turns, other=0.0)
-        real, imaginary = tl.split(tl.reshape(value, (HEAD_BLOCK, DIM_BLOCK // 2, 2)))
-        value = tl.reshape(
-            tl.join(real * cosine - imaginary * sine, real * sine + imaginary * cosine), (HEAD_BLOCK, DIM_BLOCK)
-        )
-    tl.store(target + batch * target_batch + token * target_token + place, value.to(stored.dtype), mask=inside)
+    for part in tl.static_range(PARTS):
+        origin, scales, goal = source, weight, target
+        if part == 1:
+            origin, scales, goal = other_source, other_weight, other_target
+        stored = tl.load(origin + batch * source_batch + token * source_token + place, mask=inside, other=0.0)
+        value = stored.to(tl.float32)
+        if NORM:
+            squares = tl.sum(value * value, axis=1)
+            if WIDE:
+                value *= tl.rsqrt(tl.sum(squares, axis=0) / (HEADS * HEAD_DIM) + eps)
+                value *= tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
+            else:
+                value *= tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+                value *= tl.load(scales + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
+        if ROTATE:
+            real, imaginary = tl.split(tl.reshape(value, (HEAD_BLOCK, DIM_BLOCK // 2, 2)))
+            value = tl.reshape(
+                tl.join(real * cosine - imaginary * sine, real * sine + imaginary * cosine), (HEAD_BLOCK, DIM_BLOCK)
+            )
+        tl.store(goal + batch * target_batch + token * target_token + place, value.to(stored.dtype), mask=inside)
 
 
 def norm_rotate(
-    source: Tensor, weight: Tensor | None, table: Tensor | None, target: Tensor, *, eps: float, wide: bool
+    sources: Sequence[Tensor],
+    weights: Sequence[Tensor] | None,
+    table: Tensor | None,
+    targets: Sequence[Tensor],
+    *,
+    eps: float,
+    wide: bool,
 ) -> None:
-    """[B, S, H, E] -> `target` of that shape: normed with `weight` [E] (`wide`: [H·E], over all heads), then rotated by
-    `table` [1 or B, S, 1 or H, E/2, 2]. The heads of a token lie side by side in both."""
+    """One or two of [B, S, H, E] -> `targets` of that shape, which may be the sources: normed with `weights` [E]
+    (`wide`: [H·E], over all heads), then rotated by `table` [1 or B, S, 1 or H, E/2, 2]. The heads of a token lie side
+    by side in all of them, and both sources are laid out alike, and both targets."""
+    (source, *_), (target, *_) = sources, targets
     batch, num_tokens, heads, head_dim = source.shape
-    assert source.stride()[2:] == (head_dim, 1) == target.stride()[2:], "heads lie side by side"
+    for like, tensors in ((source, sources), (target, targets)):
+        assert all(tensor.stride() == like.stride() for tensor in tensors), "both are laid out alike"
+        assert like.stride()[2:] == (head_dim, 1), "heads lie side by side"
     rotation: Any = source if table is None else table
+    factors = sources if weights is None else weights
     by_batch, by_token, by_head = (0, 0, 0) if table is None else table.stride()[:3]
     _norm_rotate_kernel[(num_tokens, batch)](
         source,
-        source if weight is None else weight,
+        sources[-1],
+        factors[0],
+        factors[-1],
         rotation,
         target,
+        targets[-1],
         source.stride(0),
         source.stride(1),
         by_batch if table is not None and table.shape[0] > 1 else 0,
@@ -248,10 +273,11 @@ def norm_rotate(
         HEAD_DIM=head_dim,
         HEAD_BLOCK=triton.next_power_of_2(heads),
         DIM_BLOCK=triton.next_power_of_2(head_dim),
-        NORM=weight is not None,
+        NORM=weights is not None,
         WIDE=wide,
         ROTATE=table is not None,
         TABLE_HEADS=table is not None and table.shape[2] > 1,
+        PARTS=len(sources),
         num_warps=max(1, min(8, triton.next_power_of_2(heads) * triton.next_power_of_2(head_dim) // 512)),
     )
 

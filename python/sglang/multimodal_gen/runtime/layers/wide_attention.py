@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.layers.attention.attention import Attention
 from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerContext
-from sglang.multimodal_gen.runtime.layers.fused import JoinedLinear, norm_rotate
+from sglang.multimodal_gen.runtime.layers.fused import JoinedLinear, norm_rotate, norm_rotate_both
 from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
 from sglang.multimodal_gen.runtime.layers.norm import RMSNorm
 
@@ -78,10 +78,16 @@ class WideNormSelfAttention(WideNormAttention):
             sent_key = send(self._rotated(heads(self.to_k(hidden_states)), self.norm_k, freqs_cis))
         else:
             query, key, value = (heads(part) for part in self.joined(hidden_states))
-            sent_query = send(self._rotated(query, self.norm_q, freqs_cis))
-            sent_key = send(self._rotated(key, self.norm_k, freqs_cis))
-            sent_value = send(value)
+            query, key = self._both_rotated(query, key, freqs_cis)
+            sent_query, sent_key, sent_value = send(query), send(key), send(value)
         return self.to_out[0](self.attention(sent_query, sent_key, sent_value).flatten(2))
+
+    def _both_rotated(self, query: Tensor, key: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
+        norm_q, norm_k = self.norm_q, self.norm_k
+        if norm_q.axis.size > 1:
+            return self._rotated(query, norm_q, freqs_cis), self._rotated(key, norm_k, freqs_cis)
+        weights = (norm_q.weight, norm_k.weight)
+        return norm_rotate_both(query, key, weights, freqs_cis, eps=norm_q.eps, wide=True)
 
     def _rotated(self, heads: Tensor, norm: RMSNorm, freqs_cis: Tensor) -> Tensor:
         """[B, S, N, E], normed over all heads together, those of other ranks included, and rotated."""

@@ -87,8 +87,8 @@ class LTXVideoTransformerConfig(TransformerConfig):
             crosses=True,
             sums=("image", "image", "image"),
             norm_sums=4,
-            launches=21,
-            launches_apart=2,
+            launches=20,
+            launches_apart=3,
             traffic=44,
         )
         return TransformerShape(

@@ -135,7 +135,7 @@ class SD3TransformerConfig(TransformerConfig):
             other_parameters=30 * dim,
             attentions=("joint", "image") if attends_twice else ("joint",),
             sums=sums,
-            launches=21 + (7 if attends_twice else 0),
-            launches_apart=4 + (2 if attends_twice else 0),
-            traffic=30 + (18 if attends_twice else 0),
+            launches=(15 if self.qk_norm is None else 17) + (6 if attends_twice else 0),
+            launches_apart=(10 if self.qk_norm is None else 6) + (2 if attends_twice else 0),
+            traffic=(18 if self.qk_norm is None else 26) + (18 if attends_twice else 0),
         )

@@ -101,8 +101,8 @@ class WanTransformerConfig(TransformerConfig):
             crosses=True,
             sums=("image", "image", "image"),
             norm_sums=4,
-            launches=20,
-            launches_apart=2,
+            launches=19,
+            launches_apart=3,
             traffic=39,
         )
         image_dim, patch = self.image_dim or 0, math.prod(self.patch_size)

@@ -95,6 +95,15 @@ def multiply(hidden_states: Tensor, matrix: Matrix, bias: Tensor | None) -> Tens
     return F.linear(hidden_states, matrix, bias) if product is None else product
 
 
+def multiply_into(inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """The product of a weight as it is: [N, I], [O, I] and [O] into [N, O]; without gradients."""
+    if chosen_product(inputs, weight, bias, out=out) is None:
+        if bias is None:
+            torch.mm(inputs, weight.t(), out=out)
+        else:
+            torch.addmm(bias, inputs, weight.t(), out=out)
+
+
 def scaled_afterwards(rows: QuantizedRows, weight: QuantizedTensors, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The product [N, O] of the values, and then both scales: where the chip or the dtype has no scales by row."""
     one = torch.ones((), device=rows.values.device)
