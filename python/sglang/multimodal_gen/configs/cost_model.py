@@ -52,8 +52,8 @@ class Hardware:
 # to 146 ms with exchanges on two and four H100.
 H100 = Hardware(
     name="h100",
-    product_flops=0.75e15,
-    half_rate_tokens=500,
+    product_flops=0.72e15,
+    half_rate_tokens=200,
     attention_flops=0.65e15,
     small_head_flops=0.45e15,
     memory_bandwidth=4.0e12,

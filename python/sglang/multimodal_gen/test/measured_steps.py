@@ -62,9 +62,8 @@ def _forwards() -> Iterator[Measured]:
     """One row through our modules on one H100."""
     for hub_id, size, seconds in (
         (WAN_1_3B, (832, 480, 81), 0.434),
-        (FLUX, (1024, 1024, 1), 0.119),
-        ("Qwen/Qwen-Image", (1024, 1024, 1), 0.135),
-        (Z_IMAGE, (1024, 1024, 1), 0.100),
+        (FLUX, (1024, 1024, 1), 0.112),
+        ("hunyuanvideo-community/HunyuanVideo", (960, 544, 61), 1.762),
     ):
         yield Measured(hub_id, size, 1, H100, ReplicaShape(), seconds)
 
@@ -115,9 +114,9 @@ def _spread() -> Iterator[Measured]:
             FLUX,
             (1024, 1024, 1),
             1,
-            H100,
-            {"": 0.1192, "ulysses2": 0.0781, "ring2": 0.0788, "tp2": 0.0777, "ulysses4": 0.0462, "ring4": 0.0612,
-             "ulysses2-ring2": 0.0539, "tp4": 0.0542, "ulysses2-tp2": 0.0521},
+            H200,
+            {"": 0.1151, "ulysses2": 0.0738, "ring2": 0.0748, "tp2": 0.0731, "ulysses4": 0.0414, "ring4": 0.0543,
+             "ulysses2-ring2": 0.0489, "tp4": 0.0472, "ulysses2-tp2": 0.0464},
         ),
     ):  # fmt: skip
         for layout, seconds in times.items():

@@ -144,7 +144,7 @@ def degrees(**options: Any) -> tuple[ReplicaShape, tuple[str, ...]]:
 def test_degrees_left_unset_are_chosen_and_the_reason_is_told() -> None:
     shape, (reason,) = degrees(model_path=TURBO, num_gpus=4)
     assert shape == ReplicaShape(ring=2, ulysses=2)
-    assert reason.startswith("layout ring 2 x ulysses 2 for 4 GPUs: the fastest that keeps the weights whole, about 2.")
+    assert reason.startswith("layout ring 2 x ulysses 2 for 4 GPUs: the fastest, about 2.")
     assert "a step has 1 row and 30 attention heads" in reason
     sources = resolve_server_args({"model_path": TURBO, "num_gpus": 4}, environ={}).sources
     assert (sources["ring_degree"], sources["ulysses_degree"], sources["num_gpus"]) == ("chosen", "chosen", "flag")
