@@ -29,6 +29,7 @@ from sglang.multimodal_gen.runtime.layers.gemm_choice import (
 from sglang.multimodal_gen.runtime.layers.gemm_kernels import GemmShape
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.measured_file import MeasuredFile
+from sglang.multimodal_gen.runtime.layers.quantization.products import multiply_into
 from sglang.multimodal_gen.runtime.pipelines.flux import FluxPipeline
 from sglang.multimodal_gen.runtime.pipelines_core import composed_pipeline_base
 from sglang.multimodal_gen.runtime.pipelines_core.placement import place
@@ -51,10 +52,11 @@ class Library:
     def candidates(self, shape: GemmShape) -> list[str]:
         return [str(number) for number in range(self.count)]
 
-    def gemm(self, shape: GemmShape, algorithm: str) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-        def run(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def gemm(self, shape: GemmShape, algorithm: str) -> Callable[..., Tensor]:
+        def run(inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
             self.called.append(algorithm)
-            return usual_product(inputs, weight, bias, gelu=shape.gelu)
+            product = usual_product(inputs, weight, bias, gelu=shape.gelu)
+            return product if out is None else out.copy_(product)
 
         return run
 
@@ -109,6 +111,18 @@ def test_the_fastest_is_measured_once_and_computes(with_bias: bool, gelu: bool) 
     assert (entry.algorithm, entry.seconds, entry.usual_seconds) == ("1", 0.5, 1.0)
     assert choices.entries == {entry.shape: entry}
     assert (entry.shape.bias, entry.shape.gelu, entry.shape.tokens) == (with_bias, gelu, FEWEST_TOKENS)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("is_chosen", [False, True])
+def test_a_product_goes_where_it_is_told_to(is_chosen: bool, with_bias: bool) -> None:
+    library = Library()
+    in_use(library, Clock(1.0, 0.5, 0.6, 0.7) if is_chosen else None)
+    inputs, weight, bias = operands()
+    room = torch.full((FEWEST_TOKENS + 2, 12), torch.nan, dtype=torch.bfloat16)
+    multiply_into(inputs, weight, bias if with_bias else None, room[1:-1])
+    assert torch.equal(room[1:-1], F.linear(inputs, weight, bias if with_bias else None))
+    assert room[[0, -1]].isnan().all() and library.called == ["0"] * is_chosen
 
 
 def test_layers_multiply_by_it() -> None:
