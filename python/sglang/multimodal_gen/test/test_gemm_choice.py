@@ -26,7 +26,7 @@ from sglang.multimodal_gen.runtime.layers.gemm_choice import (
     use_gemm_choices,
     usual_product,
 )
-from sglang.multimodal_gen.runtime.layers.gemm_kernels import GemmShape
+from sglang.multimodal_gen.runtime.layers.gemm_kernels import GemmNotAvailable, GemmShape
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.measured_file import MeasuredFile
 from sglang.multimodal_gen.runtime.layers.quantization.products import multiply_into
@@ -45,8 +45,10 @@ class Library:
 
     version = "1"
 
-    def __init__(self, count: int = 3) -> None:
+    def __init__(self, count: int = 3, *, unable: dict[str, int] | None = None) -> None:
+        """`unable`: the largest number of tokens that an algorithm can do."""
         self.count = count
+        self.unable = unable or {}
         self.called: list[str] = []
 
     def candidates(self, shape: GemmShape) -> list[str]:
@@ -54,6 +56,8 @@ class Library:
 
     def gemm(self, shape: GemmShape, algorithm: str) -> Callable[..., Tensor]:
         def run(inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+            if len(inputs) > self.unable.get(algorithm, len(inputs)):
+                raise GemmNotAvailable("NOT_SUPPORTED")
             self.called.append(algorithm)
             product = usual_product(inputs, weight, bias, gelu=shape.gelu)
             return product if out is None else out.copy_(product)
@@ -106,7 +110,7 @@ def test_the_fastest_is_measured_once_and_computes(with_bias: bool, gelu: bool) 
         expected = F.linear(inputs, weight, chosen_bias)
         expected = F.gelu(expected, approximate="tanh") if gelu else expected
         torch.testing.assert_close(found.flatten(0, 1), expected, rtol=2e-2, atol=2e-2)
-    assert library.called == ["1"] * 3 and clock.num_asked == 1
+    assert library.called == ["0", "1", "2", *["1"] * 3] and clock.num_asked == 1
     [entry] = kept
     assert (entry.algorithm, entry.seconds, entry.usual_seconds) == ("1", 0.5, 1.0)
     assert choices.entries == {entry.shape: entry}
@@ -122,7 +126,7 @@ def test_a_product_goes_where_it_is_told_to(is_chosen: bool, with_bias: bool) ->
     room = torch.full((FEWEST_TOKENS + 2, 12), torch.nan, dtype=torch.bfloat16)
     multiply_into(inputs, weight, bias if with_bias else None, room[1:-1])
     assert torch.equal(room[1:-1], F.linear(inputs, weight, bias if with_bias else None))
-    assert room[[0, -1]].isnan().all() and library.called == ["0"] * is_chosen
+    assert room[[0, -1]].isnan().all() and library.called[-1:] == ["0"] * is_chosen
 
 
 def test_layers_multiply_by_it() -> None:
@@ -131,7 +135,7 @@ def test_layers_multiply_by_it() -> None:
     layer = ReplicatedLinear(WIDTH, 12).to(torch.bfloat16)
     inputs, _, _ = operands()
     assert torch.equal(layer(inputs), F.linear(inputs, layer.weight, layer.bias))
-    assert library.called == ["0"]
+    assert library.called[-1] == "0"
 
 
 @pytest.mark.parametrize("seconds", [(1.0, 0.99, 1.2, 1.1), (1.0, 1.0, 1.0, 1.0), (0.5, 1.0, 1.0, 1.0)])
@@ -140,9 +144,26 @@ def test_without_a_gain_the_usual_choice_serves(seconds: tuple[float, ...]) -> N
     choices = in_use(library, clock)
     for _ in range(2):
         assert chosen_product(*operands()) is None
-    assert library.called == [] and clock.num_asked == 1
+    assert library.called == ["0", "1", "2"] and clock.num_asked == 1, "each was tried once"
     [entry] = choices.entries.values()
     assert entry.algorithm == "" and entry.seconds == entry.usual_seconds == seconds[0]
+
+
+def test_an_algorithm_that_cannot_run_is_none() -> None:
+    library = Library(4, unable={"0": 0})
+    choices = in_use(library, Clock(1.0, 0.9, 0.5, 0.7))
+    assert chosen_product(*operands()) is not None
+    assert [entry.algorithm for entry in choices.entries.values()] == ["2"]
+
+
+def test_one_that_fails_later_leaves_it_to_torch(caplog: pytest.LogCaptureFixture) -> None:
+    library = Library(unable={"0": FEWEST_TOKENS + 1})
+    in_use(library, Clock(1.0, 0.5, 0.6, 0.7))
+    assert chosen_product(*operands(FEWEST_TOKENS + 1)) is not None
+    for _ in range(2):
+        assert chosen_product(*operands(FEWEST_TOKENS + 2)) is None
+    [record] = caplog.records
+    assert "goes by torch's choice: NOT_SUPPORTED" in record.getMessage()
 
 
 def test_a_library_without_candidates_leaves_the_usual_choice() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from sglang.multimodal_gen.runtime.distributed.collectives import handed_on
 from sglang.multimodal_gen.runtime.distributed.parallel_state import ParallelContext
 from sglang.multimodal_gen.runtime.layers.device_timing import time_in_turns, timer_for
-from sglang.multimodal_gen.runtime.layers.gemm_kernels import CublasLt, Gemm, GemmLibrary, GemmShape
+from sglang.multimodal_gen.runtime.layers.gemm_kernels import CublasLt, Gemm, GemmLibrary, GemmNotAvailable, GemmShape
 from sglang.multimodal_gen.runtime.layers.measured_file import MeasuredFile, device_identity
 
 SCHEMA_VERSION = 1
@@ -86,14 +86,22 @@ class GemmChoices:
             algorithm = "" if shape is None else self._entries[shape].algorithm
             self._gemms[place] = self._library.gemm(shape, algorithm) if shape is not None and algorithm else None
         gemm = self._gemms[place]
-        return None if gemm is None else gemm(inputs, weight, bias, out)
+        if gemm is None:
+            return None
+        try:
+            return gemm(inputs, weight, bias, out)
+        except GemmNotAvailable as error:  # for another number of tokens than it was measured with
+            logger.warning("a product of %d tokens goes by torch's choice: %s", inputs.shape[0], error)
+            self._gemms[place] = None
+            return None
 
     def _can_measure(self) -> bool:
         return self._measure is not None and self._seconds_left > 0 and not _is_captured()
 
     def _measure_shape(self, shape: GemmShape, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         assert self._measure is not None, "the caller has asked"
-        gemms = {name: self._library.gemm(shape, name) for name in self._library.candidates(shape)}
+        found = {name: self._library.gemm(shape, name) for name in self._library.candidates(shape)}
+        gemms = {name: gemm for name, gemm in found.items() if _can_run(gemm, inputs, weight, bias)}
         runs = [lambda gemm=gemm: gemm(inputs, weight, bias) for gemm in gemms.values()]
         usual, *times = self._measure([lambda: usual_product(inputs, weight, bias, gelu=shape.gelu), *runs])
         self._seconds_left -= (1 + len(times)) * (_ROUNDS + 1) * max(_RUN_SECONDS, usual)
@@ -205,6 +213,14 @@ def shape_of(inputs: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool)
         gelu=gelu,
     )
     return shape if shape.flops >= FEWEST_FLOPS else None
+
+
+def _can_run(gemm: Gemm, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    try:
+        gemm(inputs, weight, bias)
+    except GemmNotAvailable:
+        return False
+    return True
 
 
 def _is_captured() -> bool:

@@ -40,6 +40,10 @@ class GemmShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return f"{self.tokens} tokens, {self.in_features} to {self.out_features} features{more}"
 
 
+class GemmNotAvailable(Exception):
+    """An algorithm that cannot compute a product after all."""
+
+
 class GemmLibrary(Protocol):
     """Algorithms for products."""
 
@@ -61,7 +65,10 @@ class Gemm(Protocol):
     """A product by one algorithm."""
 
     def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-        """[N, I], [O, I] and [O] -> [N, O], in `out` where given, whose rows lie one behind the other."""
+        """[N, I], [O, I] and [O] -> [N, O], in `out` where given, whose rows lie one behind the other.
+
+        Raises: GemmNotAvailable.
+        """
         ...
 
 
@@ -147,10 +154,14 @@ class _Call:
             self._lt.matmul_desc_set_attribute(self.description, self._bias_attribute, self._bias_held_at, 8)
         of_weight, of_inputs, of_output = self.layouts(inputs.shape[0])
         place, stream = output.data_ptr(), torch.cuda.current_stream(inputs.device).cuda_stream
-        self._lt.matmul(
-            *(self._handle, self.description, self._one, weight.data_ptr(), of_weight, inputs.data_ptr(), of_inputs),
-            *(self._zero, place, of_output, place, of_output, self._algorithm_held_at, 0, 0, stream),
-        )
+        try:
+            self._lt.matmul(
+                *(self._handle, self.description, self._one, weight.data_ptr(), of_weight),
+                *(inputs.data_ptr(), of_inputs, self._zero, place, of_output, place, of_output),
+                *(self._algorithm_held_at, 0, 0, stream),
+            )
+        except self._lt.cuBLASLtError as error:
+            raise GemmNotAvailable(str(error)) from error
         return output
 
     def _set(self, name: str, value: np.generic) -> None:
