@@ -200,10 +200,9 @@ class JointAttention(SelfAttention):
     def _one_sequence_of(self, hidden_states: Tensor) -> tuple[JoinedLinear, JoinedLinear] | None:
         """The products of image and text, where they can write where the sequence is: one row, whose tokens lie one
         behind the other there, without gradients, and nothing to be added."""
-        joined = (self.joined, self.joined_text)
         if len(hidden_states) > 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        of_image, of_text = joined
+        of_image, of_text = self.joined, self.joined_text
         if of_image is None or of_text is None or not (of_image.is_plain and of_text.is_plain):
             return None
         return of_image, of_text

@@ -84,11 +84,14 @@ class Denoiser:
         the weights on the device."""
         if any(row.req.adapters for row in rows):
             return None
-        found = [self._steps_of(row, constant) for row in rows]
-        if any(steps is None for steps in found):
-            return None
-        own = [steps.values[_step_index(row) - steps.first] for row, steps in zip(rows, found, strict=True) if steps]
-        others = [steps.values[place - len(constant)] for place in range(len(constant)) for steps in found if steps]
+        found: list[EmbeddedSteps] = []
+        for row in rows:
+            steps = self._steps_of(row, constant)
+            if steps is None:
+                return None
+            found.append(steps)
+        own = [steps.values[_step_index(row) - steps.first] for row, steps in zip(rows, found, strict=True)]
+        others = [steps.values[place - len(constant)] for place in range(len(constant)) for steps in found]
         return torch.stack([*own, *others])
 
     def embed_steps(self, row: Row, timesteps: Sequence[float]) -> Tensor:
