@@ -79,8 +79,8 @@ class StepTable:
 
     def rows(self, temb: Tensor) -> Tensor:
         """Embeddings [T, D] -> [T, V], fp32."""
-        values = (part.step_values(temb).float() for run in self._runs for part in run)
-        return torch.cat((temb.float(), *values), dim=1)
+        values = (part.step_values(temb) for run in self._runs for part in run)
+        return torch.cat((temb, *values), dim=1).float()
 
     def embeddings(
         self, embedded: Tensor | None, embed: Callable[[], Tensor], dtype: torch.dtype
