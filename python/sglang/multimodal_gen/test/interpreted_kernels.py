@@ -291,7 +291,7 @@ def picture_autoencoders(dtype: torch.dtype, width: int) -> Iterator[tuple[str, 
         reference = tiny_picture_vae(0, **blocks, **changes)
         ours = AutoencoderKL(AutoencoderKLConfig.from_dict(dict(reference.config)))
         ours.load_state_dict(reference.state_dict())
-        inputs = drawn(2, 4, 1, 3, 5), drawn(1, 3, 1, 32, 24)
+        inputs = drawn(2, 4, 1, 2, 3), drawn(1, 3, 1, 16, 24)
         exact = ours.decode(inputs[0]), ours.encode(inputs[1]).mean
         module, (latents, pictures) = ours.to(dtype), (tensor.to(dtype) for tensor in inputs)
         plain = module.decode(latents), module.encode(pictures).mean
