@@ -30,10 +30,10 @@ from sglang.multimodal_gen.runtime.models.encoders.t5 import T5EncoderModel
 from sglang.multimodal_gen.runtime.models.schedulers.shifting import spaced_to_last
 from sglang.multimodal_gen.runtime.models.vaes.autoencoder_kl import AutoencoderKL
 from sglang.multimodal_gen.runtime.pipelines.flux_workloads import FLUX_WORKLOADS
-from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row, pack, unpack
+from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, DistilledDenoiser, Row, pack, unpack
 from sglang.multimodal_gen.runtime.pipelines_core.fitting import require_equal
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
-from sglang.multimodal_gen.runtime.pipelines_core.guidance import DistilledGuidance, guidance_scale
+from sglang.multimodal_gen.runtime.pipelines_core.guidance import DistilledGuidance
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.picture_pipeline_base import PicturePipelineBase
 from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import encoder_memory
@@ -50,7 +50,6 @@ from sglang.multimodal_gen.runtime.pipelines_core.workload import Workload
 
 PATCH_SIZE = 2
 """Latent cells along each side of a token."""
-_THOUSAND = 1000.0
 
 
 class FluxPrompts:
@@ -90,7 +89,7 @@ class FluxPrompts:
         return self.memory.row_bytes(self.max_sequence_length)
 
 
-class FluxDenoiser(Denoiser):
+class FluxDenoiser(DistilledDenoiser):
     """The velocity of image latents, packed to tokens of 2x2 cells."""
 
     transformer: FluxTransformer2DModel
@@ -111,13 +110,6 @@ class FluxDenoiser(Denoiser):
         )
         return list(unpack(tokens[:, : grid[1] * grid[2]], grid))
 
-    def embed_steps(self, row: Row, timesteps: Sequence[float]) -> Tensor:
-        """See Denoiser."""
-        assert row.text.pooled is not None, "CLIP's"
-        count = len(timesteps)
-        guidance = self.guidance([row] * count)
-        return self.transformer.embed_steps(self.numbers(timesteps), row.text.pooled.expand(count, -1), guidance)
-
     def input_tokens(self, latents: Tensor, rows: Sequence[Row]) -> Tensor:
         """Packed latents [B, S, C] -> what the transformer reads: [B, S', C'], whose first S tokens are predicted."""
         return latents
@@ -125,12 +117,6 @@ class FluxDenoiser(Denoiser):
     def rotary_table(self, num_text_tokens: int, grid: tuple[int, int], rows: Sequence[Row]) -> Tensor:
         """Of the text and of all input tokens; `grid` are those of the picture that is made."""
         return flux_rotary_table(num_text_tokens, (grid,), self.transformer.config.axes_dims_rope, self.device)
-
-    def guidance(self, rows: Sequence[Row]) -> Tensor | None:
-        """Each row's scale times 1000, for models that are told it."""
-        if not self.transformer.config.guidance_embeds:
-            return None
-        return self.numbers([_THOUSAND * guidance_scale(row.req.params) for row in rows])
 
 
 @table_cache(16)

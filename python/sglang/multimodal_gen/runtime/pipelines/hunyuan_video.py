@@ -30,10 +30,10 @@ from sglang.multimodal_gen.runtime.models.vaes.hunyuan_video_vae import Autoenco
 from sglang.multimodal_gen.runtime.pipelines.hunyuan_video_prompts import HunyuanVideoPrompts
 from sglang.multimodal_gen.runtime.pipelines.hunyuan_video_workloads import HUNYUAN_VIDEO_WORKLOADS
 from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase
-from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Denoiser, Row
+from sglang.multimodal_gen.runtime.pipelines_core.denoiser import DistilledDenoiser, Row
 from sglang.multimodal_gen.runtime.pipelines_core.fitting import require_equal
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
-from sglang.multimodal_gen.runtime.pipelines_core.guidance import DistilledGuidance, guidance_scale
+from sglang.multimodal_gen.runtime.pipelines_core.guidance import DistilledGuidance
 from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory, TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
@@ -46,12 +46,11 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.timestep_preparation im
 from sglang.multimodal_gen.runtime.pipelines_core.text_encoders import PooledCLIP
 from sglang.multimodal_gen.runtime.pipelines_core.workload import Workload
 
-_THOUSAND = 1000.0
 # Between two pieces of a clip the last four frames of the earlier one wait to be blended.
 _WAITING_CHANNELS = 4 * 3
 
 
-class HunyuanVideoDenoiser(Denoiser):
+class HunyuanVideoDenoiser(DistilledDenoiser):
     """The velocity of video latents. Texts of any lengths share a forward, since the model masks their padding."""
 
     transformer: HunyuanVideoTransformer3DModel
@@ -69,19 +68,6 @@ class HunyuanVideoDenoiser(Denoiser):
             self.guidance(rows),
             None if is_told_more else self.embedded(rows),
         )
-
-    def embed_steps(self, row: Row, timesteps: Sequence[float]) -> Tensor:
-        """See Denoiser."""
-        assert row.text.pooled is not None, "CLIP's"
-        count = len(timesteps)
-        guidance = self.guidance([row] * count)
-        return self.transformer.embed_steps(self.numbers(timesteps), row.text.pooled.expand(count, -1), guidance)
-
-    def guidance(self, rows: Sequence[Row]) -> Tensor | None:
-        """Each row's scale times 1000, for models that are told it."""
-        if not self.transformer.config.guidance_embeds:
-            return None
-        return self.numbers([_THOUSAND * guidance_scale(row.req.params) for row in rows])
 
     def model_input(self, rows: Sequence[Row]) -> Tensor:
         """What the transformer sees of the latents and beside them: [B, C_in, T, H, W]."""

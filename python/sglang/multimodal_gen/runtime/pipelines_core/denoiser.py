@@ -17,10 +17,12 @@ from sglang.multimodal_gen.runtime.layers.host_weights import compute_device, ha
 from sglang.multimodal_gen.runtime.layers.step_embedding import StepTable
 from sglang.multimodal_gen.runtime.layers.uploads import uploaded
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
+from sglang.multimodal_gen.runtime.pipelines_core.guidance import guidance_scale
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import EmbeddedSteps, Req, TextCondition
 
 _FP32_BYTES = 4
+_THOUSAND = 1000.0
 
 
 class Row(NamedTuple):
@@ -174,6 +176,23 @@ class Denoiser:
     def stacked_pooled(rows: Sequence[Row]) -> Tensor:
         """[B, P]."""
         return torch.stack([pooled for row in rows if (pooled := row.text.pooled) is not None])
+
+
+class DistilledDenoiser(Denoiser):
+    """Of a transformer that is told the pooled text and, where its config says so, the scale of guidance."""
+
+    def embed_steps(self, row: Row, timesteps: Sequence[float]) -> Tensor:
+        """See Denoiser."""
+        assert row.text.pooled is not None, "of an encoder that gives one vector"
+        count = len(timesteps)
+        pooled, guidance = row.text.pooled.expand(count, -1), self.guidance([row] * count)
+        return self.transformer.embed_steps(self.numbers(timesteps), pooled, guidance)  # type: ignore[operator]
+
+    def guidance(self, rows: Sequence[Row]) -> Tensor | None:
+        """Each row's scale times 1000, for models that are told it."""
+        if not self.transformer.config.guidance_embeds:  # type: ignore[union-attr]
+            return None
+        return self.numbers([_THOUSAND * guidance_scale(row.req.params) for row in rows])
 
 
 def _step_index(row: Row) -> int:
