@@ -179,7 +179,7 @@ def step_cost(shape: TransformerShape, work: StepWork, layout: ReplicaShape, har
     """What a step costs in a layout."""
     share = _Share.of(shape, work, layout)
     computing = waiting = host = sent = 0.0
-    for run in shape.runs:
+    for run in (run for run in shape.runs if not run.once):
         held = share.for_text_alone() if run.of_text_alone else share
         exchanges = _exchanges(run, shape, held, hardware)
         computing += run.count * _compute_s(run, shape, held, hardware)
@@ -225,10 +225,9 @@ def _compute_s(run: BlockRun, shape: TransformerShape, share: _Share, hardware: 
     channel_tokens = 0
     for segment, weights in segments:
         tokens = share.tokens(segment)
-        if weights:
+        if weights and not (run.crosses and segment == "text"):
             rate = hardware.product_flops * tokens / (tokens + hardware.half_rate_tokens)
             products += 2 * tokens * weights / layout.tp / rate
-        if weights and not (run.crosses and segment == "text"):
             channel_tokens += tokens
     pairs = sum(share.pairs(segment) for segment in run.attentions)
     if run.crosses:
@@ -237,8 +236,8 @@ def _compute_s(run: BlockRun, shape: TransformerShape, share: _Share, hardware: 
     attention = 4 * pairs * shape.width / (layout.ring * layout.ulysses * layout.tp) / head_rate
     traffic = channel_tokens * shape.width * run.traffic
     traffic *= 1 - HEADS_SHARE_OF_TRAFFIC + HEADS_SHARE_OF_TRAFFIC / layout.tp
-    if layout.tp > 1:  # where image crosses with text, the keys of one norm are of the text
-        traffic += (run.norm_sums - run.crosses) * channel_tokens * shape.width / layout.tp * NORM_SUM_TRAFFIC
+    if layout.tp > 1:
+        traffic += run.norm_sums * channel_tokens * shape.width / layout.tp * NORM_SUM_TRAFFIC
     traffic += run.sample_weights * HALF_PRECISION_BYTES / STEPS_AHEAD
     if layout.ring > 1:
         merged = sum(share.tokens(segment) for segment in run.attentions) * shape.width / layout.tp

@@ -23,7 +23,8 @@ class BlockRun:
         sample_weights: of those that a sample goes through once, such as modulations; whole on every rank.
         other_parameters: norms, biases and tables, whole on every rank.
         attentions: which tokens attend to each other, once for each time that they do.
-        crosses: whether image tokens also attend to the text, apart.
+        crosses: whether image tokens also attend to the text, apart: its keys and values are made once for a request.
+        once: whether a request goes through them once, and not at each step.
         sums: activations that tensor-parallel ranks add up, by the tokens that they are of.
         norm_sums: sums of squares that tensor-parallel ranks add up for norms over all heads together.
         launches: kernels that one forward launches, with fused kernels and one product for queries, keys and values.
@@ -40,6 +41,7 @@ class BlockRun:
     other_parameters: int = 0
     attentions: tuple[Segment, ...] = ()
     crosses: bool = False
+    once: bool = False
     sums: tuple[Segment, ...] = ()
     norm_sums: int = 0
     launches: int

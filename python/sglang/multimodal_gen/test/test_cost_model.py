@@ -332,7 +332,7 @@ def test_more_is_launched_where_projections_are_apart_and_norms_are_shared(monke
     monkeypatch.setattr(cost_model, "MOST_GRAPHED_TOKENS", 0)
     hardware = dataclasses.replace(H100, exchange_launch_s=0.0)
     for hub_id, blocks, apart, shared in (
-        (WAN_1_3B, 30, 30 * 3, 30 * 4 * NORM_SUM_LAUNCHES),
+        (WAN_1_3B, 30, 30 * 3, 30 * 3 * NORM_SUM_LAUNCHES),
         (FLUX, 19 + 38, 0, 0),  # so few tokens that queries, keys and values stay one product
     ):
         model = published_outline(hub_id)
@@ -340,6 +340,14 @@ def test_more_is_launched_where_projections_are_apart_and_norms_are_shared(monke
         alone, *others = (step_cost(model.shape, model.work(), layout, hardware).host_s for layout in shapes)
         more = [(host - alone) / hardware.launch_s for host in others]
         assert more == pytest.approx([blocks * (RING_LAUNCHES + RING_STEP_LAUNCHES), apart, shared])
+
+
+def test_what_a_request_passes_once_is_no_part_of_a_step() -> None:
+    model = published_outline(Z_IMAGE)
+    assert [run.once for run in model.shape.runs] == [False, True, False]
+    without = dataclasses.replace(model.shape, runs=(model.shape.runs[0], model.shape.runs[2]))
+    for layout in (ReplicaShape(), ReplicaShape(tp=2)):
+        assert step_cost(model.shape, model.work(), layout, H100) == step_cost(without, model.work(), layout, H100)
 
 
 def test_more_ranks_send_no_less_and_hold_no_more() -> None:

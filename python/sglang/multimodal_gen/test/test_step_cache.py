@@ -272,8 +272,8 @@ class WrittenOut:
         memory["step"] += 1
 
         def blocks(hidden: Tensor, first: int, last: int) -> Tensor:
-            for block in list(run.blocks)[first:last]:
-                hidden = block(hidden, *run.given)
+            for layer, block in list(enumerate(run.blocks))[first:last]:
+                (hidden,) = run.call(layer, block, (hidden,), *run.given)
             return hidden
 
         return self.decide(memory, streams[0], blocks, lambda name: signal(name, streams[0]))

@@ -291,6 +291,9 @@ class FailsOnce(nn.Module):
     def decode_next(self, latents: Tensor, state: Any) -> Tensor:
         return self._counted(self.inner.decode_next(latents, state))
 
+    def embed_text(self, *inputs: Any) -> Tensor:
+        return self.inner.embed_text(*inputs)
+
     def forward(self, *inputs: Tensor, **options: Any) -> Tensor:
         return self._counted(self.inner(*inputs, **options))
 

@@ -22,6 +22,7 @@ from sglang.multimodal_gen.runtime.distributed.collectives import all_reduce
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.step_embedding import StepEmbedding
 from sglang.multimodal_gen.runtime.layers.table_cache import row_index
+from sglang.multimodal_gen.runtime.layers.wide_attention import LayeredKeysValues
 
 Streams = tuple[Tensor, ...]
 """What blocks change: image tokens [B, S, D], alone or with text beside them or in the same sequence."""
@@ -70,8 +71,9 @@ class PerRow(tuple[Any, ...]):
 
 
 def call_block(layer: int, block: nn.Module, streams: Streams, *given: Any, **named: Any) -> Streams:
-    """The streams behind one block, which is called with the streams and then what is given, of a step its own part."""
-    own = (each.of_layer(layer) if isinstance(each, StepEmbedding) else each for each in given)
+    """The streams behind one block, which is called with the streams and then what is given, its own part of that which
+    differs from block to block."""
+    own = (each.of_layer(layer) if isinstance(each, StepEmbedding | LayeredKeysValues) else each for each in given)
     found = block(*streams, *own, **named)
     return found if isinstance(found, tuple) else (found,)
 

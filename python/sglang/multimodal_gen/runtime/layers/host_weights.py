@@ -39,9 +39,8 @@ def compute_device(module: nn.Module) -> torch.device:
 
 
 def has_its_weights(module: nn.Module) -> bool:
-    """Whether all of them are where its forward runs, and not only for their turn."""
-    device = compute_device(module)
-    return all(weight.device == device for weight in module.parameters())
+    """Whether all of them stay where its forward runs, and do not come for their turn."""
+    return getattr(module, "runs_on", None) is None
 
 
 def held_tensors(layers: Iterable[nn.Module]) -> list[Tensor]:

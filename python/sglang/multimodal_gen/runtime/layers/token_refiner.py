@@ -70,10 +70,13 @@ class TokenRefiner(nn.Module):
         self.proj_in = ReplicatedLinear(text_dim, dim)
         self.token_refiner = RefinerStack(num_layers, num_heads, head_dim, context)
 
-    def forward(self, text: Tensor, timestep: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, L, text_dim], timesteps [B], a mask [B, 1, 1, L], True at tokens that count -> [B, L, D]."""
+    def forward(self, text: Tensor, timestep: Tensor, mask: Tensor | None, projected: Tensor | None = None) -> Tensor:
+        """[B, L, text_dim], timesteps [B], a mask [B, 1, 1, L], True at tokens that count -> [B, L, D].
+
+        `projected` [B, L, D] is what `proj_in` made of the text, where that is known.
+        """
         temb = self.time_text_embed(timestep, _mean_of(text, mask))
-        hidden_states = self.proj_in(text)
+        hidden_states = self.proj_in(text) if projected is None else projected
         for block in self.token_refiner.refiner_blocks:
             hidden_states = block(hidden_states, temb, mask)
         return hidden_states

@@ -2,11 +2,15 @@
 
 Parameter names are those of published diffusers checkpoints.
 
-Shapes: B batch, S tokens, L text tokens, D hidden_size, T text width, N heads of this rank, E head_dim.
+Shapes: B batch, S tokens, L text tokens, D hidden_size, T text width, N heads of this rank, E head_dim, Y layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.runtime.layers.attention.attention import Attention
@@ -14,6 +18,28 @@ from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerCon
 from sglang.multimodal_gen.runtime.layers.fused import JoinedLinear, norm_rotate, norm_rotate_both
 from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
 from sglang.multimodal_gen.runtime.layers.norm import RMSNorm
+
+
+class KeysValues(NamedTuple):
+    """What a layer made of a text that tokens attend to: [B, L, N·E] each, the keys normed."""
+
+    key: Tensor
+    value: Tensor
+
+
+class LayeredKeysValues(NamedTuple):
+    """Those of all layers, which do not change from step to step: `stacked` [B, Y, 2, L, N·E]."""
+
+    stacked: Tensor
+
+    def of_layer(self, layer: int) -> KeysValues:
+        """Those of one."""
+        return KeysValues(*self.stacked[:, layer].unbind(1))
+
+
+def stack_keys_values(layers: Iterable[KeysValues]) -> Tensor:
+    """What layers made of one text, as LayeredKeysValues has it: [B, Y, 2, L, N·E]."""
+    return torch.stack([torch.stack(each, dim=1) for each in layers], dim=1)
 
 
 class WideNormAttention(nn.Module):
@@ -47,6 +73,12 @@ class WideNormAttention(nn.Module):
     def split_heads(self, hidden_states: Tensor) -> Tensor:
         """[B, S, N·E] -> [B, S, N, E]."""
         return hidden_states.unflatten(-1, (self.num_heads, -1))
+
+    def keys_values(self, text: Tensor | KeysValues) -> KeysValues:
+        """What tokens attend to of a text [B, L, T], unless it has been made of it already."""
+        if isinstance(text, KeysValues):
+            return text
+        return KeysValues(self.norm_k(self.to_k(text)), self.to_v(text))
 
 
 class WideNormSelfAttention(WideNormAttention):
@@ -116,10 +148,10 @@ class WideNormCrossAttention(WideNormAttention):
         )
         self.masked_attention = plan.build(hidden_size // num_heads, mask=True)
 
-    def forward(self, hidden_states: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, S, D], [B, L, T], a mask [B, 1, 1, L] or None -> [B, S, D]."""
+    def forward(self, hidden_states: Tensor, text: Tensor | KeysValues, mask: Tensor | None) -> Tensor:
+        """[B, S, D], a text [B, L, T] or what `keys_values` made of it, a mask [B, 1, 1, L] or None -> [B, S, D]."""
         query = self.split_heads(self.norm_q(self.to_q(hidden_states)))
-        key, value = self.split_heads(self.norm_k(self.to_k(text))), self.split_heads(self.to_v(text))
+        key, value = map(self.split_heads, self.keys_values(text))
         if mask is None:
             return self.to_out[0](self.attention(query, key, value).flatten(2))
         return self.to_out[0](self.masked_attention(query, key, value, mask).flatten(2))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.flux import FluxTransformerConfig
+from sglang.multimodal_gen.runtime.layers.embedded import Embedded
 from sglang.multimodal_gen.runtime.layers.rotary import grid_positions, rotary_table
 from sglang.multimodal_gen.runtime.pipelines_core.workload import (
     Drawing,
@@ -44,16 +45,20 @@ class FluxDenoising(Workload):
             draw.full(_GUIDANCE, rows),
         )
 
-    def prepared(self, module: nn.Module, inputs: Inputs) -> Inputs:
-        """See Workload: what the transformer makes of the steps."""
+    def embed_steps(self, module: nn.Module, inputs: Inputs) -> Tensor:
+        """See Workload."""
         _, timestep, _, pooled, _, guidance = inputs
-        return *inputs, module.embed_steps(timestep, pooled, guidance)  # type: ignore[operator]
+        return module.embed_steps(timestep, pooled, guidance)  # type: ignore[operator]
+
+    def embed_text(self, module: nn.Module, inputs: Inputs) -> Tensor:
+        """See Workload."""
+        return module.embed_text(inputs[2])  # type: ignore[operator]
 
     def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
         """[B, S, C]."""
         tokens, timestep, text, pooled, positions, guidance, *embedded = inputs
         table = rotary_table(positions, module.config.axes_dims_rope)  # type: ignore[union-attr, arg-type]
-        return module(tokens, timestep, text, pooled, table, guidance, *embedded)
+        return module(tokens, timestep, text, pooled, table, guidance, Embedded(*embedded))
 
     def reference_forward(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """[B, S, C]."""

@@ -14,6 +14,7 @@ from sglang.multimodal_gen.configs.models.encoders import CLIPTextConfig
 from sglang.multimodal_gen.configs.models.vaes.hunyuan_video import HunyuanVideoVAEConfig
 from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
 from sglang.multimodal_gen.errors import UnsupportedModel
+from sglang.multimodal_gen.runtime.layers.step_embedding import StepTable
 from sglang.multimodal_gen.runtime.loader.component_loader import (
     ComponentLoader,
     NativeEncoder,
@@ -58,7 +59,6 @@ class HunyuanVideoDenoiser(DistilledDenoiser):
     def predict(self, rows: Sequence[Row]) -> Sequence[Tensor]:
         """See Denoiser."""
         text, lengths = self.stacked_text(rows)
-        is_told_more = self.transformer.config.image_condition_type == TOKEN_REPLACE
         return self.transformer(
             self.model_input(rows),
             self.timesteps(rows),
@@ -66,8 +66,14 @@ class HunyuanVideoDenoiser(DistilledDenoiser):
             lengths,
             self.stacked_pooled(rows),
             self.guidance(rows),
-            None if is_told_more else self.embedded(rows),
+            self.embedded(rows),
         )
+
+    @property
+    def step_table(self) -> StepTable | None:
+        """See Denoiser: a transformer that is given the first frame has two embeddings of a step."""
+        is_given_frame = self.transformer.config.image_condition_type == TOKEN_REPLACE
+        return None if is_given_frame else self.transformer.step_table
 
     def model_input(self, rows: Sequence[Row]) -> Tensor:
         """What the transformer sees of the latents and beside them: [B, C_in, T, H, W]."""

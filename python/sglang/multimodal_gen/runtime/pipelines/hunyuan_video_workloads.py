@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.hunyuan_video import TOKEN_REPLACE, HunyuanVideoTransformerConfig
+from sglang.multimodal_gen.runtime.layers.embedded import Embedded
 from sglang.multimodal_gen.runtime.pipelines_core.workload import (
     Drawing,
     Inputs,
@@ -37,18 +38,23 @@ class HunyuanVideoDenoising(Workload):
             draw.full(_GUIDANCE, size.batch_size),
         )
 
-    def prepared(self, module: nn.Module, inputs: Inputs) -> Inputs:
-        """See Workload: what the transformer makes of the steps, unless it is given the first frame."""
+    def embed_steps(self, module: nn.Module, inputs: Inputs) -> Tensor | None:
+        """See Workload; None for a transformer that is given the first frame."""
         if module.config.image_condition_type == TOKEN_REPLACE:  # type: ignore[union-attr]
-            return inputs
+            return None
         _, timesteps, _, pooled, guidance = inputs
-        return *inputs, module.embed_steps(timesteps, pooled, guidance)  # type: ignore[operator]
+        return module.embed_steps(timesteps, pooled, guidance)  # type: ignore[operator]
+
+    def embed_text(self, module: nn.Module, inputs: Inputs) -> Tensor:
+        """See Workload."""
+        return module.embed_text(inputs[2])  # type: ignore[operator]
 
     def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
         """[B, C, T, H, W]."""
         latents, timesteps, text, pooled, guidance, *embedded = inputs
         lengths = [size.num_text_tokens] * size.batch_size
-        return module(latents, timesteps, text, lengths, pooled, guidance, *embedded)
+        given = Embedded(text=embedded[0]) if len(embedded) == 1 else Embedded(*embedded)
+        return module(latents, timesteps, text, lengths, pooled, guidance, given)
 
     def reference_forward(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """[B, C, T, H, W]."""

@@ -44,8 +44,13 @@ class LTXDenoiser(Denoiser):
         text, lengths = self.stacked_text(rows)
         grid = (latents.shape[2], latents.shape[3], latents.shape[4])
         table = self.rotary_table(rows[0].req, grid)
-        tokens = self.transformer(pack(latents, 1), self.frame_timesteps(rows, grid[0]), text, table, lengths)
+        timesteps = self.frame_timesteps(rows, grid[0])
+        tokens = self.transformer(pack(latents, 1), timesteps, text, table, lengths, self.embedded(rows))
         return list(unpack(tokens, grid, 1))
+
+    def embed_text(self, row: Row) -> Tensor:
+        """See Denoiser: the keys and values of all blocks."""
+        return self.transformer.embed_text(*self.stacked_text([row]))[0]
 
     def batch_key(self, req: Req) -> str:
         """The frame rate is where frames stand in time; texts may differ in length."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.ltx import LTXVideoTransformerConfig
 from sglang.multimodal_gen.configs.models.vaes.ltx import LTXVideoVAEConfig
+from sglang.multimodal_gen.runtime.layers.embedded import Embedded
 from sglang.multimodal_gen.runtime.pipelines.ltx_denoiser import ClipGrid, causal_positions, table_of
 from sglang.multimodal_gen.runtime.pipelines_core.workload import (
     Drawing,
@@ -48,14 +49,22 @@ class LTXDenoising(Workload):
 
     def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
         """[B, S, C]."""
-        tokens, timesteps, text, table, _ = inputs
-        return module(tokens, timesteps, text, table, [size.num_text_tokens] * size.batch_size)
+        tokens, timesteps, text, table, _, *embedded = inputs
+        return module(tokens, timesteps, text, table, _lengths(text), Embedded(None, *embedded))
+
+    def embed_text(self, module: nn.Module, inputs: Inputs) -> Tensor:
+        """See Workload."""
+        return module.embed_text(inputs[2], _lengths(inputs[2]))  # type: ignore[operator]
 
     def reference_forward(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """[B, S, C]."""
         tokens, timesteps, text, _, positions = inputs
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
         return module(tokens, text, timesteps, mask, video_coords=positions, return_dict=False)[0]
+
+
+def _lengths(texts: Tensor) -> list[int]:
+    return [texts.shape[1]] * texts.shape[0]
 
 
 class ClipDecoding(WholeDecoding):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.qwen_image import QwenImageTransformerConfig
+from sglang.multimodal_gen.runtime.layers.embedded import Embedded
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import pack
 from sglang.multimodal_gen.runtime.pipelines_core.workload import (
     Drawing,
@@ -34,14 +35,18 @@ class QwenImageDenoising(Workload):
             draw.normal(size.batch_size, size.num_text_tokens, config.joint_attention_dim),
         )
 
-    def prepared(self, module: nn.Module, inputs: Inputs) -> Inputs:
-        """See Workload: what the transformer makes of the steps."""
-        return *inputs, module.embed_steps(inputs[1])  # type: ignore[operator]
+    def embed_steps(self, module: nn.Module, inputs: Inputs) -> Tensor:
+        """See Workload."""
+        return module.embed_steps(inputs[1])  # type: ignore[operator]
+
+    def embed_text(self, module: nn.Module, inputs: Inputs) -> Tensor:
+        """See Workload."""
+        return module.embed_text(inputs[2])  # type: ignore[operator]
 
     def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
         """[B, S, C]."""
         latents, timesteps, text, *embedded = inputs
-        return module(pack(latents), timesteps, text, (_grid(latents),), None, *embedded)
+        return module(pack(latents), timesteps, text, (_grid(latents),), None, Embedded(*embedded))
 
     def reference_forward(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """[B, S, C]."""

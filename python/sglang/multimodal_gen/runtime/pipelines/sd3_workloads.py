@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.sd3 import CLIP_TOKENS, SD3TransformerConfig
+from sglang.multimodal_gen.runtime.layers.embedded import Embedded
 from sglang.multimodal_gen.runtime.pipelines_core.workload import (
     Drawing,
     Inputs,
@@ -36,15 +37,19 @@ class SD3Denoising(Workload):
             draw.normal(size.batch_size, config.pooled_projection_dim),
         )
 
-    def prepared(self, module: nn.Module, inputs: Inputs) -> Inputs:
-        """See Workload: what the transformer makes of the steps."""
+    def embed_steps(self, module: nn.Module, inputs: Inputs) -> Tensor:
+        """See Workload."""
         _, timesteps, _, pooled = inputs
-        return *inputs, module.embed_steps(timesteps, pooled)  # type: ignore[operator]
+        return module.embed_steps(timesteps, pooled)  # type: ignore[operator]
+
+    def embed_text(self, module: nn.Module, inputs: Inputs) -> Tensor:
+        """See Workload."""
+        return module.embed_text(inputs[2])  # type: ignore[operator]
 
     def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
         """[B, C, H, W]."""
         latents, timesteps, text, pooled, *embedded = inputs
-        return module(latents, timesteps, text, pooled, (), *embedded)
+        return module(latents, timesteps, text, pooled, (), Embedded(*embedded))
 
     def reference_forward(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """[B, C, H, W]."""

@@ -38,6 +38,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.guidance import ClassifierFree
 from sglang.multimodal_gen.runtime.pipelines_core.memory import DecoderMemory, TransformerMemory
 from sglang.multimodal_gen.runtime.pipelines_core.prompt_cleaning import repair_and_collapse
 from sglang.multimodal_gen.runtime.pipelines_core.prompt_encoding import ZeroPaddedPrompts
+from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.decoding import DecodingStage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import Constraint, DenoisingStage
@@ -55,11 +56,33 @@ class WanDenoiser(Denoiser):
     """The velocity of video latents, steered by text."""
 
     transformer: WanTransformer3DModel
+    num_image_tokens: int = 0
+    """Of pictures that the transformer is told apart from the text."""
 
     def predict(self, rows: Sequence[Row]) -> Sequence[Tensor]:
         """See Denoiser."""
         text, lengths = self.stacked_text(rows)
-        return self.transformer(self.stacked_latents(rows), self.timesteps(rows), text, text_lengths=lengths)
+        return self.transformer(
+            self.stacked_latents(rows),
+            self.timesteps(rows),
+            text,
+            text_lengths=lengths,
+            embedded=self.embedded(rows),
+        )
+
+    def embed_text(self, row: Row) -> Tensor:
+        """See Denoiser: the keys and values of all blocks, of text and image."""
+        text, lengths = self.stacked_text([row])
+        return self.transformer.embed_text(text, self.image_embeds([row]), lengths)[0]
+
+    def image_embeds(self, rows: Sequence[Row]) -> Tensor | None:
+        """What an image encoder sees in the rows' pictures, for models that are told it."""
+        return None
+
+    def held_bytes(self, req: Req) -> int:
+        """See Denoiser."""
+        of_image = self.embedded_text_bytes(self.num_image_tokens) if req.embeds_ahead else 0
+        return super().held_bytes(req) + of_image
 
 
 class WanPipeline(ComposedPipelineBase):
@@ -133,7 +156,7 @@ class WanPipeline(ComposedPipelineBase):
     def _denoising(self, guidance: ClassifierFreeGuidance, geometry: VideoGeometry) -> list[Stage]:
         """A stage for each expert, so that requests share forwards wherever they are with the same one."""
         constraint, free_bytes = self.constraint(), self.free_bytes
-        first = self._denoiser(self.transformer, geometry)
+        first = self.denoiser(self.transformer, geometry)
         if self.transformer_2 is None:
             return [DenoisingStage(first, guidance=guidance, free_bytes=free_bytes, constraint=constraint)]
         assert self.boundary_ratio is not None, "checked when loaded"
@@ -149,7 +172,7 @@ class WanPipeline(ComposedPipelineBase):
                 constraint=constraint,
             ),
             DenoisingStage(
-                self._denoiser(self.transformer_2, geometry),
+                self.denoiser(self.transformer_2, geometry),
                 name="denoise_2",
                 guidance=LowNoiseGuidance(),
                 free_bytes=free_bytes,
@@ -182,7 +205,8 @@ class WanPipeline(ComposedPipelineBase):
             dtype=self.dtype,
         )
 
-    def _denoiser(self, transformer: WanTransformer3DModel, geometry: VideoGeometry) -> WanDenoiser:
+    def denoiser(self, transformer: WanTransformer3DModel, geometry: VideoGeometry) -> WanDenoiser:
+        """Of one expert."""
         config = transformer.config
         return self.denoiser_class(
             transformer,

@@ -17,14 +17,17 @@ from sglang.multimodal_gen.errors import IncompatibleParameters, UnsupportedMode
 from sglang.multimodal_gen.runtime.loader.component_loader import ComponentLoader, ImagePreprocessor
 from sglang.multimodal_gen.runtime.loader.image_processor import ImageProcessor
 from sglang.multimodal_gen.runtime.loader.library_module import transformers_module
+from sglang.multimodal_gen.runtime.models.dits.wan import WanTransformer3DModel
 from sglang.multimodal_gen.runtime.pipelines.wan import WanDenoiser, WanPipeline
 from sglang.multimodal_gen.runtime.pipelines.wan_pictures import (
     CONDITION,
     EMBEDS,
     PictureConditionStage,
     PictureEmbeddingStage,
+    tokens_of_picture,
 )
 from sglang.multimodal_gen.runtime.pipelines_core.denoiser import Row
+from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import Stage
 from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import Constraint
@@ -38,10 +41,20 @@ class WanPictureDenoiser(WanDenoiser):
         text, lengths = self.stacked_text(rows)
         conditions = torch.stack([row.req.conditioning[CONDITION] for row in rows])
         latents = torch.cat((self.stacked_latents(rows), conditions), dim=1)
-        embeds = None
-        if self.transformer.config.image_dim is not None:
-            embeds = torch.stack([row.req.conditioning[EMBEDS] for row in rows])
-        return self.transformer(latents, self.timesteps(rows), text, embeds, text_lengths=lengths)
+        return self.transformer(
+            latents,
+            self.timesteps(rows),
+            text,
+            self.image_embeds(rows),
+            text_lengths=lengths,
+            embedded=self.embedded(rows),
+        )
+
+    def image_embeds(self, rows: Sequence[Row]) -> Tensor | None:
+        """See WanDenoiser: [B, I, image_dim]."""
+        if self.transformer.config.image_dim is None:
+            return None
+        return torch.stack([row.req.conditioning[EMBEDS] for row in rows])
 
     def held_bytes(self, req: Req) -> int:
         """See Denoiser: the text's and the picture's."""
@@ -96,6 +109,13 @@ class WanImageToVideoPipeline(WanPipeline):
             self.image_processor, self.image_encoder, cache=self.conditioning_cache, dtype=self.dtype
         )
         return [ClipEnds(), embedding, condition]
+
+    def denoiser(self, transformer: WanTransformer3DModel, geometry: VideoGeometry) -> WanDenoiser:
+        denoiser, config = super().denoiser(transformer, geometry), transformer.config
+        if config.image_dim is not None:
+            num_pictures = 1 if config.pos_embed_seq_len is None else 2
+            denoiser.num_image_tokens = num_pictures * tokens_of_picture(self.image_encoder.config)
+        return denoiser
 
     def constraint(self) -> Constraint | None:
         return None

@@ -140,7 +140,7 @@ class PictureEmbeddingStage(Stage):
         parameter = next(image_encoder.parameters())
         self.encoder_dtype, self.device = parameter.dtype, compute_device(image_encoder)
         self.memory = encoder_memory(image_encoder.config, parameter.element_size())
-        self.num_tokens = (image_encoder.config.image_size // image_encoder.config.patch_size) ** 2 + 1
+        self.num_tokens = tokens_of_picture(image_encoder.config)
 
     def phase(self, req: Req) -> Phase:
         count = len(_pictures(req.inputs))
@@ -169,6 +169,11 @@ class PictureEmbeddingStage(Stage):
             found = states.flatten(0, 1).to(self.dtype, copy=True)
             self.cache.put(key, found)
         return found
+
+
+def tokens_of_picture(config: Any) -> int:
+    """How many CLIP makes of one, by its vision model's config."""
+    return (config.image_size // config.patch_size) ** 2 + 1
 
 
 def frame_mask(latents: Tensor, temporal_ratio: int, *, ends: bool) -> Tensor:

@@ -31,7 +31,7 @@ class WanFirstFrameDenoiser(WanDenoiser):
         if any(given):
             timesteps = timesteps.unsqueeze(1).repeat(1, latents.shape[2])  # [B, T]
             timesteps[:, 0] *= self.numbers([0.0 if picture else 1.0 for picture in given])
-        return self.transformer(latents, timesteps, text, text_lengths=lengths)
+        return self.transformer(latents, timesteps, text, text_lengths=lengths, embedded=self.embedded(rows))
 
 
 def with_first_frame(req: Req, latents: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.wan import WanTransformerConfig
+from sglang.multimodal_gen.runtime.layers.embedded import Embedded
 from sglang.multimodal_gen.runtime.pipelines_core.workload import (
     Drawing,
     Inputs,
@@ -43,7 +44,14 @@ class WanDenoising(Workload):
 
     def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
         """[B, C, T, H, W]."""
-        return module(*inputs)
+        latents, timesteps, *conditions = inputs
+        num_conditions = 1 if module.config.image_dim is None else 2  # type: ignore[union-attr]
+        embedded = Embedded(None, *conditions[num_conditions:])
+        return module(latents, timesteps, *conditions[:num_conditions], embedded=embedded)
+
+    def embed_text(self, module: nn.Module, inputs: Inputs) -> Tensor:
+        """See Workload; of images too."""
+        return module.embed_text(*inputs[2:])  # type: ignore[operator]
 
     def reference_forward(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """[B, C, T, H, W]."""

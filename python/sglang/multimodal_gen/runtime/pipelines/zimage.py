@@ -116,6 +116,10 @@ class ZImageDenoiser(Denoiser):
         time = _from_noise(self.timesteps(rows))
         return list(-self.transformer(self.stacked_latents(rows), time, text, lengths, self.embedded(rows)))
 
+    def embed_text(self, row: Row) -> Tensor:
+        """See Denoiser: captions as blocks of their own have refined them."""
+        return self.transformer.embed_text(*self.stacked_text([row]))[0]
+
     def embed_steps(self, row: Row, timesteps: Sequence[float]) -> Tensor:
         """See Denoiser."""
         return self.transformer.embed_steps(_from_noise(self.numbers(timesteps)))

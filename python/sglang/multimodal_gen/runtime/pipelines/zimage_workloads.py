@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.models.base import ModelConfig
 from sglang.multimodal_gen.configs.models.dits.zimage import ZImageTransformerConfig
+from sglang.multimodal_gen.runtime.layers.embedded import Embedded
 from sglang.multimodal_gen.runtime.pipelines_core.workload import (
     Drawing,
     Inputs,
@@ -34,19 +35,27 @@ class ZImageDenoising(Workload):
             draw.normal(size.batch_size, size.num_text_tokens, config.cap_feat_dim),
         )
 
-    def prepared(self, module: nn.Module, inputs: Inputs) -> Inputs:
-        """See Workload: what the transformer makes of the steps."""
-        return *inputs, module.embed_steps(inputs[1])  # type: ignore[operator]
+    def embed_steps(self, module: nn.Module, inputs: Inputs) -> Tensor:
+        """See Workload."""
+        return module.embed_steps(inputs[1])  # type: ignore[operator]
+
+    def embed_text(self, module: nn.Module, inputs: Inputs) -> Tensor:
+        """See Workload."""
+        return module.embed_text(inputs[2], _lengths(inputs[2]))  # type: ignore[operator]
 
     def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
         """[B, C, 1, H, W]."""
         latents, times, captions, *embedded = inputs
-        return module(latents, times, captions, [captions.shape[1]] * captions.shape[0], *embedded)
+        return module(latents, times, captions, _lengths(captions), Embedded(*embedded))
 
     def reference_forward(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """[B, C, 1, H, W]."""
         latents, times, captions = inputs
         return torch.stack(module(list(latents), times, list(captions), return_dict=False)[0])
+
+
+def _lengths(captions: Tensor) -> list[int]:
+    return [captions.shape[1]] * captions.shape[0]
 
 
 Z_IMAGE_WORKLOADS: Mapping[str, Workload] = {

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from sglang.multimodal_gen.configs.cost_model import STEPS_AHEAD
 from sglang.multimodal_gen.runtime.cache.rules import CachedRow
 from sglang.multimodal_gen.runtime.layers.block_runner import BlockRunner
+from sglang.multimodal_gen.runtime.layers.embedded import NOTHING, Embedded
 from sglang.multimodal_gen.runtime.layers.host_weights import compute_device, has_its_weights
 from sglang.multimodal_gen.runtime.layers.step_embedding import StepTable
 from sglang.multimodal_gen.runtime.layers.uploads import uploaded
 from sglang.multimodal_gen.runtime.pipelines_core.geometry import VideoGeometry
 from sglang.multimodal_gen.runtime.pipelines_core.guidance import guidance_scale
 from sglang.multimodal_gen.runtime.pipelines_core.memory import TransformerMemory
-from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import EmbeddedSteps, Req, TextCondition
+from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import EmbeddedSteps, EmbeddedText, Req, TextCondition
 
 _FP32_BYTES = 4
 _THOUSAND = 1000.0
@@ -80,35 +81,53 @@ class Denoiser:
         """The network's prediction [C, T, H, W] for each row, from one forward, as the sampler wants it."""
         raise NotImplementedError
 
-    def embedded(self, rows: Sequence[Row], *constant: float) -> Tensor | None:
-        """What the transformer makes of the rows' present steps, for its forward, [B, V]; behind these the same of each
-        `constant` timestep, for all rows again. None where the forward does it itself: with adapters, or without all of
-        the weights on the device."""
-        if any(row.req.adapters for row in rows):
-            return None
-        found: list[EmbeddedSteps] = []
-        for row in rows:
-            steps = self._steps_of(row, constant)
-            if steps is None:
-                return None
-            found.append(steps)
+    @property
+    def step_table(self) -> StepTable | None:
+        """Where the transformer's `embed_steps` puts what it makes of a step; None where forwards do that."""
+        return getattr(self.transformer, "step_table", None)
+
+    def may_embed_ahead(self, req: Req) -> bool:
+        """Whether a request can bring what is made of texts and steps: neither with adapters, which belong to the rows
+        of a forward, nor where weights come for their turn."""
+        return not req.adapters and has_its_weights(self.transformer)
+
+    def embedded(self, rows: Sequence[Row], *constant: float) -> Embedded:
+        """What the transformer makes of the rows' texts and present steps, for its forward; behind the steps the same
+        of each `constant` timestep, for all rows again. Nothing where a row's request does not bring it."""
+        if not all(row.req.embeds_ahead for row in rows):
+            return NOTHING
+        text = stacked_texts([self._text_of(row) for row in rows])
+        if self.step_table is None:
+            return Embedded(text=text)
+        found = [self._steps_of(row, constant) for row in rows]
         own = [steps.values[_step_index(row) - steps.first] for row, steps in zip(rows, found, strict=True)]
         others = [steps.values[place - len(constant)] for place in range(len(constant)) for steps in found]
-        return torch.stack([*own, *others])
+        return Embedded(torch.stack([*own, *others]), text)
+
+    def embed_text(self, row: Row) -> Tensor:
+        """What the transformer makes of a row's text, [..., L, D]."""
+        return self.transformer.embed_text(row.text.embeds.unsqueeze(0))[0]  # type: ignore[operator]
 
     def embed_steps(self, row: Row, timesteps: Sequence[float]) -> Tensor:
-        """What the transformer makes of these timesteps of a row's request, [T, V]; of families that use `embedded`."""
+        """What the transformer makes of these timesteps of a row's request, [T, V]; of families with a `step_table`."""
         raise NotImplementedError
 
-    def _steps_of(self, row: Row, constant: tuple[float, ...]) -> EmbeddedSteps | None:
+    def _text_of(self, row: Row) -> Tensor:
+        kept = [text for text in row.req.embedded_texts if text.transformer is self.transformer]
+        for text in kept:
+            if text.embeds is row.text.embeds:
+                return text.values
+        text = EmbeddedText(self.transformer, row.text.embeds, self.embed_text(row))
+        row.req.embedded_texts = [*kept, text]
+        return text.values
+
+    def _steps_of(self, row: Row, constant: tuple[float, ...]) -> EmbeddedSteps:
         """Those that the row's present step is among."""
         first = _step_index(row) // STEPS_AHEAD * STEPS_AHEAD
         kept = [steps for steps in row.req.embedded_steps if steps.first == first]
         for steps in kept:
             if steps.pooled is row.text.pooled:
                 return steps
-        if not has_its_weights(self.transformer):
-            return None
         assert row.req.sampler_state is not None, "prepared at admission"
         timesteps = row.req.sampler_state.schedule.timesteps[first : first + STEPS_AHEAD].tolist()
         steps = EmbeddedSteps(first, row.text.pooled, self.embed_steps(row, [*timesteps, *constant]))
@@ -137,10 +156,17 @@ class Denoiser:
         return self.memory.row_bytes(self.num_tokens(req), self.num_text_tokens(req))
 
     def held_bytes(self, req: Req) -> int:
-        """What one row's embeddings take between steps."""
-        texts = self.num_text_tokens(req) * self.memory.hidden_size * self.memory.element_size
-        table: StepTable | None = getattr(self.transformer, "step_table", None)
-        return texts if table is None else texts + STEPS_AHEAD * table.width * _FP32_BYTES
+        """What one row's embeddings take between steps, with what is made of them ahead."""
+        given = self.num_text_tokens(req) * self.memory.hidden_size * self.memory.element_size
+        if not req.embeds_ahead:
+            return given
+        table_width = 0 if self.step_table is None else self.step_table.width
+        return given + self.embedded_text_bytes(self.num_text_tokens(req)) + STEPS_AHEAD * table_width * _FP32_BYTES
+
+    def embedded_text_bytes(self, num_tokens: int) -> int:
+        """What `embed_text` makes of so many tokens."""
+        width: int = self.transformer.text_width  # type: ignore[assignment]
+        return num_tokens * width * self.dtype.itemsize
 
     def cached_bytes(self, req: Req) -> int:
         """What a step cache holds of one row for each tensor that it keeps."""
@@ -163,14 +189,7 @@ class Denoiser:
     @staticmethod
     def stacked_text(rows: Sequence[Row]) -> tuple[Tensor, list[int]]:
         """Embeddings [B, L, D], zeros behind shorter ones, and how many of each row count."""
-        longest = max(row.text.embeds.shape[0] for row in rows)
-        padded = [
-            nn.functional.pad(row.text.embeds, (0, 0, 0, longest - row.text.embeds.shape[0]))
-            if row.text.embeds.shape[0] < longest
-            else row.text.embeds
-            for row in rows
-        ]
-        return torch.stack(padded), [row.text.length for row in rows]
+        return stacked_texts([row.text.embeds for row in rows]), [row.text.length for row in rows]
 
     @staticmethod
     def stacked_pooled(rows: Sequence[Row]) -> Tensor:
@@ -193,6 +212,14 @@ class DistilledDenoiser(Denoiser):
         if not self.transformer.config.guidance_embeds:  # type: ignore[union-attr]
             return None
         return self.numbers([_THOUSAND * guidance_scale(row.req.params) for row in rows])
+
+
+def stacked_texts(texts: Sequence[Tensor]) -> Tensor:
+    """[..., L, D] with L of their own -> [B, ..., L, D], zeros behind shorter ones."""
+    if len(texts) == 1:
+        return texts[0].unsqueeze(0)
+    longest = max(text.shape[-2] for text in texts)
+    return torch.stack([nn.functional.pad(text, (0, 0, 0, longest - text.shape[-2])) for text in texts])
 
 
 def _step_index(row: Row) -> int:

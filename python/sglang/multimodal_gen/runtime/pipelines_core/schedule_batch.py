@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.request_plan import Phase
 from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
@@ -61,6 +61,14 @@ class EmbeddedSteps(NamedTuple):
     values: Tensor
 
 
+class EmbeddedText(NamedTuple):
+    """What a transformer makes of a text whose embeddings are `embeds`, [..., L, D]."""
+
+    transformer: nn.Module
+    embeds: Tensor
+    values: Tensor
+
+
 @dataclass(kw_only=True)
 class Req:
     """One output in the making. Stages read and write the fields; `conditioning` holds a family's own tensors, by name,
@@ -68,9 +76,10 @@ class Req:
 
     `latent_shape` is (C, T, H, W); latents [C, T, H, W] fp32, texts and conditioning lie on the device.
     `max_forward_rows` None: all guidance branches in one forward; `max_text_rows` None: all texts in one. `units_done`
-    counts by phase. `keeps_clean`: the next step leaves what it predicts of the clean latents in `clean_latents`.
-    `generator` draws the request's noise, on the CPU; a `strength` below 1 keeps some of the picture that it starts
-    from.
+    counts by phase. With `embeds_ahead` what transformers make of texts and steps is computed ahead of their forwards
+    and kept, in `embedded_texts` and `embedded_steps`. `keeps_clean`: the next step leaves what it predicts of the
+    clean latents in `clean_latents`. `generator` draws the request's noise, on the CPU; a `strength` below 1 keeps some
+    of the picture that it starts from.
     """
 
     request_id: str
@@ -93,6 +102,8 @@ class Req:
     keeps_clean: bool = False
     clean_latents: Tensor | None = None
     step_cache: StepCache | None = None
+    embeds_ahead: bool = True
+    embedded_texts: list[EmbeddedText] = field(default_factory=list)
     embedded_steps: list[EmbeddedSteps] = field(default_factory=list)
     max_text_rows: int | None = None
     max_forward_rows: int | None = None
@@ -113,6 +124,7 @@ class Req:
             "negative_text": None if self.negative_text is None else self.negative_text.state_dict(),
             "conditioning": dict(self.conditioning),
             "max_forward_rows": self.max_forward_rows,
+            "embeds_ahead": self.embeds_ahead,
             "generator": None if self.generator is None else self.generator.get_state(),
             "latents": self.latents,
             "sampler_state": None if self.sampler_state is None else self.sampler_state.state_dict(),
@@ -126,8 +138,8 @@ class Req:
             None if values[name] is None else TextCondition(**values[name]) for name in ("text", "negative_text")
         )
         self.conditioning = dict(values["conditioning"])
-        self.embedded_steps = []
-        self.max_forward_rows = values["max_forward_rows"]
+        self.max_forward_rows, self.embeds_ahead = values["max_forward_rows"], values["embeds_ahead"]
+        self.forget_embedded()
         if values["generator"] is not None:
             self.generator = torch.Generator("cpu")
             self.generator.set_state(values["generator"].cpu())
@@ -142,9 +154,12 @@ class Req:
         """Free what the request holds on the device, and its inputs."""
         self.text = self.negative_text = self.latents = self.clean_latents = self.generator = None
         self.sampler_state = self.step_cache = self.decoder_state = self.library_call = None
-        self.conditioning, self.embedded_steps = {}, []
-        self.inputs = EMPTY
-        self.adapters = ()
+        self.conditioning, self.inputs, self.adapters = {}, EMPTY, ()
+        self.forget_embedded()
+
+    def forget_embedded(self) -> None:
+        """Drop what can be made again of texts and steps."""
+        self.embedded_texts, self.embedded_steps = [], []
 
 
 @dataclass(frozen=True, kw_only=True)

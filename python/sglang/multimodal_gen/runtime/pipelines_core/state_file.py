@@ -18,7 +18,7 @@ from torch import Tensor
 from sglang.multimodal_gen.errors import InvalidState
 from sglang.multimodal_gen.runtime.postprocess.pending_file import write_whole
 
-_FORMAT = "sglang-request-state-1"
+_FORMAT = "sglang-request-state-2"
 
 
 def to_host(tree: Any) -> Any:

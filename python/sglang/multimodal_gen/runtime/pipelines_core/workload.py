@@ -67,9 +67,18 @@ class Workload:
         """What both forwards take; `configs` holds those of all native components."""
         raise NotImplementedError
 
+    def embed_steps(self, module: nn.Module, inputs: Inputs) -> Tensor | None:
+        """What our module makes of the steps, for modules that compute it for several at once: [B, V]."""
+        return None
+
+    def embed_text(self, module: nn.Module, inputs: Inputs) -> Tensor | None:
+        """What our module makes of texts, for modules that compute it once for a request: [B, …]."""
+        return None
+
     def prepared(self, module: nn.Module, inputs: Inputs) -> Inputs:
-        """The inputs and, behind them, what a request computes once for many forwards of our module."""
-        return inputs
+        """The inputs and, behind them, what there is of `embed_steps` and `embed_text`, for many forwards."""
+        found = (self.embed_steps(module, inputs), self.embed_text(module, inputs))
+        return *inputs, *(tensor for tensor in found if tensor is not None)
 
     def forward(self, module: nn.Module, inputs: Inputs, size: WorkSize) -> Tensor:
         """Through our module; of inputs as they are or `prepared`."""

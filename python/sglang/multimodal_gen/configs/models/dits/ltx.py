@@ -86,8 +86,8 @@ class LTXVideoTransformerConfig(TransformerConfig):
             attentions=("image",),
             crosses=True,
             sums=("image", "image", "image"),
-            norm_sums=4,
-            launches=20,
+            norm_sums=3,
+            launches=17,
             launches_apart=3,
             traffic=44,
         )

@@ -100,8 +100,8 @@ class WanTransformerConfig(TransformerConfig):
             attentions=("image",),
             crosses=True,
             sums=("image", "image", "image"),
-            norm_sums=4,
-            launches=19,
+            norm_sums=3,
+            launches=16,
             launches_apart=3,
             traffic=39,
         )

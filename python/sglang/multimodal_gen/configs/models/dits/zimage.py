@@ -129,6 +129,7 @@ class ZImageTransformerConfig(TransformerConfig):
             other_parameters=(8 if modulated else 4) * self.dim + 2 * self.head_dim,
             attentions=(segment,),
             sums=(segment, segment),
+            once=segment == "text",
             launches=14 if modulated else 10,
             launches_apart=2,
             traffic=42,

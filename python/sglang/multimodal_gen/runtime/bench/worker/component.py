@@ -102,17 +102,19 @@ class ComponentBench:
         """The inputs with what the engine, too, computes for many forwards at once."""
         if not has_its_weights(self.module):
             return self.inputs
-        prepared = self.workload.prepared(self.module, self.inputs)
-        if len(prepared) > len(self.inputs):
-            [samples] = time_in_turns(
-                [lambda: self.workload.prepared(self.module, self.inputs)[-1]],
-                timer_for(self.device),
-                warmup_runs=self.task.warmup_runs,
-                repeats=self.task.repeats,
-            )
-            once = 1000 * summarise(samples).median
-            self.notes.append(f"{once:.2f} ms more, once for up to {STEPS_AHEAD} steps of a request")
-        return prepared
+        for embed, occasion in (
+            (self.workload.embed_steps, f"up to {STEPS_AHEAD} steps of a request"),
+            (self.workload.embed_text, "each text of a request"),
+        ):
+            if embed(self.module, self.inputs) is not None:
+                [samples] = time_in_turns(
+                    [partial(embed, self.module, self.inputs)],
+                    timer_for(self.device),
+                    warmup_runs=self.task.warmup_runs,
+                    repeats=self.task.repeats,
+                )
+                self.notes.append(f"{1000 * summarise(samples).median:.2f} ms more, once for {occasion}")
+        return self.workload.prepared(self.module, self.inputs)
 
     def references(self) -> list[nn.Module]:
         """The modules to compare with, the compiled one behind the one that it is of.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sglang.multimodal_gen.configs.models.dits.flux import FluxTransformerConfig
 from sglang.multimodal_gen.runtime.layers.block_runner import BlockRun, BlockRunner
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.embedded import NOTHING, Embedded
 from sglang.multimodal_gen.runtime.layers.embeddings import TimestepTextEmbedding
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormContinuous
@@ -65,6 +66,7 @@ class FluxTransformer2DModel(nn.Module):
         self.norm_out = AdaLayerNormContinuous(dim, dim)
         self.proj_out = ReplicatedLinear(dim, config.patch_size**2 * config.num_output_channels)
         self.step_table = StepTable(dim, self.transformer_blocks, self.single_transformer_blocks, [self.norm_out])
+        self.text_width = dim
 
     def embed_steps(self, timestep: Tensor, pooled_projections: Tensor, guidance: Tensor | None = None) -> Tensor:
         """What forwards make of these, for T steps of one request or of several, as `embedded`: [T, V] fp32.
@@ -72,6 +74,10 @@ class FluxTransformer2DModel(nn.Module):
         Timesteps and guidance [T], pooled text [T, P], as in `forward`.
         """
         return self.step_table.rows(self.time_text_embed(timestep, pooled_projections, guidance))
+
+    def embed_text(self, encoder_hidden_states: Tensor) -> Tensor:
+        """What forwards make of texts [B, L, D_text], as `embedded`: [B, L, D]."""
+        return self.context_embedder(encoder_hidden_states)
 
     def forward(
         self,
@@ -81,18 +87,18 @@ class FluxTransformer2DModel(nn.Module):
         pooled_projections: Tensor,
         freqs_cis: Tensor,
         guidance: Tensor | None = None,
-        embedded: Tensor | None = None,
+        embedded: Embedded = NOTHING,
     ) -> Tensor:
         """Tokens [B, S, C], timesteps [B] in 0 … 1000, text [B, L, D_text], pooled [B, P] -> velocity [B, S, C_out].
 
         `freqs_cis` [1, L + S, 1, E/2, 2] is the table of the text tokens and then the image tokens. `guidance` [B] is
-        the scale times 1000, for models that are told it. `embedded` [B, V] is what `embed_steps` made of the rows'
-        steps; timesteps, pooled text and guidance are not looked at then.
+        the scale times 1000, for models that are told it. `embedded` is what `embed_steps` made of timesteps, pooled
+        text and guidance, and `embed_text` of the text.
         """
         step, single_step, last_step = self.step_table.embeddings(
-            embedded, lambda: self.time_text_embed(timestep, pooled_projections, guidance), hidden_states.dtype
+            embedded.steps, lambda: self.time_text_embed(timestep, pooled_projections, guidance), hidden_states.dtype
         )
-        text = self.context_embedder(encoder_hidden_states)
+        text = self.embed_text(encoder_hidden_states) if embedded.text is None else embedded.text
         num_text_tokens, num_tokens = text.shape[1], hidden_states.shape[1]
         self.tokens.begin(num_text_tokens, num_tokens)
         freqs_cis, text = self.tokens.deal_joined(freqs_cis), self.tokens.deal(text)

@@ -21,6 +21,7 @@ from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.runtime.layers.attention.padding import trim_padding
 from sglang.multimodal_gen.runtime.layers.block_runner import BlockRun, BlockRunner
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.embedded import NOTHING, Embedded
 from sglang.multimodal_gen.runtime.layers.embeddings import TimestepTextEmbedding, sinusoidal_embedding
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormContinuous, PartedEmbedding
@@ -100,10 +101,16 @@ class HunyuanVideoTransformer3DModel(nn.Module):
         self.norm_out = AdaLayerNormContinuous(dim, dim)
         self.proj_out = ReplicatedLinear(dim, math.prod(config.patch) * config.num_output_channels)
         self.step_table = StepTable(dim, self.transformer_blocks, self.single_transformer_blocks, [self.norm_out])
+        self.text_width = dim
 
     def embed_steps(self, timestep: Tensor, pooled_projections: Tensor, guidance: Tensor | None = None) -> Tensor:
         """What forwards make of timesteps [T], pooled text [T, P] and guidance [T], as `embedded`: [T, V] fp32."""
         return self.step_table.rows(self.time_text_embed(timestep, pooled_projections, guidance))
+
+    def embed_text(self, encoder_hidden_states: Tensor) -> Tensor:
+        """What forwards make of texts [B, L, text_embed_dim] before the timestep refines them, as `embedded`:
+        [B, L, D]."""
+        return self.context_embedder.proj_in(encoder_hidden_states)
 
     def forward(
         self,
@@ -113,13 +120,14 @@ class HunyuanVideoTransformer3DModel(nn.Module):
         text_lengths: Sequence[int],
         pooled_projections: Tensor,
         guidance: Tensor | None = None,
-        embedded: Tensor | None = None,
+        embedded: Embedded = NOTHING,
     ) -> Tensor:
         """Latents [B, C, T, H, W], timesteps [B] in 0 … 1000 -> velocity [B, C_out, T, H, W].
 
         Text [B, L, text_embed_dim], of which row b has `text_lengths[b]` tokens and then padding; pooled text
         [B, pooled_projection_dim]; `guidance` [B] is the scale times 1000, for models that are told it. `embedded`
-        [B, V] is what `embed_steps` made of the rows' steps; models that are given the first frame take none.
+        is what `embed_steps` made of the rows' steps, which models that are given the first frame do not take, and
+        `embed_text` of the text.
 
         Raises:
             InvalidRequest: the latents do not divide into patches.
@@ -133,14 +141,15 @@ class HunyuanVideoTransformer3DModel(nn.Module):
         freqs_cis = with_unrotated(self.rotary_table(grid, hidden_states.device), num_text_tokens)
         freqs_cis = self.tokens.deal_joined(freqs_cis)
         step, single_step, last_step = self.step_table.embeddings(
-            embedded, lambda: self.time_text_embed(timestep, pooled_projections, guidance), hidden_states.dtype
+            embedded.steps, lambda: self.time_text_embed(timestep, pooled_projections, guidance), hidden_states.dtype
         )
         parted: PartedEmbedding | None = None
         if self.config.image_condition_type == TOKEN_REPLACE:
             first_frame = self.time_text_embed.first_frame(timestep, pooled_projections)
             size = self.tokens.num_held(num_tokens // grid[0], num_tokens)
             parted = PartedEmbedding(first_frame, step.temb, size=size)
-        text = self.tokens.deal(self.context_embedder(text, timestep, text_mask))
+        projected = None if embedded.text is None else embedded.text[:, :num_text_tokens]
+        text = self.tokens.deal(self.context_embedder(text, timestep, text_mask, projected))
         hidden_states = self.block_runner.run(
             (self.tokens.deal(self.x_embedder(hidden_states)), text),
             BlockRun(

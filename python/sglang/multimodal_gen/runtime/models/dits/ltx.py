@@ -19,12 +19,19 @@ from sglang.multimodal_gen.configs.models.dits.ltx import LTXVideoTransformerCon
 from sglang.multimodal_gen.runtime.layers.attention.padding import drop_padding
 from sglang.multimodal_gen.runtime.layers.block_runner import BlockRun, BlockRunner
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.embedded import NOTHING, Embedded
 from sglang.multimodal_gen.runtime.layers.embeddings import TextProjection
 from sglang.multimodal_gen.runtime.layers.fused import sum_norm
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
 from sglang.multimodal_gen.runtime.layers.mlp import FeedForward
 from sglang.multimodal_gen.runtime.layers.modulation import AdaLayerNormSingle, split_modulations
-from sglang.multimodal_gen.runtime.layers.wide_attention import WideNormCrossAttention, WideNormSelfAttention
+from sglang.multimodal_gen.runtime.layers.wide_attention import (
+    KeysValues,
+    LayeredKeysValues,
+    WideNormCrossAttention,
+    WideNormSelfAttention,
+    stack_keys_values,
+)
 
 _MLP_RATIO = 4
 _QK_NORM_EPS = 1e-5
@@ -50,9 +57,14 @@ class LTXVideoTransformerBlock(nn.Module):
         return split_modulations(self.scale_shift_table, temb)[0].normed(hidden_states, eps=self.eps, rms=True)
 
     def forward(
-        self, hidden_states: Tensor, text: Tensor, text_mask: Tensor | None, temb: Tensor, freqs_cis: Tensor
+        self,
+        hidden_states: Tensor,
+        text: Tensor | KeysValues,
+        text_mask: Tensor | None,
+        temb: Tensor,
+        freqs_cis: Tensor,
     ) -> Tensor:
-        """[B, S, D]; [B, L, D] and its mask; [B, G, 6, D]; the rotary table -> [B, S, D]."""
+        """[B, S, D]; text and mask as WideNormCrossAttention; [B, G, 6, D]; the rotary table -> [B, S, D]."""
         attn_mod, mlp_mod = split_modulations(self.scale_shift_table, temb)
         update = self.attn1(attn_mod.normed(hidden_states, eps=self.eps, rms=True), freqs_cis)
         hidden_states = attn_mod.add_gated(hidden_states, update)
@@ -89,6 +101,16 @@ class LTXVideoTransformer3DModel(nn.Module):
             [LTXVideoTransformerBlock(config, context) for _ in range(config.num_layers)]
         )
         self.proj_out = ReplicatedLinear(dim, config.num_output_channels)
+        self.text_width = 2 * config.num_layers * self.tp.share(dim, "channels")
+
+    def embed_text(self, encoder_hidden_states: Tensor, text_lengths: Sequence[int]) -> Tensor:
+        """What forwards make of these, as `embedded`: the keys and values of all blocks [B, Y, 2, L, N·E] for as many
+        tokens as the longest text has. Arguments as in `forward`."""
+        text, _ = drop_padding(encoder_hidden_states, text_lengths)
+        text = self.caption_projection(text)
+        return stack_keys_values(
+            cast(LTXVideoTransformerBlock, block).attn2.keys_values(text) for block in self.transformer_blocks
+        )
 
     def forward(
         self,
@@ -97,17 +119,19 @@ class LTXVideoTransformer3DModel(nn.Module):
         encoder_hidden_states: Tensor,
         freqs_cis: Tensor,
         text_lengths: Sequence[int],
+        embedded: Embedded = NOTHING,
     ) -> Tensor:
         """Tokens [B, S, C], timesteps in 0 … 1000, text [B, L, D_text] -> velocity [B, S, C_out].
 
         `timestep` is [B], or [B, G] where G equal runs of tokens have one each. `freqs_cis` [1 or B, S, N, E/2, 2] is
         `fractional_rotary_table`'s. `text_lengths`: from there on a row of text is padding, which nothing attends to.
+        `embedded` is what `embed_text` made of texts.
         """
         num_tokens = hidden_states.shape[1]
         self.tokens.begin(num_tokens)
         timestep = self.tokens.deal_groups(timestep.unsqueeze(1) if timestep.ndim == 1 else timestep, num_tokens)
-        text, text_mask = drop_padding(encoder_hidden_states, text_lengths)
-        text = self.caption_projection(text)
+        raw_text, text_mask = drop_padding(encoder_hidden_states, text_lengths)
+        text = self.caption_projection(raw_text) if embedded.text is None else LayeredKeysValues(embedded.text)
         modulation, temb = self.time_embed(timestep, hidden_states.dtype)
         freqs_cis = self.tokens.deal(self.of_own_heads(freqs_cis))
         first_block = cast(LTXVideoTransformerBlock, self.transformer_blocks[0])

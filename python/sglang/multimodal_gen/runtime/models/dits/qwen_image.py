@@ -20,6 +20,7 @@ from sglang.multimodal_gen.configs.models.dits.qwen_image import QwenImageTransf
 from sglang.multimodal_gen.runtime.layers.attention.padding import text_mask
 from sglang.multimodal_gen.runtime.layers.block_runner import BlockRun, BlockRunner
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.embedded import NOTHING, Embedded
 from sglang.multimodal_gen.runtime.layers.embeddings import TimestepEmbedding, sinusoidal_embedding
 from sglang.multimodal_gen.runtime.layers.joint_attention import JointAttention
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
@@ -160,10 +161,15 @@ class QwenImageTransformer2DModel(nn.Module):
         self.norm_out = AdaLayerNormContinuous(dim, dim, eps=_EPS)
         self.proj_out = ReplicatedLinear(dim, config.num_output_channels)
         self.step_table = StepTable(dim, self.transformer_blocks, [self.norm_out])
+        self.text_width = dim
 
     def embed_steps(self, timestep: Tensor) -> Tensor:
         """What forwards make of timesteps [T], as `embedded`: [T, V] fp32."""
         return self.step_table.rows(self.time_text_embed(timestep, self.proj_out.weight.dtype))
+
+    def embed_text(self, encoder_hidden_states: Tensor) -> Tensor:
+        """What forwards make of texts [B, L, D_text], as `embedded`: [B, L, D]."""
+        return self.txt_in(self.txt_norm(encoder_hidden_states))
 
     def forward(
         self,
@@ -172,13 +178,13 @@ class QwenImageTransformer2DModel(nn.Module):
         encoder_hidden_states: Tensor,
         image_shapes: ImageShapes,
         text_lengths: Sequence[int] | None = None,
-        embedded: Tensor | None = None,
+        embedded: Embedded = NOTHING,
     ) -> Tensor:
         """Tokens [B, S, C], timesteps [B] in 0 … 1000, text [B, L, D_text] -> velocity [B, S, C_out].
 
         `image_shapes` are those of every row, S tokens in all. What lies behind a row's `text_lengths` is padding.
-        `embedded` [B, V] is what `embed_steps` made of the timesteps, which are not looked at then; with `zero_cond_t`
-        [2·B, V], the second half for timestep 0.
+        `embedded` is what `embed_steps` made of the timesteps, with `zero_cond_t` [2·B, V], the second half for
+        timestep 0, and `embed_text` of the text.
         """
         num_text, num_image = encoder_hidden_states.shape[1], hidden_states.shape[1]
         assert sum(map(prod, image_shapes)) == num_image, "the shapes are those of the tokens"
@@ -192,9 +198,13 @@ class QwenImageTransformer2DModel(nn.Module):
             num_noise_tokens = self.tokens.num_held(prod(image_shapes[0]), num_image)
             timestep = torch.cat((timestep, torch.zeros_like(timestep)))
         step, last_step = self.step_table.embeddings(
-            embedded, lambda: self.time_text_embed(timestep, hidden_states.dtype), hidden_states.dtype
+            embedded.steps, lambda: self.time_text_embed(timestep, hidden_states.dtype), hidden_states.dtype
         )
-        text = self.txt_in(self.txt_norm(self.tokens.deal(encoder_hidden_states)))
+        text = (
+            self.embed_text(self.tokens.deal(encoder_hidden_states))
+            if embedded.text is None
+            else self.tokens.deal(embedded.text)
+        )
         first_block = cast(QwenImageTransformerBlock, self.transformer_blocks[0])
         hidden_states = self.block_runner.run(
             (self.img_in(self.tokens.deal(hidden_states)), text),

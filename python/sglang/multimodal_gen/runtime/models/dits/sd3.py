@@ -19,6 +19,7 @@ from sglang.multimodal_gen.configs.models.dits.sd3 import SD3TransformerConfig
 from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.runtime.layers.block_runner import BlockRun, BlockRunner, PerRow, Streams
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.embedded import NOTHING, Embedded
 from sglang.multimodal_gen.runtime.layers.embeddings import TimestepTextEmbedding
 from sglang.multimodal_gen.runtime.layers.joint_attention import JointAttention, SelfAttention
 from sglang.multimodal_gen.runtime.layers.linear import ReplicatedLinear
@@ -147,10 +148,15 @@ class SD3Transformer2DModel(nn.Module):
         self.norm_out = AdaLayerNormContinuous(dim, dim)
         self.proj_out = ReplicatedLinear(dim, patch_size**2 * config.num_output_channels)
         self.step_table = StepTable(dim, self.transformer_blocks, [self.norm_out])
+        self.text_width = dim
 
     def embed_steps(self, timestep: Tensor, pooled_projections: Tensor) -> Tensor:
         """What forwards make of timesteps [T] and pooled text [T, P], as `embedded`: [T, V] fp32."""
         return self.step_table.rows(self.time_text_embed(timestep, pooled_projections))
+
+    def embed_text(self, encoder_hidden_states: Tensor) -> Tensor:
+        """What forwards make of texts [B, L, D_text], as `embedded`: [B, L, D]."""
+        return self.context_embedder(encoder_hidden_states)
 
     def forward(
         self,
@@ -159,21 +165,21 @@ class SD3Transformer2DModel(nn.Module):
         encoder_hidden_states: Tensor,
         pooled_projections: Tensor,
         skip_layers: Sequence[Collection[int]] = (),
-        embedded: Tensor | None = None,
+        embedded: Embedded = NOTHING,
     ) -> Tensor:
         """Latents [B, C, H, W], timesteps [B] in 0 … 1000, text [B, L, D_text], pooled [B, P] -> [B, C_out, H, W].
 
         `skip_layers`: for each row the blocks that it does not pass; empty when every row passes all of them.
-        `embedded` [B, V] is what `embed_steps` made of timesteps and pooled text, which are not looked at then.
+        `embedded` is what `embed_steps` made of timesteps and pooled text, and `embed_text` of the text.
 
         Raises:
             InvalidRequest: the latents do not divide into patches, or exceed the position table.
         """
         grid = self.patch_grid(hidden_states)
         step, last_step = self.step_table.embeddings(
-            embedded, lambda: self.time_text_embed(timestep, pooled_projections), hidden_states.dtype
+            embedded.steps, lambda: self.time_text_embed(timestep, pooled_projections), hidden_states.dtype
         )
-        text = self.context_embedder(encoder_hidden_states)
+        text = self.embed_text(encoder_hidden_states) if embedded.text is None else embedded.text
         num_tokens = grid[0] * grid[1]
         self.tokens.begin(num_tokens, text.shape[1])
         given = (step, PerRow(skip_layers or [()] * len(text)))

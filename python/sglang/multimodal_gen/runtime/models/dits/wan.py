@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.runtime.layers.attention.padding import fold_padding
 from sglang.multimodal_gen.runtime.layers.block_runner import BlockRun, BlockRunner
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.embedded import NOTHING, Embedded
 from sglang.multimodal_gen.runtime.layers.embeddings import TextProjection, TimestepEmbedding, sinusoidal_embedding
 from sglang.multimodal_gen.runtime.layers.fused import sum_norm
 from sglang.multimodal_gen.runtime.layers.linear import ColumnParallelLinear, ReplicatedLinear
@@ -28,7 +29,13 @@ from sglang.multimodal_gen.runtime.layers.mlp import FeedForward
 from sglang.multimodal_gen.runtime.layers.modulation import split_modulations
 from sglang.multimodal_gen.runtime.layers.norm import FP32LayerNorm, RMSNorm
 from sglang.multimodal_gen.runtime.layers.rotary import rotary_table_3d
-from sglang.multimodal_gen.runtime.layers.wide_attention import WideNormAttention, WideNormSelfAttention
+from sglang.multimodal_gen.runtime.layers.wide_attention import (
+    KeysValues,
+    LayeredKeysValues,
+    WideNormAttention,
+    WideNormSelfAttention,
+    stack_keys_values,
+)
 
 # What a cache can watch before the first block: the embedding of the timestep, or what is made of it for the blocks.
 _TIME_SIGNAL, _MODULATION_SIGNAL = "timestep", "modulation"
@@ -46,14 +53,29 @@ class WanCrossAttention(WideNormAttention):
             self.add_v_proj = ColumnParallelLinear(config.added_kv_proj_dim, dim, axis=axis)
             self.norm_added_k = RMSNorm(dim, config.eps, axis=axis)
 
-    def forward(self, hidden_states: Tensor, text: Tensor, text_mask: Tensor | None, image: Tensor | None) -> Tensor:
-        """[B, S, D], [B, L, D], [B, 1, 1, L] or None, [B, I, D] or None -> [B, S, D]."""
+    def image_keys_values(self, image: Tensor | KeysValues) -> KeysValues:
+        """What tokens attend to of an image [B, I, D], unless it has been made of it already."""
+        if isinstance(image, KeysValues):
+            return image
+        return KeysValues(self.norm_added_k(self.add_k_proj(image)), self.add_v_proj(image))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        text: Tensor | KeysValues,
+        text_mask: Tensor | None,
+        image: Tensor | KeysValues | None,
+    ) -> Tensor:
+        """[B, S, D], a text [B, L, D], its mask [B, 1, 1, L] or None, an image [B, I, D] or None -> [B, S, D].
+
+        Text and image may also be what `keys_values` and `image_keys_values` made of them.
+        """
         query = self.split_heads(self.norm_q(self.to_q(hidden_states)))
-        key, value = self.norm_k(self.to_k(text)), self.to_v(text)
-        attended = self.attention(query, self.split_heads(key), self.split_heads(value), text_mask)
+        key, value = map(self.split_heads, self.keys_values(text))
+        attended = self.attention(query, key, value, text_mask)
         if image is not None:
-            key, value = self.norm_added_k(self.add_k_proj(image)), self.add_v_proj(image)
-            attended = attended + self.attention(query, self.split_heads(key), self.split_heads(value))
+            key, value = map(self.split_heads, self.image_keys_values(image))
+            attended = attended + self.attention(query, key, value)
         return self.to_out[0](attended.flatten(2))
 
 
@@ -78,13 +100,13 @@ class WanBlock(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        text: Tensor,
+        text: Tensor | KeysValues,
         text_mask: Tensor | None,
-        image: Tensor | None,
+        image: Tensor | KeysValues | None,
         temb: Tensor,
         freqs_cis: Tensor,
     ) -> Tensor:
-        """[B, S, D]; [B, L, D] and its mask; [B, I, D] or None; [B, G, 6, D]; the rotary table -> [B, S, D]."""
+        """[B, S, D]; text, mask and image as WanCrossAttention; [B, G, 6, D]; the rotary table -> [B, S, D]."""
         attn_mod, mlp_mod = split_modulations(self.scale_shift_table, temb)
         update = self.attn1(attn_mod.normed(hidden_states, eps=self.eps), freqs_cis)
         if isinstance(self.norm2, FP32LayerNorm):
@@ -132,17 +154,14 @@ class WanConditionEmbedder(nn.Module):
         temb = self.time_embedder(sinusoidal_embedding(timestep, self.freq_dim)).to(dtype)
         return temb, self.time_proj(nn.functional.silu(temb)).unflatten(-1, (6, -1))
 
-    def forward(
-        self, timestep: Tensor, prompt_embeds: Tensor, image_embeds: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """-> embedding and modulation as `embed_time`, text [B, L, D], image [B, I, D] or None."""
-        temb, modulation = self.embed_time(timestep, prompt_embeds.dtype)
+    def embed_conditions(self, prompt_embeds: Tensor, image_embeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """-> text [B, L, D], image [B, I, D] or None."""
         image = None
         if image_embeds is not None:
             if self.image_embedder is None:
                 raise InvalidRequest("this Wan transformer takes no image: its config has no image_dim", param="image")
             image = self.image_embedder(image_embeds)
-        return temb, modulation, self.text_embedder(prompt_embeds), image
+        return self.text_embedder(prompt_embeds), image
 
 
 class WanTransformer3DModel(nn.Module):
@@ -172,6 +191,25 @@ class WanTransformer3DModel(nn.Module):
         self.blocks = nn.ModuleList([WanBlock(config, context) for _ in range(config.num_layers)])
         self.proj_out = ReplicatedLinear(dim, config.num_output_channels * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.text_width = 2 * config.num_layers * context.parallel.tp.share(dim, "channels")
+
+    def embed_text(
+        self,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        text_lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """What forwards make of these, as `embedded`: the keys and values of all blocks [B, Y, 2, I + L, N·E], those of
+        the image first. Arguments as in `forward`."""
+        if text_lengths is not None and self.folds_text_padding:
+            encoder_hidden_states, _ = fold_padding(encoder_hidden_states, text_lengths)
+        text, image = self.condition_embedder.embed_conditions(encoder_hidden_states, encoder_hidden_states_image)
+        attentions = [cast(WanBlock, block).attn2 for block in self.blocks]
+        of_text = stack_keys_values(attention.keys_values(text) for attention in attentions)
+        if image is None:
+            return of_text
+        of_image = stack_keys_values(attention.image_keys_values(image) for attention in attentions)
+        return torch.cat((of_image, of_text), dim=3)
 
     def forward(
         self,
@@ -180,12 +218,14 @@ class WanTransformer3DModel(nn.Module):
         encoder_hidden_states: Tensor,
         encoder_hidden_states_image: Tensor | None = None,
         text_lengths: Sequence[int] | None = None,
+        embedded: Embedded = NOTHING,
     ) -> Tensor:
         """Latents [B, C, T, H, W], timesteps in 0 … 1000 -> velocity [B, C_out, T, H, W].
 
         `timestep` is [B], or [B, G] for G groups of neighbouring tokens, one for each latent frame (Wan2.2 5B: those of
         a given picture are at 0) or for each token. Text [B, L, text_dim], image [B, I, image_dim].
         `text_lengths`: from there on a row of text is padding, all zeros; it counts all the same, computed once.
+        `embedded` is what `embed_text` made of texts and images.
 
         Raises:
             InvalidRequest: the latents do not divide into patches or exceed the rotary table.
@@ -197,11 +237,11 @@ class WanTransformer3DModel(nn.Module):
         num_tokens = math.prod(grid)
         self.tokens.begin(num_tokens)
         freqs_cis = self.tokens.deal(rotary_table_3d(grid, self.config.attention_head_dim, hidden_states.device))
-        temb, modulation, text, image = self.condition_embedder(
+        temb, modulation = self.condition_embedder.embed_time(
             self.tokens.deal_groups(timestep if timestep.ndim == 2 else timestep.unsqueeze(1), num_tokens),
-            encoder_hidden_states,
-            encoder_hidden_states_image,
+            encoder_hidden_states.dtype,
         )
+        text, image = self._conditions(encoder_hidden_states, encoder_hidden_states_image, embedded.text)
         hidden_states = self.block_runner.run(
             (self.tokens.deal(self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()),),
             BlockRun(blocks=self.blocks, given=(text, text_mask, image, modulation, freqs_cis)),
@@ -211,6 +251,18 @@ class WanTransformer3DModel(nn.Module):
         shift, scale = (self.scale_shift_table.float() + temb.float().unsqueeze(2)).unbind(2)
         _, normed = sum_norm(hidden_states, scale=scale, shift=shift, eps=self.config.eps)
         return self.unpatchify(self.tokens.gather(self.proj_out(normed), num_tokens), grid)
+
+    def _conditions(
+        self, text: Tensor, image: Tensor | None, embedded: Tensor | None
+    ) -> tuple[Tensor | LayeredKeysValues, Tensor | LayeredKeysValues | None]:
+        """What blocks attend to of the text and of the image."""
+        if embedded is None:
+            return self.condition_embedder.embed_conditions(text, image)
+        if image is None:
+            return LayeredKeysValues(embedded), None
+        num_image = math.prod(image.shape[:2]) // embedded.shape[0]  # two pictures of a row are two rows here
+        of_image, of_text = embedded.tensor_split([num_image], dim=3)
+        return LayeredKeysValues(of_text), LayeredKeysValues(of_image)
 
     def patch_grid(self, latents: Tensor) -> tuple[int, int, int]:
         """Patches of [B, C, T, H, W] along time, height and width."""

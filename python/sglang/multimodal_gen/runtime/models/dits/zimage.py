@@ -23,6 +23,7 @@ from sglang.multimodal_gen.configs.models.dits.zimage import ZImageTransformerCo
 from sglang.multimodal_gen.errors import InvalidRequest
 from sglang.multimodal_gen.runtime.layers.block_runner import BlockRun, BlockRunner
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
+from sglang.multimodal_gen.runtime.layers.embedded import NOTHING, Embedded
 from sglang.multimodal_gen.runtime.layers.embeddings import sinusoidal_embedding
 from sglang.multimodal_gen.runtime.layers.fused import sum_norm
 from sglang.multimodal_gen.runtime.layers.joint_attention import SelfAttention
@@ -35,6 +36,7 @@ from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
 
 TOKEN_MULTIPLE = 32
 """Captions and images are padded to a multiple of so many tokens."""
+_ANY_GRID = (1, 1, 1)
 _MODULATION_SIZE = 256
 _TIME_HIDDEN_SIZE = 1024
 _ATTENTION_EPS = 1e-5
@@ -247,6 +249,7 @@ class ZImageTransformer2DModel(nn.Module):
         self.step_table = StepTable(
             min(config.dim, _MODULATION_SIZE), self.noise_refiner, self.layers, [cast(FinalLayer, final_layer)]
         )
+        self.text_width = config.dim
 
     def embed_steps(self, timestep: Tensor) -> Tensor:
         """What forwards make of timesteps [T], as `embedded`: [T, V] fp32."""
@@ -261,12 +264,12 @@ class ZImageTransformer2DModel(nn.Module):
         timestep: Tensor,
         encoder_hidden_states: Tensor,
         text_lengths: Sequence[int],
-        embedded: Tensor | None = None,
+        embedded: Embedded = NOTHING,
     ) -> Tensor:
         """Latents [B, C, T, H, W], timesteps [B] from 0 (noise) to 1 (data) -> velocity [B, C, T, H, W].
 
         Captions [B, L, cap_feat_dim]: row b has `text_lengths[b]` tokens, at least one; what lies behind is not read.
-        `embedded` [B, V] is what `embed_steps` made of the timesteps, which are not looked at then.
+        `embedded` is what `embed_steps` made of the timesteps, and `embed_text` of the captions.
 
         Raises:
             InvalidRequest: the latents do not divide into patches, or they or a caption have no positions.
@@ -274,7 +277,7 @@ class ZImageTransformer2DModel(nn.Module):
         grid = self.patch_grid(hidden_states)
         layout = self._layout(grid, text_lengths, hidden_states.device)
         refiner_step, step, last_step = self.step_table.embeddings(
-            embedded, lambda: self._embed(timestep, hidden_states.dtype), hidden_states.dtype
+            embedded.steps, lambda: self._embed(timestep, hidden_states.dtype), hidden_states.dtype
         )
         (embed,), (final_layer,) = self.all_x_embedder.values(), self.all_final_layer.values()
         image = self._padded_image(embed(self.patchify(hidden_states)), layout.num_image_tokens)
@@ -282,9 +285,11 @@ class ZImageTransformer2DModel(nn.Module):
         image, image_table = self.tokens.deal(image), self.tokens.deal(layout.image_table)
         for layer, block in enumerate(self.noise_refiner):
             image = block(image, image_table, None, refiner_step.of_layer(layer))
-        caption = self._caption(encoder_hidden_states, text_lengths)
-        for block in self.context_refiner:
-            caption = block(caption, layout.caption_table, layout.caption_mask)
+        caption = (
+            self._refined_caption(encoder_hidden_states, text_lengths, layout)
+            if embedded.text is None
+            else embedded.text
+        )
         self.tokens.begin(layout.num_image_tokens, caption.shape[1])
         table = self.tokens.deal_joined(layout.table)
         first_block = cast(ZImageTransformerBlock, self.layers[0])
@@ -299,6 +304,20 @@ class ZImageTransformer2DModel(nn.Module):
             signal=lambda _, tokens: first_block.modulated(tokens, step.of_layer(0)),
         )
         return self.unpatchify(self.tokens.gather(final_layer(image, last_step), grid[0] * grid[1] * grid[2]), grid)
+
+    def embed_text(self, encoder_hidden_states: Tensor, text_lengths: Sequence[int]) -> Tensor:
+        """What forwards make of captions, as `embedded`: [B, l, D], l as long as the longest is with its padding.
+
+        Arguments as in `forward`. The positions of a caption do not depend on the picture. Raises as `forward` does.
+        """
+        layout = self._layout(_ANY_GRID, text_lengths, encoder_hidden_states.device)
+        return self._refined_caption(encoder_hidden_states, text_lengths, layout)
+
+    def _refined_caption(self, embeds: Tensor, text_lengths: Sequence[int], layout: TokenLayout) -> Tensor:
+        caption = self._caption(embeds, text_lengths)
+        for block in self.context_refiner:
+            caption = block(caption, layout.caption_table, layout.caption_mask)
+        return caption
 
     def _layout(self, grid: tuple[int, int, int], text_lengths: Sequence[int], device: torch.device) -> TokenLayout:
         lengths = tuple(padded_length(length) for length in text_lengths)

@@ -94,6 +94,13 @@ class DenoisingStage(Stage):
         rows = self.guidance.num_branches(req)
         if rows > 1 and rows * self.denoiser.row_bytes(req) > USABLE_SHARE * self.free_bytes():
             self._one_row_at_a_time(req)
+        if req.embeds_ahead and not (self.denoiser.may_embed_ahead(req) and self._has_room(req)):
+            req.embeds_ahead = False
+
+    def _has_room(self, req: Req) -> bool:
+        """Whether the request fits with all that it would keep."""
+        phase = self.phase(req)
+        return phase is None or phase.peak_bytes + phase.held_bytes <= USABLE_SHARE * self.free_bytes()
 
     def _admit_cache(self, req: Req) -> None:
         """Raises InvalidRequest for a step cache that this transformer cannot have."""
@@ -110,8 +117,10 @@ class DenoisingStage(Stage):
             req.notes.append(_NEVER_SKIPS)
 
     def shrink(self, req: Req) -> bool:
+        kept, req.embeds_ahead = req.embeds_ahead, False
+        req.forget_embedded()
         if self.guidance.num_branches(req) == 1 or req.max_forward_rows == 1:
-            return False
+            return kept
         self._one_row_at_a_time(req)
         return True
 
