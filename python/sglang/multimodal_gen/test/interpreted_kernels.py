@@ -1,7 +1,7 @@
 """Runs the Triton kernels with Triton's interpreter on the CPU and prints how far each is from its reference, as JSON.
 
-A program of its own, because Triton reads TRITON_INTERPRET when it is imported. It is started with `tokens`, `frames`,
-`groups` (by `test_fused.py`) or `rows` (by `test_quantization.py`): whose kernels to run.
+A program of its own, because Triton reads TRITON_INTERPRET when it is imported. It is started with whose kernels to run:
+`tokens frames groups` by `test_fused.py`, `rows` by `test_quantization.py`.
 """
 
 from __future__ import annotations
@@ -244,9 +244,11 @@ def group_norms(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
         residual = clip(batch, channels, *size, dtype=dtype)
         case = f"{channels} channels, {groups} groups, {batch, size}"
         rooms = ROOMS if channels < width else ROOMS[::2]
-        for bias, silu, (lead, edge) in product((None, drawn(channels, dtype=dtype)), (True, False), rooms):
-            moments = triton_frame_kernels.group_moments(cells, groups, source_cell=step, bias=bias)
+        biases = (None, drawn(channels, dtype=dtype))
+        found = [triton_frame_kernels.group_moments(cells, groups, source_cell=step, bias=bias) for bias in biases]
+        for bias, moments in zip(biases, found, strict=True):
             yield from of_moments(f"{case}, bias {bias is not None}", moments, frames, groups, bias)
+        for (bias, moments), silu, (lead, edge) in product(zip(biases, found, strict=True), (True, False), rooms):
             longer = (size[0] + lead, size[1] + 2 * edge, size[2] + 2 * edge)
             room = torch.full_like(clip(batch, channels, *longer), torch.nan, dtype=dtype)
             inner = room[:, :, lead:, edge : edge + size[1], edge : edge + size[2]]
@@ -260,19 +262,20 @@ def group_norms(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
                 f"norm of {case}, bias {bias is not None}, silu {silu}, {lead, edge} around",
                 distance(inner, reference),
             )
-        for bias in (None, drawn(channels, dtype=dtype)):
+        for bias in biases:
             expected = fused_frames.sum_frames(frames, residual, bias=bias)
             summed = cells.clone() if extra else cells
-            found = triton_frame_kernels.group_moments(
+            moments = triton_frame_kernels.group_moments(
                 cells, groups, source_cell=step, bias=bias, residual=residual.movedim(1, -1), summed=summed
             )
             yield f"sum of {case}, bias {bias is not None}", distance(summed.movedim(-1, 1), expected)
-            yield from of_moments(f"sum of {case}, bias {bias is not None}", found, expected, groups, None)
+            yield from of_moments(f"sum of {case}, bias {bias is not None}", moments, expected, groups, None)
 
 
 def far_moments(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
     """Of `group_moments`, of numbers far from zero: sums of squares in fp32 would be 1e-3 of the variance away."""
-    for (channels, groups), line, parts in product(((3, 3), (width, 1), (width, 4)), (1, 7, 70), (1, 5, 1024)):
+    sizes = ((1, 1), (1, 1024), (7, 1), (7, 1024), (70, 5))
+    for (channels, groups), (line, parts) in product(((3, 3), (width, 1), (width, 4)), sizes):
         frames = (clip(2, channels, 1, 31, line) + 100).to(dtype)
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(triton_frame_kernels, "_ENOUGH_PARTS", parts)
@@ -282,12 +285,11 @@ def far_moments(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
 
 def picture_autoencoders(dtype: torch.dtype, width: int) -> Iterator[tuple[str, float]]:
     """A whole autoencoder with kernels around its convolutions, which leave their biases to them, and without."""
-    for changes in ({}, {"block_out_channels": (12, 24), "norm_num_groups": 6, "mid_block_add_attention": False}):
-        stages = len(changes.get("block_out_channels", (8, 8, 16, 16)))
-        blocks = {
-            "down_block_types": ("DownEncoderBlock2D",) * stages,
-            "up_block_types": ("UpDecoderBlock2D",) * stages,
-        }
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    for changes in (
+        {"block_out_channels": (8, 16)},
+        {"block_out_channels": (12, 24), "norm_num_groups": 6, "mid_block_add_attention": False},
+    ):
         reference = tiny_picture_vae(0, **blocks, **changes)
         ours = AutoencoderKL(AutoencoderKLConfig.from_dict(dict(reference.config)))
         ours.load_state_dict(reference.state_dict())
@@ -304,7 +306,7 @@ def picture_autoencoders(dtype: torch.dtype, width: int) -> Iterator[tuple[str, 
             with_kernels, without, of_fp32 = three
             far, as_far = (float((each.float() - of_fp32).norm() / of_fp32.norm()) for each in (with_kernels, without))
             # In bf16 both are as far from what is exact; a bias that is lost is farther.
-            yield f"{name} of {stages} stages", far if dtype == torch.float32 else far - 1.25 * as_far
+            yield f"{name} of {changes}", far if dtype == torch.float32 else far - 1.25 * as_far
 
 
 def of_moments(
@@ -387,8 +389,9 @@ def main() -> None:
         "frames": (frame_norms, spreads, upsamplings),
         "groups": (far_moments, group_norms, picture_autoencoders),
         "rows": (quantized_rows,),
-    }[sys.argv[1]]
-    for (name, drawn_as), cases in product(DTYPES.items(), kernels):
+    }
+    chosen = [cases for operands in sys.argv[1:] for cases in kernels[operands]]
+    for (name, drawn_as), cases in product(DTYPES.items(), chosen):
         found = list(cases(*drawn_as))
         case, far = max(found, key=lambda each: each[1])
         worst[f"{cases.__name__} {name}"] = {"cases": len(found), "worst": case, "distance": far}
