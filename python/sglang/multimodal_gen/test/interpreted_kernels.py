@@ -1,7 +1,7 @@
 """Runs the Triton kernels with Triton's interpreter on the CPU and prints how far each is from its reference, as JSON.
 
-A program of its own, because Triton reads TRITON_INTERPRET when it is imported. It is started with whose kernels to run:
-`tokens frames groups` by `test_fused.py`, `rows` by `test_quantization.py`.
+A program of its own, because Triton reads TRITON_INTERPRET when it is imported. It is started with whose kernels to
+run: `tokens frames groups` by `test_fused.py`, `rows` by `test_quantization.py`.
 """
 
 from __future__ import annotations
