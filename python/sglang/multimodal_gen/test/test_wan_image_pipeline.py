@@ -24,6 +24,7 @@ from sglang.multimodal_gen.errors import (
     UnsupportedModel,
     UnsupportedParameter,
 )
+from sglang.multimodal_gen.runtime.pipelines.wan_pictures import EMBEDS
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY, RequestInputs
 from sglang.multimodal_gen.runtime.pipelines_core.state_file import write_state
 from sglang.multimodal_gen.test.pipeline_parity import (
@@ -221,6 +222,19 @@ def test_equal_pictures_are_encoded_once(pipeline_of: Callable[[str], Any]) -> N
     assert set(calls) == {"WanEncoder"}, "another size is another clip of the same picture"
     for name, tensor in first.conditioning.items():
         assert torch.equal(tensor, again.conditioning[name])
+
+
+@pytest.mark.parametrize("name", ["i2v", "flf2v"])
+def test_keys_and_values_of_pictures_are_kept_and_reckoned(name: str, pipeline_of: Callable[[str], Any]) -> None:
+    pictures = {"image": FIRST} | ({"last_image": LAST} if name == "flf2v" else {})
+    pipeline = pipeline_of(name)
+    denoiser = next(stage.denoiser for stage in pipeline.stages if stage.name == "denoise")
+    req, _ = run(pipeline, BASE | {"prompt": "moving " * 600}, inputs_of(pictures))
+    values = next(text.values for text in req.embedded_texts if text.embeds is req.text.embeds)
+    assert values.shape[-2] == req.conditioning[EMBEDS].shape[0] + denoiser.num_text_tokens(req)
+    kept = denoiser.held_bytes(req)
+    req.embeds_ahead = False
+    assert kept - denoiser.held_bytes(req) == values.nbytes
 
 
 def test_the_first_frame_stays_the_picture(pipeline_of: Callable[[str], Any]) -> None:
