@@ -106,17 +106,17 @@ def test_norms_compute_in_fp32_and_return_the_input_dtype(dtype: torch.dtype, we
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_a_norm_takes_a_scale_for_each_sample(dtype: torch.dtype) -> None:
-    """Scale and weight are one factor, and the same factor gates what is added to a residual."""
+def test_a_norm_takes_a_factor_for_each_sample(dtype: torch.dtype) -> None:
+    """In place of its weight; the same factor gates what is added to a residual."""
     norm, hidden_states, residual = RMSNorm(16, 1e-6), noise(2, 3, 16).to(dtype), noise(2, 3, 16, seed=2).to(dtype)
     norm.weight.copy_(noise(16, seed=3))
-    scale = noise(2, 1, 16, seed=4)
+    factor = noise(2, 1, 16, seed=4)
     wide = hidden_states.double()
-    expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.weight.double() * scale.double()
+    expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * factor.double()
     # Three roundings of half a unit in the last place.
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
-    torch.testing.assert_close(norm(hidden_states, scale).double(), expected, **tolerance)
-    added = norm.add_normed(residual, hidden_states, scale)
+    torch.testing.assert_close(norm(hidden_states, factor).double(), expected, **tolerance)
+    added = norm.add_normed(residual, hidden_states, factor)
     assert added.dtype == dtype
     torch.testing.assert_close(added.double(), residual.double() + expected, **tolerance)
     torch.testing.assert_close(norm.add_normed(residual, hidden_states), residual + norm(hidden_states), **tolerance)

@@ -45,41 +45,40 @@ class RMSNorm(nn.Module):
         """See Sharded."""
         return {"weight": Shard(dim=0, blocks=(self.hidden_size,), axis=self.axis)}
 
-    def forward(self, hidden_states: Tensor, scale: Tensor | None = None) -> Tensor:
-        """[..., D/P] -> [..., D/P] on each of P ranks, times `scale` where given, [B, 1, D/P] for one per sample."""
+    def forward(self, hidden_states: Tensor, factor: Tensor | None = None) -> Tensor:
+        """[..., D/P] -> [..., D/P] on each of P ranks. A `factor` stands in place of the weight: what modulation makes
+        of it, [B, 1, D/P] for one per sample."""
         if self.axis.size > 1:
             wide = hidden_states.float()
             square_sum = all_reduce(wide.square().sum(-1, keepdim=True), self.axis)
             normed = wide * torch.rsqrt(square_sum / self.hidden_size + self.eps)
-            return (normed * self._weight(scale)).to(hidden_states.dtype)
-        if scale is None:
+            return (normed * self._factor(factor)).to(hidden_states.dtype)
+        if factor is None:
             # The fused kernel accumulates in fp32 for half-precision input.
             weight = self.weight.to(hidden_states.dtype)
             return F.rms_norm(hidden_states, weight.shape, weight, self.eps).to(hidden_states.dtype)
-        return sum_norm(hidden_states, scale=self._weight(scale), one_plus=False, rms=True, eps=self.eps)[1]
+        return sum_norm(hidden_states, scale=factor, one_plus=False, rms=True, eps=self.eps)[1]
 
-    def add_normed(self, residual: Tensor, update: Tensor, gate: Tensor | None = None) -> Tensor:
-        """residual + gate · norm(update), [B, S, D] each; the gate [B, 1, D] is one where there is none."""
+    def add_normed(self, residual: Tensor, update: Tensor, factor: Tensor | None = None) -> Tensor:
+        """residual + norm(update), [B, S, D] each; the factor as in `forward`."""
         assert self.axis.size == 1, "the residual stream is whole on every rank"
-        return gated_sum(residual, update, self._weight(gate), norm_update=True, eps=self.eps)
+        return gated_sum(residual, update, self._factor(factor), norm_update=True, eps=self.eps)
 
     def add_normed_and_norm(
-        self, residual: Tensor, update: Tensor, gate: Tensor | None, then: RMSNorm, scale: Tensor | None
+        self, residual: Tensor, update: Tensor, factor: Tensor | None, then: RMSNorm, then_factor: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """`add_normed`, and the norm of that by another norm of this eps, times `scale`."""
+        """`add_normed`, and the norm of that by another norm of this eps, with a factor of its own."""
         assert self.axis.size == 1 and then.eps == self.eps, "the residual stream is whole on every rank"
-        factor = then._weight(scale)
         return sum_norm(
             residual,
             update,
-            self._weight(gate),
-            scale=factor,
+            self._factor(factor),
+            scale=then._factor(then_factor),
             one_plus=False,
             rms=True,
             norm_update=True,
             eps=self.eps,
         )
 
-    def _weight(self, scale: Tensor | None) -> Tensor:
-        """Weight and scale as one factor, in the precision of the scale."""
-        return self.weight if scale is None else self.weight * scale
+    def _factor(self, factor: Tensor | None) -> Tensor:
+        return self.weight if factor is None else factor

@@ -130,7 +130,7 @@ class ZImageTransformerConfig(TransformerConfig):
             attentions=(segment,),
             sums=(segment, segment),
             once=segment == "text",
-            launches=14 if modulated else 10,
+            launches=10,
             launches_apart=2,
             traffic=42,
         )

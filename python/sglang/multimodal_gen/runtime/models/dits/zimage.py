@@ -131,7 +131,7 @@ class TimestepEmbedder(nn.Module):
 class ZImageTransformerBlock(nn.Module):
     """Attention and gated MLP, normed before and after; scales and gates come from the timestep where it is modulated.
 
-    A norm's weight and the modulation are one vector for each sample, so both cost one product.
+    A norm's weight and the modulation are one vector for each sample, which is its factor.
     """
 
     def __init__(self, config: ZImageTransformerConfig, context: LayerContext, *, modulation: bool = True) -> None:
@@ -152,16 +152,16 @@ class ZImageTransformerBlock(nn.Module):
         self, hidden_states: Tensor, freqs_cis: Tensor, mask: Tensor | None, step: StepEmbedding | None = None
     ) -> Tensor:
         """[B, S, D], the table and mask of its tokens, the step for this block if modulated -> [B, S, D]."""
-        attn_scale, attn_gate, mlp_scale, mlp_gate = self._modulation(step)
-        update = self.attention(self.attention_norm1(hidden_states, attn_scale), freqs_cis, mask)
+        before_attention, after_attention, before_mlp, after_mlp = self._factors(step)
+        update = self.attention(self.attention_norm1(hidden_states, before_attention), freqs_cis, mask)
         hidden_states, normed = self.attention_norm2.add_normed_and_norm(
-            hidden_states, update, attn_gate, self.ffn_norm1, mlp_scale
+            hidden_states, update, after_attention, self.ffn_norm1, before_mlp
         )
-        return self.ffn_norm2.add_normed(hidden_states, self.feed_forward(normed), mlp_gate)
+        return self.ffn_norm2.add_normed(hidden_states, self.feed_forward(normed), after_mlp)
 
     def modulated(self, hidden_states: Tensor, step: StepEmbedding) -> Tensor:
         """What its attention sees: [B, S, D], the step for this block -> [B, S, D]."""
-        return self.attention_norm1(hidden_states, self._modulation(step)[0])
+        return self.attention_norm1(hidden_states, self._factors(step)[0])
 
     @property
     def step_width(self) -> int:
@@ -169,12 +169,14 @@ class ZImageTransformerBlock(nn.Module):
         return cast(nn.Linear, self.adaLN_modulation[0]).out_features
 
     def step_values(self, temb: Tensor) -> Tensor:
-        """See Modulated: scale and gate of attention and MLP side by side, ready for use."""
+        """See Modulated: the factors of the norms before and after attention and MLP, side by side."""
         attn_scale, attn_gate, mlp_scale, mlp_gate = self.adaLN_modulation(temb).float().chunk(4, dim=-1)
-        return torch.cat((1 + attn_scale, attn_gate.tanh(), 1 + mlp_scale, mlp_gate.tanh()), dim=1)
+        norms = (self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2)
+        modulations = (1 + attn_scale, attn_gate.tanh(), 1 + mlp_scale, mlp_gate.tanh())
+        return torch.cat([norm.weight * each for norm, each in zip(norms, modulations, strict=True)], dim=1)
 
-    def _modulation(self, step: StepEmbedding | None) -> tuple[Tensor | None, ...]:
-        """Scale and gate of attention and MLP, [B, 1, D] each in fp32; all None without modulation."""
+    def _factors(self, step: StepEmbedding | None) -> tuple[Tensor | None, ...]:
+        """Those of the four norms, [B, 1, D] each in fp32; all None without modulation."""
         if step is None:
             return None, None, None, None
         values = self.step_values(step.temb) if step.values is None else step.values
