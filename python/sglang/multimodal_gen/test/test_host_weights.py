@@ -24,6 +24,7 @@ from sglang.multimodal_gen.runtime.layers.host_weights import (
     MovingRoom,
     SlotPool,
     compute_device,
+    has_its_weights,
     held_tensors,
     packed_bytes,
 )
@@ -332,6 +333,23 @@ def test_step_caches_and_a_lone_request_are_the_same(checkpoints: Any, links: li
     pipeline = build_pipeline(str(directory), CPU_FP32, memory=MODES["memory"])
     assert_equal(latents_of(pipeline, [wish]), expected)
     assert links[0].log
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_layers_of_a_component_that_comes_whole_can_run_by_themselves(
+    whole: bool, checkpoints: Any, links: list[StandInLink]
+) -> None:
+    """So a request's texts and steps are embedded ahead of its forwards, as with resident weights."""
+    directory, _ = checkpoints("flux")
+    memory = MemoryArgs(component_residency=(f"dit={'component' if whole else 'layerwise'}-offload",))
+    pipeline = build_pipeline(str(directory), CPU_FP32, memory=memory)
+    transformer, room = pipeline.transformer, pipeline.weight_room
+    transformer.runs_on = torch.device("meta")  # anywhere but where the weights wait
+    assert has_its_weights(transformer) == whole
+    assert room.present_bytes == 0
+    with torch.inference_mode():
+        transformer.embed_text(torch.zeros(1, 2, transformer.config.joint_attention_dim))
+    assert (room.present_bytes > 0) == whole
 
 
 @pytest.mark.parametrize("residency", ["all=component-offload", "all=layerwise-offload"])

@@ -40,7 +40,14 @@ from sglang.multimodal_gen.runtime.server_args import ExecutionArgs, ModelArgs
 from sglang.multimodal_gen.test.lora_case import load_adapters, save_adapters
 from sglang.multimodal_gen.test.parallel_pool import FAMILIES
 from sglang.multimodal_gen.test.pipeline_parity import relative_error
-from sglang.multimodal_gen.test.quantization_case import dequantized, latents, load, quantized_layers, set_weights
+from sglang.multimodal_gen.test.quantization_case import (
+    dequantized,
+    latents,
+    load,
+    quantized_layers,
+    realigned,
+    set_weights,
+)
 from sglang.multimodal_gen.test.recorded_graph import record
 from sglang.multimodal_gen.test.tiny_wan_image import TINY_WAN_IMAGES, save_tiny_wan_image
 
@@ -309,7 +316,8 @@ class Case:
     def emulated(self, quantized: Any) -> Any:
         """A plain pipeline with another's weights, multiplied out."""
         layers = quantized_layers(quantized.transformer)
-        return set_weights(load(self.checkpoint), {name: dequantized(layer) for name, layer in layers.items()})
+        plain = realigned(load(self.checkpoint))
+        return set_weights(plain, {name: dequantized(layer) for name, layer in layers.items()})
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +336,7 @@ def test_every_family_makes_exactly_what_the_dequantised_weights_make(
     name: str, method: str, case: Callable[[str], Case]
 ) -> None:
     tiny, lines = case(name), []  # type: tuple[Case, list[str]]
-    pipeline = load(tiny.checkpoint, lines, quantization=method)
+    pipeline = realigned(load(tiny.checkpoint, lines, quantization=method))
     found = latents(pipeline, tiny.wish)
     assert torch.equal(found, latents(tiny.emulated(pipeline), tiny.wish))
     low, high = ERRORS[method]

@@ -39,8 +39,11 @@ def compute_device(module: nn.Module) -> torch.device:
 
 
 def has_its_weights(module: nn.Module) -> bool:
-    """Whether all of them stay where its forward runs, and do not come for their turn."""
-    return getattr(module, "runs_on", None) is None
+    """Whether any of its layers can run by itself: all weights are where they compute, or come when a layer runs."""
+    if getattr(module, "comes_whole", False):
+        return True
+    device = compute_device(module)
+    return all(weight.device == device for weight in module.parameters())
 
 
 def held_tensors(layers: Iterable[nn.Module]) -> list[Tensor]:

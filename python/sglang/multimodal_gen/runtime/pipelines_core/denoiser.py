@@ -88,7 +88,7 @@ class Denoiser:
 
     def may_embed_ahead(self, req: Req) -> bool:
         """Whether a request can bring what is made of texts and steps: neither with adapters, which belong to the rows
-        of a forward, nor where weights come for their turn."""
+        of a forward, nor where blocks' weights come for their turn."""
         return not req.adapters and has_its_weights(self.transformer)
 
     def embedded(self, rows: Sequence[Row], *constant: float) -> Embedded:

@@ -198,6 +198,7 @@ class _Settling:
         found = WeightRoom(kept_bytes=self._stream())
         for name, tensors in self.moved.items():
             self._move(found, name, tensors, self.modules[name].modules())
+            self.modules[name].comes_whole = True  # type: ignore[assignment]
         for blocks in self.streamed:
             if blocks.component in TRANSFORMERS:
                 place_on(self.device, blocks.outside)
