@@ -175,6 +175,8 @@ class DenoisingStage(Stage):
             req.sampler_state, req.generator = state, generator
             req.latents = latents if self.constraint is None else self.constraint(req, latents)
             self._keep_cache(req, rows, skipped)
+            if state.finished:
+                req.forget_embedded()
         return []
 
     def predict(self, requests: Sequence[Req]) -> list[list[Tensor]]:
