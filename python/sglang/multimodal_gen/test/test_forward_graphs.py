@@ -13,13 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from sglang.multimodal_gen.configs.cost_model import MOST_GRAPHED_TOKENS
+from sglang.multimodal_gen.runtime.layers import forward_graphs
 from sglang.multimodal_gen.runtime.layers.attention.switch import AttentionSwitch
 from sglang.multimodal_gen.runtime.layers.block_runner import BlockRunner
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
-from sglang.multimodal_gen.runtime.layers.forward_graphs import MOST_GRAPHS, ForwardGraphs, forget_graphs
+from sglang.multimodal_gen.runtime.layers.forward_graphs import (
+    MOST_GRAPHS,
+    ForwardGraphs,
+    forget_graphs,
+    graph_input_bytes,
+)
 from sglang.multimodal_gen.runtime.layers.lora import SlotUse
 from sglang.multimodal_gen.runtime.layers.table_cache import table_cache
-from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
+from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline, composed_pipeline_base
 from sglang.multimodal_gen.runtime.pipelines_core.request_inputs import EMPTY
 from sglang.multimodal_gen.runtime.server_args import ExecutionArgs
 from sglang.multimodal_gen.test.pipeline_parity import run_together
@@ -139,6 +145,44 @@ def test_long_forwards_and_those_with_gradients_are_not_captured(scaled: Any) ->
         calls = scaled.calls
         scaled(torch.ones(2, MOST_GRAPHED_TOKENS // 2))
         assert scaled.calls == calls + 1
+
+
+def test_graphs_share_places_of_equal_inputs(scaled: Any) -> None:
+    """And no input of a call shares another's."""
+    for number in range(1, 4):
+        for factor in (1, 2):
+            tokens = torch.full((1, 3), float(number))
+            assert torch.equal(scaled(tokens, factor), factor * tokens * table_of(3))
+    captured = list(scaled.forward._graphs.values())
+    assert len(captured) == 2 and captured[0].inputs[0] is captured[1].inputs[0]
+    assert graph_input_bytes([scaled, None, nn.Linear(1, 1)]) == 3 * 4
+    first, second = scaled.forward._placed([torch.zeros(1, 3), torch.ones(1, 3)])
+    assert first is captured[0].inputs[0]
+    assert not first.any() and bool(second.all())
+    scaled.forward.clear()
+    del captured, first, second
+    assert scaled.forward.input_bytes == 0
+
+
+def test_forwards_that_are_given_much_are_not_captured(scaled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward_graphs, "MOST_INPUT_BYTES", 4 * 7)
+    for tokens in (7, 8):
+        for _ in range(2):
+            scaled(torch.ones(1, tokens))
+    assert scaled.forward.num_graphs == 1 and scaled.forward.input_bytes == 4 * 7
+
+
+def test_places_of_inputs_are_no_memory_for_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = build_pipeline(str(save_tiny_flux(tmp_path, TINY_FLUXES["dev"])), ExecutionArgs(device="cpu"))
+    used = 0
+    monkeypatch.setattr(pipeline.meter, "allocated_bytes", lambda: pipeline._loaded_bytes + used)
+    monkeypatch.setattr(composed_pipeline_base, "free_bytes", lambda _: 10_000)
+    assert pipeline.free_bytes() == 10_000
+    used = 500  # of a request, which give it back
+    assert pipeline.free_bytes() == 10_500
+    graphs = pipeline.transformer.forward = ForwardGraphs(pipeline.transformer, record)
+    places = graphs._placed([torch.ones(100)])
+    assert pipeline.free_bytes() == 10_100 and places
 
 
 def test_forwards_with_step_caches_or_adapters_are_computed(scaled: Any) -> None:

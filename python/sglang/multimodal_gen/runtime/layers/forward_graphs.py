@@ -1,16 +1,17 @@
 """A transformer's forward as a CUDA graph: where it is short, the host takes as long to begin its kernels as the GPU to
 run them, and a graph begins all of them at once.
 
-What a graph reads must lie where it lay when it was captured. So inputs are copied to a place of their own, tables are
-kept (`table_cache`), and whatever else a forward depends on is part of the graph's key.
+What a graph reads must lie where it lay when it was captured. So inputs are copied to a place of their own, which
+graphs of one transformer share where shapes are equal, tables are kept (`table_cache`), and whatever else a forward
+depends on is part of the graph's key.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +26,9 @@ from sglang.multimodal_gen.runtime.layers.token_sharding import TokenSharding
 
 MOST_GRAPHS = 16
 """Of one transformer; those not used for longest go first."""
+MOST_INPUT_BYTES = 256 * 2**20
+"""Of a forward that is captured. One that is given more, such as keys and values of texts, has blocks that compute for
+longer than the host takes to begin them."""
 _MOST_KEYS = 256
 
 logger = logging.getLogger(__name__)
@@ -90,8 +94,9 @@ class _Captured:
 class ForwardGraphs:
     """In place of a module's `forward`: the same, from the second call with inputs of the same shapes on by a graph.
 
-    Forwards with more than MOST_GRAPHED_TOKENS tokens, with gradients, under a compiler, with step caches, which decide
-    by what they compute, or adapters, and those of which no graph can be made, run as they always do.
+    Forwards with more than MOST_GRAPHED_TOKENS tokens or MOST_INPUT_BYTES, with gradients, under a compiler, with step
+    caches, which decide by what they compute, or adapters, and those of which no graph can be made, run as they always
+    do.
     """
 
     def __init__(self, module: nn.Module, capture: Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]]) -> None:
@@ -106,11 +111,18 @@ class ForwardGraphs:
         """Why no graph could be made of a forward, the last time that this was so."""
         self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._is_short: OrderedDict[Hashable, bool] = OrderedDict()  # by key that was seen
+        # As long as a graph has them: one runs after another, so those of equal shapes need one place.
+        self._places: weakref.WeakValueDictionary[Hashable, Tensor] = weakref.WeakValueDictionary()
 
     @property
     def num_graphs(self) -> int:
         """How many there are now."""
         return len(self._graphs)
+
+    @property
+    def input_bytes(self) -> int:
+        """What the places of inputs take."""
+        return sum(place.nbytes for place in self._places.values())
 
     def clear(self) -> None:
         """Forget all graphs; before the processes of a replica part, since graphs hold on to their connections."""
@@ -130,7 +142,7 @@ class ForwardGraphs:
             return self._forward(*args, **kwargs)
         if is_short is None:
             output = self._forward(*args, **kwargs)
-            self._note(key, output.shape[0])
+            self._note(key, output.shape[0], sum(tensor.nbytes for tensor in inputs))
             return output
         if is_short and key not in self._graphs:
             self._add(key, args, kwargs, inputs)
@@ -143,15 +155,15 @@ class ForwardGraphs:
         captured.graph.replay()
         return captured.output.clone()
 
-    def _note(self, key: Hashable, num_rows: int) -> None:
+    def _note(self, key: Hashable, num_rows: int, input_bytes: int) -> None:
         """That there was such a forward, which has left its segments' lengths behind."""
         held = num_rows * sum(map(self._tokens.share, self._tokens.lengths))
-        self._is_short[key] = held <= MOST_GRAPHED_TOKENS
+        self._is_short[key] = held <= MOST_GRAPHED_TOKENS and input_bytes <= MOST_INPUT_BYTES
         if len(self._is_short) > _MOST_KEYS:
             self._is_short.popitem(last=False)
 
     def _add(self, key: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor]) -> None:
-        places = tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in inputs)
+        places = self._placed(inputs)
         own_args, own_kwargs = _put_together((args, kwargs), iter(places))
         try:
             with tables_kept() as kept:
@@ -164,6 +176,21 @@ class ForwardGraphs:
         self._graphs[key] = _Captured(graph, places, output, tuple(kept))
         if len(self._graphs) > MOST_GRAPHS:
             self._graphs.popitem(last=False)
+
+    def _placed(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Each input where graphs read it: in the n-th place of its shape, made if there is none."""
+        counts: Counter[Hashable] = Counter()
+        found = []
+        for tensor in inputs:
+            kind = (tensor.shape, tensor.dtype, tensor.device)
+            key, place = (kind, counts[kind]), self._places.get((kind, counts[kind]))
+            counts[kind] += 1
+            if place is None:
+                place = self._places[key] = tensor.clone(memory_format=torch.contiguous_format)
+            else:
+                place.copy_(tensor)
+            found.append(place)
+        return tuple(found)
 
 
 def use_forward_graphs(module: nn.Module) -> None:
@@ -178,10 +205,20 @@ def graphs_of(module: nn.Module) -> ForwardGraphs | None:
 
 def forget_graphs(modules: Iterable[object]) -> None:
     """Those of all modules among these; they are made again when they are missed."""
+    for graphs in _all_graphs(modules):
+        graphs.clear()
+
+
+def graph_input_bytes(modules: Iterable[object]) -> int:
+    """What is kept for the inputs of all graphs of these modules."""
+    return sum(graphs.input_bytes for graphs in _all_graphs(modules))
+
+
+def _all_graphs(modules: Iterable[object]) -> Iterator[ForwardGraphs]:
     for module in modules:
         graphs = graphs_of(module) if isinstance(module, nn.Module) else None
         if graphs is not None:
-            graphs.clear()
+            yield graphs
 
 
 def _taken_apart(value: Any, tensors: list[Tensor]) -> Hashable:

@@ -39,7 +39,7 @@ from sglang.multimodal_gen.runtime.distributed.parallel_state import SINGLE, Par
 from sglang.multimodal_gen.runtime.layers.attention.registry import device_facts
 from sglang.multimodal_gen.runtime.layers.attention.switch import explain_kernels
 from sglang.multimodal_gen.runtime.layers.context import AttentionPlan, LayerContext
-from sglang.multimodal_gen.runtime.layers.forward_graphs import forget_graphs
+from sglang.multimodal_gen.runtime.layers.forward_graphs import forget_graphs, graph_input_bytes
 from sglang.multimodal_gen.runtime.layers.gemm_choice import gemm_choices, use_gemm_choices
 from sglang.multimodal_gen.runtime.layers.strip_sharding import explain_strips
 from sglang.multimodal_gen.runtime.loader.component_loader import (
@@ -418,6 +418,7 @@ class ComposedPipelineBase:
         """Memory on the device that is free now or held by requests: what there is for requests in all."""
         movable = self.weight_room.present_bytes
         kept = self._loaded_bytes + self.conditioning_cache.held_bytes + self.adapters.held_bytes + movable
+        kept += graph_input_bytes(self.modules.values())
         held = self.meter.allocated_bytes() - kept
         return least(free_bytes(self.device) + movable + max(0, held), self.parallel.world)
 
