@@ -63,6 +63,19 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return load(save_tiny_flux(tmp_path_factory.mktemp("flux") / "dev", TINY_FLUXES["dev"]))
 
 
+def small(*, batch_size: int, num_text_tokens: int) -> WorkSize:
+    """One picture in each row."""
+    return WorkSize(
+        height=64,
+        width=32,
+        num_frames=1,
+        latent_shape=(4, 1, 8, 4),
+        batch_size=batch_size,
+        num_text_tokens=num_text_tokens,
+        chunk_frames=1,
+    )
+
+
 TIMESTEPS, TEXT, IMAGE = 1, 2, 3
 """Places among the inputs of all these workloads."""
 
@@ -72,9 +85,7 @@ TIMESTEPS, TEXT, IMAGE = 1, 2, 3
 def test_a_forward_that_is_given_texts_and_steps_is_the_same(family: str, pipeline: Any) -> None:
     make, workload = FAMILIES[family]
     model = make(pipeline)
-    size = WorkSize(
-        height=64, width=32, num_frames=1, latent_shape=(4, 1, 8, 4), batch_size=2, num_text_tokens=5, chunk_frames=1
-    )
+    size = small(batch_size=2, num_text_tokens=5)
     inputs = list(workload.inputs({"transformer": model.config}, size, Drawing(CPU, torch.float32)))
     inputs[TIMESTEPS] = inputs[TIMESTEPS] * torch.tensor([1.0, 0.3])
     plain = workload.forward(model, tuple(inputs), size)
@@ -291,9 +302,7 @@ def test_memory_is_reckoned_for_texts_and_steps(pipeline: Any) -> None:
 def test_a_text_is_as_wide_as_its_transformer_says(family: str, pipeline: Any) -> None:
     make, workload = FAMILIES[family]
     model = make(pipeline)
-    size = WorkSize(
-        height=64, width=32, num_frames=1, latent_shape=(4, 1, 8, 4), batch_size=1, num_text_tokens=32, chunk_frames=1
-    )
+    size = small(batch_size=1, num_text_tokens=32)
     inputs = workload.inputs({"transformer": model.config}, size, Drawing(CPU, torch.float32))
     text = workload.embed_text(model, inputs)
     assert text is not None and text.numel() == text.shape[-2] * model.text_width
