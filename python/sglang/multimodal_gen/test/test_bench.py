@@ -41,6 +41,7 @@ from sglang.multimodal_gen.runtime.bench.pipeline_result import Batch
 from sglang.multimodal_gen.runtime.bench.startup import summarise_runs
 from sglang.multimodal_gen.runtime.bench.statistics import compare, distribution, percentile, summarise
 from sglang.multimodal_gen.runtime.bench.tables import Section, as_text, show_with_colour
+from sglang.multimodal_gen.runtime.bench.worker import flops
 from sglang.multimodal_gen.runtime.bench.worker.component import ComponentBench
 from sglang.multimodal_gen.runtime.bench.worker.exactness import exact_output, output_error
 from sglang.multimodal_gen.runtime.bench.worker.flops import count_flops
@@ -251,7 +252,9 @@ def test_an_encoder_s_flops_are_those_counted_by_hand() -> None:
 
 
 def run_component(model_path: Path | str, workload: str, **changes: Any) -> ComponentResult:
-    """A benchmark's child, in this process; its parent is the other end of a pipe that nobody reads."""
+    """A benchmark's child, in this process; its parent is the other end of a pipe that nobody reads.
+
+    What the machine multiplies is measured with small matrices: no test looks at how fast it is."""
     args = ServerArgs.from_kwargs(model_path=str(model_path), **changes.pop("options", {}))
     task = ComponentTask(
         **{
@@ -271,7 +274,8 @@ def run_component(model_path: Path | str, workload: str, **changes: Any) -> Comp
         | changes
     )
     ours, _theirs = Pipe()
-    with torch.inference_mode():
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patched:
+        patched.setitem(flops._MATMUL_SIZE, "cpu", 64)
         return ComponentBench(task, Parent(ours)).result()
 
 

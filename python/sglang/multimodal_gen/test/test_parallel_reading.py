@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,6 +203,7 @@ def test_after_an_error_nothing_more_is_read(files: Files, staged: bool) -> None
         converted.append(name)
         if name == "0":
             raise CorruptCheckpoint("the first")
+        time.sleep(0.001)  # so that the thread of the first one has its turn
         return tensor
 
     with pytest.raises(CorruptCheckpoint, match="the first"):
