@@ -504,15 +504,17 @@ class ComposedPipelineBase:
         return hashlib.sha256(msgspec.json.encode([model, params, req.inputs.digest(), adapters])).hexdigest()
 
     def _check_memory(self, req: Req) -> None:
-        needed = max((phase.peak_bytes + phase.held_bytes for phase in req.phases), default=0)
         # All ranks ask together or none: they would wait for each other.
         if self.parallel.world.size > 1 or time.monotonic() - self._budget_time > _BUDGET_SECONDS:
             self._budget, self._budget_time = self.budget_bytes(), time.monotonic()
         free = self._budget
-        if needed > free:
+        if req.needed_bytes > free and req.embeds_ahead:
+            req.embeds_ahead = False  # what is made of texts and steps need not be kept
+            req.phases = self._phases(req)
+        if req.needed_bytes > free:
             size = f"{req.params.width}x{req.params.height} with {req.params.num_frames} frames"
             kept = self.weight_room.kept_bytes
-            raise InsufficientMemory(needed_bytes=needed, free_bytes=free, size=size, movable_bytes=kept)
+            raise InsufficientMemory(needed_bytes=req.needed_bytes, free_bytes=free, size=size, movable_bytes=kept)
 
     def run_unit(self, phase_name: str, requests: Sequence[Req]) -> list[OutputBatch]:
         """One unit of this phase for each request; the caller holds `torch.inference_mode()`.

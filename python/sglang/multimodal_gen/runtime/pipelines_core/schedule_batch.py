@@ -112,6 +112,11 @@ class Req:
     conditioning: dict[str, Tensor] = field(default_factory=dict)
     library_call: Any = None
 
+    @property
+    def needed_bytes(self) -> int:
+        """Of its largest phase: what a unit takes, and what it holds between units."""
+        return max((phase.peak_bytes + phase.held_bytes for phase in self.phases), default=0)
+
     def done(self, phase: str) -> int:
         """Units of a phase that are finished."""
         return self.units_done.get(phase, 0)

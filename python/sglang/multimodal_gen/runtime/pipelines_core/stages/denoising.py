@@ -94,13 +94,8 @@ class DenoisingStage(Stage):
         rows = self.guidance.num_branches(req)
         if rows > 1 and rows * self.denoiser.row_bytes(req) > USABLE_SHARE * self.free_bytes():
             self._one_row_at_a_time(req)
-        if req.embeds_ahead and not (self.denoiser.may_embed_ahead(req) and self._has_room(req)):
+        if not self.denoiser.may_embed_ahead(req):
             req.embeds_ahead = False
-
-    def _has_room(self, req: Req) -> bool:
-        """Whether the request fits with all that it would keep."""
-        phase = self.phase(req)
-        return phase is None or phase.peak_bytes + phase.held_bytes <= USABLE_SHARE * self.free_bytes()
 
     def _admit_cache(self, req: Req) -> None:
         """Raises InvalidRequest for a step cache that this transformer cannot have."""
