@@ -221,6 +221,39 @@ def test_the_fa3_wheel_serves_where_upstreams_build_is_missing(
     torch.testing.assert_close(third_party.FlashAttention3().with_lse(query, key, value, scale=0.3), expected)
 
 
+UPSTREAMS_OPERATOR = (
+    "fwd(Tensor q, Tensor k, Tensor v, Tensor? q_descale=None, Tensor? k_descale=None, Tensor? v_descale=None, "
+    "float? softmax_scale=None, bool is_causal=False, int num_splits=0) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+ANOTHER_OPERATOR = "fwd(Tensor q, Tensor k, Tensor v, Tensor mask, float? softmax_scale=None) -> (Tensor, Tensor)"
+
+
+@pytest.mark.parametrize(("schema", "serves"), [(UPSTREAMS_OPERATOR, True), (ANOTHER_OPERATOR, False)])
+def test_the_operator_beneath_flash_attention_3_is_called_where_its_arguments_are_known(
+    schema: str, serves: bool, package: Callable[..., None]
+) -> None:
+    package("flash_attn_interface", "fa3_fwd_interface")
+    splits: list[int] = []
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, _q: None, _k: None, _v: None, scale: float, causal: bool, num_splits: int
+    ) -> tuple[Tensor, ...]:
+        assert all(tensor.stride(-1) == 1 for tensor in (q, k, v)) and not causal
+        splits.append(num_splits)
+        return *TorchReference().with_lse(q, k, v, scale=scale), q.new_empty(0), q.new_empty(0)
+
+    with torch.library._scoped_library("flash_attn_3", "FRAGMENT") as library:
+        library.define(schema)
+        library.impl("fwd", forward, "CPU")
+        query, key, value = inputs(5, 9)
+        value = value.transpose(1, 3).contiguous().transpose(1, 3)
+        expected = TorchReference().with_lse(query, key, value, scale=0.3)
+        kernel = third_party.FlashAttention3()
+        torch.testing.assert_close(kernel(query, key, value, scale=0.3), expected[0])
+        torch.testing.assert_close(kernel.with_lse(query, key, value, scale=0.3), expected)
+    assert splits == ([1, 1] if serves else [])
+
+
 def test_sage_attention_leaves_the_keys_as_they_are(package: Callable[..., None]) -> None:
     package("flash_attn_interface", "sageattention")
     query, key, value = inputs(5, 9)

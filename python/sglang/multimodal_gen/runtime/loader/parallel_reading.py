@@ -1,9 +1,11 @@
 """Tensors from files to the device by several threads, also those of one file.
 
 On a CPU a tensor is the mapped file. To a GPU its bytes go through a few buffers that the GPU can read by itself:
-threads fill them from the page cache while others' are on their way, so no tensor ever lies in host memory, and what
-there is besides the page cache is the buffers. All copies are in one stream, the caller's: nothing else runs there
-while a model loads, and what is computed on a tensor next is in order by itself.
+threads fill them from the page cache while others are on their way, so no tensor ever lies in host memory, and what
+there is besides the page cache is the buffers. The caller's thread sends them, and makes and converts the tensors: what
+torch does in several threads at once has them wait for the interpreter's lock longer than for the files. All copies are
+in one stream, the caller's: nothing else runs there while a model loads, and what is computed on a tensor next is in
+order by itself.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import MappingProxyType
 from typing import Protocol
 
@@ -42,8 +46,8 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 """What the format's names of dtypes mean."""
 _MOST_THREADS = 8
-_BUFFERS_OF_A_THREAD = 2
-"""One is filled while the other one is on its way."""
+_BUFFERS_OF_A_THREAD = 3
+"""One is filled while others wait for their turn and are on their way."""
 
 Convert = Callable[[str, Tensor], Tensor]
 """What a tensor becomes, given its name and the tensor on the device."""
@@ -82,10 +86,10 @@ class Part(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How many threads read, and what each of their two buffers holds."""
+    """How many threads read, and what each of their buffers holds."""
 
     num_threads: int = field(default_factory=lambda: min(_MOST_THREADS, len(os.sched_getaffinity(0))))
-    buffer_bytes: int = 8 << 20
+    buffer_bytes: int = 4 << 20
 
 
 def read_tensors(
@@ -207,18 +211,43 @@ class _Opened(AbstractContextManager["_Opened"]):
             buffer, offset = buffer[count:], offset + count
 
 
+class _Buffer:
+    """Bytes in host memory; on a GPU's side pinned, so that it reads them while the host goes on. `bytes` are those of
+    `data`, for who fills it without torch."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self.data = torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+        self.bytes = self.data.numpy().data
+        self._sent = torch.cuda.Event() if pinned else None
+
+    def mark_sent(self, stream: torch.cuda.Stream | None) -> None:
+        """What was sent is in the stream."""
+        if self._sent is not None:
+            self._sent.record(stream)
+
+    def has_arrived(self) -> bool:
+        """Whether what was sent from it is there."""
+        return self._sent is None or self._sent.query()
+
+    def wait(self) -> None:
+        """Until it is."""
+        if self._sent is not None:
+            self._sent.synchronize()
+
+
 class _Chunk(Protocol):
     """What goes through a buffer at once."""
 
     @property
     def num_bytes(self) -> int: ...
 
-    def fill(self, buffer: Tensor) -> Tensor:
-        """Put it into the buffer of bytes; the part of it that was filled, in the form in which it is sent."""
+    def fill(self, buffer: _Buffer) -> None:
+        """Put it into the buffer, in one of the threads that read."""
         ...
 
-    def send(self, filled: Tensor, target: Tensor) -> None:
-        """To its place in the job's tensor."""
+    def send(self, buffer: _Buffer, target: Tensor) -> None:
+        """From the buffer to its place in the job's tensor, in the caller's thread."""
         ...
 
 
@@ -231,14 +260,13 @@ class _Bytes:
     target_offset: int
     num_bytes: int
 
-    def fill(self, buffer: Tensor) -> Tensor:
-        filled = buffer[: self.num_bytes]
-        self.file.read_into(filled.numpy().data, self.offset)
-        return filled
+    def fill(self, buffer: _Buffer) -> None:
+        # Nothing of torch here: each of its operations gives the interpreter's lock to another thread and waits for it.
+        self.file.read_into(buffer.bytes[: self.num_bytes], self.offset)
 
-    def send(self, filled: Tensor, target: Tensor) -> None:
+    def send(self, buffer: _Buffer, target: Tensor) -> None:
         own = target.view(-1).view(torch.uint8)[self.target_offset : self.target_offset + self.num_bytes]
-        own.copy_(filled, non_blocking=True)
+        own.copy_(buffer.data[: self.num_bytes], non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -254,20 +282,21 @@ class _Rows:
     def num_bytes(self) -> int:
         return self.source[self.rows].nbytes
 
-    def fill(self, buffer: Tensor) -> Tensor:
+    def fill(self, buffer: _Buffer) -> None:
         own = self.source[self.rows]
-        filled = buffer[: own.nbytes].view(own.dtype).view(own.shape)
         if own.is_contiguous():
             # Not by torch, which would have all cores copy for each of the threads that read.
-            np.copyto(buffer[: own.nbytes].numpy(), own.view(-1).view(torch.uint8).numpy())
+            np.copyto(buffer.data[: own.nbytes].numpy(), own.view(-1).view(torch.uint8).numpy())
         else:
-            filled.copy_(own)
-        return filled
+            self._in(buffer, own).copy_(own)
 
-    def send(self, filled: Tensor, target: Tensor) -> None:
+    def send(self, buffer: _Buffer, target: Tensor) -> None:
         within = (self.rows, *(slice(None),) * (self.dim - 1), self.place) if self.dim else (self.rows,)
         whole = target.view(-1) if self.source.ndim == 1 else target  # one without gaps goes as one row of numbers
-        whole[within].copy_(filled, non_blocking=True)
+        whole[within].copy_(self._in(buffer, self.source[self.rows]), non_blocking=True)
+
+    def _in(self, buffer: _Buffer, own: Tensor) -> Tensor:
+        return buffer.data[: own.nbytes].view(own.dtype).view(own.shape)
 
 
 @dataclass
@@ -338,96 +367,81 @@ def _row_chunks(source: Tensor, dim: int, place: slice, most: int) -> Iterator[_
         yield _Rows(source, slice(first, min(first + step, source.shape[0])), dim, place)
 
 
-class _Buffer:
-    """Bytes in host memory; on a GPU's side pinned, so that it reads them while the host goes on."""
-
-    def __init__(self, num_bytes: int, device: torch.device) -> None:
-        pinned = device.type == "cuda"
-        self.data = torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-        self._sent = torch.cuda.Event() if pinned else None
-
-    def wait(self) -> None:
-        """Until what was sent from it has arrived."""
-        if self._sent is not None:
-            self._sent.synchronize()
-
-    def mark_sent(self) -> None:
-        """What was sent is in the stream."""
-        if self._sent is not None:
-            self._sent.record()
-
-
 class _StagedRead:
-    """Threads that take chunk after chunk, in the order of the files."""
+    """Threads that fill buffers, chunk after chunk in the order of the files. The caller's thread does the rest."""
 
     def __init__(self, jobs: Sequence[_Job], convert: Convert, device: torch.device, reading: Reading) -> None:
         self._jobs, self._convert, self._device, self._reading = jobs, convert, device, reading
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._results: dict[str, Tensor] = {}
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._free: SimpleQueue[_Buffer | None] = SimpleQueue()
+        self._filled: SimpleQueue[tuple[_Job, _Chunk, _Buffer] | BaseException] = SimpleQueue()
+        self._on_their_way: deque[_Buffer] = deque()
+        self._largest = max((chunk.num_bytes for job in jobs for chunk in job.chunks), default=1)
         for job in jobs:
             job.chunks_left = len(job.chunks)
-        self._queue = ((job, chunk) for job in jobs for chunk in job.chunks)
-        self._largest = max((chunk.num_bytes for job in jobs for chunk in job.chunks), default=1)
+        self._chunks = ((job, chunk) for job in jobs for chunk in job.chunks)
 
     def run(self) -> dict[str, Tensor]:
         """The tensors in the order of the jobs."""
         for job in self._jobs:
             if not job.chunks:
                 self._results[job.name] = self._convert(job.name, job.make())
-        num_threads = max(1, min(self._reading.num_threads, sum(len(job.chunks) for job in self._jobs)))
+        num_chunks = sum(len(job.chunks) for job in self._jobs)
+        num_threads = max(1, min(self._reading.num_threads, num_chunks))
         with ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="load") as pool:
-            threads = [pool.submit(self._work) for _ in range(num_threads)]
-        errors = [error for thread in threads if (error := thread.exception()) is not None]
-        if errors:
-            raise errors[0]
+            for _ in range(num_threads):
+                pool.submit(self._fill_buffers)
+            try:
+                for _ in range(num_chunks):
+                    self._send(*self._next_filled())
+            finally:
+                self._stop.set()
+                for _ in range(num_threads):
+                    self._free.put(None)  # so that no thread waits for a buffer
         if self._stream is not None:
             self._stream.synchronize()
         return {job.name: self._results[job.name] for job in self._jobs}
 
-    def _work(self) -> None:
+    def _fill_buffers(self) -> None:
         try:
-            with self._in_stream():
-                self._send_all()
-        except BaseException:
-            self._stop.set()
-            raise
+            with nullcontext() if self._stream is None else torch.cuda.device(self._device):
+                for _ in range(_BUFFERS_OF_A_THREAD):
+                    self._free.put(_Buffer(self._largest, self._device))
+            while (taken := self._next()) is not None:
+                if (buffer := self._free.get()) is None:
+                    return
+                taken[1].fill(buffer)
+                self._filled.put((*taken, buffer))
+        except BaseException as error:
+            self._filled.put(error)
 
-    def _in_stream(self) -> AbstractContextManager[object]:
-        if self._stream is None:
-            return nullcontext()
-        contexts = ExitStack()
-        contexts.enter_context(torch.cuda.device(self._device))
-        contexts.enter_context(torch.cuda.stream(self._stream))
-        return contexts
-
-    def _send_all(self) -> None:
-        buffers = [_Buffer(self._largest, self._device) for _ in range(_BUFFERS_OF_A_THREAD)]
-        number = 0
-        while not self._stop.is_set() and (taken := self._next()) is not None:
-            job, chunk, target = taken
-            buffer = buffers[number % len(buffers)]
-            buffer.wait()
-            chunk.send(chunk.fill(buffer.data), target)
-            buffer.mark_sent()
-            number += 1
-            with self._lock:
-                job.chunks_left -= 1
-                is_complete = job.chunks_left == 0
-                if is_complete:
-                    job.target = None
-            if is_complete:
-                self._results[job.name] = self._convert(job.name, target)
-        for buffer in buffers:
-            buffer.wait()
-
-    def _next(self) -> tuple[_Job, _Chunk, Tensor] | None:
+    def _next(self) -> tuple[_Job, _Chunk] | None:
         with self._lock:
-            taken = next(self._queue, None)
-            if taken is None:
-                return None
-            job, chunk = taken
-            if job.target is None:
-                job.target = job.make()
-            return job, chunk, job.target
+            return None if self._stop.is_set() else next(self._chunks, None)
+
+    def _next_filled(self) -> tuple[_Job, _Chunk, _Buffer]:
+        while True:
+            while self._on_their_way and self._on_their_way[0].has_arrived():
+                self._free.put(self._on_their_way.popleft())
+            try:
+                filled = self._filled.get(block=not self._on_their_way)
+            except Empty:
+                self._on_their_way[0].wait()
+                continue
+            if isinstance(filled, BaseException):
+                raise filled
+            return filled
+
+    def _send(self, job: _Job, chunk: _Chunk, buffer: _Buffer) -> None:
+        if job.target is None:
+            job.target = job.make()
+        chunk.send(buffer, job.target)
+        buffer.mark_sent(self._stream)
+        self._on_their_way.append(buffer)
+        job.chunks_left -= 1
+        if job.chunks_left == 0:
+            self._results[job.name] = self._convert(job.name, job.target)
+            job.target = None

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sglang.multimodal_gen.runtime.layers.attention.third_party import FlashAttention3, import_function
+from sglang.multimodal_gen.runtime.layers.attention.third_party import FlashAttention3
 from sglang.multimodal_gen.runtime.layers.attention.traits import KernelTraits
 
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -54,7 +54,7 @@ class FlashAttention3FP8:
 
     def __init__(self) -> None:
         """Raises ImportError with a phrase that follows the kernel's name."""
-        self._attend = import_function(FlashAttention3.modules, "flash_attn_func", package=self.package)
+        self._attend = FlashAttention3.function()
         accepted = inspect.signature(self._attend).parameters
         if missing := [factor for factor in self._FACTORS if factor not in accepted]:
             raise ImportError(f"is installed in a release of {self.package} without {missing[0]}, which it needs")

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from sglang.multimodal_gen.runtime.layers.attention.traits import KernelTraits
@@ -30,9 +31,14 @@ class FlashAttention:
 
     def __init__(self) -> None:
         """Raises ImportError with a phrase that follows the kernel's name."""
-        self._attend = import_function(self.modules, "flash_attn_func", package=self.package)
+        self._attend = self.function()
         accepted = inspect.signature(self._attend).parameters
         self._with_lse = {self.lse_switch: True} if self.lse_switch in accepted else {}
+
+    @classmethod
+    def function(cls) -> Callable[..., Any]:
+        """`flash_attn_func`, or what does the same. Raises ImportError with a phrase that follows the kernel's name."""
+        return import_function(cls.modules, "flash_attn_func", package=cls.package)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
         """See `AttentionKernel`."""
@@ -83,6 +89,50 @@ class FlashAttention3(FlashAttention):
         max_head_size=256,
         gives_lse=True,
     )
+    _OPERATORS: ClassVar[Mapping[str, str]] = {"flash_attn_interface": "flash_attn_3", "fa3_fwd_interface": "fa3_fwd"}
+    """Under which name each module registers its operators."""
+
+    @classmethod
+    def function(cls) -> Callable[..., Any]:
+        """The operator that `flash_attn_func` calls, where it has the arguments that are given to it here.
+
+        Packages wrap it for training and for torch's compiler, which the first call would import: more than 1 s.
+        """
+        function = super().function()
+        operators = getattr(torch.ops, cls._OPERATORS.get(function.__module__, ""), None)
+        operator = getattr(getattr(operators, "fwd", None), "default", None)
+        return function if operator is None else _by_operator(operator) or function
+
+
+def _by_operator(operator: Any) -> Callable[..., Any] | None:
+    """None of one whose arguments are others than those of upstream's."""
+    arguments = {argument.name: argument.has_default_value() for argument in operator._schema.arguments}
+    needed = {name for name, has_default in arguments.items() if not has_default}
+    given = {"softmax_scale", "q_descale", "k_descale", "v_descale", "num_splits"}
+    if needed != {"q", "k", "v"} or not given <= arguments.keys():
+        return None
+
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float | None = None,
+        q_descale: Tensor | None = None,
+        k_descale: Tensor | None = None,
+        v_descale: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        # Not split, as the package does not split either: that would add up in another order.
+        out, lse, *_ = operator(
+            *(tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v)),
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            softmax_scale=softmax_scale,
+            num_splits=1,
+        )
+        return out, lse
+
+    return attend
 
 
 class FlashAttention4(FlashAttention):
