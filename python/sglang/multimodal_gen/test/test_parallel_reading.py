@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,61 @@ def test_host_memory_is_the_buffers_however_large_the_tensors_are(
 
     monkeypatch.setattr(parallel_reading._Buffer, "__init__", noted)
     read_tensors(files.places, unchanged, device=CPU, reading=SMALL, staged=True)
-    assert len(made) <= 2 * SMALL.num_threads and max(made) <= SMALL.buffer_bytes
+    assert len(made) <= 3 * SMALL.num_threads and max(made) <= SMALL.buffer_bytes
+
+
+def test_a_buffer_is_filled_again_once_what_it_held_has_arrived(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    under_way, waits, early = set[int](), list[int](), list[int]()
+    fill = parallel_reading._Bytes.fill
+
+    class Slow(parallel_reading._Buffer):
+        def mark_sent(self, stream: torch.cuda.Stream | None) -> None:
+            under_way.add(id(self))
+
+        def has_arrived(self) -> bool:
+            return id(self) not in under_way
+
+        def wait(self) -> None:
+            waits.append(id(self))
+            under_way.remove(id(self))
+
+    def noted(self: parallel_reading._Bytes, buffer: parallel_reading._Buffer) -> None:
+        early.extend({id(buffer)} & under_way)
+        fill(self, buffer)
+
+    monkeypatch.setattr(parallel_reading, "_Buffer", Slow)
+    monkeypatch.setattr(parallel_reading._Bytes, "fill", noted)
+    assert_equal(read_tensors(files.places, unchanged, device=CPU, reading=SMALL, staged=True), files.tensors)
+    assert waits and not early
+
+
+def test_the_callers_thread_makes_and_converts_the_tensors(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled, sent = set[str](), set[str]()
+    fill = parallel_reading._Bytes.fill
+
+    def noted(self: parallel_reading._Bytes, buffer: parallel_reading._Buffer) -> None:
+        filled.add(threading.current_thread().name)
+        fill(self, buffer)
+
+    def convert(_: str, tensor: Tensor) -> Tensor:
+        sent.add(threading.current_thread().name)
+        return tensor
+
+    monkeypatch.setattr(parallel_reading._Bytes, "fill", noted)
+    read_tensors(files.places, convert, device=CPU, reading=SMALL, staged=True)
+    assert sent == {threading.current_thread().name} and all(name.startswith("load") for name in filled)
+
+
+def test_what_was_read_is_gone_once_it_is_converted(files: Files) -> None:
+    read, left = list[weakref.ref[Tensor]](), list[str]()
+
+    def convert(name: str, tensor: Tensor) -> Tensor:
+        left.extend(name for each in read if each() is not None)
+        read.append(weakref.ref(tensor))
+        return tensor.double()
+
+    read_tensors(files.places, convert, device=CPU, reading=SMALL, staged=True)
+    assert len(read) == len(files.places) and not left
 
 
 def test_a_mapped_tensor_is_the_file_where_nothing_changes_it(files: Files) -> None:

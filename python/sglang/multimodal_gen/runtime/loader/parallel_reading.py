@@ -374,7 +374,6 @@ class _StagedRead:
         self._jobs, self._convert, self._device, self._reading = jobs, convert, device, reading
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._lock = threading.Lock()
-        self._stop = threading.Event()
         self._results: dict[str, Tensor] = {}
         self._free: SimpleQueue[_Buffer | None] = SimpleQueue()
         self._filled: SimpleQueue[tuple[_Job, _Chunk, _Buffer] | BaseException] = SimpleQueue()
@@ -398,9 +397,8 @@ class _StagedRead:
                 for _ in range(num_chunks):
                     self._send(*self._next_filled())
             finally:
-                self._stop.set()
                 for _ in range(num_threads):
-                    self._free.put(None)  # so that no thread waits for a buffer
+                    self._free.put(None)  # of the threads that an error left at work each ends at one
         if self._stream is not None:
             self._stream.synchronize()
         return {job.name: self._results[job.name] for job in self._jobs}
@@ -420,7 +418,7 @@ class _StagedRead:
 
     def _next(self) -> tuple[_Job, _Chunk] | None:
         with self._lock:
-            return None if self._stop.is_set() else next(self._chunks, None)
+            return next(self._chunks, None)
 
     def _next_filled(self) -> tuple[_Job, _Chunk, _Buffer]:
         while True:
