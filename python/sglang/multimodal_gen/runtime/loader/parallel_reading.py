@@ -307,7 +307,10 @@ class _Job:
     make: Callable[[], Tensor]
     chunks: Sequence[_Chunk]
     target: Tensor | None = None
-    chunks_left: int = 0
+    chunks_left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.chunks_left = len(self.chunks)
 
     @classmethod
     def of_file(
@@ -379,8 +382,6 @@ class _StagedRead:
         self._filled: SimpleQueue[tuple[_Job, _Chunk, _Buffer] | BaseException] = SimpleQueue()
         self._on_their_way: deque[_Buffer] = deque()
         self._largest = max((chunk.num_bytes for job in jobs for chunk in job.chunks), default=1)
-        for job in jobs:
-            job.chunks_left = len(job.chunks)
         self._chunks = ((job, chunk) for job in jobs for chunk in job.chunks)
 
     def run(self) -> dict[str, Tensor]:
