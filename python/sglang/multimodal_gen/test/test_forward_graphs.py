@@ -18,6 +18,7 @@ from sglang.multimodal_gen.runtime.layers.attention.switch import AttentionSwitc
 from sglang.multimodal_gen.runtime.layers.block_runner import BlockRunner
 from sglang.multimodal_gen.runtime.layers.context import LayerContext
 from sglang.multimodal_gen.runtime.layers.forward_graphs import (
+    LEFT_ALONE,
     MOST_GRAPHS,
     ForwardGraphs,
     forget_graphs,
@@ -198,17 +199,34 @@ def test_forwards_with_step_caches_or_adapters_are_computed(scaled: Any) -> None
     assert scaled.calls == 4
 
 
-def test_graphs_used_longest_ago_go_first(scaled: Any) -> None:
-    sizes = range(1, MOST_GRAPHS + 2)
-    for size in sizes:
-        scaled(torch.ones(1, size))
-        scaled(torch.ones(1, size))
-    assert scaled.forward.num_graphs == MOST_GRAPHS
+def of_size(scaled: Any, size: int) -> bool:
+    """One forward; whether it ran by a graph that was there."""
     calls = scaled.calls
-    scaled(torch.ones(1, MOST_GRAPHS + 1))
-    assert scaled.calls == calls
-    scaled(torch.ones(1, 1))
-    assert scaled.calls == calls + 1, "captured anew"
+    scaled(torch.ones(1, size))
+    return bool(scaled.calls == calls)
+
+
+def test_graphs_used_longest_ago_go_first(scaled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward_graphs, "LEFT_ALONE", 1)
+    for size in range(1, MOST_GRAPHS + 2):
+        assert not of_size(scaled, size) and not of_size(scaled, size)
+    assert scaled.forward.num_graphs == MOST_GRAPHS
+    assert of_size(scaled, MOST_GRAPHS + 1)
+    assert not of_size(scaled, 1), "captured anew"
+    assert of_size(scaled, 1)
+
+
+def test_of_many_sizes_in_turns_some_run_without_a_graph(scaled: Any) -> None:
+    """Each would push out the next one's, and capturing takes longer than running."""
+    sizes = range(1, MOST_GRAPHS + 3)
+    for _ in range(3):
+        found = [of_size(scaled, size) for size in sizes]
+    assert found == [True] * MOST_GRAPHS + [False] * 2
+    for _ in range(LEFT_ALONE):
+        of_size(scaled, 1)
+    assert not of_size(scaled, MOST_GRAPHS + 1), "now in place of one that is no longer used"
+    assert of_size(scaled, MOST_GRAPHS + 1) and of_size(scaled, 1)
+    assert scaled.forward.num_graphs == MOST_GRAPHS
 
 
 def test_a_forward_that_cannot_be_captured_goes_on_without(caplog: pytest.LogCaptureFixture) -> None:

@@ -26,6 +26,9 @@ from sglang.multimodal_gen.runtime.layers.token_sharding import TokenSharding
 
 MOST_GRAPHS = 16
 """Of one transformer; those not used for longest go first."""
+LEFT_ALONE = 512
+"""For how many forwards a graph is not used before another may take its place. Capturing takes as long as several short
+forwards, so of more shapes in turns than there may be graphs, some run without."""
 MOST_INPUT_BYTES = 256 * 2**20
 """Of a forward that is captured. One that is given more, such as keys and values of texts, has blocks that compute for
 longer than the host takes to begin them."""
@@ -83,12 +86,13 @@ cuda_capture = CudaCapture()
 """That of this process."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Captured:
     graph: Graph
     inputs: tuple[Tensor, ...]
     output: Tensor
     kept: tuple[object, ...]
+    last_used: int = 0
 
 
 class ForwardGraphs:
@@ -110,6 +114,7 @@ class ForwardGraphs:
         self.failure: str | None = None
         """Why no graph could be made of a forward, the last time that this was so."""
         self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self._num_forwards = 0
         self._is_short: OrderedDict[Hashable, bool] = OrderedDict()  # by key that was seen
         # As long as a graph has them: one runs after another, so those of equal shapes need one place.
         self._places: weakref.WeakValueDictionary[Hashable, Tensor] = weakref.WeakValueDictionary()
@@ -144,12 +149,14 @@ class ForwardGraphs:
             output = self._forward(*args, **kwargs)
             self._note(key, output.shape[0], sum(tensor.nbytes for tensor in inputs))
             return output
-        if is_short and key not in self._graphs:
+        self._num_forwards += 1
+        if is_short and key not in self._graphs and self._has_room():
             self._add(key, args, kwargs, inputs)
         captured = self._graphs.get(key)
         if captured is None:
             return self._forward(*args, **kwargs)
         self._graphs.move_to_end(key)
+        captured.last_used = self._num_forwards
         for place, tensor in zip(captured.inputs, inputs, strict=True):
             place.copy_(tensor)
         captured.graph.replay()
@@ -161,6 +168,12 @@ class ForwardGraphs:
         self._is_short[key] = held <= MOST_GRAPHED_TOKENS and input_bytes <= MOST_INPUT_BYTES
         if len(self._is_short) > _MOST_KEYS:
             self._is_short.popitem(last=False)
+
+    def _has_room(self) -> bool:
+        longest_ago = next(iter(self._graphs.values()), None)
+        if longest_ago is None or len(self._graphs) < MOST_GRAPHS:
+            return True
+        return self._num_forwards - longest_ago.last_used > LEFT_ALONE
 
     def _add(self, key: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor]) -> None:
         places = self._placed(inputs)
